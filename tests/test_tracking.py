@@ -1,0 +1,131 @@
+"""Metrics reach the JSONL whatever wandb does, and the offline wandb run says the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from latlib import tracking
+from latlib.profile import TrackingSettings
+from latlib.tracking import Tracker, choose_mode, read_metrics, read_offline_run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_is_valid_json_line_by_line_and_flushed(tmp_path):
+    path = tmp_path / "metrics" / "lat.jsonl"
+    with Tracker(path, TrackingSettings(wandb="disabled"), "lat") as tracker:
+        tracker.log(0, total=1.5, kl=float("nan"), grad=float("inf"))
+        assert lines(path) == [{"step": 0, "total": 1.5, "kl": None, "grad": None}], "not flushed or not JSON"
+        tracker.log(1, total=0.5)
+    assert read_metrics(path)["total"].tolist() == [1.5, 0.5]
+    assert "wandb" not in json.dumps(os.listdir(tmp_path))
+
+
+def test_resume_drops_what_will_be_logged_again(tmp_path):
+    path = tmp_path / "lat.jsonl"
+    off = TrackingSettings(wandb="disabled")
+    with Tracker(path, off, "lat") as tracker:
+        for step in range(5):
+            tracker.log(step, total=step)
+    with path.open("a") as file:
+        file.write('{"step": 5, "tot')  # the process was killed in the middle of a line
+    with Tracker(path, off, "lat", resume_from=3) as tracker:
+        tracker.log(3, total=30)
+    assert [(r["step"], r["total"]) for r in lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+    with Tracker(path, off, "lat"):
+        pass
+    assert lines(path) == [], "a run from the start keeps lines of an older one"
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "lat.jsonl"
+    path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(path)
+
+
+def test_offline_run_holds_the_same_numbers_also_after_a_resume(tmp_path):
+    path = tmp_path / "metrics" / "lat.jsonl"
+    for start, stop in ((0, 4), (2, 6)):
+        with Tracker(path, TrackingSettings(), "lat", {"seed": 0}, tmp_path, resume_from=start) as tracker:
+            for step in range(start, stop):
+                tracker.log(step, total=1 / (step + 1 + start), kl=float("nan") if step == 1 else 0.1)
+    ours, theirs = read_metrics(path), read_offline_run(tracker.run_dir)
+    assert len(ours) == 6 and theirs["step"].tolist() == ours["step"].tolist()
+    assert theirs["total"].tolist() == ours["total"].tolist()
+    assert theirs["kl"].isna().tolist() == ours["kl"].isna().tolist()
+
+
+def test_online_only_with_a_key_and_an_answering_server(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert choose_mode("online", url)[0] == "offline" and "key" in choose_mode("online", url)[1]
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        assert choose_mode("online", url) == ("online", "")
+        assert choose_mode("offline", url) == ("offline", ""), "offline was asked for"
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        assert choose_mode("online", url)[0] == "offline"
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert choose_mode("online", url)[0] == "disabled"
+        monkeypatch.delenv("WANDB_MODE")
+    assert choose_mode("online", url)[0] == "offline", "nothing listens there any more"
+
+
+SILENT_SERVER = """
+import os, socket, sys, time
+from latlib.profile import TrackingSettings
+from latlib.tracking import Tracker
+server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers one
+os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+os.environ["WANDB_API_KEY"] = "k" * 40
+with Tracker("lat.jsonl", TrackingSettings(wandb="online"), "lat", wandb_dir=".") as tracker:
+    before = time.monotonic()
+    tracker.log(0, total=1.0)
+    assert time.monotonic() - before < 0.1, "training waits for W&B"
+"""
+
+
+def test_a_server_that_never_answers_costs_less_than_15_seconds(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT_SERVER],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 15
+    assert "offline" in done.stderr
+    assert lines(tmp_path / "lat.jsonl") == [{"step": 0, "total": 1.0}]
+    (run_dir,) = tmp_path.glob("wandb/offline-run-*")
+    assert read_offline_run(run_dir)["total"].tolist() == [1.0], "not recorded offline instead"
+
+
+def test_wandb_failing_or_hanging_stops_nothing(tmp_path, monkeypatch, capsys):
+    def fails(self, wandb):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tracking._Mirror, "_start_run", fails)
+    with Tracker(tmp_path / "a.jsonl", TrackingSettings(), "a") as tracker:
+        tracker.log(0, total=1.0)
+    assert "no space left" in capsys.readouterr().err
+
+    monkeypatch.setattr(tracking._Mirror, "_start_run", lambda self, wandb: time.sleep(3))
+    monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.3)
+    started = time.monotonic()
+    with Tracker(tmp_path / "b.jsonl", TrackingSettings(), "b") as tracker:
+        tracker.log(0, total=2.0)
+    assert time.monotonic() - started < 2
+    assert "left alone" in capsys.readouterr().err
+    assert lines(tmp_path / "a.jsonl") + lines(tmp_path / "b.jsonl") == [{"step": 0, "total": v} for v in (1.0, 2.0)]
