@@ -1,0 +1,219 @@
+"""PGD on latent perturbations: how an adversary inside the residual stream is found.
+
+For a packed batch of rows [prompt | rejected | chosen], sites S and radii eps:
+1. delta = 0 (or uniform in the ball) at every perturbed position of every site; 0 elsewhere, and on padding.
+2. The stream at the lowest site is computed once; each step runs from there.
+3. loss = toward * CE(rejected | delta) + away * away(chosen | delta), the mean over each row's tokens, summed over rows,
+   so that rows do not interact. Untargeted: minus the CE of the response.
+4. A step of `adamw` (the paper), `sign` or `l2` (normalised gradient) on all sites at once, then every position's delta is
+   projected onto its L2 ball.
+5. With restarts, each row keeps the perturbation with the lowest loss.
+
+Weights are frozen inside: an attack leaves every `parameter.grad` as it was.
+Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latlib.data import PADDING, Batch
+from latlib.forward import Network
+from latlib.hooks import Site, depth, resolve_sites
+from latlib.losses import at_labels, row_means, token_losses
+from latlib.profile import AttackSettings
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack found.
+
+    deltas: site -> [batch, seq, d_model]. losses: [steps + 1, batch], each row's attack loss before every step and at the
+    end, of the restart that was kept. won: [batch] bool, whether the model under the final perturbation would write the
+    wanted completion word for word (greedy); untargeted, whether it would not. eps: site -> radius used.
+    """
+
+    deltas: dict[Site, Tensor]
+    losses: Tensor
+    won: Tensor
+    eps: dict[Site, float]
+
+
+def project_l2(delta: Tensor, eps: float) -> Tensor:
+    """Project each position's perturbation onto the L2 ball.
+
+    delta: [batch, seq, d_model], in units of the residual stream. eps: radius, > 0.
+    Returns a tensor of the same shape and dtype with norm <= eps along d_model, also after rounding to bf16.
+    Source: Sheshadri et al. 2024, section 3.
+    """
+    if eps <= 0:
+        raise ValueError(f"eps = {eps} must be > 0: for no attack set attack.steps = 0")
+    wide = delta.double() if delta.dtype == torch.float64 else delta.float()
+    norm = wide.norm(dim=-1, keepdim=True)
+    # A hair inside the ball: the product is rounded to delta's dtype, each coordinate by at most half an ulp.
+    inside = eps * (1 - torch.finfo(delta.dtype).eps)
+    return torch.where(norm > inside, wide * (inside / norm.clamp(min=1e-30)), wide).to(delta.dtype)
+
+
+def perturbed_positions(batch: Batch, positions: str) -> Tensor:
+    """[batch, seq, 1] bool: where delta may be non-zero ('prompt' or 'prompt+completion'); never on padding."""
+    if positions == "prompt":
+        return (batch.segments == 0).unsqueeze(-1)
+    if positions == "prompt+completion":
+        return (batch.segments != PADDING).unsqueeze(-1)
+    raise ValueError(f"positions = {positions!r}: choose 'prompt' or 'prompt+completion'")
+
+
+def radii(settings: AttackSettings, n_layers: int, norms: Mapping[Site, float] | None = None) -> dict[Site, float]:
+    """site -> radius in units of the residual stream, lowest site first.
+
+    norms: site -> median residual norm on harmless prompts, needed for eps_mode 'relative'.
+    """
+    sites = resolve_sites(settings.sites, n_layers)
+    if settings.eps_mode == "absolute":
+        return dict.fromkeys(sites, settings.eps)
+    if norms is None:
+        raise ValueError("eps_mode = 'relative' needs the median residual norms: measure them with residual_norms()")
+    return {site: settings.eps * norms[site] for site in sites}
+
+
+def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[Site]) -> dict[Site, float]:
+    """site -> median L2 norm of the residual stream over all prompt positions but the first of each row.
+
+    The first position is left out: it is an attention sink in many models, with a norm unlike all others.
+    """
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for batch in batches:
+        index = ((batch.segments == 0) & (batch.positions > 0)).flatten().nonzero().squeeze(1)
+        for site, rows in network.capture(batch, sites, index).items():
+            found[site].append(rows.float().norm(dim=-1))
+    return {site: torch.cat(norms).median().item() for site, norms in found.items()}
+
+
+def attack_losses(network: Network, batch: Batch, settings: AttackSettings, hidden: Tensor) -> Tensor:
+    """[batch] the adversary's loss of each row, from final hidden states [batch, seq, d_model] under the perturbation.
+
+    A packed row's first completion is wanted, its second unwanted; a row with one completion has only that.
+    """
+    n = batch.shape[0]
+    toward, away = token_losses(network.unembed, at_labels(hidden, batch.source), batch.labels)
+    if not settings.targeted:
+        return -row_means(toward, batch.label_rows, n)
+    wanted, unwanted = batch.label_index(1), batch.label_index(2)
+    loss = settings.toward * row_means(toward[wanted], batch.label_rows[wanted], n)
+    if len(unwanted):
+        loss = loss + settings.away * row_means(away[unwanted], batch.label_rows[unwanted], n)
+    return loss
+
+
+@torch.no_grad()
+def greedy_matches(network: Network, batch: Batch, hidden: Tensor, segment: int) -> Tensor:
+    """[batch] bool: greedy decoding would give completion `segment` word for word (every label is the argmax).
+
+    Exact, and one forward: under greedy decoding a reply equals a text iff each of its tokens is the argmax given the
+    ones before. False for a row without that completion.
+    """
+    index = batch.label_index(segment)
+    logits = network.unembed(at_labels(hidden, batch.source[index]))
+    rows, n = batch.label_rows[index], batch.shape[0]
+    right = (logits.argmax(-1) == batch.labels[index]).float()
+    return (row_means(right, rows, n) == 1) & (torch.bincount(rows, minlength=n) > 0)
+
+
+def pgd(
+    network: Network,
+    batch: Batch,
+    eps: Mapping[Site, float],
+    settings: AttackSettings,
+    generator: torch.Generator | None = None,
+) -> Attack:
+    """Find a perturbation that minimises the adversary's loss; see the module's docstring.
+
+    eps: site -> radius (from `radii`). generator: for random starts.
+    Raises ValueError for an empty eps, or settings.steps = 0 with a zero start (there is nothing to find).
+    """
+    if not eps:
+        raise ValueError("eps names no site: an attack needs at least one")
+    lowest = min(eps, key=depth)
+    start = (lowest, network.capture(batch, [lowest])[lowest])
+    mask = perturbed_positions(batch, settings.positions)
+    best: Attack | None = None
+    for restart in range(settings.restarts):
+        random = settings.start == "random" or restart > 0  # a second zero start would find the same thing
+        deltas = {s: _initial(network, mask, r, random, generator) for s, r in eps.items()}
+        found = _descend(network, batch, start, deltas, dict(eps), mask, settings)
+        best = found if best is None else _better(best, found)
+    return best
+
+
+def _initial(network: Network, mask: Tensor, eps: float, random: bool, generator: torch.Generator | None) -> Tensor:
+    if random:
+        return random_noise(network, mask, eps, generator, inside=True)
+    dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
+    return torch.zeros(*mask.shape[:2], network.d_model, device=network.device, dtype=dtype)
+
+
+def random_noise(
+    network: Network, mask: Tensor, eps: float, generator: torch.Generator | None = None, inside: bool = False
+) -> Tensor:
+    """[batch, seq, d_model] noise of norm eps (inside: uniform in the ball) where mask ([batch, seq, 1]) is True.
+
+    The control for every attack: same norm, same positions, no gradient.
+    """
+    n, seq, d = *mask.shape[:2], network.d_model
+    noise = torch.randn(n, seq, d, generator=generator, dtype=torch.float64)
+    noise = noise / noise.norm(dim=-1, keepdim=True)
+    if inside:
+        noise = noise * torch.rand(n, seq, 1, generator=generator, dtype=torch.float64) ** (1 / d)
+    dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
+    return project_l2((eps * noise).to(network.device, dtype), eps) * mask
+
+
+def _descend(network, batch, start, deltas, eps, mask, settings) -> Attack:
+    sites, losses = list(deltas), []
+    moments = {s: (torch.zeros_like(d), torch.zeros_like(d)) for s, d in deltas.items()}
+    for step in range(settings.steps):
+        leaves = {s: d.requires_grad_() for s, d in deltas.items()}
+        with torch.enable_grad():
+            loss = attack_losses(network, batch, settings, network.hidden(batch, leaves, start))
+            gradients = torch.autograd.grad(loss.sum(), [leaves[s] for s in sites])
+        losses.append(loss.detach())
+        with torch.no_grad():
+            for site, gradient in zip(sites, gradients, strict=True):
+                moved = _step(deltas[site].detach(), gradient * mask, moments[site], step, eps[site], settings)
+                deltas[site] = project_l2(moved, eps[site]) * mask
+    with torch.no_grad():
+        deltas = {s: d.detach() for s, d in deltas.items()}
+        hidden = network.hidden(batch, deltas, start)
+        losses.append(attack_losses(network, batch, settings, hidden))
+        won = greedy_matches(network, batch, hidden, 1)
+    return Attack(deltas, torch.stack(losses), won if settings.targeted else ~won, eps)
+
+
+ADAM_LR = 1e-3  # FACTS: the authors' inner rate for Llama-3-8B (5e-2 for Llama-2-7B)
+_BETA1, _BETA2, _ADAM_EPS, _WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01  # torch.optim.AdamW's defaults, as the authors use
+
+
+def _step(delta: Tensor, gradient: Tensor, moments: tuple, step: int, eps: float, settings: AttackSettings) -> Tensor:
+    """One update of one site's delta, before projection."""
+    if settings.rule == "adamw":
+        lr, (first, second) = settings.lr or ADAM_LR, moments
+        first.lerp_(gradient, 1 - _BETA1)
+        second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
+        scale = (second / (1 - _BETA2 ** (step + 1))).sqrt_().add_(_ADAM_EPS)
+        return (delta * (1 - lr * _WEIGHT_DECAY)).addcdiv_(first, scale, value=-lr / (1 - _BETA1 ** (step + 1)))
+    length = (settings.lr or 2 / settings.steps) * eps
+    if settings.rule == "sign":  # a sign vector of d coordinates has norm sqrt(d): the step's norm is `length`
+        return delta - length * gradient.sign() / delta.shape[-1] ** 0.5
+    return delta - length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+
+
+def _better(a: Attack, b: Attack) -> Attack:
+    """Row by row, the attack that ended with the lower loss."""
+    b_wins = b.losses[-1] < a.losses[-1]
+    deltas = {s: torch.where(b_wins[:, None, None], b.deltas[s], a.deltas[s]) for s in a.deltas}
+    return Attack(deltas, torch.where(b_wins, b.losses, a.losses), torch.where(b_wins, b.won, a.won), a.eps)

@@ -1,0 +1,189 @@
+"""Rows of text -> tokenised rows -> batches. The only place where prompts become token ids.
+
+1. A `Row` is a prompt with one or two completions: (rejected, chosen) for preference rows, (response,) for benign rows.
+2. `tokenise` puts the prompt through the tokenizer's own chat template, once, with no second BOS.
+3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the prompt's positions and
+   do not see each other, so the prompt is computed once and one forward serves the toward and the away loss.
+4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed, epoch) alone, so that
+   a resumed run needs no stored cursor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its completions as text; `row_id` names it in results, `cluster` groups dependent rows."""
+
+    row_id: str
+    prompt: str
+    completions: tuple[str, ...]
+    cluster: str = ""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids of a row: the templated prompt, and each completion ended by the end-of-turn token."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens fed to the model: everything but the last token of each completion, which is only predicted."""
+        return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed, right-padded rows.
+
+    ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1 and 2 the completions, -1 padding.
+    source: [labels] index into the flattened [batch * seq] of the position that predicts each label.
+    labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or 2), and its row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    source: Tensor
+    labels: Tensor
+    label_segments: Tensor
+    label_rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, seq)"""
+        return self.ids.shape[0], self.ids.shape[1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds two completions (then attention needs a mask of its own)."""
+        return bool((self.segments == 2).any())
+
+    def attends(self) -> Tensor:
+        """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax row is empty."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        causal = torch.ones(self.shape[1], self.shape[1], dtype=torch.bool, device=self.ids.device).tril()
+        seen = ((key == 0) | (key == query)) & (key != PADDING) & (query != PADDING)
+        return (seen & causal) | torch.eye(self.shape[1], dtype=torch.bool, device=self.ids.device)
+
+    def label_index(self, segment: int) -> Tensor:
+        """Indices into the label tensors of one completion."""
+        return (self.label_segments == segment).nonzero().squeeze(1)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+
+
+def chat_text(tokenizer, prompt: str, system_prompt: str | None = None) -> str:
+    """The templated prompt as text, ready for the assistant's reply.
+
+    Raises ValueError when the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat or instruct version, "
+            "or set tokenizer.chat_template"
+        )
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _completion_join(tokenizer) -> tuple[str, str]:
+    """(text between prompt and reply, text that ends the reply) as the chat template writes them."""
+    user = [{"role": "user", "content": "A"}]
+    head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    both = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": "B"}], tokenize=False)
+    if not both.startswith(head.rstrip()) or "B" not in both[len(head.rstrip()) :]:
+        return "", tokenizer.eos_token or ""
+    tail = both[len(head.rstrip()) :]
+    before, after = tail.split("B", 1)
+    return before[len(head) - len(head.rstrip()) :], after.rstrip("\n") or (tokenizer.eos_token or "")
+
+
+def tokenise(
+    rows: Sequence[Row], tokenizer, max_tokens: int, system_prompt: str | None = None, prefill: str = ""
+) -> list[TokenRow]:
+    """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a prefilling attack).
+
+    Raises ValueError naming the row that is longer than `max_tokens`, or that has an empty completion.
+    """
+    before, after = _completion_join(tokenizer)
+    prompts = [chat_text(tokenizer, row.prompt, system_prompt) + (before + prefill if prefill else "") for row in rows]
+    completions = []
+    for row in rows:
+        for text in row.completions:
+            if prefill and not text.startswith(prefill):
+                raise ValueError(f"row {row.row_id!r}: completion does not begin with the prefill {prefill!r}")
+            body = text[len(prefill) :]
+            if not body.strip():
+                raise ValueError(f"row {row.row_id!r} has an empty completion: remove the row or fill it")
+            completions.append((body if prefill else before + body) + after)
+    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
+    ids = iter(tokenizer(completions, add_special_tokens=False)["input_ids"] if completions else [])
+    out = []
+    for row, prompt in zip(rows, prompt_ids, strict=True):
+        out.append(TokenRow(tuple(prompt), tuple(tuple(next(ids)) for _ in row.completions)))
+        longest = len(prompt) + max((len(c) for c in out[-1].completions), default=0)
+        if longest > max_tokens:
+            raise ValueError(
+                f"row {row.row_id!r} has {longest} tokens, more than max_tokens = {max_tokens}: shorten it or raise "
+                "data.max_tokens (not beyond the model's context)"
+            )
+    return out
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: torch.device | str = "cpu") -> Batch:
+    """Pack rows into one right-padded batch whose length is a multiple of `pad_to`."""
+    seq = -(-max(row.length for row in rows) // pad_to) * pad_to
+    ids, positions, segments = [], [], []
+    source, labels, label_segments, label_rows = [], [], [], []
+    for index, row in enumerate(rows):
+        tokens, places, parts = list(row.prompt), list(range(len(row.prompt))), [0] * len(row.prompt)
+        for segment, completion in enumerate(row.completions, start=1):
+            first, n = len(tokens), len(completion)
+            tokens += completion[:-1]
+            places += range(len(row.prompt), len(row.prompt) + n - 1)
+            parts += [segment] * (n - 1)
+            source += [index * seq + at for at in (len(row.prompt) - 1, *range(first, first + n - 1))]
+            labels += completion
+            label_segments += [segment] * n
+            label_rows += [index] * n
+        fill = seq - len(tokens)
+        ids.append(tokens + [pad_id] * fill)
+        positions.append(places + [0] * fill)
+        segments.append(parts + [PADDING] * fill)
+    tensors = (ids, positions, segments, source, labels, label_segments, label_rows)
+    return Batch(*(torch.tensor(t, dtype=torch.long, device=device) for t in tensors))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which of `n` rows step `step` takes, `batch` at a time, reshuffled every epoch from (seed, epoch)."""
+
+    n: int
+    batch: int
+    seed: int
+
+    def rows(self, step: int) -> list[int]:
+        """Row indices of a step; a batch may run over the end of an epoch into the next permutation."""
+        return [self._order(at // self.n)[at % self.n] for at in range(step * self.batch, (step + 1) * self.batch)]
+
+    def _order(self, epoch: int) -> list[int]:
+        cache = self.__dict__.setdefault("_cache", {})
+        if epoch not in cache:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            cache.clear()
+            cache[epoch] = torch.randperm(self.n, generator=generator).tolist()
+        return cache[epoch]

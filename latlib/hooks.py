@@ -1,0 +1,240 @@
+"""Sites in the residual stream, and the hooks that read or change it there.
+
+1. A **site** is 'embedding' (the residual stream before block 0) or a block index i (the stream after block i, 0-based).
+2. `LATHook` adds a perturbation at sites; `Capture` reads the stream; `Ablate` removes directions from everything that
+   is written to it. All are context managers, removed whatever happens inside.
+3. A block may return a tensor or a tuple whose first element is the stream (it depends on family and version).
+4. Under gradient checkpointing the backward pass runs the blocks again: keep the context open until after `backward()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Site = int | Literal["embedding"]
+EMBEDDING: Literal["embedding"] = "embedding"
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns embedding and blocks.
+
+    Raises ValueError when there is no list of `config.num_hidden_layers` blocks.
+    """
+    n = model.config.num_hidden_layers
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n:
+                return module
+    raise ValueError(f"{type(model).__name__} has no list of {n} blocks: not a decoder latlib knows")
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks, in order."""
+    n = model.config.num_hidden_layers
+    return next(c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList) and len(c) == n)
+
+
+def depth(site: Site) -> int:
+    """Blocks that have run when the stream reaches the site: 0 for the embedding, i + 1 after block i."""
+    return 0 if site == EMBEDDING else int(site) + 1
+
+
+def resolve_sites(specs: Iterable[int | float | str], n_layers: int) -> tuple[Site, ...]:
+    """Sites in order of depth; a fraction f means block floor(f * n_layers), so 15/16 of 32 is 30.
+
+    Raises ValueError for a site outside the model.
+    """
+    sites: set[Site] = set()
+    for spec in specs:
+        site = int(spec * n_layers) if isinstance(spec, float) else spec
+        if site != EMBEDDING and not (isinstance(site, int) and 0 <= site < n_layers):
+            raise ValueError(
+                f"site = {spec!r} is outside this model of {n_layers} blocks: "
+                f"give 'embedding', 0..{n_layers - 1}, or a fraction of depth in [0, 1)"
+            )
+        sites.add(site)
+    return tuple(sorted(sites, key=depth))
+
+
+def _replace_stream(output, stream: Tensor):
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def _stream(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Hooks(AbstractContextManager):
+    """Forward hooks that live exactly as long as the `with` block."""
+
+    def __init__(self) -> None:
+        self._handles: list = []
+
+    def _install(self) -> None:
+        raise AssertionError("a subclass installs its hooks")
+
+    def __enter__(self):
+        if self._handles:
+            raise RuntimeError(f"{type(self).__name__} is already entered: make a second one to nest it")
+        try:
+            self._install()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _at(self, site: Site, model: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        """Let `change` see the residual stream at a site and replace it, unless it returns None."""
+        site = resolve_sites([site], model.config.num_hidden_layers)[0]
+        if site == EMBEDDING:
+            self._on_input(blocks_of(model)[0], change)
+        else:
+            self._on_output(blocks_of(model)[site], change)
+
+    def _on_input(self, block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        def hook(_module, args, kwargs):
+            stream = change(args[0] if args else kwargs["hidden_states"])
+            if stream is None:
+                return None
+            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+        self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _on_output(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+        def hook(_module, _args, output):
+            stream = change(_stream(output))
+            return None if stream is None else _replace_stream(output, stream)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+
+class LATHook(_Hooks):
+    """Add `deltas[site]` to the residual stream at each site while the context is open.
+
+    deltas: site -> [batch, seq, d_model], in units of the residual stream; gradients flow to them. A float32 delta on a
+    bf16 stream is added in bf16. With `decoding=True` the perturbation applies to the prefill, and the following calls of
+    one token (cached decoding) pass unchanged.
+    Raises ValueError inside the forward when a delta's shape, device or dtype does not fit the stream. Source: Casper et
+    al. 2024; Sheshadri et al. 2024, section 3.
+    """
+
+    def __init__(self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False) -> None:
+        super().__init__()
+        self.model, self.deltas, self.decoding = model, dict(deltas), decoding
+
+    def _install(self) -> None:
+        for site, delta in self.deltas.items():
+            self._at(site, self.model, self._adder(site, delta))
+
+    def _adder(self, site: Site, delta: Tensor) -> Callable[[Tensor], Tensor | None]:
+        def add(stream: Tensor) -> Tensor | None:
+            if self.decoding and stream.shape[1] == 1 and delta.shape[1] > 1:
+                return None
+            check_delta(site, delta, stream)
+            return stream + delta.to(stream.dtype)
+
+        return add
+
+
+def check_delta(site: Site, delta: Tensor, stream: Tensor) -> None:
+    """Raise ValueError, naming both sides, unless `delta` fits the residual stream at `site`."""
+    if delta.shape != stream.shape:
+        raise ValueError(
+            f"site {site}: perturbation is {tuple(delta.shape)}, the residual stream is {tuple(stream.shape)}: "
+            "make the perturbation for this batch's length"
+        )
+    if delta.device != stream.device:
+        raise ValueError(f"site {site}: perturbation is on {delta.device}, the residual stream on {stream.device}")
+    if not delta.is_floating_point() or delta.element_size() < stream.element_size():
+        raise ValueError(
+            f"site {site}: perturbation is {delta.dtype}, the residual stream {stream.dtype}: "
+            "keep the perturbation in the stream's precision or higher"
+        )
+
+
+class Capture(_Hooks):
+    """Read the residual stream at sites: after the forward, `capture[site]` is [batch, seq, d_model], or
+    [batch, len(positions), d_model] when `positions` names token positions (negative ones count from the end)."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], positions: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.model, self.sites, self.positions = model, tuple(sites), positions
+        self._streams: dict[Site, Tensor] = {}
+
+    def _install(self) -> None:
+        for site in self.sites:
+            self._at(site, self.model, self._keeper(site))
+
+    def _keeper(self, site: Site) -> Callable[[Tensor], None]:
+        def keep(stream: Tensor) -> None:
+            at = stream if self.positions is None else stream[:, list(self.positions)]
+            self._streams[site] = at.detach()
+
+        return keep
+
+    def __getitem__(self, site: Site) -> Tensor:
+        if site not in self._streams:
+            raise KeyError(f"site {site!r} was not captured: name it in `sites` and run a forward in the context")
+        return self._streams[site]
+
+
+class Ablate(_Hooks):
+    """Project directions out of everything written to the residual stream, at every position.
+
+    directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the embedding and to the output
+    of every block, attention and MLP, so that the stream never holds them. Source: Arditi et al. 2024, section 2.4.
+    """
+
+    def __init__(self, model: nn.Module, directions: Tensor) -> None:
+        super().__init__()
+        self.model, self.basis = model, orthonormal(directions)
+
+    def _install(self) -> None:
+        for block in blocks_of(self.model):
+            self._on_input(block, self._project)
+            for module in writers_of(block):
+                self._on_output(module, self._project)
+            self._on_output(block, self._project)
+
+    def _project(self, stream: Tensor) -> Tensor:
+        basis = self.basis.to(stream.device, stream.dtype)
+        return stream - (stream @ basis.T) @ basis
+
+
+def writers_of(block: nn.Module) -> list[nn.Module]:
+    """The attention and MLP modules of a block, whose outputs are added to the residual stream.
+
+    Raises ValueError when they cannot be told from their names.
+    """
+    found = [
+        child
+        for name, child in block.named_children()
+        if name in ("self_attn", "attn", "attention", "mlp", "feed_forward", "block_sparse_moe")
+    ]
+    if len(found) != 2:
+        names = [name for name, _ in block.named_children()]
+        raise ValueError(f"cannot tell attention and MLP of {type(block).__name__} among {names}")
+    return found
+
+
+def orthonormal(directions: Tensor) -> Tensor:
+    """[k, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model]).
+
+    Raises ValueError for a zero or non-finite direction.
+    """
+    rows = torch.atleast_2d(directions.detach()).double()
+    norms = rows.norm(dim=-1)
+    if not torch.isfinite(norms).all() or (norms == 0).any():
+        raise ValueError(f"directions have norms {norms.tolist()}: every one must be finite and non-zero")
+    q, _ = torch.linalg.qr((rows / norms[:, None]).T)
+    return q.T.contiguous()

@@ -1,0 +1,134 @@
+"""Load a causal LM with its tokenizer, put an adapter on it, and hand out the networks that run it.
+
+The frozen teacher is the same weights with the adapter off; there is never a second copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from latlib.forward import Network, StockNetwork
+from latlib.lean import LEAN_LIMIT, LeanNetwork, fits
+from latlib.profile import LoraSettings, ModelSettings, ProfileError
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU. Raises ProfileError for a device this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ProfileError(f"model.device = {device!r} but torch sees no GPU: set it to 'auto' or 'cpu'")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if native() else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal LM (plain or PEFT) with its tokenizer and the precision it computes in."""
+
+    model: nn.Module
+    tokenizer: object
+    settings: ModelSettings
+    dtype: torch.dtype
+
+    @property
+    def lean(self) -> bool:
+        """Whether networks run the lean forward: asked for, or small and of the Llama family."""
+        if self.settings.forward == "lean" and not fits(self.model):
+            raise ProfileError(
+                f"model.forward = 'lean' does not fit {type(self.model).__name__} with this adapter: set it to 'auto'"
+            )
+        small = sum(p.numel() for p in self.model.parameters()) <= LEAN_LIMIT
+        return self.settings.forward == "lean" or (self.settings.forward == "auto" and small and fits(self.model))
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return self.model.config.num_hidden_layers
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model takes, in tokens."""
+        return getattr(self.model.config, "max_position_embeddings", 1 << 30)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    def network(self, adapter: bool = True, train: bool = False) -> Network:
+        """A view of the weights as they are now. adapter=False is the frozen teacher; train=True keeps the graph."""
+        if self.lean:
+            return LeanNetwork(self.model, adapter, train, self.dtype)
+        return StockNetwork(self.model, adapter, train)
+
+
+def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str | os.PathLike[str] | None = None):
+    """A `LanguageModel` from a model folder or hub id, with an adapter folder on top if given.
+
+    A model small enough for the lean forward keeps float32 weights and computes in `settings.dtype`; a large one is
+    loaded in that dtype.
+    """
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    small = sum(p.numel() for p in model.parameters()) <= LEAN_LIMIT
+    storage = torch.float32 if small and settings.forward != "stock" and dtype == torch.bfloat16 else dtype
+    model = model.to(device=device, dtype=storage).eval()
+    if not (small and settings.forward != "stock" and fits(model)):
+        model, storage = model.to(dtype), dtype
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    model.requires_grad_(False)
+    return LanguageModel(model, tokenizer, settings, dtype)
+
+
+def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageModel:
+    """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is trained.
+
+    Raises ProfileError when a target module does not exist.
+    """
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets), task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(lm.model, config)
+        except ValueError as error:
+            raise ProfileError(f"lora.targets = {list(lora.targets)}: {error}") from None
+    return LanguageModel(model.eval(), lm.tokenizer, lm.settings, lm.dtype)
+
+
+def save_folder(target: Path, write) -> Path:
+    """Let `write(folder)` fill a folder beside `target`, then move it into place: it is there whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(aside)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target

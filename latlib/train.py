@@ -1,0 +1,248 @@
+"""One training loop: ssft, at, lat and lat-untargeted are settings of it.
+
+A step:
+1. Take the step's harmful and benign rows (`data.Schedule`), in micro-batches of rows of similar length.
+2. Attack **every** micro-batch with the weights frozen (`attack.pgd`), once `attack_after` steps of plain safety training
+   are over; the radius grows over `eps_ramp` steps. A share of rows keeps delta = 0.
+3. Defend: toward * CE(chosen | delta) + away * away(rejected | delta) + kl * KL(teacher || student) + sft * CE(benign),
+   each a mean over the label tokens of the whole batch, so that micro-batches change nothing.
+4. Clip, AdamW on the adapter, log exactly what was optimised.
+
+Everything random is a function of (seed, step): a checkpoint is the adapter, the optimiser and the step, and a resumed
+run ends bit for bit where an uninterrupted one does (on a CPU).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latlib.attack import Attack, pgd, radii
+from latlib.data import Batch, Schedule, TokenRow, collate
+from latlib.forward import Network
+from latlib.hooks import Site
+from latlib.losses import at_labels, kl_divergence, normalised, token_losses
+from latlib.models import LanguageModel
+from latlib.profile import TrainSettings
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model together. attacked: rows that carry delta; benign: rows with delta = 0."""
+
+    attacked: Batch
+    benign: Batch | None
+    clean: Tensor  # [rows of attacked] bool: rows whose delta is put back to zero
+
+
+class Trainer:
+    """Trains the adapter of `lm` in place.
+
+    harmful: rows with (rejected, chosen); benign: rows with (response,). norms: site -> median residual norm, for a
+    relative eps. Raises ValueError for empty or one-sided data.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        harmful: Sequence[TokenRow],
+        benign: Sequence[TokenRow],
+        settings: TrainSettings,
+        seed: int,
+        norms: Mapping[Site, float] | None = None,
+    ) -> None:
+        if not harmful or not benign:
+            raise ValueError(f"{len(harmful)} harmful and {len(benign)} benign rows: training needs both")
+        if any(len(row.completions) != 2 for row in harmful) or any(len(row.completions) != 1 for row in benign):
+            raise ValueError("a harmful row needs (rejected, chosen) and a benign row (response,)")
+        self.lm, self.settings, self.seed = lm, settings, seed
+        self.harmful, self.benign = list(harmful), list(benign)
+        self.parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.schedules = (
+            Schedule(len(self.harmful), settings.batch, 2 * seed),
+            Schedule(len(self.benign), settings.benign_batch, 2 * seed + 1),
+        )
+        self.eps = radii(settings.attack, lm.n_layers, norms) if settings.attack.steps else {}
+        self.step = 0
+        self._teacher: Network | None = None
+
+    def run(self, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
+        """Train up to `settings.steps`; `on_step(step, metrics)` after each, `step` counted from 1."""
+        while self.step < self.settings.steps:
+            began = time.perf_counter()
+            metrics = self.train_step()
+            on_step(self.step, {**metrics, "seconds": time.perf_counter() - began})
+
+    def train_step(self) -> Metrics:
+        """One step; returns the means over its updates of everything that was optimised, and of the attack."""
+        settings, generator = self.settings, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        attacked = self._attacks()
+        micro_batches = self._micro_batches(generator)
+        deltas: list[Mapping[Site, Tensor] | None] = [None] * len(micro_batches)
+        metrics: Metrics = {"eps_scale": self._eps_scale() if attacked else 0.0}
+        if attacked:
+            found = [self._attack(part, generator) for part in micro_batches]
+            deltas = [_without(a.deltas, part.clean) for a, part in zip(found, micro_batches, strict=True)]
+            losses, won = torch.cat([a.losses for a in found], 1), torch.cat([a.won for a in found])
+            metrics |= {
+                "attack_start": losses[0].mean().item(),
+                "attack_end": losses[-1].mean().item(),
+                "attack_won": won.float().mean().item(),
+            }
+        rate = self._rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        updates = [self._update(micro_batches, deltas, attacked) for _ in range(settings.iterations)]
+        self.step += 1
+        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        return {**means, **metrics, "lr": rate}
+
+    def _update(self, micro_batches, deltas, attacked: bool) -> Metrics:
+        """Forward, backward over all micro-batches, one optimiser step."""
+        tokens = _label_tokens(micro_batches)
+        sums: dict[str, float] = {}
+        self.optimiser.zero_grad()
+        for part, delta in zip(micro_batches, deltas, strict=True):
+            network = self.lm.network(train=True)
+            terms = self.defence_terms(network, part, delta, attacked, tokens)
+            torch.stack(list(terms.values())).sum().backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        self.optimiser.step()
+        metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm.item()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps")
+        return metrics
+
+    def defence_terms(
+        self, network: Network, part: MicroBatch, deltas, attacked: bool, tokens: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Weighted terms of the objective (scalars that sum to it); `tokens` are the whole batch's label counts."""
+        c, terms = self.settings.defence, {}
+        hidden = network.hidden(part.attacked, deltas)
+        toward, away = token_losses(network.unembed, at_labels(hidden, part.attacked.source), part.attacked.labels)
+        chosen, rejected = part.attacked.label_index(2), part.attacked.label_index(1)
+        if not self.settings.attack.targeted:  # rows with one completion each: refusals and benign responses
+            chosen, rejected = part.attacked.label_index(1), part.attacked.label_index(2)
+        terms["toward"] = c.toward * toward[chosen].sum() / tokens["toward"]
+        if attacked and c.away and tokens["away"]:
+            terms["away"] = c.away * away[rejected].sum() / tokens["away"]
+        if part.benign is not None and (c.kl or c.sft):
+            rows = at_labels(network.hidden(part.benign), part.benign.source)
+            if c.kl:
+                terms["kl"] = c.kl * self._kl(network, rows, part.benign) / tokens["benign"]
+            if c.sft:
+                loss, _ = token_losses(network.unembed, rows, part.benign.labels)
+                terms["sft"] = c.sft * loss.sum() / tokens["benign"]
+        return terms
+
+    def _kl(self, network: Network, rows: Tensor, benign: Batch) -> Tensor:
+        """Summed KL over the label tokens of benign rows."""
+        if self._teacher is None:
+            self._teacher = self.lm.network(adapter=False)
+        mode = self.settings.defence.kl_mode
+        with torch.no_grad():
+            teacher_rows = at_labels(self._teacher.hidden(benign), benign.source)
+        kl = kl_divergence(network.unembed, rows, self._teacher.unembed, teacher_rows, mode)
+        return kl.sum() if mode == "token" else normalised(kl.mean()) * len(kl)
+
+    def _attack(self, part: MicroBatch, generator: torch.Generator) -> Attack:
+        eps = {site: radius * self._eps_scale() for site, radius in self.eps.items()}
+        return pgd(self.lm.network(), part.attacked, eps, self.settings.attack, generator)
+
+    def _attacks(self) -> bool:
+        return bool(self.settings.attack.steps) and self.step >= self.settings.attack_after
+
+    def _eps_scale(self) -> float:
+        ramp = self.settings.eps_ramp
+        return min(1.0, (self.step - self.settings.attack_after + 1) / ramp) if ramp else 1.0
+
+    def _rate(self) -> float:
+        s = self.settings
+        warm = min(1.0, (self.step + 1) / s.lr_warmup) if s.lr_warmup else 1.0
+        decay = s.steps * s.lr_decay_share
+        return s.lr * warm * (min(1.0, (s.steps - self.step) / decay) if decay else 1.0)
+
+    def _micro_batches(self, generator: torch.Generator) -> list[MicroBatch]:
+        s = self.settings
+        harmful = [self.harmful[i] for i in self.schedules[0].rows(self.step)]
+        benign = [self.benign[i] for i in self.schedules[1].rows(self.step)]
+        if not s.attack.targeted:
+            harmful = [TokenRow(r.prompt, r.completions[1:]) for r in harmful] + benign
+        harmful, benign = (sorted(rows, key=lambda r: r.length) for rows in (harmful, benign))
+        count = -(-max(len(harmful), len(benign)) // s.micro_batch)
+        parts = []
+        for attacked, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
+            if attacked:
+                batch = collate(attacked, device=self.lm.device)
+                clean = torch.rand(len(attacked), generator=generator) < s.clean_share
+                calm_batch = collate(calm, device=self.lm.device) if calm else None
+                parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
+        return parts
+
+    def state(self) -> dict:
+        """All that a resumed run needs: the step, the adapter and the optimiser."""
+        return {
+            "step": self.step,
+            "adapter": [p.detach().cpu() for p in self.parameters],
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Continue from a `state()`."""
+        self.step = state["step"]
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["adapter"], strict=True):
+                parameter.copy_(value)
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def save_checkpoint(trainer: Trainer, path: Path) -> None:
+    """Write aside, then rename: a checkpoint is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    torch.save(trainer.state(), aside)
+    aside.replace(path)
+
+
+def load_checkpoint(trainer: Trainer, path: Path) -> int:
+    """Restore from a checkpoint if there is one; returns the step to go on from."""
+    if path.exists():
+        trainer.restore(torch.load(path, map_location=trainer.lm.device, weights_only=True))
+    return trainer.step
+
+
+def _split(rows: list, count: int) -> list[list]:
+    """`count` runs of nearly equal length."""
+    bounds = [round(i * len(rows) / count) for i in range(count + 1)]
+    return [rows[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _label_tokens(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
+    """Label tokens of the whole batch, by which every sum is divided."""
+    targeted = any(part.attacked.packed for part in micro_batches)
+    count = {name: sum(len(p.attacked.label_index(s)) for p in micro_batches) for name, s in (("a", 1), ("b", 2))}
+    return {
+        "toward": count["b"] if targeted else count["a"],
+        "away": count["a"] if targeted else 0,
+        "benign": sum(len(p.benign.labels) for p in micro_batches if p.benign is not None),
+    }
+
+
+def _without(deltas: Mapping[Site, Tensor], clean: Tensor) -> dict[Site, Tensor]:
+    """The perturbations with those of `clean` rows ([batch] bool) put back to zero."""
+    return {site: delta.masked_fill(clean[:, None, None], 0.0) for site, delta in deltas.items()}
