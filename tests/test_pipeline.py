@@ -1,0 +1,219 @@
+"""The pipeline on throw-away notebooks: what it leaves behind when all goes well, fails, or is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from latlib import pipeline, progress
+
+PARAMETERS = "profile = 'smoke'\nout = None"
+
+
+def write_notebook(folder, name, *sources, parameters=PARAMETERS):
+    cells = [new_markdown_cell("# Is it so?")]
+    cells.append(new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells += [new_code_cell(source) for source in sources]
+    folder.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a profile; notebooks go to `place / 'notebooks'`, the run to `place / 'run dir'`."""
+    (tmp_path / "mine.yaml").write_text("description: a test\nmethods: {lat: {}}\n")
+    return tmp_path
+
+
+def command(place, *options):
+    fixed = ["--profile", str(place / "mine.yaml"), "--out", str(place / "run dir")]
+    return [sys.executable, "-m", "latlib.pipeline", *fixed, "--notebooks", str(place / "notebooks"), *options]
+
+
+def run(place, *options):
+    return subprocess.run(command(place, *options), capture_output=True, text=True, timeout=120, cwd="/")
+
+
+def listing(place):
+    return sorted(p.name for p in (place / "run dir" / "notebooks").iterdir() if not p.name.startswith("."))
+
+
+def test_whole_run_in_order_with_the_parameters_in_this_python(place):
+    kernels = place / "home" / "kernels" / "python3"  # a user's own kernelspec of that name, pointing elsewhere
+    kernels.mkdir(parents=True)
+    (kernels / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    os.environ["JUPYTER_DATA_DIR"] = str(place / "home")
+    try:
+        report = "import sys, os, pathlib\nprint(profile, out, sys.executable, os.environ['LATLIB_BATCH'])"
+        write_notebook(place / "notebooks", "01_first", "from pathlib import Path\n(Path(out) / 'results').mkdir()")
+        write_notebook(
+            place / "notebooks", "99_report", report, "pathlib.Path(out, 'results', 'a').touch(exist_ok=False)"
+        )
+        done = run(place)
+    finally:
+        del os.environ["JUPYTER_DATA_DIR"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = place / "run dir"
+    assert listing(place) == ["01_first.ipynb", "99_report.ipynb"]
+    assert (folder / "report.html").is_file() and done.stdout.endswith(f"report: {folder / 'report.html'}\n")
+    executed = nbformat.read(folder / "notebooks" / "99_report.ipynb", as_version=4)
+    (output,) = executed.cells[3].outputs
+    assert output.text.rstrip() == f"{place / 'mine.yaml'} {folder} {sys.executable} 1"
+    assert executed.metadata.papermill.input_path == "99_report.ipynb", "someone's path is in the executed notebook"
+    assert (folder / "logs" / "99_report.log").read_text().startswith(str(place / "mine.yaml"))
+
+
+def test_failing_cell_is_named_and_nothing_looks_finished(place):
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    write_notebook(place / "notebooks", "02_bad", "y = 2", "\n# why\nprint('before'); 1 / 0", "print('never')")
+    write_notebook(place / "notebooks", "03_later", "z = 3")
+    done = run(place)
+    folder = place / "run dir"
+    assert done.returncode == 1
+    assert listing(place) == ["01_first.ipynb", "02_bad.failed.ipynb"]
+    log = folder / "logs" / "02_bad.log"
+    closing = done.stdout.splitlines()[-3:]
+    assert closing == ["failed: 02_bad, cell 4: # why", "  ZeroDivisionError: division by zero", f"  log: {log}"]
+    assert log.read_text().startswith("before\n") and "Traceback" in log.read_text() and "\x1b" not in log.read_text()
+    write_notebook(place / "notebooks", "02_bad", "y = 2")
+    assert run(place, "--only", "2").returncode == 0
+    assert listing(place) == ["01_first.ipynb", "02_bad.ipynb"], "the failed one is still beside the good one"
+
+
+def test_a_parameter_the_notebook_does_not_have_is_an_error_before_anything_runs(place):
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    write_notebook(place / "notebooks", "02_old", "x = 1", parameters="profil = 'smoke'\nout = None")
+    done = run(place)
+    assert done.returncode == 2
+    assert "02_old.ipynb" in done.stderr and "'profile'" in done.stderr and "profil, out" in done.stderr
+    assert not (place / "run dir" / "notebooks").exists()
+
+
+LOOP = """
+import os, pathlib, time
+from latlib.progress import Progress, Stopped, stop_requested
+pathlib.Path(out, 'pid').write_text(str(os.getpid()))
+with Progress(out, 'lat seed 0', 1000) as bar:
+    for step in range(1000):
+        bar.update(step, 'loss 0.5')
+        time.sleep(0.05)
+        if OBEYS and stop_requested(out):
+            pathlib.Path(out, 'saved').touch()
+            raise Stopped('asked to stop')
+"""
+
+
+def started(place, *options):
+    """The pipeline, running, and its kernel's process id."""
+    process = subprocess.Popen(command(place, *options), stdout=subprocess.PIPE, text=True)
+    pid_file = place / "run dir" / "pid"
+    for _ in range(600):
+        if pid_file.exists() and pid_file.read_text() and progress.read(place / "run dir"):
+            return process, int(pid_file.read_text())
+        assert process.poll() is None, "the pipeline ended early"
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("the kernel did not start within 30 s")
+
+
+def gone(pid, seconds):
+    for _ in range(int(seconds / 0.05)):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(("obeys", "number"), [(True, signal.SIGTERM), (False, signal.SIGINT)])
+def test_a_signal_lets_the_kernel_save_and_the_status_is_75(place, obeys, number):
+    write_notebook(place / "notebooks", "01_loop", f"OBEYS = {obeys}", LOOP)
+    write_notebook(place / "notebooks", "02_next", "x = 1")
+    process, pid = started(place)
+    assert progress.read(place / "run dir")["label"] == "lat seed 0"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert "same command" in output.splitlines()[-1]
+    assert (place / "run dir" / "saved").exists() is obeys
+    assert gone(pid, 0.5), "a kernel is left"
+    assert listing(place) == [] and not (place / "run dir" / "STOP").exists()
+
+
+def test_a_killed_pipeline_leaves_nothing_that_looks_finished_and_locks_while_it_runs(place):
+    write_notebook(place / "notebooks", "01_loop", "OBEYS = False", LOOP)
+    process, pid = started(place)
+    try:
+        second = run(place)
+        assert second.returncode == 2 and "another run is using" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+    assert listing(place) == []
+    try:
+        assert gone(pid, 15), "the kernel outlives its pipeline"
+    finally:
+        if not gone(pid, 0.05):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_select_by_number_and_name(place):
+    for name in ("01_hooks", "03_lat_training", "99_report"):
+        write_notebook(place, name)
+    notebooks = pipeline.find_notebooks(place)
+    assert [n.stem for n in notebooks] == ["01_hooks", "03_lat_training", "99_report"]
+    for only in (["3", "01"], ["lat_training,01_hooks"], ["03_lat_training.ipynb", "1"]):
+        assert [n.stem for n in pipeline.select(notebooks, only)] == ["01_hooks", "03_lat_training"]
+    assert pipeline.select(notebooks, []) == notebooks
+    with pytest.raises(pipeline.UsageError, match="--only 04.*01_hooks"):
+        pipeline.select(notebooks, ["04"])
+
+
+def test_fresh_empties_run_folders_only(tmp_path):
+    (tmp_path / "profile.yaml").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "notes.txt").touch()
+    pipeline.empty_run_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(pipeline.UsageError, match=r"thesis\.tex"):
+        pipeline.empty_run_folder(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_bad_profile_and_bad_option_end_with_status_2(place):
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    (place / "mine.yaml").write_text("description: a test\nmethods: {lat: {lr: 8e-5}}\n")
+    done = run(place)
+    assert done.returncode == 2 and "8.0e-5" in done.stderr and "Traceback" not in done.stderr
+    assert run(place, "--frsh").returncode == 2
+    assert not (place / "run dir").exists()
+
+
+def test_progress_line_shows_label_steps_and_detail(tmp_path):
+    progress.report(tmp_path, "lat seed 0", 30, 120, "loss 0.71")
+    kernel = pipeline.Kernel(tmp_path, cell=3, cells=9)
+    text = pipeline._line("03_lat_training", time.monotonic() - 65, kernel, progress.read(tmp_path))
+    assert text.split() == ["03_lat_training", "1:05", "cell", "3/9", "lat", "seed", "0"] + [
+        "[###---------]",
+        "30/120",
+        "loss",
+        "0.71",
+    ]
+    (tmp_path / "progress.json").write_text('{"label": "half a rec')
+    assert progress.read(tmp_path) is None
+
+
+def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(progress, "report", lambda *record: written.append(record[2]))
+    with progress.Progress(tmp_path, "work", 1000) as bar:
+        for step in range(1000):
+            bar.update(step + 1)
+    assert written[0] == 0 and written[-1] == 1000 and len(written) < 20
