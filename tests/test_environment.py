@@ -1,0 +1,76 @@
+"""pyproject.toml, constraints.txt and environment.yml describe the same environment."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11; the files do not depend on who reads them
+
+
+def project(root):
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+def direct(root):
+    """Canonical name -> requirement of everything pyproject asks for."""
+    table = project(root)
+    requirements = map(Requirement, table["dependencies"] + table["optional-dependencies"]["test"])
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+def pins(root, python="3.11"):
+    """Canonical name -> version that constraints.txt gives on that Python."""
+    lines = (root / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    environment = default_environment() | {"python_version": python}
+    found = {}
+    for r in requirements:
+        if r.marker is None or r.marker.evaluate(environment):
+            assert canonicalize_name(r.name) not in found, f"{r.name} is pinned twice on Python {python}"
+            found[canonicalize_name(r.name)] = str(r.specifier)
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_direct_requirement_has_one_exact_pin_that_satisfies_it(root, python):
+    pinned = pins(root, python)
+    for name, requirement in direct(root).items():
+        assert name in pinned, f"{name} has no pin on Python {python}"
+        version = re.fullmatch(r"==([0-9][0-9a-z.]*)", pinned[name])
+        assert version, f"{name}{pinned[name]} is not an exact version without a local suffix"
+        assert requirement.specifier.contains(version[1]), f"{name} {version[1]} does not satisfy {requirement}"
+
+
+def test_pins_hold_on_any_machine(root):
+    text = (root / "constraints.txt").read_text()
+    assert not re.search(r"://|@ |^nvidia|^triton|^cuda|^latlib|==[^;\n]*\+\w", text, re.MULTILINE)
+
+
+def test_conda_users_get_the_same_set(root):
+    environment = yaml.safe_load((root / "environment.yml").read_text())
+    (section,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    options = [line for line in section if line.startswith("-")]
+    assert options == ["-c constraints.txt", "-e ."]
+    listed = {canonicalize_name(r.name): str(r.specifier) for r in map(Requirement, set(section) - set(options))}
+    (python,) = [d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python")]
+    pinned = pins(root, python.split("=")[1])
+    assert listed == {name: pinned[name] for name in direct(root)}
+    assert python.split("=")[1] in ("3.10", "3.11", "3.12", "3.13")
+
+
+def test_run_all_accepts_the_same_pythons(root):
+    assert project(root)["requires-python"] == ">=3.10"
+    assert "(3, 10)" in (root / "run_all.sh").read_text()
+
+
+def test_importing_latlib_needs_only_the_core():
+    """Neither matplotlib nor wandb nor papermill is imported until someone asks for it."""
+    code = "import sys, latlib, latlib.profile, latlib.tracking, latlib.progress, latlib.pipeline; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "wandb", "papermill", "nbconvert"} & set(loaded)
