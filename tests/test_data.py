@@ -1,0 +1,200 @@
+"""Rows to tokens to packed batches: labels sit where the model predicts them, and completions do not see each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, tokenise
+
+ids = st.integers(1, 99)
+completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
+token_row = st.builds(
+    TokenRow, st.lists(ids, min_size=1, max_size=6).map(tuple), st.lists(completion, min_size=1, max_size=2).map(tuple)
+)
+TEMPLATE = (
+    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )  # adds a BOS if it is asked to
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+
+
+def text_of(tokenizer, tokens):
+    """Byte-level tokens back to text, special tokens included."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(tokens))).replace("Ġ", " ")
+
+
+def row(prompt="why ?", *completions, row_id="r7"):
+    return Row(row_id, prompt, completions or ("because .", "no ."))
+
+
+def test_a_row_reads_as_the_chat_template_writes_it(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "why ?"}, {"role": "assistant", "content": "because ."}], tokenize=False
+    )
+    assert text_of(tokenizer, found.prompt) == "<s>[user] why ?[assistant] "
+    assert text_of(tokenizer, found.prompt + found.completions[0]) == whole
+    assert text_of(tokenizer, found.completions[1]) == "no .</s>"
+
+
+def test_no_second_bos(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    assert found.prompt.count(tokenizer.bos_token_id) == 1
+    assert all(tokenizer.bos_token_id not in c for c in found.completions)
+    assert all(c.count(tokenizer.eos_token_id) == 1 and c[-1] == tokenizer.eos_token_id for c in found.completions)
+
+
+def test_the_system_prompt_comes_first(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200, system_prompt="be kind")
+    assert text_of(tokenizer, found.prompt).startswith("<s>[system] be kind[user]")
+
+
+def test_a_prefill_moves_words_into_the_prompt_and_changes_no_token_of_the_whole(tokenizer):
+    (plain,) = tokenise([row("why ?", "sure : go .")], tokenizer, 200)
+    (filled,) = tokenise([row("why ?", "sure : go .")], tokenizer, 200, prefill="sure :")
+    assert text_of(tokenizer, filled.prompt).endswith("[assistant] sure :")
+    assert text_of(tokenizer, filled.prompt + filled.completions[0]) == text_of(
+        tokenizer, plain.prompt + plain.completions[0]
+    )
+
+
+def test_a_prefill_that_the_completion_lacks_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'r7'.*'sure :'"):
+        tokenise([row()], tokenizer, 200, prefill="sure :")
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare-model")
+    for call in (lambda: chat_text(bare, "why ?"), lambda: tokenise([row()], bare, 200)):
+        with pytest.raises(ValueError, match="chat.template"):
+            call()
+    with pytest.raises(ValueError, match="'bare-model' has no chat template: use"):
+        chat_text(bare, "why ?")
+
+
+def test_a_row_longer_than_the_limit_is_named_with_both_lengths(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    longest = len(found.prompt) + max(map(len, found.completions))
+    assert tokenise([row()], tokenizer, longest) == [found]
+    with pytest.raises(ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}.*shorten"):
+        tokenise([row()], tokenizer, longest - 1)
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_completion_is_refused_by_row(tokenizer, empty):
+    with pytest.raises(ValueError, match="'r7' has an empty completion"):
+        tokenise([row("why ?", "because .", empty)], tokenizer, 200)
+
+
+def test_no_rows_give_no_rows(tokenizer):
+    assert tokenise([], tokenizer, 10) == []
+
+
+@given(st.lists(token_row, min_size=1, max_size=4), st.sampled_from([1, 8]))
+def test_each_label_is_predicted_from_the_token_before_it(rows, pad_to):
+    batch = collate(rows, pad_id=0, pad_to=pad_to)
+    expected = []
+    for index, r in enumerate(rows):
+        for segment, tokens in enumerate(r.completions, start=1):
+            before = [r.prompt[-1], *tokens[:-1]]
+            places = range(len(r.prompt) - 1, len(r.prompt) - 1 + len(tokens))
+            expected += [(index, segment, p, b, t) for p, b, t in zip(places, before, tokens, strict=True)]
+    source = batch.source.tolist()
+    found = zip(
+        batch.label_rows.tolist(),
+        batch.label_segments.tolist(),
+        batch.positions.flatten()[source].tolist(),
+        batch.ids.flatten()[source].tolist(),
+        batch.labels.tolist(),
+        strict=True,
+    )
+    assert list(found) == expected
+    assert all(at // batch.shape[1] == row for at, row in zip(source, batch.label_rows.tolist(), strict=True))
+
+
+@given(st.lists(token_row, min_size=1, max_size=4), st.sampled_from([1, 8]))
+def test_rows_are_packed_in_order_and_padded_on_the_right(rows, pad_to):
+    batch = collate(rows, pad_id=0, pad_to=pad_to)
+    assert batch.shape[1] % pad_to == 0 and batch.shape[1] - max(r.length for r in rows) < pad_to
+    for r, tokens, places, parts in zip(
+        rows, batch.ids.tolist(), batch.positions.tolist(), batch.segments.tolist(), strict=True
+    ):
+        real = list(r.prompt) + [t for c in r.completions for t in c[:-1]]
+        assert tokens == real + [0] * (batch.shape[1] - len(real))
+        assert parts[len(real) :] == [PADDING] * (batch.shape[1] - len(real))
+        assert places[: len(r.prompt)] == list(range(len(r.prompt)))
+        for segment, c in enumerate(r.completions, start=1):
+            own = [p for p, s in zip(places, parts, strict=True) if s == segment]
+            assert own == list(range(len(r.prompt), len(r.prompt) + len(c) - 1))
+
+
+@settings(max_examples=30)
+@given(st.lists(token_row, min_size=1, max_size=3))
+def test_a_query_sees_the_prompt_and_its_own_completion_up_to_itself(rows):
+    batch = collate(rows)
+    seen, parts = batch.attends(), batch.segments.tolist()
+    for n in range(len(rows)):
+        for i in range(batch.shape[1]):
+            for j in range(batch.shape[1]):
+                real = parts[n][i] != PADDING and parts[n][j] != PADDING
+                expected = i == j or (real and j < i and parts[n][j] in (0, parts[n][i]))
+                assert bool(seen[n, i, j]) == expected
+
+
+def test_packed_says_whether_a_row_holds_two_completions():
+    one, two = TokenRow((1, 2), ((3, 4),)), TokenRow((1, 2), ((3, 4), (5, 6)))
+    assert not collate([one, one]).packed
+    assert collate([one, two]).packed
+
+
+def test_label_index_selects_one_completion():
+    batch = collate([TokenRow((1, 2), ((3, 4), (5, 6, 7))), TokenRow((1,), ((8,), (9,)))])
+    assert batch.labels[batch.label_index(1)].tolist() == [3, 4, 8]
+    assert batch.labels[batch.label_index(2)].tolist() == [5, 6, 7, 9]
+
+
+def test_to_moves_every_tensor():
+    moved = collate([TokenRow((1, 2), ((3, 4),))]).to("meta")
+    assert isinstance(moved, Batch)
+    assert all(getattr(moved, name).device.type == "meta" for name in moved.__dataclass_fields__)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 100))
+def test_a_schedule_covers_each_epoch_exactly_once(n, batch, seed):
+    schedule, epochs = Schedule(n, batch, seed), 3
+    steps = -(-epochs * n // batch)
+    taken = [i for step in range(steps) for i in schedule.rows(step)]
+    for epoch in range(epochs):
+        assert sorted(taken[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_a_schedule_is_reshuffled_every_epoch_from_the_seed():
+    epochs = [tuple(Schedule(50, 50, 7).rows(step)) for step in range(4)]
+    assert len(set(epochs)) == 4
+    assert epochs == [tuple(Schedule(50, 50, 7).rows(step)) for step in range(4)]
+    assert epochs[0] != tuple(Schedule(50, 50, 8).rows(0))
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9), st.permutations(range(6)))
+def test_a_step_can_be_asked_for_in_any_order(n, batch, seed, order):
+    one = Schedule(n, batch, seed)
+    assert {step: one.rows(step) for step in order} == {step: Schedule(n, batch, seed).rows(step) for step in order}
+
+
+def test_batches_are_int64_on_the_asked_device():
+    batch = collate([TokenRow((1, 2), ((3, 4),))])
+    assert all(getattr(batch, name).dtype == torch.long for name in batch.__dataclass_fields__)

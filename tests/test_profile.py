@@ -1,0 +1,133 @@
+"""Settings: read from YAML with their types; everything that cannot be used is refused by field, value and mend."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from latlib.profile import Profile, ProfileError, differences, find_share, load_profile, run_folder
+
+MINIMAL = {
+    "description": "a test",
+    "methods": {"ssft": {"attack.steps": 0}, "lat": {}, "at": {"attack.sites": ["embedding"]}},
+}
+
+
+def write(folder, changes="", **sections):
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **sections}) + changes)
+    return path
+
+
+def refusal_of(folder, changes="", **sections) -> str:
+    with pytest.raises(ProfileError) as caught:
+        load_profile(write(folder, changes, **sections))
+    return str(caught.value)
+
+
+def test_a_file_becomes_a_frozen_profile_named_after_it(tmp_path):
+    profile = load_profile(write(tmp_path, train={"steps": 7}))
+    assert (profile.name, profile.train.steps, profile.train.attack.steps) == ("mine", 7, 5)
+    with pytest.raises(ValidationError):
+        profile.train.steps = 8
+
+
+def test_every_shipped_profile_loads():
+    names = sorted(path.stem for path in find_share("profiles").glob("*.yaml"))
+    assert names
+    for name in names:
+        assert load_profile(name).name == name
+
+
+def test_learning_rate_as_text_is_refused_and_the_mend_works(tmp_path):
+    message = refusal_of(tmp_path, "train: {lr: 8e-5}\n")  # YAML 1.1 reads this as text
+    assert "train.lr" in message and "'8e-5'" in message and "8.0" in message
+    mend = message.split("write ")[1].split()[0]
+    assert load_profile(write(tmp_path, f"train: {{lr: {mend}}}\n")).train.lr == 8e-5
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"train": {"stepz": 3}}, ("train.stepz", "3", "'steps'")),
+        ({"train": {"attack": {"epsilon": 1.0}}}, ("train.attack.epsilon", "1.0", "eps")),
+        ({"trains": {}}, ("trains", "'train'")),
+        ({"train": {"attack": {"eps": 0.0}}}, ("train.attack.eps", "0.0", "greater than 0")),
+        ({"train": {"attack": {"eps": -6.0}}}, ("train.attack.eps", "-6.0", "greater than 0")),
+        ({"train": {"attack": {"eps": float("inf")}}}, ("train.attack.eps", "inf", "finite")),
+        ({"train": {"attack": {"sites": []}}}, ("train.attack.sites", "at least 1")),
+        ({"train": {"attack": {"sites": [1.5]}}}, ("train.attack.sites", "1.5", "[0, 1)")),
+        ({"train": {"attack": {"sites": [-1]}}}, ("train.attack.sites", "-1", ">= 0")),
+        ({"train": {"attack": {"sites": [True]}}}, ("train.attack.sites", "True", "block index")),
+        ({"train": {"attack": {"rule": "adam"}}}, ("train.attack.rule", "'adam'", "'adamw'")),
+        ({"train": {"steps": "100"}}, ("train.steps", "'100'", "without quotes")),
+        ({"train": {"steps": 2.5}}, ("train.steps", "2.5", "integer")),
+        ({"train": {"attack": {"targeted": "no"}}}, ("train.attack.targeted", "'no'", "boolean")),
+        ({"seeds": [0, 0]}, ("seeds", "[0, 0]", "once")),
+        ({"methods": {"lat": {"attack.epz": 1.0}}}, ("methods.lat", "'attack.epz'", "'attack.eps'")),
+        ({"methods": {"lat": {"attack.eps": -1.0}}}, ("methods.lat", "-1.0", "greater than 0")),
+        ({"sweep": {"variants": {"no-away": {"defence.awy": 0.0}}}}, ("no-away", "'defence.awy'", "'defence.away'")),
+        ({"data": {"source": "files"}}, ("data.source", "'files'", "data.harmful")),
+        ({"model": {"source": "gpt2"}}, ("model.source", "'gpt2'", "'files'")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_settings_name_the_field_the_value_and_the_mend(tmp_path, sections, said):
+    message = refusal_of(tmp_path, **sections)
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["tiney", "no-such-profile", "nowhere.yaml"])
+def test_unknown_profile_is_named(name):
+    with pytest.raises(ProfileError, match=name):
+        load_profile(name)
+
+
+def test_a_misspelt_profile_gets_the_near_name():
+    with pytest.raises(ProfileError, match="did you mean 'tiny'"):
+        load_profile("tinny")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- only\n- a list\n", ""])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ProfileError, match="broken.yaml"):
+        load_profile(path)
+
+
+def test_a_method_is_the_train_section_with_fields_replaced(tmp_path):
+    profile = load_profile(write(tmp_path, train={"lr": 0.1, "attack": {"eps": 2.0, "sites": [1]}}))
+    assert profile.training("lat") == profile.train
+    assert profile.training("at").attack.sites == ("embedding",)
+    assert profile.training("at").attack.eps == 2.0
+    changed = profile.training("lat", {"attack.eps": 3.0, "defence.kl": 0.0})
+    assert (changed.attack.eps, changed.defence.kl, changed.lr) == (3.0, 0.0, 0.1)
+
+
+def test_an_unknown_method_or_change_is_refused(tmp_path):
+    profile = load_profile(write(tmp_path))
+    with pytest.raises(ProfileError, match="'rlhf'.*choose one of at, lat, ssft"):
+        profile.training("rlhf")
+    with pytest.raises(ProfileError, match="'attack.step' does not exist.*'attack.steps'"):
+        profile.training("lat", {"attack.step": 3})
+    with pytest.raises(ProfileError, match="'8e-5' is text"):
+        profile.training("lat", {"lr": "8e-5"})
+
+
+def test_differences_name_every_changed_leaf_and_nothing_else(tmp_path):
+    old = load_profile(write(tmp_path)).model_dump()
+    new = load_profile(write(tmp_path, train={"attack": {"eps": 2.0}}, seeds=[4])).model_dump()
+    assert differences(old, old) == []
+    assert differences(old, new) == ["seeds: (0, 1, 2) -> (4,)", "train.attack.eps: 6.0 -> 2.0"]
+
+
+def test_run_folder_prefers_the_argument_then_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATLIB_RUNS", str(tmp_path / "all"))
+    assert run_folder("tiny") == tmp_path / "all" / "tiny"
+    assert run_folder("tiny", tmp_path / "mine") == tmp_path / "mine"
+
+
+def test_profile_survives_a_round_trip_through_json(tmp_path):
+    profile = load_profile(write(tmp_path))
+    assert Profile.model_validate_json(profile.model_dump_json()) == profile
