@@ -88,7 +88,8 @@ class LatlibEngine(Engine):
         client.create_kernel_manager()
         kernel.manager = client.km
         try:
-            client.execute(cwd=str(folder))
+            # what the kernel's process and its workers say outside any cell belongs to the log as well
+            client.execute(cwd=str(folder), stdout=options["log_file"], stderr=options["log_file"])
         finally:
             kernel.manager = None
             kernel.send(signal.SIGKILL)  # workers that a dead kernel has left behind
@@ -136,7 +137,8 @@ def run_notebook(notebook: Path, run_folder: Path, parameters: dict[str, Any], k
         folder.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
     kernel.cell = kernel.cells = 0
-    with log_path.open("w", encoding="utf-8") as file:
+    log_path.unlink(missing_ok=True)
+    with log_path.open("a", encoding="utf-8") as file:  # append: the kernel's process writes into it too
         log = _Log(file)
         try:
             _execute(notebook, unfinished, parameters, kernel, log)
@@ -174,6 +176,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: K
             progress_bar=False,
             stdout_file=log,
             stderr_file=log,
+            log_file=log.file,
             kernel=kernel,
             kernel_folder=notebook.parent,
         )

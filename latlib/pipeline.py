@@ -190,6 +190,7 @@ def run_all(notebooks: list[Path], folder: Path, parameters: dict[str, Any], ker
         check_parameters(notebook, list(parameters))
     from latlib.notebook_runner import run_notebook
 
+    started = time.monotonic()
     for notebook in notebooks:
         failure = None
         if not kernel.stopping:
@@ -206,6 +207,7 @@ def run_all(notebooks: list[Path], folder: Path, parameters: dict[str, Any], ker
         if failure is not None:
             _say_failure(failure)
             return FAILED
+    print(f"{'all':<20} {_clock(time.monotonic() - started):>6}  ok", flush=True)
     report = next((n for n in notebooks if n.stem == "99_report"), None)
     if report is not None:
         from latlib.export import ExportError, export_html
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(folder):
             if options.fresh:
                 empty_run_folder(folder)
-            (folder / "STOP").unlink(missing_ok=True)
+            (folder / "STOP").unlink(missing_ok=True)  # this and the next: left by a run that was killed
             shutil.rmtree(folder / "notebooks" / ".unfinished", ignore_errors=True)
             print(f"profile {profile.name}: {len(notebooks)} notebook(s) into {folder}", flush=True)
             kernel = Kernel(folder)
@@ -271,6 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
                     return run_all(notebooks, folder, parameters, kernel)
                 finally:  # left there, it would stop the next notebook someone opens by hand
                     (folder / "STOP").unlink(missing_ok=True)
+                    shutil.rmtree(folder / "notebooks" / ".unfinished", ignore_errors=True)
     except (ProfileError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
