@@ -1,6 +1,7 @@
 """Sites in the residual stream, and the hooks that read or change it there.
 
-1. A **site** is 'embedding' (the residual stream before block 0) or a block index i (the stream after block i, 0-based).
+1. A **site** is 'embedding' (the residual stream before block 0) or a block index i (the stream after block i,
+   0-based).
 2. `LATHook` adds a perturbation at sites; `Capture` reads the stream; `Ablate` removes directions from everything that
    is written to it. All are context managers, removed whatever happens inside.
 3. A block may return a tensor or a tuple whose first element is the stream (it depends on family and version).
@@ -122,10 +123,10 @@ class LATHook(_Hooks):
     """Add `deltas[site]` to the residual stream at each site while the context is open.
 
     deltas: site -> [batch, seq, d_model], in units of the residual stream; gradients flow to them. A float32 delta on a
-    bf16 stream is added in bf16. With `decoding=True` the perturbation applies to the prefill, and the following calls of
-    one token (cached decoding) pass unchanged.
-    Raises ValueError inside the forward when a delta's shape, device or dtype does not fit the stream. Source: Casper et
-    al. 2024; Sheshadri et al. 2024, section 3.
+    bf16 stream is added in bf16. With `decoding=True` the perturbation applies to the prefill, and the following calls
+    of one token (cached decoding) pass unchanged.
+    Raises ValueError inside the forward when a delta's shape, device or dtype does not fit the stream. Source: Casper
+    et al. 2024; Sheshadri et al. 2024, section 3.
     """
 
     def __init__(self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False) -> None:
@@ -191,8 +192,9 @@ class Capture(_Hooks):
 class Ablate(_Hooks):
     """Project directions out of everything written to the residual stream, at every position.
 
-    directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the embedding and to the output
-    of every block, attention and MLP, so that the stream never holds them. Source: Arditi et al. 2024, section 2.4.
+    directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the embedding and to the
+    output of every block, attention and MLP, so that the stream never holds them. Source: Arditi et al. 2024, section
+    2.4.
     """
 
     def __init__(self, model: nn.Module, directions: Tensor) -> None:
@@ -212,10 +214,14 @@ class Ablate(_Hooks):
 
 
 def writers_of(block: nn.Module) -> list[nn.Module]:
-    """The attention and MLP modules of a block, whose outputs are added to the residual stream.
+    """The attention and MLP modules of a block, whose outputs are added to the residual stream; in families that put a
+    norm behind them (Gemma 2, OLMo 2) these norms.
 
     Raises ValueError when they cannot be told from their names.
     """
+    norms = [c for n, c in block.named_children() if n in ("post_attention_layernorm", "post_feedforward_layernorm")]
+    if len(norms) == 2:
+        return norms
     found = [
         child
         for name, child in block.named_children()
