@@ -1,4 +1,4 @@
-"""The obvious, slow way, in float64, to compute what latlib computes fast: a row at a time, full logits, plain loops."""
+"""The obvious, slow way, in float64, to compute what latlib computes fast: single rows, full logits, plain loops."""
 
 from __future__ import annotations
 
