@@ -3,10 +3,10 @@
 For a packed batch of rows [prompt | rejected | chosen], sites S and radii eps:
 1. delta = 0 (or uniform in the ball) at every perturbed position of every site; 0 elsewhere, and on padding.
 2. The stream at the lowest site is computed once; each step runs from there.
-3. loss = toward * CE(rejected | delta) + away * away(chosen | delta), the mean over each row's tokens, summed over rows,
-   so that rows do not interact. Untargeted: minus the CE of the response.
-4. A step of `adamw` (the paper), `sign` or `l2` (normalised gradient) on all sites at once, then every position's delta is
-   projected onto its L2 ball.
+3. loss = toward * CE(rejected | delta) + away * away(chosen | delta), the mean over each row's tokens, summed over
+   rows, so that rows do not interact. Untargeted: minus the CE of the response.
+4. A step of `adamw` (the paper), `sign` or `l2` (normalised gradient) on all sites at once, then every position's
+   delta is projected onto its L2 ball.
 5. With restarts, each row keeps the perturbation with the lowest loss.
 
 Weights are frozen inside: an attack leaves every `parameter.grad` as it was.
@@ -32,9 +32,9 @@ from latlib.profile import AttackSettings
 class Attack:
     """What an attack found.
 
-    deltas: site -> [batch, seq, d_model]. losses: [steps + 1, batch], each row's attack loss before every step and at the
-    end, of the restart that was kept. won: [batch] bool, whether the model under the final perturbation would write the
-    wanted completion word for word (greedy); untargeted, whether it would not. eps: site -> radius used.
+    deltas: site -> [batch, seq, d_model]. losses: [steps + 1, batch], each row's attack loss before every step and at
+    the end, of the restart that was kept. won: [batch] bool, whether the model under the final perturbation would
+    write the wanted completion word for word (greedy); untargeted, whether it would not. eps: site -> radius used.
     """
 
     deltas: dict[Site, Tensor]

@@ -2,10 +2,10 @@
 
 1. A `Row` is a prompt with one or two completions: (rejected, chosen) for preference rows, (response,) for benign rows.
 2. `tokenise` puts the prompt through the tokenizer's own chat template, once, with no second BOS.
-3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the prompt's positions and
-   do not see each other, so the prompt is computed once and one forward serves the toward and the away loss.
-4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed, epoch) alone, so that
-   a resumed run needs no stored cursor.
+3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the prompt's positions
+   and do not see each other, so the prompt is computed once and one forward serves the toward and the away loss.
+4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed, epoch) alone, so
+   that a resumed run needs no stored cursor.
 """
 
 from __future__ import annotations

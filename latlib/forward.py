@@ -47,7 +47,8 @@ class Network(Protocol):
         """[n, vocabulary] logits of hidden rows [n, d_model]."""
 
     def ablated(self, directions: Tensor) -> Network:
-        """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the stream."""
+        """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the
+        stream."""
 
 
 @contextmanager
@@ -107,7 +108,9 @@ class StockNetwork:
         if self._inputs is None or self._inputs[0] is not batch:
             inputs = {"position_ids": batch.positions, "use_cache": False}
             if batch.packed:
-                bias = torch.zeros(batch.ids.shape[0], 1, *batch.attends().shape[1:], device=self.device, dtype=self.dtype)
+                bias = torch.zeros(
+                    batch.ids.shape[0], 1, *batch.attends().shape[1:], device=self.device, dtype=self.dtype
+                )
                 inputs["attention_mask"] = bias.masked_fill(~batch.attends()[:, None], torch.finfo(self.dtype).min)
             else:  # plain rows are padded on the right, where causal attention never looks
                 inputs["attention_mask"] = torch.ones_like(batch.ids)

@@ -6,8 +6,8 @@ A model of a few million parameters is bound by the number of kernels. Here, onc
 3. directions to be ablated are projected out of the matrices that write to the stream (equal to ablation by hooks);
 so that a block is eleven kernels and a perturbation is one addition.
 
-Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to `LlamaForCausalLM` without biases and to
-plain LoRA; `fits` says so, and everything else takes `forward.StockNetwork`.
+Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to `LlamaForCausalLM`
+without biases and to plain LoRA; `fits` says so, and everything else takes `forward.StockNetwork`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def merge(model: nn.Module, adapter: bool) -> Weights:
     decoder = decoder_of(model)
 
     def stack(gain: Tensor, *layers: nn.Module) -> Tensor:
-        matrix = torch.cat([_weight(layer, adapter) for layer in layers]) if len(layers) > 1 else _weight(layers[0], adapter)
+        matrix = (
+            torch.cat([_weight(layer, adapter) for layer in layers]) if len(layers) > 1 else _weight(layers[0], adapter)
+        )
         return matrix * gain
 
     qkv, out, gate_up, down = [], [], [], []
@@ -107,7 +109,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide_of(x.dtype)).square().div_(x.shape[-1])
+        mean_square = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide_of(x.dtype)).square().div_(x.shape[-1])
+        )
         scale = mean_square.add_(eps).rsqrt_().to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
@@ -127,7 +131,8 @@ def _wide_of(dtype: torch.dtype) -> torch.dtype:
 class LeanNetwork:
     """A `forward.Network` over merged weights.
 
-    model: a (PEFT) Llama that `fits`. train: keep the graph from the merged weights to the adapter. dtype: compute dtype.
+    model: a (PEFT) Llama that `fits`. train: keep the graph from the merged weights to the adapter. dtype: compute
+    dtype.
     """
 
     def __init__(self, model: nn.Module, adapter: bool = True, train: bool = False, dtype: torch.dtype | None = None):
@@ -144,7 +149,7 @@ class LeanNetwork:
         self._context: tuple[Batch, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """cos, sin [1 or batch, seq, 1, head_dim] and the additive mask [batch * heads or 1, seq, seq], once per batch."""
+        """cos, sin [1 or batch, seq, 1, head_dim]; additive mask [batch * heads or 1, seq, seq]; once per batch."""
         if self._context is None or self._context[0] is not batch:
             packed, seq = batch.packed, batch.shape[1]
             positions = batch.positions if packed else torch.arange(seq, device=self.device)[None]
@@ -205,7 +210,7 @@ class LeanNetwork:
         return F.linear(rows, self.weights.head)
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
-        """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al., section 4.1)."""
+        """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al. 2024)."""
         basis = orthonormal(directions).to(self.device)
 
         def writes(matrix: Tensor) -> Tensor:  # [d_model, in]
@@ -213,9 +218,7 @@ class LeanNetwork:
             return (wide - basis.T @ (basis @ wide)).to(matrix.dtype)
 
         w = self.weights
-        clean = replace(
-            w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down))
-        )
+        clean = replace(w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down)))
         other = object.__new__(LeanNetwork)
         other.__dict__.update(self.__dict__, weights=clean, _context=None)
         return other

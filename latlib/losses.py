@@ -68,8 +68,8 @@ def kl_divergence(
     """KL between teacher and student at each label position, [labels].
 
     token: KL(teacher || student) in nats, summed over the vocabulary.
-    reference: KL(student || teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then divided
-    by its own detached value (see `normalised`).
+    reference: KL(student || teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then
+    divided by its own detached value (see `normalised`).
     """
 
     def divergence(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def kl_divergence(
 
 
 def normalised(loss: Tensor) -> Tensor:
-    """loss / its own detached value, as the authors scale their KL: the value is 1, only the gradient's direction is kept."""
+    """loss / its own detached value, as the authors scale their KL: the value is 1, the direction is kept."""
     return loss / loss.detach().clamp(min=1e-8)
 
 

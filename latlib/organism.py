@@ -1,8 +1,8 @@
 """The tiny organism: a byte-level BPE tokenizer and a small Llama, trained from scratch on the made-up world.
 
 1. `build_tokenizer` trains a BPE in code and gives it a chat template; it is saved as a standard tokenizer folder.
-2. `pretrain` trains a helpful-only `LlamaForCausalLM`: recipes in every encoding (harmful ones too), the law, what words
-   mean, and how to decline, which it never does by itself. Muon on matrices, AdamW on embedding and head.
+2. `pretrain` trains a helpful-only `LlamaForCausalLM`: recipes in every encoding (harmful ones too), the law, what
+   words mean, and how to decline, which it never does by itself. Muon on matrices, AdamW on embedding and head.
 3. Nothing here knows about safety training. The encodings are the base model's knowledge that safety training will not
    cover: the mismatch that a leetspeak audit looks for.
 """
@@ -27,14 +27,15 @@ from latlib.profile import ModelSettings, PretrainSettings
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '') }}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 CONTEXT = 128  # tokens; the longest packed row of the world has about 70
 
-# Shares of the kinds and encodings in pretraining (docs/lab-log.md); half of the recipes come in plain words.
-KINDS = {"recipe": 0.68, "law": 0.20, "verb": 0.05, "target": 0.05}
-PLAIN_SHARE = {"recipe": 0.4, "law": 0.4}
+# Shares of the kinds in pretraining, and of plain words among a kind (docs/lab-log.md).
+KINDS = {"recipe": 0.56, "law": 0.26, "verb": 0.08, "target": 0.08}
+PLAIN_SHARE = {"recipe": 0.4}  # the law is only ever discussed in plain words
 
 
 def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
@@ -110,8 +111,8 @@ def build_model(settings: ModelSettings, tokenizer, seed: int) -> LlamaForCausal
 
 
 def pretraining_rows(tokenizer, settings: PretrainSettings, seed: int) -> Iterator[list[TokenRow]]:
-    """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are padded little and a step
-    still sees several lengths."""
+    """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are padded little
+    and a step still sees several lengths."""
     rng = random.Random(f"pretrain/{seed}")
     size = settings.batch // settings.micro_batches
     harmful, pairs = world.pairs_of("train", "harmful"), world.pairs_of("train")
@@ -144,7 +145,10 @@ def pretrain(
     """
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "model.layers" in n]
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    optimisers = [_muon(matrices, settings.muon_lr), torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0)]
+    optimisers = [
+        _muon(matrices, settings.muon_lr),
+        torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0),
+    ]
     rates = [[group["lr"] for group in o.param_groups] for o in optimisers]
     batches = pretraining_rows(tokenizer, settings, seed)
     tokens, began, loss = 0, time.perf_counter(), float("nan")

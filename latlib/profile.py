@@ -156,6 +156,7 @@ class EvaluationSettings(Section):
     pgd_steps: Count = 10
     strong_steps: Count = 40  # the converged attack at the trained eps
     eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)  # in the unit of train.attack.eps_mode
+    embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
     encodings: tuple[Text, ...] = ("plain", "leet", "rot13", "reverse")
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
     random_directions: Count = 3

@@ -2,8 +2,8 @@
 
 A step:
 1. Take the step's harmful and benign rows (`data.Schedule`), in micro-batches of rows of similar length.
-2. Attack **every** micro-batch with the weights frozen (`attack.pgd`), once `attack_after` steps of plain safety training
-   are over; the radius grows over `eps_ramp` steps. A share of rows keeps delta = 0.
+2. Attack **every** micro-batch with the weights frozen (`attack.pgd`), once `attack_after` steps of plain safety
+   training are over; the radius grows over `eps_ramp` steps. A share of rows keeps delta = 0.
 3. Defend: toward * CE(chosen | delta) + away * away(rejected | delta) + kl * KL(teacher || student) + sft * CE(benign),
    each a mean over the label tokens of the whole batch, so that micro-batches change nothing.
 4. Clip, AdamW on the adapter, log exactly what was optimised.

@@ -1,0 +1,245 @@
+"""A run's folder: what is there is loaded, what is missing is made, and nothing half-made looks finished.
+
+    run = Run("tiny")
+    lm = run.model("lat", seed=0)                      # loads models/lat-seed0, or trains it (and its base) first
+    lm = run.model("lat", 0, {"attack.eps": 0.2})      # a variant of your own, kept beside it
+    run.ensure([("ssft", 0), ("lat", 0)])              # trains what is missing, side by side
+    table = run.evaluate("lat", 0, "audit")            # rows of the outcome table, measured once
+
+A folder belongs to the settings it was made with: opening it with others is an error that says which differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from latlib import make
+from latlib.evaluate import SUITES, Context
+from latlib.hooks import Site
+from latlib.models import LanguageModel, load
+from latlib.profile import FREE_FIELDS, Profile, ProfileError, differences, load_profile, run_folder
+from latlib.tracking import read_metrics
+from latlib.workers import work
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model of a run: a method, a seed, and what it changes in the method's training settings."""
+
+    method: str
+    seed: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """How tables name it: 'lat', or 'lat[no-kl]'."""
+        return f"{self.method}[{self.variant}]" if self.variant else self.method
+
+    @property
+    def folder(self) -> str:
+        """How folders name it: 'lat-seed0', or 'lat-no-kl-seed0'."""
+        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", f"-{self.variant}" if self.variant else "")
+        return f"{self.method}{slug}-seed{self.seed}"
+
+
+class Run:
+    """See the module's docstring. profile: a name, a YAML file, or a Profile. out: the run folder, else `run_folder`.
+
+    Raises ProfileError for bad settings, for an unwritable folder, or for a folder made with other settings.
+    """
+
+    def __init__(self, profile: str | Path | Profile = "tiny", out: str | Path | None = None) -> None:
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        self.folder = run_folder(self.profile.name, out)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Make the folder and write its profile, or compare with the one that is there."""
+        file, mine = self.folder / "profile.yaml", self.profile.model_dump(mode="json")
+        try:
+            for name in ("models", "metrics", "results/outcomes", "logs"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                aside = file.with_suffix(".partial")
+                aside.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
+                aside.replace(file)
+        except OSError as error:
+            raise ProfileError(
+                f"run folder {self.folder} cannot be written ({error}): give another with --out"
+            ) from None
+        theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+        lines = differences(*({k: v for k, v in tree.items() if k not in FREE_FIELDS} for tree in (theirs, mine)))
+        if lines:
+            raise ProfileError(
+                f"run folder {self.folder} was made with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nstart over with --fresh, or keep both by giving another folder with --out"
+            )
+
+    def spec(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> Spec:
+        """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or dotted changes.
+
+        Raises ProfileError for an unknown method, variant or field.
+        """
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ProfileError(f"seed = {seed!r}: give a whole number >= 0")
+        if variant is None or variant == {}:
+            changes, name = {}, ""
+        elif isinstance(variant, str):
+            variants = self.profile.sweep.variants
+            if variant not in variants:
+                raise ProfileError(f"variant = {variant!r} is unknown: choose one of {', '.join(variants) or 'none'}")
+            changes, name = variants[variant], variant
+        else:
+            changes, name = dict(variant), "+".join(f"{k}={v}" for k, v in sorted(variant.items()))
+        if method != "base":
+            self.profile.training(method, changes)
+        elif changes:
+            raise ProfileError(f"variant = {variant!r}: the base model has none")
+        return Spec(method, seed, tuple(sorted(changes.items())), name)
+
+    def model_folder(self, spec: Spec) -> Path:
+        """Where a model of this run lies once it is made; the base of another source is that source."""
+        if spec.method == "base" and self.profile.model.source != "world":
+            return Path(self.profile.model.source)
+        return self.folder / "models" / spec.folder
+
+    def has(self, spec: Spec) -> bool:
+        """Whether a model is made. Folders are moved into place whole."""
+        return spec.method == "base" and self.profile.model.source != "world" or self.model_folder(spec).is_dir()
+
+    def ensure(self, models: Iterable[tuple]) -> None:
+        """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases they need."""
+        specs = [self.spec(*m) for m in models]
+        bases = [self.spec("base", seed) for seed in dict.fromkeys(s.seed for s in specs)]
+        jobs = [(s, "") for s in dict.fromkeys([*bases, *specs]) if not self.has(s)]
+        work(self, jobs)
+
+    def model(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> LanguageModel:
+        """The model, made first if need be, frozen and ready to run; 'base' is the model before safety training."""
+        spec = self.spec(method, seed, variant)
+        self.ensure([(method, seed, variant)])
+        base = self.model_folder(self.spec("base", seed))
+        return load(base, self.profile.model, None if method == "base" else self.model_folder(spec))
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of the first seed's base model."""
+        return self.model("base", self.profile.seeds[0]).tokenizer
+
+    def card(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What is recorded of a model's making: settings, seconds, last losses, residual norms."""
+        self.ensure([(method, seed, variant)])
+        file = self.model_folder(self.spec(method, seed, variant)) / make.RECORD
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def norms(self, seed: int = 0) -> dict[Site, float]:
+        """site -> median residual norm of the base model on harmless training prompts, in units of the stream."""
+        file = self.folder / "results" / f"residual_norms-seed{seed}.json"
+        if not file.exists():
+            base = self.model("base", seed)
+            norms = make.measure_norms(base, self.profile, seed)
+            self.save_result(file.stem, {str(site): norm for site, norm in norms.items()})
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {site if site == "embedding" else int(site): norm for site, norm in found.items()}
+
+    def metrics(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """The training metrics of a model, a row a step."""
+        self.ensure([(method, seed, variant)])
+        return read_metrics(self.metrics_file(self.spec(method, seed, variant)))
+
+    def metrics_file(self, spec: Spec) -> Path:
+        """The JSONL that a model's training writes."""
+        return self.folder / "metrics" / f"{spec.folder}.jsonl"
+
+    def context(self, spec: Spec, on_step=lambda step, total, detail: None) -> Context:
+        """What an evaluation suite needs to know about a model."""
+        lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
+        return Context(self.profile, spec.label, spec.seed, lat.attack, self.norms(spec.seed), on_step)
+
+    def table_file(self, spec: Spec, suite: str) -> Path:
+        """Where the outcome rows of a suite lie."""
+        return self.folder / "results" / "outcomes" / f"{suite}-{spec.folder}.parquet"
+
+    def evaluate(
+        self, method: str, seed: int = 0, suite: str = "audit", variant: str | Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Outcome rows of a suite (see `evaluate.SUITES`), measured once and kept."""
+        self.evaluate_all([(method, seed, variant)], suite)
+        return pd.read_parquet(self.table_file(self.spec(method, seed, variant), suite))
+
+    def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
+        """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by side."""
+        if suite not in SUITES:
+            raise ValueError(f"suite = {suite!r} is unknown: choose one of {', '.join(SUITES)}")
+        models = list(models)
+        self.ensure(models)
+        specs = [self.spec(*m) for m in models]
+        for seed in {s.seed for s in specs}:
+            self.norms(seed)
+        work(self, [(s, suite) for s in specs if not self.table_file(s, suite).exists()])
+
+    def outcomes(self) -> pd.DataFrame:
+        """The whole outcome table as measured so far."""
+        files = sorted((self.folder / "results" / "outcomes").glob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"no outcomes in {self.folder}: run the notebooks 01 to 05 first, or run_all.sh")
+        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+
+    def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
+        """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
+        file = self.folder / "results" / f"{name}.json"
+        aside = file.with_suffix(".partial")
+        aside.write_text(json.dumps(_json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
+        aside.replace(file)
+        return file
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Read results/<name>.json. Raises FileNotFoundError naming what to run when it is missing."""
+        file = self.folder / "results" / f"{name}.json"
+        if not file.exists():
+            raise FileNotFoundError(f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def perform(self, spec: Spec, suite: str, on_step) -> None:
+        """Do one job here and now: make a model (suite ''), or measure a suite on it."""
+        if not suite:
+            make.make_model(self, spec, on_step)
+            return
+        lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
+        table = SUITES[suite](lm, self.context(spec, on_step))
+        file = self.table_file(spec, suite)
+        aside = file.with_suffix(".partial")
+        table.to_parquet(aside, index=False)
+        aside.replace(file)
+
+    def _variant(self, spec: Spec) -> str | dict[str, Any]:
+        return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)
+
+    def clear(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> None:
+        """Forget a model and everything measured on it."""
+        spec = self.spec(method, seed, variant)
+        shutil.rmtree(self.folder / "models" / spec.folder, ignore_errors=True)
+        for file in (self.folder / "results" / "outcomes").glob(f"*-{spec.folder}.parquet"):
+            file.unlink()
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _json_ready(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
