@@ -11,6 +11,7 @@ There is no LaTeX in the file (rendering it needs scripts): write formulas as te
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -54,7 +55,8 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     exporter = HTMLExporter(
         config=config,
         template_name="report",
-        extra_template_basedirs=[str(Path(__file__).parent / "templates")],
+        extra_template_basedirs=[str(Path(__file__).parent / "templates"), *_nbconvert_templates()],
+        extra_template_paths=_nbconvert_templates(),
         filters={"svg_uri": _svg_uri},
     )
     html, _ = exporter.from_notebook_node(notebook)
@@ -67,6 +69,15 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     if faults:
         raise ExportError(f"{name} cannot be exported:\n" + "\n".join(f"- {fault}" for fault in faults))
     return str(soup)
+
+
+def _nbconvert_templates() -> list[str]:
+    """Where nbconvert's own templates were installed; it looks for them only in this environment's prefix, and with
+    --system-site-packages nbconvert may be in another."""
+    files = importlib.metadata.files("nbconvert") or []
+    return [
+        str(Path(f.locate()).resolve().parents[1]) for f in files if f.as_posix().endswith("/templates/base/null.j2")
+    ]
 
 
 def _svg_uri(svg: str) -> str:

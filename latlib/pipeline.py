@@ -97,14 +97,19 @@ def check_parameters(notebook: Path, names: list[str]) -> None:
             )
 
 
-def empty_run_folder(folder: Path) -> None:
-    """Delete what a run left in `folder`. Raises UsageError where that does not look like a run folder."""
-    entries = {entry.name for entry in folder.iterdir()}
+def check_run_folder(folder: Path) -> None:
+    """Raise UsageError where `folder` holds things no run has put there: `--fresh` would delete them."""
+    entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if "profile.yaml" not in entries and not entries <= RUN_ENTRIES:
         strange = ", ".join(sorted(entries - RUN_ENTRIES)[:3])
         raise UsageError(
             f"--fresh: {folder} is not a run folder (it has no profile.yaml but {strange}): empty it yourself"
         )
+
+
+def empty_run_folder(folder: Path) -> None:
+    """Delete what a run left in `folder`, after `check_run_folder`."""
+    check_run_folder(folder)
     for entry in folder.iterdir():
         if entry.name == ".lock":
             continue  # held by this process
@@ -261,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out:  # the default is found again by the notebook, and an executed notebook names no one's disk
             parameters["out"] = str(folder)
         notebooks = select(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
+        if options.fresh:
+            check_run_folder(folder)  # before even a lock is put there
         with locked(folder):
             if options.fresh:
                 empty_run_folder(folder)

@@ -83,6 +83,7 @@ def test_tables_have_scopes_and_scroll_by_keyboard():
     assert soup.table.parent["tabindex"] == "0" and soup.table.parent["aria-label"]
 
 
+@pytest.mark.filterwarnings("ignore:Your element with mimetype")
 @pytest.mark.parametrize(
     ("output", "fault"),
     [
