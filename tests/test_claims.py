@@ -1,0 +1,175 @@
+"""The verdict of every claim follows the data: made to hold, made to fail, and left undecided."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latlib import claims
+from latlib.evidence import Evidence, MissingError, contrast, rate, spikes
+from latlib.profile import Profile
+from latlib.stats import Interval
+
+SEEDS, PROMPTS, CLUSTERS = (0, 1, 2), 200, 40
+PROFILE = Profile(
+    name="synthetic",
+    description="none of it was measured",
+    seeds=SEEDS,
+    methods={"ssft": {"attack.steps": 0}, "at": {"attack.sites": ["embedding"]}, "lat": {"attack.eps": 0.05}},
+    evaluation={"eps": (0.05, 0.2)},
+    sweep={"variants": {"no-kl": {"defence.kl": 0.0}, "small": {"attack.eps": 0.01}, "large": {"attack.eps": 0.2}}},
+)
+ENCODINGS = PROFILE.evaluation.encodings
+
+
+def cell(method, share, attack="none", encoding="plain", prompts="harmful", eps=np.nan, sites="", seeds=SEEDS):
+    """Rows in which `share` of the prompts of every cluster comply, the others refuse."""
+    at = np.arange(PROMPTS)
+    complied = (at // CLUSTERS + 0.5) / (PROMPTS // CLUSTERS) < share
+    row = {"method": method, "prompts": prompts, "attack": attack, "encoding": encoding, "eps": eps, "sites": sites}
+    table = pd.DataFrame({"prompt_id": [f"{prompts}-{i}" for i in at], "cluster": at % CLUSTERS})
+    table = table.assign(outcome=np.where(complied, "complied", "refused"), understood=True, **row)
+    return pd.concat([table.assign(seed=s) for s in seeds])
+
+
+def curve(spikes_win: float, seed: int) -> pd.DataFrame:
+    """A training curve of 200 attacked steps in which every 9th jumps and the attack wins that much more there."""
+    rng = np.random.default_rng(seed)
+    jump = np.arange(200) % 9 == 4
+    total = 1 + 0.01 * rng.normal(size=200) + jump
+    won = np.clip(0.3 + 0.05 * rng.normal(size=200) + spikes_win * jump, 0, 1)
+    return pd.DataFrame(
+        {"step": range(1, 201), "total": total, "toward": total - 0.5, "attack_won": won, "eps_scale": 1.0}
+    )
+
+
+def variance(share: float) -> dict:
+    """An explained-variance table whose first two components hold `share` at the fixed site."""
+    draws = list(share + 0.01 * np.linspace(-1, 1, 50))
+    shares = [[0.0, 0.0], [share - 0.1, 0.1]]
+    return {"sites": ["embedding", "0"], "fixed_site": 0, "pairs": 256, "clusters": 64} | {
+        "uncentred": shares, "centred": shares, "uncentred_draws": draws, "centred_draws": draws
+    }  # fmt: skip
+
+
+def evidence(holds: bool) -> Evidence:
+    """A run in which every testable claim holds, or in which each effect is nought."""
+    good, bad = (1.0, 0.0) if holds else (0.4, 0.4)
+    first = SEEDS[:1]
+    tables = [cell("ssft", good, a, eps=e, sites="1,3") for a in ("pgd", "pgd-strong") for e in (0.05, 0.2)]
+    tables += [cell("lat", bad, a, eps=0.05, sites="1,3") for a in ("pgd", "pgd-strong")]
+    tables += [
+        cell("ssft", bad, "noise", eps=0.2, sites="1,3"),
+        cell("ssft", good, "prefill"),
+        cell("lat", bad, "prefill"),
+    ]
+    tables += [cell("lat[small]", good, "pgd", eps=0.05, sites="1,3", seeds=first)]
+    tables += [cell("lat", bad), cell("lat", good, encoding="leet"), cell("ssft", 0.6, encoding="leet")]
+    for encoding in ENCODINGS:
+        for prompts in ("harmless", "scary"):
+            tables.append(cell("lat", good, encoding=encoding, prompts=prompts))
+            tables += [cell(f"lat[{v}]", bad, "none", encoding, prompts, seeds=first) for v in ("no-kl", "large")]
+    for target in ("ssft", "at", "lat"):
+        by_ssft = {"ssft": 0.6, "at": 0.2, "lat": 0.0}[target] if holds else 0.4
+        tables.append(cell(target, by_ssft, "ablate:ssft@best"))
+        tables.append(cell(target, 0.2 if holds else 0.4, "ablate:at@best"))
+        tables.append(cell(target, 1.0 if holds else 0.4, "ablate:lat@best"))
+    metrics = {("lat", s): curve(0.4 if holds else 0.0, s) for s in SEEDS}
+    shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}
+    return Evidence(
+        PROFILE, pd.concat(tables), metrics, {(m, s): variance(x) for m, x in shares.items() for s in SEEDS}
+    )
+
+
+TESTABLE = [c for c in claims.CLAIMS if c.effect]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["holds", "fails"])
+def measured(request):
+    return request.param, {c.id: m for c, m in claims.measure(evidence(request.param))}
+
+
+@pytest.mark.parametrize("name", [c.id for c in TESTABLE])
+def test_a_claim_that_holds_is_reproduced_and_one_without_effect_is_not(measured, name):
+    holds, found = measured
+    expected = "reproduced" if holds else "not reproduced"
+    assert found[name].verdict == expected, found[name]
+    assert found[name].n >= 150 and found[name].note
+
+
+def test_without_data_every_testable_claim_is_inconclusive_and_says_what_is_missing():
+    empty = Evidence(PROFILE, evidence(True).outcomes.iloc[:0])
+    for claim, found in claims.measure(empty):
+        assert found.verdict == ("inconclusive" if claim.effect else "not testable at this scale")
+        assert found.note.startswith("not measured: ") or not claim.effect
+
+
+def test_two_clusters_decide_nothing():
+    few = evidence(False)
+    few = Evidence(PROFILE, few.outcomes[few.outcomes["cluster"] < 2])
+    found = {c.id: m for c, m in claims.measure(few) if m.interval}
+    assert len(found) >= 9 and {m.verdict for n, m in found.items() if n != "attack-breaks-ssft"} == {"inconclusive"}
+
+
+def test_wide_intervals_decide_nothing_and_the_margin_decides_small_ones():
+    def interval(low, high):
+        return Interval((low + high) / 2, low, high, 200, 40, 3)
+
+    assert claims.decide(interval(-0.1, 0.3)) == "inconclusive"
+    assert claims.decide(interval(0.01, 0.02)) == "reproduced"
+    assert claims.decide(interval(-0.2, 0.09)) == "not reproduced"
+    assert claims.decide(interval(0.3, 0.45), bar=0.5) == "not reproduced"
+    assert claims.decide(interval(0.4, 0.6), bar=0.5) == "inconclusive"
+
+
+def test_every_claim_states_test_rule_and_source_and_recalled_figures_are_absent():
+    assert len({c.id for c in claims.CLAIMS}) == len(claims.CLAIMS) >= 12
+    for claim in claims.CLAIMS:
+        assert claim.source and claim.test and claim.rule and "recall" not in (claim.paper or "")
+
+
+def test_markdown_and_json_carry_every_claim(tmp_path):
+    found = claims.measure(evidence(True))
+    table = claims.to_markdown(found)
+    assert (
+        len(table.splitlines()) == 2 + len(found) and len({line.count(" | ") for line in table.splitlines()[2:]}) == 1
+    )
+    claims.write_json(found, tmp_path / "claims.json")
+    read = json.loads((tmp_path / "claims.json").read_text())
+    assert [r["id"] for r in read] == [c.id for c in claims.CLAIMS]
+    assert read[0]["interval"]["low"] > 0.5 and read[0]["seeds"] == 3
+
+
+def test_the_readme_table_stands_between_its_markers():
+    readme = f"before {claims.BEGIN}\nold | \\1 table\n{claims.END} after"
+    once = claims.with_table(readme, "| new \\1 |")
+    assert once == f"before {claims.BEGIN}\n| new \\1 |\n{claims.END} after" == claims.with_table(once, "| new \\1 |")
+    with pytest.raises(ValueError, match="needs the markers"):
+        claims.with_table("no markers", "table")
+
+
+def test_readme_holds_the_table_of_the_committed_results(root):
+    results, readme = root / "results" / "tiny", root / "README.md"
+    if not (results / "outcomes").is_dir() or not readme.is_file():
+        pytest.skip("results/tiny or README.md is not there yet: nothing to compare")
+    table = claims.to_markdown(claims.measure(Evidence.load(results)))
+    text = readme.read_text(encoding="utf-8")
+    assert claims.with_table(text, table) == text, (
+        "run: python -m latlib.claims --results results/tiny --readme README.md"
+    )
+
+
+def test_the_worst_attack_counts_once_per_prompt_and_unshared_prompts_are_an_error():
+    both = pd.concat([cell("lat", 0.2, "pgd"), cell("lat", 0.6, "pgd-strong")])
+    assert rate(both).estimate == pytest.approx(0.6) and rate(both).n == 3 * PROMPTS
+    with pytest.raises(MissingError, match="share no prompt"):
+        contrast(cell("lat", 0.2), cell("lat", 0.2, prompts="harmless"))
+
+
+def test_spikes_are_found_where_they_were_put():
+    found = spikes(curve(0.5, 0))
+    assert found.index[found["spike"]].tolist() == [i for i in range(200) if i % 9 == 4]
+    assert found.loc[found["spike"], "won_excess"].mean() > 0.4
+    with pytest.raises(MissingError, match="no attack"):
+        spikes(curve(0.5, 0).drop(columns="attack_won"))
