@@ -1,0 +1,221 @@
+"""Networks: the same function as the library's modules, from any site, under any perturbation, adapter on or off."""
+
+import pytest
+import reference
+import torch
+from tiny_models import (
+    FAMILIES,
+    LAYERS,
+    SCALING,
+    D,
+    benign_batch,
+    language_model,
+    model_of,
+    noise_like,
+    preference_batch,
+    token_rows,
+)
+
+from latlib.data import collate
+from latlib.forward import StockNetwork, adapter_off, frozen
+from latlib.hooks import EMBEDDING, Ablate, LATHook
+from latlib.lean import LeanNetwork, fits
+from latlib.losses import at_labels
+
+SITES = (EMBEDDING, 1, LAYERS - 1)
+KINDS = ["stock", "lean"]
+
+
+def label_logits(network, batch, deltas=None, start=None):
+    return network.unembed(at_labels(network.hidden(batch, deltas, start), batch.source))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_equals_the_model_under_the_hook(family):
+    model, batch = model_of(family, torch.float32), benign_batch()
+    deltas = noise_like(batch, SITES, torch.float32)
+    for own in ({}, deltas):
+        with LATHook(model, own):
+            expected = model(batch.ids).logits.flatten(0, 1)[batch.source]
+        torch.testing.assert_close(label_logits(StockNetwork(model), batch, own), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_packed_rows_equal_separate_rows(family):
+    network, rows = StockNetwork(model_of(family, torch.float32)), token_rows(3, 2)
+    batch = collate(rows)
+    found = label_logits(network, batch)
+    for which in (1, 2):
+        single = collate([type(r)(r.prompt, (r.completions[which - 1],)) for r in rows])
+        torch.testing.assert_close(found[batch.label_index(which)], label_logits(network, single), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("make", [preference_batch, benign_batch], ids=["packed", "plain"])
+def test_lean_equals_stock(kv_heads, adapter, make):
+    lm, batch = language_model(dtype=torch.float32, trained=True, num_key_value_heads=kv_heads), make()
+    deltas = noise_like(batch, SITES, torch.float32)
+    lean, stock, directions = LeanNetwork(lm.model, adapter), StockNetwork(lm.model, adapter), torch.randn(2, D)
+    pairs = (
+        (label_logits(lean, batch), label_logits(stock, batch)),
+        (label_logits(lean, batch, deltas), label_logits(stock, batch, deltas)),
+        (label_logits(lean.ablated(directions), batch), label_logits(stock.ablated(directions), batch)),
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_lean_gradients_equal_stock():
+    found = []
+    for kind in KINDS:
+        lm, batch = language_model(kind, trained=True), preference_batch()
+        parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
+        deltas = {s: d.requires_grad_() for s, d in noise_like(batch, SITES).items()}
+        label_logits(lm.network(train=True), batch, deltas).logsumexp(-1).pow(2).sum().backward()
+        found.append([t.grad for t in (*parameters, *deltas.values())])
+    for a, b in zip(*found, strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_both_equal_the_reference_in_float64(kind, adapter):
+    lm, (row,) = language_model(kind, trained=True), token_rows(1, 1)
+    expected = reference.Llama.of(lm.model, SCALING).logits([*row.prompt, *row.completions[0][:-1]], adapter=adapter)
+    found = label_logits(lm.network(adapter), collate([row]))
+    torch.testing.assert_close(found, expected[len(row.prompt) - 1 :], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("site", SITES)
+def test_running_from_a_site_equals_running_everything(kind, site):
+    network, batch = language_model(kind, trained=True).network(), preference_batch()
+    deltas = noise_like(batch, [s for s in SITES if SITES.index(s) >= SITES.index(site)])
+    stream = network.capture(batch, [site])[site]
+    assert torch.equal(network.hidden(batch, deltas, (site, stream)), network.hidden(batch, deltas))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_capture_is_the_unperturbed_stream_at_the_asked_positions(kind):
+    lm, batch = language_model(kind, trained=True), benign_batch()
+    network, expected = lm.network(), lm.model(batch.ids, output_hidden_states=True).hidden_states
+    streams, rows = network.capture(batch, [EMBEDDING, 1]), network.capture(batch, [1, EMBEDDING], batch.source)
+    for site, index in ((EMBEDDING, 0), (1, 2)):
+        real = (batch.segments >= 0)[..., None]
+        torch.testing.assert_close(streams[site] * real, expected[index] * real, rtol=0, atol=1e-10)
+        assert torch.equal(rows[site], at_labels(streams[site], batch.source))
+        assert not streams[site].requires_grad
+
+
+def test_stock_runs_no_block_above_the_deepest_captured_site():
+    model, ran = model_of(), []
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    StockNetwork(model).capture(benign_batch(), [0, 1])
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perturbation_of_another_length_is_refused(kind):
+    network, batch = language_model(kind).network(), preference_batch()
+    with pytest.raises(ValueError, match="site 1: perturbation is .*the residual stream is"):
+        network.hidden(batch, {1: torch.zeros(batch.shape[0], batch.shape[1] + 1, D, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="torch.float32.*torch.float64"):
+        network.hidden(batch, {1: torch.zeros(*batch.shape, D)})
+    with pytest.raises(ValueError, match="on meta, the residual stream on cpu"):
+        network.hidden(batch, {1: torch.zeros(*batch.shape, D, device="meta")})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_perturbation_changes_no_bit(kind):
+    network, batch = language_model(kind, torch.float32).network(), preference_batch()
+    zeros = noise_like(batch, SITES, torch.float32, size=0.0)
+    assert torch.equal(network.hidden(batch, zeros), network.hidden(batch))
+
+
+def test_ablating_weights_equals_ablating_by_hooks():
+    lm, batch, directions = language_model(trained=True), benign_batch(), torch.randn(2, D)
+    found = label_logits(LeanNetwork(lm.model).ablated(directions), batch)
+    with Ablate(lm.model, directions):
+        expected = lm.model(batch.ids).logits.flatten(0, 1)[batch.source]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(found, label_logits(lm.network(), batch))
+
+
+def test_ablation_leaves_the_network_it_came_from_alone():
+    lm, batch = language_model(), benign_batch()
+    for network in (LeanNetwork(lm.model), StockNetwork(lm.model)):
+        before = label_logits(network, batch)
+        label_logits(network.ablated(torch.ones(D)), batch)
+        assert torch.equal(label_logits(network, batch), before)
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_adapter_off_leaves_requires_grad_as_it_was(start):
+    """peft's own `disable_adapter()` switches the gradients of a frozen adapter on when it is left."""
+    model = language_model(trained=True).model
+    lora = [p.requires_grad_(start) for n, p in model.named_parameters() if "lora_" in n]
+    flags = [p.requires_grad for p in model.parameters()]
+    with adapter_off(model):
+        pass
+    with pytest.raises(KeyboardInterrupt), adapter_off(model):
+        raise KeyboardInterrupt
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.requires_grad == start for p in lora)
+
+
+def test_frozen_is_undone_even_after_an_exception():
+    model = model_of()
+    model.model.norm.weight.requires_grad_(True)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt), frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        raise KeyboardInterrupt
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teacher_is_the_base_model_and_holds_no_second_copy(kind):
+    lm, batch = language_model(kind, trained=True), benign_batch()
+    teacher, student = label_logits(lm.network(adapter=False), batch), label_logits(lm.network(), batch)
+    base = label_logits(StockNetwork(model_of()), batch)
+    torch.testing.assert_close(teacher, base, rtol=0, atol=1e-10)
+    assert not torch.allclose(student, base)
+    if kind == "stock":
+        assert lm.network(adapter=False).model is lm.network().model
+
+
+def test_training_under_gradient_checkpointing_gives_equal_gradients():
+    found = []
+    for checkpointing in (False, True):
+        lm, batch = language_model("stock", trained=True), preference_batch()
+        lm.model.train()
+        if checkpointing:
+            lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
+        deltas = noise_like(batch, SITES)
+        label_logits(lm.network(train=True), batch, deltas).logsumexp(-1).pow(2).sum().backward()
+        found.append([p.grad for p in parameters])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}])
+def test_lean_refuses_what_it_does_not_compute(change):
+    assert fits(model_of())
+    assert not fits(model_of(**change))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_lean_is_for_llama(family):
+    assert not fits(model_of(family))
+
+
+def test_lean_computes_in_bf16_over_float32_weights():
+    lm, batch = language_model(dtype=torch.float32, trained=True), preference_batch()
+    network = LeanNetwork(lm.model, dtype=torch.bfloat16)
+    found, expected = label_logits(network, batch), label_logits(lm.network(), batch)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.05 * expected.norm()
