@@ -90,7 +90,7 @@ class Trainer:
         """One step; returns the means over its updates of everything that was optimised, and of the attack."""
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         attacked = self._attacks()
-        micro_batches = self._micro_batches(generator)
+        micro_batches = self._micro_batches(attacked, generator)
         deltas: list[Mapping[Site, Tensor] | None] = [None] * len(micro_batches)
         metrics: Metrics = {"eps_scale": self._eps_scale() if attacked else 0.0}
         if attacked:
@@ -105,19 +105,19 @@ class Trainer:
         rate = self._rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        updates = [self._update(micro_batches, deltas, attacked) for _ in range(settings.iterations)]
+        updates = [self._update(micro_batches, deltas) for _ in range(settings.iterations)]
         self.step += 1
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         return {**means, **metrics, "lr": rate}
 
-    def _update(self, micro_batches, deltas, attacked: bool) -> Metrics:
+    def _update(self, micro_batches, deltas) -> Metrics:
         """Forward, backward over all micro-batches, one optimiser step."""
         tokens = _label_tokens(micro_batches)
         sums: dict[str, float] = {}
         self.optimiser.zero_grad()
         for part, delta in zip(micro_batches, deltas, strict=True):
             network = self.lm.network(train=True)
-            terms = self.defence_terms(network, part, delta, attacked, tokens)
+            terms = self.defence_terms(network, part, delta, tokens)
             torch.stack(list(terms.values())).sum().backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item()
@@ -128,18 +128,16 @@ class Trainer:
             raise FloatingPointError(f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps")
         return metrics
 
-    def defence_terms(
-        self, network: Network, part: MicroBatch, deltas, attacked: bool, tokens: Mapping[str, int]
-    ) -> dict[str, Tensor]:
+    def defence_terms(self, network: Network, part: MicroBatch, deltas, tokens: Mapping[str, int]) -> dict[str, Tensor]:
         """Weighted terms of the objective (scalars that sum to it); `tokens` are the whole batch's label counts."""
         c, terms = self.settings.defence, {}
         hidden = network.hidden(part.attacked, deltas)
         toward, away = token_losses(network.unembed, at_labels(hidden, part.attacked.source), part.attacked.labels)
         chosen, rejected = part.attacked.label_index(2), part.attacked.label_index(1)
-        if not self.settings.attack.targeted:  # rows with one completion each: refusals and benign responses
-            chosen, rejected = part.attacked.label_index(1), part.attacked.label_index(2)
+        if not part.attacked.packed:  # rows with one completion, which is the wanted one
+            chosen, rejected = rejected, chosen
         terms["toward"] = c.toward * toward[chosen].sum() / tokens["toward"]
-        if attacked and c.away and tokens["away"]:
+        if c.away and tokens["away"]:
             terms["away"] = c.away * away[rejected].sum() / tokens["away"]
         if part.benign is not None and (c.kl or c.sft):
             rows = at_labels(network.hidden(part.benign), part.benign.source)
@@ -177,19 +175,21 @@ class Trainer:
         decay = s.steps * s.lr_decay_share
         return s.lr * warm * (min(1.0, (s.steps - self.step) / decay) if decay else 1.0)
 
-    def _micro_batches(self, generator: torch.Generator) -> list[MicroBatch]:
+    def _micro_batches(self, attacked: bool, generator: torch.Generator) -> list[MicroBatch]:
         s = self.settings
         harmful = [self.harmful[i] for i in self.schedules[0].rows(self.step)]
         benign = [self.benign[i] for i in self.schedules[1].rows(self.step)]
-        if not s.attack.targeted:
-            harmful = [TokenRow(r.prompt, r.completions[1:]) for r in harmful] + benign
+        if attacked and not s.attack.targeted:
+            harmful = _wanted_only(harmful) + benign
+        elif not attacked and (s.attack.steps or not s.defence.away):  # the rejected completion plays no part
+            harmful = _wanted_only(harmful)
         harmful, benign = (sorted(rows, key=lambda r: r.length) for rows in (harmful, benign))
         count = -(-max(len(harmful), len(benign)) // s.micro_batch)
         parts = []
-        for attacked, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
-            if attacked:
-                batch = collate(attacked, device=self.lm.device)
-                clean = torch.rand(len(attacked), generator=generator) < s.clean_share
+        for rows, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
+            if rows:
+                batch = collate(rows, device=self.lm.device)
+                clean = torch.rand(len(rows), generator=generator) < s.clean_share
                 calm_batch = collate(calm, device=self.lm.device) if calm else None
                 parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
         return parts
@@ -232,13 +232,18 @@ def _split(rows: list, count: int) -> list[list]:
     return [rows[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+def _wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Preference rows without their rejected completion."""
+    return [TokenRow(row.prompt, row.completions[1:]) for row in rows]
+
+
 def _label_tokens(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
     """Label tokens of the whole batch, by which every sum is divided."""
-    targeted = any(part.attacked.packed for part in micro_batches)
+    packed = any(part.attacked.packed for part in micro_batches)
     count = {name: sum(len(p.attacked.label_index(s)) for p in micro_batches) for name, s in (("a", 1), ("b", 2))}
     return {
-        "toward": count["b"] if targeted else count["a"],
-        "away": count["a"] if targeted else 0,
+        "toward": count["b"] if packed else count["a"],
+        "away": count["a"] if packed else 0,
         "benign": sum(len(p.benign.labels) for p in micro_batches if p.benign is not None),
     }
 
