@@ -1,0 +1,167 @@
+"""The sections of a profile: every setting with its type, its range, its default and where the default comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+
+
+def _site(value: Any) -> int | float | str:
+    if value == "embedding" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError("a site is 'embedding', a block index >= 0, or a fraction of depth in [0, 1)")
+
+
+SiteSpec = Annotated[Any, AfterValidator(_site)]
+
+
+class ProfileError(ValueError):
+    """A setting that cannot be used; the message names the field, the value and the mend."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """Which model, and how it is run."""
+
+    source: Text = "world"  # 'world' builds the tiny organism; otherwise a model folder or hub id
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # compute dtype; master weights stay float32
+    device: Text = "auto"
+    forward: Literal["auto", "stock", "lean"] = "auto"  # 'lean' is the fast Llama path of latlib.lean
+    dim: Count = 128  # the fields from here on describe the organism and are unused for other sources
+    layers: Count = 8
+    heads: Count = 4
+    kv_heads: Count = 4
+    ffn: Count = 384
+    vocabulary: Annotated[int, Strict(), Field(ge=300)] = 1024
+
+
+class PretrainSettings(Section):
+    """How the organism is trained from scratch; see docs/lab-log.md for where the numbers come from."""
+
+    steps: Count = 300
+    batch: Count = 128
+    micro_batches: Count = 4  # of different lengths: one length a batch makes the short answers unstable
+    muon_lr: Positive = 0.02
+    adam_lr: Positive = 3.0e-3
+    warmup_steps: Natural = 40
+    decay_share: Share = 0.5
+    harmful_share: Share = 0.3  # of prompts whose main clause is forced to be harmful
+    decline_share: Share = 0.02  # the base model can utter the refusal; it just never uses it
+
+
+class DataSettings(Section):
+    """Where preference and benign rows come from."""
+
+    source: Literal["world", "files"] = "world"
+    rows: Count = 4096  # world: how many training prompts of each kind are drawn; files: the most that are read
+    harmful: Text | None = None  # files: CSV, JSON or JSONL of harmful prompts
+    benign: Text | None = None
+    harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}  # AdvBench's names
+    benign_columns: dict[str, str] = {"prompt": "instruction"}
+    refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)  # chosen, where the file has none
+    benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)  # where the file has none: say so in the data
+    max_tokens: Count = 512  # a row longer than this (or than the model's context) is an error
+    system_prompt: Text | None = None
+
+
+class LoraSettings(Section):
+    """The adapter (peft LoRA)."""
+
+    r: Count = 16
+    alpha: Positive = 32.0
+    targets: tuple[Text, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AttackSettings(Section):
+    """PGD on latent perturbations."""
+
+    sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 0.9375)
+    eps: Positive = 6.0  # radius of each position's L2 ball (FACTS: 6.0 in both of the authors' jailbreak notebooks)
+    eps_mode: Literal["absolute", "relative"] = "absolute"  # relative: times the site's median residual norm
+    steps: Natural = 5  # 0: no attack
+    rule: Literal["adamw", "sign", "l2"] = "adamw"
+    lr: Positive | None = None  # adamw: Adam's rate; sign and l2: a share of eps, by default 2 / steps
+    start: Literal["zero", "random"] = "zero"
+    restarts: Count = 1
+    positions: Literal["prompt", "prompt+completion"] = "prompt"
+    toward: NonNegative = 0.5
+    away: NonNegative = 0.5
+    targeted: Flag = True  # False: maximise the loss of the benign response (Casper et al.)
+
+
+class DefenceSettings(Section):
+    """Coefficients of the defence's objective; each is applied to a mean over label tokens."""
+
+    toward: NonNegative = 0.5
+    away: NonNegative = 0.5
+    kl: NonNegative = 0.1
+    sft: NonNegative = 0.0
+    kl_mode: Literal["token", "reference"] = "token"
+
+
+class TrainSettings(Section):
+    """One loop for all methods."""
+
+    steps: Count = 130
+    attack_after: Natural = 0  # steps of plain safety training before the attack begins
+    eps_ramp: Natural = 0  # steps over which the radius then grows to eps
+    clean_share: Share = 0.0  # of harmful rows trained without their perturbation, so that plain refusal stays
+    batch: Count = 32
+    benign_batch: Count = 32
+    micro_batch: Count = 32  # rows at a time; every micro-batch is attacked
+    iterations: Count = 1  # model updates for each attack (FACTS: 4 in the authors' notebooks)
+    lr: Positive = 2.0e-3
+    lr_warmup: Natural = 10
+    lr_decay_share: Share = 0.3
+    weight_decay: NonNegative = 0.0
+    clip: Positive = 1.0
+    checkpoint_every: Count = 50
+    attack: AttackSettings = AttackSettings()
+    defence: DefenceSettings = DefenceSettings()
+
+
+class EvaluationSettings(Section):
+    """What is measured, on how many prompts."""
+
+    prompts: Count = 256
+    pgd_prompts: Count = 200
+    pgd_steps: Count = 10
+    strong_steps: Count = 40  # the converged attack at the trained eps
+    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)  # in the unit of train.attack.eps_mode
+    embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
+    encodings: tuple[Text, ...] = ("plain", "leet", "rot13", "reverse")
+    pairs: Count = 256  # harmful-harmless pairs for directions and SVD
+    random_directions: Count = 3
+    batch: Count = 128
+    split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen
+
+
+class SweepSettings(Section):
+    """Variants of `lat` trained on the first seed: name -> field of `train` -> value."""
+
+    variants: dict[Text, dict[str, Any]] = {}
+
+
+class TrackingSettings(Section):
+    """Metrics always go to a local JSONL; this is about Weights & Biases."""
+
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    project: Text = "latlib"
+    entity: Text | None = None
