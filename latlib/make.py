@@ -18,7 +18,7 @@ from latlib.attack import residual_norms
 from latlib.data import tokenise
 from latlib.evaluate import batches
 from latlib.hooks import EMBEDDING, Site
-from latlib.models import LanguageModel, load, resolve_device, resolve_dtype, save_folder, with_adapter
+from latlib.models import LanguageModel, load, quietly, resolve_device, resolve_dtype, save_folder, with_adapter
 from latlib.profile import Profile
 from latlib.progress import Stopped, stop_requested
 from latlib.rows import benign_rows, preference_rows
@@ -57,8 +57,9 @@ def _make_base(run: Run, spec: Spec, on_step) -> None:
         summary = organism.pretrain(model.to(device), tokenizer, profile.pretrain, spec.seed, dtype, step_done)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with quietly():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
         (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

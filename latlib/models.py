@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from latlib.forward import Network, StockNetwork
 from latlib.lean import LEAN_LIMIT, LeanNetwork, fits
@@ -81,6 +85,20 @@ class LanguageModel:
         return StockNetwork(self.model, adapter, train)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the libraries' bars over files and their announcements, which would fill a notebook's output."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str | os.PathLike[str] | None = None):
     """A `LanguageModel` from a model folder or hub id, with an adapter folder on top if given.
 
@@ -89,15 +107,17 @@ def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str |
     """
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with quietly():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     small = sum(p.numel() for p in model.parameters()) <= LEAN_LIMIT
     storage = torch.float32 if small and settings.forward != "stock" and dtype == torch.bfloat16 else dtype
     model = model.to(device=device, dtype=storage).eval()
     if not (small and settings.forward != "stock" and fits(model)):
         model, storage = model.to(dtype), dtype
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).eval()
+        with quietly():
+            model = PeftModel.from_pretrained(model, adapter).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
 
@@ -110,7 +130,7 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets), task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
         try:
             model = get_peft_model(lm.model, config)
