@@ -54,8 +54,8 @@ def project_l2(delta: Tensor, eps: float) -> Tensor:
         raise ValueError(f"eps = {eps} must be > 0: for no attack set attack.steps = 0")
     wide = delta.double() if delta.dtype == torch.float64 else delta.float()
     norm = wide.norm(dim=-1, keepdim=True)
-    # A hair inside the ball: the product is rounded to delta's dtype, each coordinate by at most half an ulp.
-    inside = eps * (1 - torch.finfo(delta.dtype).eps)
+    # A hair inside the ball: the product is rounded to delta's dtype, and the norm is a rounded sum of d_model terms.
+    inside = eps * (1 - max(torch.finfo(delta.dtype).eps, 16 * torch.finfo(wide.dtype).eps))
     return torch.where(norm > inside, wide * (inside / norm.clamp(min=1e-30)), wide).to(delta.dtype)
 
 
@@ -178,7 +178,7 @@ def _descend(network, batch, start, deltas, eps, mask, settings) -> Attack:
     moments = {s: (torch.zeros_like(d), torch.zeros_like(d)) for s, d in deltas.items()}
     for step in range(settings.steps):
         leaves = {s: d.requires_grad_() for s, d in deltas.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), network.held():
             loss = attack_losses(network, batch, settings, network.hidden(batch, leaves, start))
             gradients = torch.autograd.grad(loss.sum(), [leaves[s] for s in sites])
         losses.append(loss.detach())

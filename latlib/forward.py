@@ -15,7 +15,7 @@ A `Network` is what attack, losses, training and evaluation call. There are two,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -45,6 +45,10 @@ class Network(Protocol):
 
     def unembed(self, rows: Tensor) -> Tensor:
         """[n, vocabulary] logits of hidden rows [n, d_model]."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep weights frozen and adapter switched as this network runs them while the context is open. A backward pass
+        with gradient checkpointing runs the blocks again: it belongs inside, or it runs another network."""
 
     def ablated(self, directions: Tensor) -> Network:
         """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the
@@ -103,6 +107,10 @@ class StockNetwork:
             nullcontext() if self.directions is None else Ablate(self.model, self.directions),
         ):
             yield
+
+    def held(self) -> AbstractContextManager[None]:
+        """See `Network`."""
+        return self._mode()
 
     def _forward_inputs(self, batch: Batch) -> dict:
         if self._inputs is None or self._inputs[0] is not batch:

@@ -13,6 +13,7 @@ without biases and to plain LoRA; `fits` says so, and everything else takes `for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +61,8 @@ def _weight(layer: nn.Module, adapter: bool) -> Tensor:
     weight, name = layer.get_base_layer().weight, layer.active_adapters[0]
     if not adapter:
         return weight
-    return torch.addmm(weight, layer.lora_B[name].weight, layer.lora_A[name].weight, alpha=layer.scaling[name])
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling[name])  # peft keeps a bf16 model's adapter in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +210,10 @@ class LeanNetwork:
     def unembed(self, rows: Tensor) -> Tensor:
         """See `forward.Network`."""
         return F.linear(rows, self.weights.head)
+
+    def held(self) -> AbstractContextManager[None]:
+        """See `forward.Network`: merged weights are a network's own, so there is nothing to hold."""
+        return nullcontext()
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
         """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al. 2024)."""
