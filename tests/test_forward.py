@@ -219,3 +219,10 @@ def test_lean_computes_in_bf16_over_float32_weights():
     found, expected = label_logits(network, batch), label_logits(lm.network(), batch)
     assert found.dtype == torch.bfloat16
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_lean_merges_a_bf16_model_with_its_float32_adapter():
+    lm, batch = language_model(dtype=torch.bfloat16, trained=True), preference_batch()
+    assert {p.dtype for n, p in lm.model.named_parameters() if "lora_" in n} == {torch.float32}
+    found, expected = (label_logits(n, batch) for n in (lm.network(), StockNetwork(lm.model)))
+    assert (found - expected).norm() < 0.05 * expected.norm()
