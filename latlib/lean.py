@@ -61,8 +61,8 @@ def _weight(layer: nn.Module, adapter: bool) -> Tensor:
     weight, name = layer.get_base_layer().weight, layer.active_adapters[0]
     if not adapter:
         return weight
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling[name])  # peft keeps a bf16 model's adapter in float32
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # float32 also on a bf16 model
+    return torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling[name])
 
 
 @dataclass(frozen=True, eq=False)
