@@ -23,13 +23,15 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from latlib import make
-from latlib.evaluate import SUITES, Context
+from latlib import evaluate, make, refusal
+from latlib.evaluate import Context
 from latlib.hooks import Site
 from latlib.models import LanguageModel, load
 from latlib.profile import FREE_FIELDS, Profile, ProfileError, differences, load_profile, run_folder
 from latlib.tracking import read_metrics
 from latlib.workers import work
+
+SUITES = {**evaluate.SUITES, "ablation": refusal.ablation}
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ class Run:
     def context(self, spec: Spec, on_step=lambda step, total, detail: None) -> Context:
         """What an evaluation suite needs to know about a model."""
         lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
-        return Context(self.profile, spec.label, spec.seed, lat.attack, self.norms(spec.seed), on_step)
+        norms = self.norms(spec.seed)
+        return Context(
+            self.profile, spec.label, spec.seed, lat.attack, norms, on_step, lambda m: self.model(m, spec.seed)
+        )
 
     def table_file(self, spec: Spec, suite: str) -> Path:
         """Where the outcome rows of a suite lie."""
@@ -175,7 +180,7 @@ class Run:
     def evaluate(
         self, method: str, seed: int = 0, suite: str = "audit", variant: str | Mapping[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Outcome rows of a suite (see `evaluate.SUITES`), measured once and kept."""
+        """Outcome rows of a suite (see `SUITES`), measured once and kept."""
         self.evaluate_all([(method, seed, variant)], suite)
         return pd.read_parquet(self.table_file(self.spec(method, seed, variant), suite))
 
@@ -184,8 +189,10 @@ class Run:
         if suite not in SUITES:
             raise ValueError(f"suite = {suite!r} is unknown: choose one of {', '.join(SUITES)}")
         models = list(models)
-        self.ensure(models)
         specs = [self.spec(*m) for m in models]
+        if suite == "ablation":  # needs the directions of the other methods
+            models += [(m, s.seed) for s in specs for m in refusal.SOURCES if m in self.profile.methods]
+        self.ensure(models)
         for seed in {s.seed for s in specs}:
             self.norms(seed)
         work(self, [(s, suite) for s in specs if not self.table_file(s, suite).exists()])
