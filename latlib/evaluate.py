@@ -24,7 +24,7 @@ from latlib.encodings import encode
 from latlib.forward import Network
 from latlib.hooks import EMBEDDING, LATHook, Site
 from latlib.models import LanguageModel
-from latlib.profile import AttackSettings, Profile
+from latlib.profile import AttackSettings, Profile, validated
 from latlib.world import Outcome, Prompt
 
 COLUMNS = (
@@ -197,8 +197,8 @@ def variant(lm: LanguageModel, context: Context) -> pd.DataFrame:
 
 
 def replace_settings(settings: AttackSettings, **changes) -> AttackSettings:
-    """`settings` with some fields changed, validated again."""
-    return AttackSettings.model_validate({**settings.model_dump(), **changes})
+    """`settings` with some fields changed. Raises ProfileError for a bad field or value."""
+    return validated(AttackSettings, {**settings.model_dump(), **changes}, "attack")
 
 
 SUITES: dict[str, Callable[[LanguageModel, Context], pd.DataFrame]] = {

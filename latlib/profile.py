@@ -53,6 +53,7 @@ __all__ = [
     "find_share",
     "load_profile",
     "run_folder",
+    "validated",
 ]
 
 
@@ -104,7 +105,7 @@ class Profile(Section):
         for source, values in ((f"methods.{method}", self.methods[method]), ("changes", changes or {})):
             for dotted, value in values.items():
                 _set(tree, dotted, value, source)
-        return _validate(TrainSettings, tree, f"methods.{method}")
+        return validated(TrainSettings, tree, f"methods.{method}")
 
 
 # Fields that may differ between two visits to the same run folder: they change no result.
@@ -151,7 +152,8 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     return "\n".join(lines)
 
 
-def _validate(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
+def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
+    """A section from plain values; `where` is its place in the profile. Raises ProfileError naming every bad field."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -190,7 +192,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
-    return _validate(Profile, tree)
+    return validated(Profile, tree)
 
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:
