@@ -26,6 +26,7 @@ case "$*" in
     case "$*" in *--system-site-packages*) echo "include-system-site-packages = true" >"$folder/pyvenv.cfg" ;; esac ;;
   "-m pip install"*) echo "pip speaks"; exit "${FAKE_PIP:-0}" ;;
   "-m ruff check") echo "ruff: bad"; exit "${FAKE_RUFF:-0}" ;;
+  "-m ruff format"*) exit "${FAKE_FORMAT:-0}" ;;
   "-m pytest"*)
     echo "$LATLIB_PROFILE $LATLIB_RUNS $(ls -d "$(dirname "$LATLIB_RUNS")")" >>"$FAKE_LOG"
     echo "3 passed in 0.1s"; exit "${FAKE_PYTEST:-0}" ;;
@@ -154,9 +155,9 @@ def test_python_too_old_or_absent_is_said(checkout):
     assert call(checkout, LATLIB_DRY_RUN=1).returncode == 0, "python3.12 was not found"
 
 
-@pytest.mark.parametrize(("ruff", "tests", "status"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
-def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, ruff, tests, status):
-    done = call(checkout, "--test", "--", "-k", "one or two", FAKE_RUFF=ruff, FAKE_PYTEST=tests)
+@pytest.mark.parametrize(("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "PYTEST")])
+def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, fake, status):
+    done = call(checkout, "--test", "--", "-k", "one or two", **fake)
     assert done.returncode == status
     assert done.stdout.splitlines()[-1] == "3 passed in 0.1s"
     *_, pytest_call, environment = done.calls
