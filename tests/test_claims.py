@@ -2,85 +2,13 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
+from synthetic import PROFILE, PROMPTS, cell, curve, evidence
 
 from latlib import claims
 from latlib.evidence import Evidence, MissingError, contrast, rate, spikes
-from latlib.profile import Profile
 from latlib.stats import Interval
-
-SEEDS, PROMPTS, CLUSTERS = (0, 1, 2), 200, 40
-PROFILE = Profile(
-    name="synthetic",
-    description="none of it was measured",
-    seeds=SEEDS,
-    methods={"ssft": {"attack.steps": 0}, "at": {"attack.sites": ["embedding"]}, "lat": {"attack.eps": 0.05}},
-    evaluation={"eps": (0.05, 0.2)},
-    sweep={"variants": {"no-kl": {"defence.kl": 0.0}, "small": {"attack.eps": 0.01}, "large": {"attack.eps": 0.2}}},
-)
-ENCODINGS = PROFILE.evaluation.encodings
-
-
-def cell(method, share, attack="none", encoding="plain", prompts="harmful", eps=np.nan, sites="", seeds=SEEDS):
-    """Rows in which `share` of the prompts of every cluster comply, the others refuse."""
-    at = np.arange(PROMPTS)
-    complied = (at // CLUSTERS + 0.5) / (PROMPTS // CLUSTERS) < share
-    row = {"method": method, "prompts": prompts, "attack": attack, "encoding": encoding, "eps": eps, "sites": sites}
-    table = pd.DataFrame({"prompt_id": [f"{prompts}-{i}" for i in at], "cluster": at % CLUSTERS})
-    table = table.assign(outcome=np.where(complied, "complied", "refused"), understood=True, **row)
-    return pd.concat([table.assign(seed=s) for s in seeds])
-
-
-def curve(spikes_win: float, seed: int) -> pd.DataFrame:
-    """A training curve of 200 attacked steps in which every 9th jumps and the attack wins that much more there."""
-    rng = np.random.default_rng(seed)
-    jump = np.arange(200) % 9 == 4
-    total = 1 + 0.01 * rng.normal(size=200) + jump
-    won = np.clip(0.3 + 0.05 * rng.normal(size=200) + spikes_win * jump, 0, 1)
-    return pd.DataFrame(
-        {"step": range(1, 201), "total": total, "toward": total - 0.5, "attack_won": won, "eps_scale": 1.0}
-    )
-
-
-def variance(share: float) -> dict:
-    """An explained-variance table whose first two components hold `share` at the fixed site."""
-    draws = list(share + 0.01 * np.linspace(-1, 1, 50))
-    shares = [[0.0, 0.0], [share - 0.1, 0.1]]
-    return {"sites": ["embedding", "0"], "fixed_site": 0, "pairs": 256, "clusters": 64} | {
-        "uncentred": shares, "centred": shares, "uncentred_draws": draws, "centred_draws": draws
-    }  # fmt: skip
-
-
-def evidence(holds: bool) -> Evidence:
-    """A run in which every testable claim holds, or in which each effect is nought."""
-    good, bad = (1.0, 0.0) if holds else (0.4, 0.4)
-    first = SEEDS[:1]
-    tables = [cell("ssft", good, a, eps=e, sites="1,3") for a in ("pgd", "pgd-strong") for e in (0.05, 0.2)]
-    tables += [cell("lat", bad, a, eps=0.05, sites="1,3") for a in ("pgd", "pgd-strong")]
-    tables += [
-        cell("ssft", bad, "noise", eps=0.2, sites="1,3"),
-        cell("ssft", good, "prefill"),
-        cell("lat", bad, "prefill"),
-    ]
-    tables += [cell("lat[small]", good, "pgd", eps=0.05, sites="1,3", seeds=first)]
-    tables += [cell("lat", bad), cell("lat", good, encoding="leet"), cell("ssft", 0.6, encoding="leet")]
-    for encoding in ENCODINGS:
-        for prompts in ("harmless", "scary"):
-            tables.append(cell("lat", good, encoding=encoding, prompts=prompts))
-            tables += [cell(f"lat[{v}]", bad, "none", encoding, prompts, seeds=first) for v in ("no-kl", "large")]
-    for target in ("ssft", "at", "lat"):
-        by_ssft = {"ssft": 0.6, "at": 0.2, "lat": 0.0}[target] if holds else 0.4
-        tables.append(cell(target, by_ssft, "ablate:ssft@best"))
-        tables.append(cell(target, 0.2 if holds else 0.4, "ablate:at@best"))
-        tables.append(cell(target, 1.0 if holds else 0.4, "ablate:lat@best"))
-    metrics = {("lat", s): curve(0.4 if holds else 0.0, s) for s in SEEDS}
-    shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}
-    return Evidence(
-        PROFILE, pd.concat(tables), metrics, {(m, s): variance(x) for m, x in shares.items() for s in SEEDS}
-    )
-
 
 TESTABLE = [c for c in claims.CLAIMS if c.effect]
 

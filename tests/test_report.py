@@ -1,0 +1,69 @@
+"""Every figure is drawn from evidence, says in words what it shows, and becomes a PNG that is not empty."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import evidence
+
+from latlib import report
+from latlib.evidence import Evidence, MissingError
+
+FIGURES = (
+    report.security_curve,
+    report.encodings_bars,
+    report.training_curves,
+    report.spike_figure,
+    report.explained_variance,
+    report.ablation_matrix,
+    report.eps_sweep,
+    report.main_figure,
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return evidence(True)
+
+
+@pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
+def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
+    figure, alt = draw(run)
+    assert len(alt.split()) > 8 and any(c.isdigit() for c in alt) and "nan" not in alt
+    for ax in figure.axes:
+        assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
+    image = Image.open(report.save(figure, tmp_path / "figures" / "f.png"))
+    assert image.size[0] > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
+    assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(figure.number)
+
+
+def test_the_words_carry_the_numbers_of_the_table(run):
+    _, alt = report.ablation_matrix(run)
+    assert "SSFT under LAT 100 % (0 % refused)" in alt and "LAT under SSFT 0 % (100 % refused)" in alt
+
+
+def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    figure, alt = report.security_curve(run)
+    report.show(figure, alt)
+    data, metadata = shown[0]._repr_mimebundle_() if shown[0].embed else (None, None)
+    assert metadata["image/png"]["alt"] == alt and data["image/png"]
+    with pytest.raises(ValueError, match="say in a sentence"):
+        report.show(figure, "figure 1")
+
+
+def test_missing_results_are_named(run):
+    with pytest.raises(MissingError, match="run notebook 04"):
+        report.explained_variance(Evidence(run.profile, run.outcomes))
+    with pytest.raises(MissingError, match="no training curve"):
+        report.spike_figure(Evidence(run.profile, run.outcomes))
+
+
+def test_methods_and_outcomes_differ_in_more_than_colour():
+    assert len({(s["marker"], str(s["linestyle"])) for s in report.STYLE.values()}) == len(report.STYLE)
+    assert len({hatch for _, hatch in report.OUTCOMES.values()}) == len(report.OUTCOMES)
+    image = Image.open(io.BytesIO(report.png_of(report.security_curve(evidence(False))[0])))
+    assert image.mode == "P"
