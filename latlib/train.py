@@ -184,14 +184,14 @@ class Trainer:
         elif not attacked and (s.attack.steps or not s.defence.away):  # the rejected completion plays no part
             harmful = _wanted_only(harmful)
         harmful, benign = (sorted(rows, key=lambda r: r.length) for rows in (harmful, benign))
-        count = -(-max(len(harmful), len(benign)) // s.micro_batch)
+        # with fewer harmful rows than that, the benign ones share their micro-batches: no row is left out
+        count = min(-(-max(len(harmful), len(benign)) // s.micro_batch), len(harmful))
         parts = []
         for rows, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
-            if rows:
-                batch = collate(rows, device=self.lm.device)
-                clean = torch.rand(len(rows), generator=generator) < s.clean_share
-                calm_batch = collate(calm, device=self.lm.device) if calm else None
-                parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
+            batch = collate(rows, device=self.lm.device)
+            clean = torch.rand(len(rows), generator=generator) < s.clean_share
+            calm_batch = collate(calm, device=self.lm.device) if calm else None
+            parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
         return parts
 
     def state(self) -> dict:
