@@ -1,0 +1,141 @@
+"""Loading, adapters and the teacher: standard folders, one copy of the weights, errors by name."""
+
+import pytest
+import torch
+from tiny_models import LORA, SCALING, benign_batch, language_model, model_of
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from latlib.forward import StockNetwork
+from latlib.lean import LeanNetwork
+from latlib.losses import at_labels
+from latlib.models import LanguageModel, load, resolve_device, resolve_dtype, save_folder, with_adapter
+from latlib.settings import LoraSettings, ModelSettings, ProfileError
+
+
+def settings_for(**changes):
+    return ModelSettings(**{"device": "cpu", "dtype": "float32", **changes})
+
+
+def logits(network):
+    batch = benign_batch()
+    return network.unembed(at_labels(network.hidden(batch), batch.source))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model_of(dtype=torch.float32).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(path)
+    return path
+
+
+def test_a_saved_folder_loads_as_the_same_model(folder):
+    lm = load(folder, settings_for())
+    torch.testing.assert_close(logits(lm.network()), logits(LeanNetwork(model_of(dtype=torch.float32))))
+    assert not any(p.requires_grad for p in lm.model.parameters())
+    assert (lm.n_layers, lm.context, lm.device.type) == (4, 64, "cpu")
+
+
+def test_a_trained_adapter_survives_its_folder(folder, tmp_path):
+    lm = with_adapter(load(folder, settings_for()), LORA, seed=3)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    lm.model.save_pretrained(tmp_path)
+    again = load(folder, settings_for(), tmp_path)
+    assert torch.equal(logits(again.network()), logits(lm.network()))
+    assert torch.equal(logits(again.network(adapter=False)), logits(load(folder, settings_for()).network()))
+
+
+@pytest.mark.parametrize("forward", ["lean", "stock"])
+def test_a_new_adapter_changes_no_bit(folder, forward):
+    plain = load(folder, settings_for(forward=forward))
+    before = logits(plain.network())
+    assert torch.equal(logits(with_adapter(plain, LORA, seed=0).network()), before)
+
+
+def test_the_adapter_comes_from_its_seed_and_leaves_the_global_one_alone(folder):
+    def matrices(seed):
+        lm = with_adapter(load(folder, settings_for()), LORA, seed)
+        return torch.cat([p.flatten() for n, p in lm.model.named_parameters() if "lora_A" in n])
+
+    state = torch.get_rng_state()
+    a, b, c = matrices(0), matrices(0), matrices(1)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_lora_has_the_asked_rank_scale_and_targets(folder):
+    model = with_adapter(load(folder, settings_for()), LORA, seed=0).model
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert {n.rsplit(".", 1)[1] for n in layers} == set(LORA.targets)
+    assert len(layers) == 4 * len(LORA.targets)
+    assert all(m.r["default"] == LORA.r and m.scaling["default"] == SCALING for m in layers.values())
+
+
+def test_an_unknown_lora_target_is_named():
+    with pytest.raises(ProfileError, match=r"lora.targets = \['q_porj'\]"):
+        with_adapter(
+            LanguageModel(model_of(), None, settings_for(), torch.float64), LoraSettings(targets=("q_porj",)), seed=0
+        )
+
+
+def test_the_teacher_is_no_second_copy():
+    lm = language_model("stock", trained=True)
+    parameters = {id(p) for p in lm.model.parameters()}
+    teacher, student = lm.network(adapter=False), lm.network()
+    assert {id(p) for network in (teacher, student) for p in network.model.parameters()} == parameters
+    assert not torch.allclose(logits(teacher), logits(student))
+
+
+@pytest.mark.parametrize("forward, kind", [("auto", LeanNetwork), ("lean", LeanNetwork), ("stock", StockNetwork)])
+def test_which_network_runs_a_llama(folder, forward, kind):
+    assert type(load(folder, settings_for(forward=forward)).network()) is kind
+
+
+def test_other_families_take_the_stock_network_and_lean_is_refused():
+    def of(forward):
+        return LanguageModel(model_of("qwen2"), None, settings_for(forward=forward), torch.float64)
+
+    assert type(of("auto").network()) is StockNetwork
+    with pytest.raises(ProfileError, match="model.forward = 'lean' does not fit Qwen2ForCausalLM.*'auto'"):
+        of("lean").network()
+
+
+def test_bf16_computes_over_float32_weights_in_a_small_model_only(folder):
+    lean = load(folder, settings_for(dtype="bfloat16"))
+    stock = load(folder, settings_for(dtype="bfloat16", forward="stock"))
+    assert next(lean.model.parameters()).dtype == torch.float32
+    assert next(stock.model.parameters()).dtype == torch.bfloat16
+    assert lean.network().dtype == stock.network().dtype == torch.bfloat16
+
+
+def test_devices_and_dtypes_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ProfileError, match="model.device = 'cuda:1' but torch sees no GPU.*'auto' or 'cpu'"):
+        resolve_device("cuda:1")
+    assert resolve_dtype("float64", torch.device("cpu")) == torch.float64
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert resolve_dtype("auto", torch.device("cpu")) == dtype
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "run" / "model"
+
+    def broken(folder):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_folder(target, broken)
+    assert list(target.parent.iterdir()) == []
+    save_folder(target, lambda folder: (folder / "one").write_text("1"))
+    with pytest.raises(KeyboardInterrupt):
+        save_folder(target, broken)
+    assert [p.name for p in target.iterdir()] == ["one"]
+    save_folder(target, lambda folder: (folder / "two").write_text("2"))
+    assert [p.name for p in target.iterdir()] == ["two"] and len(list(target.parent.iterdir())) == 1
