@@ -1,15 +1,13 @@
-"""Figures of the notebooks and of the report; the only module that imports matplotlib.
+"""Figures of what a run measured: each takes `Evidence` and returns (figure, alternative text).
 
-1. Every function takes `Evidence` and returns (figure, alternative text), both made from the same numbers:
-   `show(*security_curve(evidence))` displays them.
-2. Colour is never the only cue: methods differ in marker and line too, outcomes in hatching, cells carry numbers.
-3. Intervals are drawn where rates are. Shares are in per cent.
+    show(*security_curve(evidence))
+
+Shares are in per cent; intervals are drawn where rates are.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,74 +15,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
 
+from latlib.canvas import EDGE, OUTCOMES, STYLE, Drawn, axes_of, in_words, rate_curve, save, show
 from latlib.evidence import SPIKE_MADS, WINDOW, Evidence, MissingError, rate, spike_steps
 from latlib.stats import Interval
 
-DPI = 110
 METHODS = ("ssft", "at", "lat")
-# Okabe and Ito's colours, which the colour-blind can tell apart
-STYLE = {
-    "base": {"color": "#777777", "marker": "v", "linestyle": ":"},
-    "ssft": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    "at": {"color": "#0072B2", "marker": "^", "linestyle": "-."},
-    "lat": {"color": "#009E73", "marker": "o", "linestyle": "-"},
-    "lat-untargeted": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
-}
-OUTCOMES = {"refused": ("#56B4E9", ""), "complied": ("#D55E00", "///"), "neither": ("#DDDDDD", "...")}
-EDGE = {"edgecolor": "black", "linewidth": 0.4}
-RC = {
-    **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
-    **{"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True},
-    **{"hatch.linewidth": 0.6, "figure.facecolor": "white"},
-}
-Drawn = tuple[Figure, str]
 
 
-def png_of(figure: Figure, dpi: int = DPI) -> bytes:
-    """The figure as a PNG of 256 colours, a third of the size of the full one."""
-    full, small = io.BytesIO(), io.BytesIO()
-    with plt.rc_context(RC):
-        figure.savefig(full, format="png", dpi=dpi)
-    Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    return small.getvalue()
+def show_measured(e: Evidence, *draws: Callable[[Evidence], Drawn]) -> None:
+    """Display each figure, or say what is missing for it."""
+    for draw in draws:
+        try:
+            show(*draw(e))
+        except MissingError as error:
+            plt.close("all")  # a notebook would display what was begun
+            print(f"{draw.__name__} is not shown: {error}")
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display the figure in a notebook with its alternative text, and close it. Raises ValueError for an empty text."""
-    from IPython import display
-
-    if len(alt.split()) < 5:
-        raise ValueError(f"alt = {alt!r}: say in a sentence what the figure shows")
-    display.display(display.Image(data=png_of(figure), format="png", alt=alt))
-    plt.close(figure)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_of(figure))
-    plt.close(figure)
-    return path
-
-
-def _axes(columns: int = 1, width: float = 7.0, height: float = 3.6, **options) -> tuple[Figure, np.ndarray]:
-    with plt.rc_context(RC):
-        return plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
-
-
-def _curve(ax: Axes, x: Sequence[float], intervals: Sequence[Interval], label: str, **style) -> None:
-    """Rates in per cent against x, with their intervals."""
-    y = np.array([100 * i.estimate for i in intervals])
-    low, high = (np.array([100 * getattr(i, side) for i in intervals]) for side in ("low", "high"))
-    ax.errorbar(x, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], label=label, capsize=2, markersize=5, **style)
-
-
-def _said(intervals: Sequence[Interval], x: Sequence[float] | None = None) -> str:
-    at = [""] * len(intervals) if x is None else [f" at {v:g}" for v in x]
-    return ", ".join(f"{100 * i.estimate:.0f} %{where}" for i, where in zip(intervals, at))
+def save_main_figure(e: Evidence, path: Path) -> None:
+    """Write the README's figure, unless something it needs was not measured."""
+    try:
+        save(main_figure(e)[0], path)
+    except MissingError as error:
+        plt.close("all")
+        print(f"{path.name} is not written: {error}")
 
 
 def _eps_label(e: Evidence, what: str = "eps") -> str:
@@ -111,8 +66,10 @@ def draw_security(ax: Axes, e: Evidence, methods: Sequence[str] = METHODS) -> st
                 continue
             style = STYLE[method] | ({"mfc": "white", "alpha": 0.6} if attack == "noise" else {})
             beside = np.array(x) * (1 + 0.03 * (shift - 1))
-            _curve(ax, beside, intervals, f"{method.upper()} {attack}", **style)
-            said.append(f"{method.upper()} under {attack}: {_said(intervals, x)}")
+            rate_curve(ax, beside, intervals, f"{method.upper()} {attack}", **style)
+            said.append(f"{method.upper()} under {attack}: {in_words(intervals, x)}")
+    if not said:
+        raise MissingError("no latent attack on " + ", ".join(methods))
     ax.axvline(e.lat_eps, color="black", linewidth=0.8, linestyle=":")
     ax.annotate("LAT's training eps", (e.lat_eps, 50), rotation=90, ha="right", va="center", fontsize=7)
     ax.set(xlabel=_eps_label(e), ylabel="ASR (%)", ylim=(-4, 104), xscale="log", title="Latent attack")
@@ -124,7 +81,7 @@ def draw_security(ax: Axes, e: Evidence, methods: Sequence[str] = METHODS) -> st
 
 def security_curve(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
     """ASR against eps for every method, beside noise of the same norm."""
-    figure, axes = _axes()
+    figure, axes = axes_of()
     return figure, draw_security(axes[0, 0], e, methods)
 
 
@@ -140,15 +97,15 @@ def draw_outcomes(ax: Axes, e: Evidence, method: str, prompts: str = "harmful") 
     if prompts == "harmful":
         understood = [rate(e.cell(method, encoding=c, prompts="twin")) for c in encodings]
         style = {"color": "black", "marker": "D", "linestyle": "none", "linewidth": 0.8}
-        _curve(ax, range(len(encodings)), understood, "harmless twin answered", **style)
-        said.append("harmless twin answered " + _said(understood))
+        rate_curve(ax, range(len(encodings)), understood, "harmless twin answered", **style)
+        said.append("harmless twin answered " + in_words(understood))
     ax.set(title=method.upper(), ylim=(0, 104), xlabel="encoding")
     return f"{method.upper()}: " + "; ".join(said)
 
 
 def encodings_bars(e: Evidence, methods: Sequence[str] = ("base", *METHODS), prompts: str = "harmful") -> Drawn:
     """Refused, complied or neither, for every method and encoding."""
-    figure, axes = _axes(len(methods), width=2.3 * len(methods) + 0.8, sharey=True)
+    figure, axes = axes_of(len(methods), width=2.3 * len(methods) + 0.8, sharey=True)
     said = [draw_outcomes(ax, e, method, prompts) for ax, method in zip(axes[0], methods)]
     axes[0, 0].set_ylabel(f"{prompts} prompts (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -160,7 +117,7 @@ CURVES = {"total": "total loss", "toward": "toward", "away": "away", "kl": "KL",
 
 def training_curves(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
     """Loss terms over training: mean over seeds, the band from the lowest to the highest seed."""
-    figure, axes = _axes(len(CURVES), width=13, height=3.0)
+    figure, axes = axes_of(len(CURVES), width=13, height=3.0)
     ends = []
     for method in methods:
         curves = [curve.assign(seed=seed) for (label, seed), curve in e.metrics.items() if label == method]
@@ -183,7 +140,7 @@ def training_curves(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
 def spike_figure(e: Evidence, method: str = "lat") -> Drawn:
     """Left: one run's total loss, its running median, its spikes. Right: does the attack win where the loss jumps?"""
     steps = spike_steps(e.metrics, (method,))
-    figure, axes = _axes(2, width=9)
+    figure, axes = axes_of(2, width=9)
     (left, right), one = axes[0], steps[steps["seed"] == steps["seed"].min()]
     high = one[one["spike"]]
     left.plot(one["step"], one["total"], color=STYLE[method]["color"], label="total loss")
@@ -205,7 +162,7 @@ def spike_figure(e: Evidence, method: str = "lat") -> Drawn:
 
 def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[str] = METHODS) -> Drawn:
     """Share of the first two SVD components of the paired differences at every site, mean and range over seeds."""
-    figure, axes = _axes()
+    figure, axes = axes_of()
     ax, said, table = axes[0, 0], [], None
     for method in methods:
         tables = [t for (m, _), t in sorted(e.variance.items()) if m == method]
@@ -249,7 +206,7 @@ def draw_ablation(ax: Axes, e: Evidence, rule: str = "best", methods: Sequence[s
 
 def ablation_matrix(e: Evidence, rule: str = "best", methods: Sequence[str] = METHODS) -> Drawn:
     """Self and cross ablation, beside random directions."""
-    figure, axes = _axes(width=5.5, height=4.0)
+    figure, axes = axes_of(width=5.5, height=4.0)
     return figure, draw_ablation(axes[0, 0], e, rule, methods)
 
 
@@ -264,11 +221,10 @@ def draw_sweep(ax: Axes, e: Evidence) -> str:
     }
     said, looks = [], zip(("#D55E00", "#009E73", "#0072B2", "#CC79A7"), "so^v", ("-", "--", "-.", ":"))
     for (label, (outcome, which)), (color, marker, linestyle) in zip(cells.items(), looks):
-        intervals = [
-            rate(e.cell(v, seeds=e.profile.seeds[:1], **which), outcome) for v in variants
-        ]  # swept on one seed
-        _curve(ax, list(variants.values()), intervals, label, color=color, marker=marker, linestyle=linestyle)
-        said.append(f"{label} {_said(intervals, list(variants.values()))}")
+        rows = (e.cell(name, seeds=e.profile.seeds[:1], **which) for name in variants)  # swept on one seed
+        intervals = [rate(r, outcome) for r in rows]
+        rate_curve(ax, list(variants.values()), intervals, label, color=color, marker=marker, linestyle=linestyle)
+        said.append(f"{label} {in_words(intervals, list(variants.values()))}")
     ax.set(xlabel=_eps_label(e, "eps in training"), ylabel="prompts (%)", ylim=(-4, 104), xscale="log")
     ax.set_xticks(list(variants.values()), [f"{x:g}" for x in variants.values()])
     ax.minorticks_off()
@@ -279,13 +235,13 @@ def draw_sweep(ax: Axes, e: Evidence) -> str:
 
 def eps_sweep(e: Evidence) -> Drawn:
     """The double-edged sword: what a training radius buys and costs."""
-    figure, axes = _axes()
+    figure, axes = axes_of()
     return figure, draw_sweep(axes[0, 0], e)
 
 
 def main_figure(e: Evidence) -> Drawn:
     """The whole story in three panels: latent attack, leetspeak audit, ablation."""
-    figure, axes = _axes(3, width=13, height=3.9, width_ratios=(1.1, 1, 1))
+    figure, axes = axes_of(3, width=13, height=3.9, width_ratios=(1.1, 1, 1))
     said = [draw_security(axes[0, 0], e)]
     audit, width = axes[0, 1], 0.26
     for at, method in enumerate(METHODS):
@@ -293,8 +249,8 @@ def main_figure(e: Evidence) -> Drawn:
         x = np.arange(len(intervals)) + width * (at - 1)
         look = {"color": STYLE[method]["color"], "hatch": ("//", "", "..")[at]} | EDGE
         audit.bar(x, [100 * i.estimate for i in intervals], width, label=method.upper(), **look)
-        _curve(audit, x, intervals, "_", color="black", marker="none", linestyle="none", linewidth=0.8)
-        said.append(f"{method.upper()} by encoding: {_said(intervals)}")
+        rate_curve(audit, x, intervals, "_", color="black", marker="none", linestyle="none", linewidth=0.8)
+        said.append(f"{method.upper()} by encoding: {in_words(intervals)}")
     audit.set(ylabel="ASR (%)", ylim=(-4, 104), title="Encoded requests", xlabel="encoding")
     audit.set_xticks(range(len(e.profile.evaluation.encodings)), e.profile.evaluation.encodings)
     audit.legend(fontsize=7)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from synthetic import evidence
 
-from latlib import report
+from latlib import canvas, report
 from latlib.evidence import Evidence, MissingError
 
 FIGURES = (
@@ -34,7 +34,7 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
     assert len(alt.split()) > 8 and any(c.isdigit() for c in alt) and "nan" not in alt
     for ax in figure.axes:
         assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
-    image = Image.open(report.save(figure, tmp_path / "figures" / "f.png"))
+    image = Image.open(canvas.save(figure, tmp_path / "figures" / "f.png"))
     assert image.size[0] > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
     assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(figure.number)
 
@@ -48,22 +48,28 @@ def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     figure, alt = report.security_curve(run)
-    report.show(figure, alt)
+    canvas.show(figure, alt)
     data, metadata = shown[0]._repr_mimebundle_() if shown[0].embed else (None, None)
     assert metadata["image/png"]["alt"] == alt and data["image/png"]
     with pytest.raises(ValueError, match="say in a sentence"):
-        report.show(figure, "figure 1")
+        canvas.show(figure, "figure 1")
 
 
-def test_missing_results_are_named(run):
+def test_missing_results_are_named(run, capsys, tmp_path):
     with pytest.raises(MissingError, match="run notebook 04"):
         report.explained_variance(Evidence(run.profile, run.outcomes))
     with pytest.raises(MissingError, match="no training curve"):
         report.spike_figure(Evidence(run.profile, run.outcomes))
+    nothing = Evidence(run.profile, run.outcomes.iloc[:0])
+    report.show_measured(nothing, report.ablation_matrix)
+    report.save_main_figure(nothing, tmp_path / "main.png")
+    said = capsys.readouterr().out
+    assert "ablation_matrix is not shown: no outcome" in said and "main.png is not written" in said
+    assert not plt.get_fignums() and not list(tmp_path.iterdir())
 
 
 def test_methods_and_outcomes_differ_in_more_than_colour():
-    assert len({(s["marker"], str(s["linestyle"])) for s in report.STYLE.values()}) == len(report.STYLE)
-    assert len({hatch for _, hatch in report.OUTCOMES.values()}) == len(report.OUTCOMES)
-    image = Image.open(io.BytesIO(report.png_of(report.security_curve(evidence(False))[0])))
+    assert len({(s["marker"], str(s["linestyle"])) for s in canvas.STYLE.values()}) == len(canvas.STYLE)
+    assert len({hatch for _, hatch in canvas.OUTCOMES.values()}) == len(canvas.OUTCOMES)
+    image = Image.open(io.BytesIO(canvas.png_of(report.security_curve(evidence(False))[0])))
     assert image.mode == "P"
