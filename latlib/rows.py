@@ -78,19 +78,19 @@ def read_table(path: str, columns: Mapping[str, str], needed: Sequence[str], fie
         table = _read(file)
     except (ValueError, OSError) as error:
         raise ProfileError(f"{field} = {path!r} cannot be read: {error}") from None
-    for name in needed:
+    if not len(table):
+        raise ProfileError(f"{field} = {path!r} holds no rows: training needs harmful and benign rows")
+    for name in dict.fromkeys((*needed, *columns)):  # a column that is named must be there, also an optional one
         if columns.get(name) not in table.columns:
             raise ProfileError(
                 f"{field} = {path!r} has no column {columns.get(name)!r} for {name!r}; it has "
                 f"{', '.join(map(str, table.columns))}: set {field}_columns"
             )
-    if not len(table):
-        raise ProfileError(f"{field} = {path!r} holds no rows: training needs harmful and benign rows")
     records = []
     for number, record in enumerate(table.to_dict("records"), start=1):
-        row = {ours: str(record[theirs]).strip() for ours, theirs in columns.items() if theirs in record}
+        row = {ours: "" if pd.isna(record[theirs]) else str(record[theirs]).strip() for ours, theirs in columns.items()}
         for name in needed:
-            if pd.isna(record[columns[name]]) or not row[name]:
+            if not row[name]:
                 raise ProfileError(
                     f"{field} = {path!r}, row {number}: column {columns[name]!r} is empty: fill or remove it"
                 )
