@@ -241,18 +241,33 @@ def read_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
     return pd.DataFrame(_records(Path(path)))
 
 
+def _inspect(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of an offline wandb run. Raises RuntimeError where wandb cannot read it."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if answer.returncode:
+        raise RuntimeError(f"wandb cannot read {run_dir}: {answer.stderr.strip()}")
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
 def read_offline_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     """The history of an offline wandb run, as `read_metrics` gives it (wandb's own `_...` columns left out).
 
     run_dir: a folder `offline-run-<date>_<id>`. Raises RuntimeError where wandb cannot read it.
     """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if answer.returncode:
-        raise RuntimeError(f"wandb cannot read {run_dir}: {answer.stderr.strip()}")
-    rows = []
-    for line in answer.stdout.splitlines():
-        record = json.loads(line)
-        if record.get("type") == "history":
-            rows.append({k: v for k, v in record["history"]["item"].items() if not k.startswith("_")})
-    return pd.DataFrame(rows)
+    items = [record["history"]["item"] for record in _inspect(run_dir) if record.get("type") == "history"]
+    return pd.DataFrame([{k: v for k, v in item.items() if not k.startswith("_")} for item in items])
+
+
+def find_offline_run(folder: str | os.PathLike[str], name: str) -> Path | None:
+    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is none.
+
+    A resumed training makes a second run that repeats the first, so the newest is whole.
+    """
+    files = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if name.encode() not in file.read_bytes():
+            continue  # asking wandb takes half a second a run
+        if any(record.get("run", {}).get("display_name") == name for record in _inspect(file.parent)):
+            return file.parent
+    return None

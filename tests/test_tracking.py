@@ -11,7 +11,7 @@ import pytest
 
 from latlib import tracking
 from latlib.profile import TrackingSettings
-from latlib.tracking import Tracker, choose_mode, read_metrics, read_offline_run
+from latlib.tracking import Tracker, choose_mode, find_offline_run, read_metrics, read_offline_run
 
 
 def lines(path):
@@ -58,6 +58,7 @@ def test_offline_run_holds_the_same_numbers_also_after_a_resume(tmp_path):
             for step in range(start, stop):
                 tracker.log(step, total=1 / (step + 1 + start), kl=float("nan") if step == 1 else 0.1)
     ours, theirs = read_metrics(path), read_offline_run(tracker.run_dir)
+    assert find_offline_run(tmp_path, "lat") == tracker.run_dir and find_offline_run(tmp_path, "at") is None
     assert len(ours) == 6 and theirs["step"].tolist() == ours["step"].tolist()
     assert theirs["total"].tolist() == ours["total"].tolist()
     assert theirs["kl"].isna().tolist() == ours["kl"].isna().tolist()
