@@ -4,7 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples every time, and no deadline: a busy machine is no failure.
+hypothesis.settings.register_profile("latlib", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("latlib")
 
 _HOME = Path(tempfile.mkdtemp(prefix="latlib-tests-"))
 

@@ -27,7 +27,7 @@ from latlib.attack import (
 )
 from latlib.data import collate
 from latlib.hooks import EMBEDDING
-from latlib.profile import AttackSettings
+from latlib.settings import AttackSettings
 
 KINDS = ["stock", "lean"]
 RULES = ["adamw", "sign", "l2"]

@@ -15,7 +15,7 @@ from transformers import (
 
 from latlib.data import Batch, TokenRow, collate
 from latlib.models import LanguageModel, with_adapter
-from latlib.profile import LoraSettings, ModelSettings
+from latlib.settings import LoraSettings, ModelSettings
 
 torch.set_num_threads(1)
 
