@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from latlib import progress
 from latlib.kernel_signals import Kernel
-from latlib.profile import ProfileError, find_share, load_profile, run_folder
+from latlib.profile import ProfileError, claim_folder, find_share, load_profile, run_folder
 
 if TYPE_CHECKING:
     from latlib.notebook_runner import Failure
@@ -271,6 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(folder):
             if options.fresh:
                 empty_run_folder(folder)
+            claim_folder(profile, folder)
             (folder / "STOP").unlink(missing_ok=True)  # this and the next: left by a run that was killed
             shutil.rmtree(folder / "notebooks" / ".unfinished", ignore_errors=True)
             print(f"profile {profile.name}: {len(notebooks)} notebook(s) into {folder}", flush=True)

@@ -17,17 +17,18 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+from torch import Tensor
 
 from latlib import evaluate, make, refusal
 from latlib.evaluate import Context
 from latlib.hooks import Site
 from latlib.models import LanguageModel, load
-from latlib.profile import FREE_FIELDS, Profile, ProfileError, differences, load_profile, run_folder
+from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.tracking import read_metrics
 from latlib.workers import work
 
@@ -64,30 +65,7 @@ class Run:
     def __init__(self, profile: str | Path | Profile = "tiny", out: str | Path | None = None) -> None:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.folder = run_folder(self.profile.name, out)
-        self._claim_folder()
-
-    def _claim_folder(self) -> None:
-        """Make the folder and write its profile, or compare with the one that is there."""
-        file, mine = self.folder / "profile.yaml", self.profile.model_dump(mode="json")
-        try:
-            for name in ("models", "metrics", "results/outcomes", "logs"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                aside = file.with_suffix(".partial")
-                aside.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
-                aside.replace(file)
-        except OSError as error:
-            raise ProfileError(
-                f"run folder {self.folder} cannot be written ({error}): give another with --out"
-            ) from None
-        theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
-        lines = differences(*({k: v for k, v in tree.items() if k not in FREE_FIELDS} for tree in (theirs, mine)))
-        if lines:
-            raise ProfileError(
-                f"run folder {self.folder} was made with other settings:\n  "
-                + "\n  ".join(lines)
-                + "\nstart over with --fresh, or keep both by giving another folder with --out"
-            )
+        claim_folder(self.profile, self.folder)
 
     def spec(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> Spec:
         """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or dotted changes.
@@ -169,9 +147,15 @@ class Run:
         """What an evaluation suite needs to know about a model."""
         lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
         norms = self.norms(spec.seed)
-        return Context(
-            self.profile, spec.label, spec.seed, lat.attack, norms, on_step, lambda m: self.model(m, spec.seed)
-        )
+        directions = partial(self.directions, seed=spec.seed)
+        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, directions)
+
+    def directions(self, method: str, seed: int = 0) -> dict[str, Tensor]:
+        """rule -> [d_model] refusal direction of a model (see `refusal.directions`), found once and kept beside it."""
+        file = self.model_folder(self.spec(method, seed)) / "directions.safetensors"
+        if not file.exists():
+            refusal.save_directions(refusal.directions(self.model(method, seed), self.profile), file)
+        return refusal.load_directions(file)
 
     def table_file(self, spec: Spec, suite: str) -> Path:
         """Where the outcome rows of a suite lie."""

@@ -50,7 +50,9 @@ def test_whole_run_in_order_with_the_parameters_in_this_python(place):
     os.environ["JUPYTER_PATH"] = str(place / "home")
     try:
         report = "import sys, os, pathlib\nprint(profile, out, sys.executable, os.environ['LATLIB_BATCH'])"
-        write_notebook(place / "notebooks", "01_first", "from pathlib import Path\n(Path(out) / 'results').mkdir()")
+        write_notebook(
+            place / "notebooks", "01_first", "from pathlib import Path\n(Path(out) / 'results' / 'own').mkdir()"
+        )
         write_notebook(
             place / "notebooks", "99_report", report, "pathlib.Path(out, 'results', 'a').touch(exist_ok=False)"
         )
@@ -120,6 +122,15 @@ def started(place, *options):
         time.sleep(0.05)
     process.kill()
     raise AssertionError("the kernel did not start within 30 s")
+
+
+def test_a_folder_made_with_other_settings_is_refused_before_anything_runs(place):
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    assert run(place).returncode == 0
+    (place / "mine.yaml").write_text("description: a test\nmethods: {lat: {}}\ntrain: {steps: 7}\n")
+    done = run(place)
+    assert done.returncode == 2 and "train.steps: 130 -> 7" in done.stderr and "--fresh" in done.stderr
+    assert run(place, "--fresh").returncode == 0
 
 
 def gone(pid, seconds):
