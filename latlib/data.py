@@ -100,16 +100,19 @@ def chat_text(tokenizer, prompt: str, system_prompt: str | None = None) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+_REPLY = "Xyzzy"  # stands for the reply while the chat template is looked at; no template holds it
+
+
 def _completion_join(tokenizer) -> tuple[str, str]:
     """(text between prompt and reply, text that ends the reply) as the chat template writes them."""
     user = [{"role": "user", "content": "A"}]
     head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": "B"}], tokenize=False)
-    if not both.startswith(head.rstrip()) or "B" not in both[len(head.rstrip()) :]:
+    both = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": _REPLY}], tokenize=False)
+    stem = head.rstrip()  # some templates trim the space or newlines before a reply
+    if not both.startswith(stem) or _REPLY not in both[len(stem) :]:
         return "", tokenizer.eos_token or ""
-    tail = both[len(head.rstrip()) :]
-    before, after = tail.split("B", 1)
-    return before[len(head) - len(head.rstrip()) :], after.rstrip("\n") or (tokenizer.eos_token or "")
+    before, after = both[len(stem) :].split(_REPLY, 1)
+    return before[len(head) - len(stem) :], after.rstrip("\n") or tokenizer.eos_token or ""
 
 
 def tokenise(

@@ -5,7 +5,7 @@
 1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main figure are copied;
    models and W&B folders are not.
 2. Paths of the machine it ran on are replaced by the run folder's name; the notebook runner's bookkeeping is dropped.
-3. The README's table of claims is written anew from the copy.
+3. The README's table of claims and its line on time are written anew from the copy.
 The folder is put into place whole, and only when it stays below the size a repository should carry.
 """
 
@@ -24,6 +24,7 @@ from latlib.claims import main as write_claims
 from latlib.evidence import Evidence
 from latlib.models import save_folder
 from latlib.report import main_figure, save
+from latlib.workers import available_cores
 
 LIMIT_BYTES = 8_000_000
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md")
@@ -46,6 +47,7 @@ def publish(run: Path, target: Path) -> None:
             _copy(run / name, folder / name, run)
         for source in sorted(run.glob("notebooks/[0-9][0-9]_*.ipynb")):
             _copy_notebook(source, folder / "notebooks" / source.name, run)
+        (folder / "results" / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
         tables = [pd.read_parquet(path) for path in sorted(run.glob("results/outcomes/*.parquet"))]
         (folder / "results" / "outcomes").mkdir(parents=True)
         whole = pd.concat(tables, ignore_index=True)
@@ -56,6 +58,29 @@ def publish(run: Path, target: Path) -> None:
         _check(folder, run)
 
     save_folder(target.resolve(), write)
+
+
+def timing(run: Path) -> dict[str, float]:
+    """Seconds each executed notebook of a run took, and the processor cores of this machine."""
+    seconds = {}
+    for path in sorted(run.glob("notebooks/[0-9][0-9]_*.ipynb")):
+        bookkeeping = nbformat.read(path, as_version=4).metadata.get("papermill", {})
+        seconds[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
+    return {"cores": available_cores(), **seconds}
+
+
+def with_timing(readme: str, seconds: dict[str, float]) -> str:
+    """`readme` with the line between its timing markers written from `timing`'s result."""
+    begin, end = "<!-- timing:begin -->", "<!-- timing:end -->"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(f"the README needs the markers {begin} and {end}, once each")
+    parts = {name: value for name, value in seconds.items() if name != "cores"}
+    each = ", ".join(f"{name} {value / 60:.1f}" for name, value in parts.items())
+    line = (
+        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores the committed run took "
+        f"{sum(parts.values()) / 60:.1f} minutes after installation ({each})."
+    )
+    return readme[: readme.index(begin) + len(begin)] + f"\n{line}\n" + readme[readme.index(end) :]
 
 
 def _clean(text: str, run: Path) -> str:
@@ -111,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.readme:
         write_claims(["--results", str(options.target / "results"), "--readme", str(options.readme)])
+        seconds = json.loads((options.target / "results" / "timing.json").read_text(encoding="utf-8"))
+        options.readme.write_text(with_timing(options.readme.read_text(encoding="utf-8"), seconds), encoding="utf-8")
     return 0
 
 
