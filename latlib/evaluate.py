@@ -49,7 +49,9 @@ class Context:
     attack: AttackSettings  # as this model was trained, or as `lat` was where it was trained without
     norms: Mapping[Site, float]
     on_step: Callable[[int, int, str], None] = lambda step, total, detail: None
-    sibling: Callable[[str], LanguageModel] | None = None  # the model of another method of this seed
+    directions: Callable[[str], Mapping[str, Tensor]] | None = (
+        None  # method -> rule -> its refusal direction, this seed
+    )
 
 
 def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt]:

@@ -14,13 +14,15 @@ Sources: Abbas et al. 2025, section 3 (paired differences, SVD, site 14 of 32); 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latlib import world
@@ -36,14 +38,6 @@ SOURCES = ("ssft", "at", "lat")  # methods whose directions are tried on every m
 COMPONENTS = 8  # explained variance is stored for this many components
 TUNE_PROMPTS = 128  # on which `best` is chosen
 RESAMPLES = 400  # of pairs, for the interval of the first two components' share
-
-
-@dataclass(frozen=True)
-class Directions:
-    """One model's directions: rule ('fixed', 'svd', 'best') -> [d_model] vector in float64, and the site it is from."""
-
-    vectors: dict[str, Tensor]
-    sites: dict[str, Site]
 
 
 def sites_of(n_layers: int) -> tuple[Site, ...]:
@@ -109,7 +103,7 @@ def top_direction(difference: Tensor) -> Tensor:
 
 
 def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) -> Tensor:
-    """[n, d_model] directions of one norm, uniform on the sphere: the control (ablation itself ignores the norm)."""
+    """[n, d_model] directions of one norm, uniform on the sphere: the control. Ablation itself ignores the norm."""
     rows = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return norm * rows / rows.norm(dim=1, keepdim=True)
 
@@ -162,17 +156,28 @@ def paired_differences(lm: LanguageModel, profile: Profile) -> tuple[dict[Site, 
     return found, [p.cluster for p in prompts[0]]
 
 
-def directions(lm: LanguageModel, profile: Profile) -> Directions:
-    """Directions of one model by every rule; `best` is chosen on tuning prompts."""
+def directions(lm: LanguageModel, profile: Profile) -> dict[str, Tensor]:
+    """rule -> [d_model] direction of one model, float64; `best` is chosen on tuning prompts."""
     found, _ = paired_differences(lm, profile)
     site = fixed_site(lm.n_layers)
     best = best_site(lm, found, paired_prompts("tune", min(profile.evaluation.pairs, TUNE_PROMPTS))[0])
-    vectors = {
+    return {
         "fixed": difference_of_means(found[site]),
         "svd": top_direction(found[site]),
         "best": difference_of_means(found[best]),
     }
-    return Directions(vectors, {"fixed": site, "svd": site, "best": best})
+
+
+def save_directions(found: Mapping[str, Tensor], path: Path) -> None:
+    """Write directions aside, then rename: workers may find the same ones at the same time."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({rule: vector.contiguous() for rule, vector in found.items()}, aside)
+    aside.replace(path)
+
+
+def load_directions(path: Path) -> dict[str, Tensor]:
+    """What `save_directions` wrote."""
+    return load_file(path)
 
 
 def prompt_rows(lm: LanguageModel, prompts: Sequence[str]) -> list[TokenRow]:
@@ -195,19 +200,16 @@ def best_site(lm: LanguageModel, found: Mapping[Site, Tensor], tune: Sequence[wo
 def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
     """A suite for `run.Run.evaluate`: outcome rows of a target under the directions of every method in SOURCES.
 
-    attack is 'ablate:<source>@<rule>' or 'ablate:random<k>'; harmful prompts, and harmless ones as the price.
+    attack is 'ablate:<source>@<rule>' or 'ablate:random<k>'; harmful prompts, and harmless ones for the rule `best`.
     """
     profile, tables = context.profile, []
-    cells = {}
-    for source in (m for m in SOURCES if m in profile.methods):
-        own = lm if source == context.method else context.sibling(source)
-        cells |= {f"ablate:{source}@{rule}": v for rule, v in directions(own, profile).vectors.items()}
-    norm = max(v.norm().item() for v in cells.values())
-    controls = random_directions(lm.network().d_model, profile.evaluation.random_directions, norm, context.seed)
+    sources = [m for m in SOURCES if m in profile.methods]
+    cells = {f"ablate:{m}@{rule}": vector for m in sources for rule, vector in context.directions(m).items()}
+    controls = random_directions(lm.network().d_model, profile.evaluation.random_directions, seed=context.seed)
     cells |= {f"ablate:random{k}": v for k, v in enumerate(controls)}
     for step, (attack, vector) in enumerate(cells.items(), start=1):
         network = lm.network().ablated(vector)
-        for name in ("harmful", "harmless"):
+        for name in ("harmful", "harmless") if attack.endswith("@best") else ("harmful",):
             prompts = prompt_set(name, profile)
             outcomes = forced_outcomes(lm, network, prompts, size=profile.evaluation.batch)
             tables.append(outcome_rows(context, name, prompts, outcomes, attack=attack))

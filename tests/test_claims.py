@@ -8,6 +8,7 @@ from synthetic import PROFILE, PROMPTS, cell, curve, evidence
 
 from latlib import claims
 from latlib.evidence import Evidence, MissingError, contrast, rate, spikes
+from latlib.floor import floor_table
 from latlib.stats import Interval
 
 TESTABLE = [c for c in claims.CLAIMS if c.effect]
@@ -101,3 +102,10 @@ def test_spikes_are_found_where_they_were_put():
     assert found.loc[found["spike"], "won_excess"].mean() > 0.4
     with pytest.raises(MissingError, match="no attack"):
         spikes(curve(0.5, 0).drop(columns="attack_won"))
+
+
+def test_the_floor_says_what_holds_what_fails_and_what_was_not_measured():
+    found = floor_table(evidence(True))["holds"]
+    assert found["LAT: latent PGD at eps 0.05"] == "yes" and found["LAT: ASR under its own direction"] == "yes"
+    assert found["base: plain recipes exact"] == "no"
+    assert found["AT: embedding PGD at eps 6"] == "not measured"

@@ -95,3 +95,12 @@ def test_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(monkeyp
     replies = iter([["refused", "complied", "neither"], ["neither", "complied", "neither"]])
     monkeypatch.setattr(refusal, "forced_outcomes", lambda *_: next(replies))
     assert refusal.best_site(lm, found, tune) == 1  # as many complied, fewer refused; no direction at the embedding
+
+
+def test_directions_are_kept_exactly(tmp_path):
+    found = {"fixed": torch.randn(8).double(), "svd": torch.randn(8).double()}
+    refusal.save_directions(found, tmp_path / "directions.safetensors")
+    again = refusal.load_directions(tmp_path / "directions.safetensors")
+    assert (
+        all(torch.equal(again[rule], vector) for rule, vector in found.items()) and len(list(tmp_path.iterdir())) == 1
+    )
