@@ -22,7 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from latlib.data import Batch
-from latlib.hooks import EMBEDDING, Ablate, Capture, Site, blocks_of, check_delta, decoder_of, depth, resolve_sites
+from latlib.hooks import (
+    EMBEDDING,
+    Ablate,
+    Capture,
+    Site,
+    blocks_of,
+    check_delta,
+    decoder_of,
+    depth,
+    orthonormal,
+    project_out,
+    resolve_sites,
+)
 from latlib.losses import at_labels
 
 Start = tuple[Site, Tensor]
@@ -160,6 +172,9 @@ class StockNetwork:
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """See `Network`."""
         site, stream = start or (EMBEDDING, self.capture(batch, [EMBEDDING])[EMBEDDING])
+        if deltas and self.directions is not None:
+            basis = orthonormal(self.directions)
+            deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
         with self._mode():
             kwargs = self._kwargs_of_blocks(batch)
             stream = _perturb(site, stream, deltas)
@@ -176,6 +191,9 @@ class StockNetwork:
 
     def ablated(self, directions: Tensor) -> StockNetwork:
         """See `Network`."""
+        if self.directions is not None:
+            before = torch.atleast_2d(self.directions)
+            directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
         return StockNetwork(self.model, self.adapter, self.train, directions)
 
     def _final_norm(self) -> nn.Module:

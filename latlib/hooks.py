@@ -209,8 +209,7 @@ class Ablate(_Hooks):
             self._on_output(block, self._project)
 
     def _project(self, stream: Tensor) -> Tensor:
-        basis = self.basis.to(stream.device, stream.dtype)
-        return stream - (stream @ basis.T) @ basis
+        return project_out(stream, self.basis)
 
 
 def writers_of(block: nn.Module) -> list[nn.Module]:
@@ -233,8 +232,14 @@ def writers_of(block: nn.Module) -> list[nn.Module]:
     return found
 
 
+def project_out(stream: Tensor, basis: Tensor) -> Tensor:
+    """`stream` ([..., d_model]) without its part along the orthonormal rows of `basis` ([k, d_model])."""
+    basis = basis.to(stream.device, stream.dtype)
+    return stream - (stream @ basis.T) @ basis
+
+
 def orthonormal(directions: Tensor) -> Tensor:
-    """[k, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model]).
+    """[rank, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model], perhaps dependent).
 
     Raises ValueError for a zero or non-finite direction.
     """
@@ -242,5 +247,5 @@ def orthonormal(directions: Tensor) -> Tensor:
     norms = rows.norm(dim=-1)
     if not torch.isfinite(norms).all() or (norms == 0).any():
         raise ValueError(f"directions have norms {norms.tolist()}: every one must be finite and non-zero")
-    q, _ = torch.linalg.qr((rows / norms[:, None]).T)
-    return q.T.contiguous()
+    _, sizes, basis = torch.linalg.svd(rows / norms[:, None], full_matrices=False)
+    return basis[sizes > 1e-6 * sizes[0]]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from latlib.data import Batch
 from latlib.forward import Start
-from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, resolve_sites
+from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, project_out, resolve_sites
 from latlib.losses import at_labels
 
 LEAN_LIMIT = 50_000_000  # parameters; above it arithmetic decides and a merged copy costs too much memory
@@ -148,6 +148,7 @@ class LeanNetwork:
         self.head_dim = getattr(config, "head_dim", None) or self.d_model // self.heads
         self.eps = config.rms_norm_eps
         self._rotary = decoder_of(model).rotary_emb
+        self._ablated: Tensor | None = None  # [k, d_model] orthonormal
         self._context: tuple[Batch, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,6 +198,8 @@ class LeanNetwork:
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """See `forward.Network`."""
         deltas = {} if deltas is None else deltas
+        if self._ablated is not None:
+            deltas = {s: project_out(delta, self._ablated) for s, delta in deltas.items()}
         site, stream = start or (EMBEDDING, F.embedding(batch.ids, self.weights.embed))
         for at in range(depth(site), self.n_layers + 1):
             here = EMBEDDING if at == 0 else at - 1
@@ -217,6 +220,8 @@ class LeanNetwork:
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
         """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al. 2024)."""
+        if self._ablated is not None:
+            directions = torch.cat((self._ablated, torch.atleast_2d(directions.detach()).to(self._ablated)))
         basis = orthonormal(directions).to(self.device)
 
         def writes(matrix: Tensor) -> Tensor:  # [d_model, in]
@@ -226,5 +231,5 @@ class LeanNetwork:
         w = self.weights
         clean = replace(w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down)))
         other = object.__new__(LeanNetwork)
-        other.__dict__.update(self.__dict__, weights=clean, _context=None)
+        other.__dict__.update(self.__dict__, weights=clean, _ablated=basis, _context=None)
         return other
