@@ -61,6 +61,7 @@ def test_lean_equals_stock(kv_heads, adapter, make):
         (label_logits(lean, batch), label_logits(stock, batch)),
         (label_logits(lean, batch, deltas), label_logits(stock, batch, deltas)),
         (label_logits(lean.ablated(directions), batch), label_logits(stock.ablated(directions), batch)),
+        (label_logits(lean.ablated(directions), batch, deltas), label_logits(stock.ablated(directions), batch, deltas)),
     )
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -142,6 +143,16 @@ def test_ablating_weights_equals_ablating_by_hooks():
         expected = lm.model(batch.ids).logits.flatten(0, 1)[batch.source]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(found, label_logits(lm.network(), batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ablations_add_up(kind):
+    network, batch, directions = language_model(kind).network(), benign_batch(), torch.randn(2, D)
+    one_by_one = network.ablated(directions[0]).ablated(directions[1]).ablated(directions[1])
+    at_once, deltas = network.ablated(directions), noise_like(batch, SITES)
+    for own in ({}, deltas):
+        found, expected = label_logits(one_by_one, batch, own), label_logits(at_once, batch, own)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_ablation_leaves_the_network_it_came_from_alone():

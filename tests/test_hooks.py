@@ -246,6 +246,13 @@ def test_orthonormal_spans_the_same_space(k, seed):
     torch.testing.assert_close(rows.double() @ basis.T @ basis, rows.double())
 
 
+def test_orthonormal_of_dependent_directions_holds_nothing_else():
+    a, b = torch.randn(2, D, dtype=torch.float64)
+    basis = orthonormal(torch.stack((a, 2 * a, b, a - b)))
+    assert basis.shape == (2, D)
+    torch.testing.assert_close(b @ basis.T @ basis, b)
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_a_direction_of_no_use_is_refused(value):
     with pytest.raises(ValueError, match="finite and non-zero"):
