@@ -49,9 +49,7 @@ class Context:
     attack: AttackSettings  # as this model was trained, or as `lat` was where it was trained without
     norms: Mapping[Site, float]
     on_step: Callable[[int, int, str], None] = lambda step, total, detail: None
-    directions: Callable[[str], Mapping[str, Tensor]] | None = (
-        None  # method -> rule -> its refusal direction, this seed
-    )
+    directions: Callable[[str], Mapping[str, Tensor]] | None = None  # another method's refusal directions, by rule
 
 
 def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt]:

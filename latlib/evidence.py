@@ -45,6 +45,7 @@ class Evidence:
         """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl` and `profile.yaml`
         are looked for in it and beside it. Raises MissingError where there is no profile or no outcome."""
         folder = Path(folder)
+        folder = folder / "results" if (folder / "results" / "outcomes").is_dir() else folder  # a whole run's folder
         tables = [pd.read_parquet(path) for path in sorted((folder / "outcomes").glob("*.parquet"))]
         settings = next((p for p in (folder / "profile.yaml", folder.parent / "profile.yaml") if p.is_file()), None)
         if not tables or settings is None:
