@@ -132,7 +132,9 @@ def grade(prompt: Prompt, reply: str) -> Outcome:
 
 
 _SPLIT_SEED = 20240722  # one split for every seed, so that seeds differ in training only
-_HELD_OUT = {"tune": 18, "test": 42}  # pairs of the 144 in each quadrant (hostile / helpful x friend / foe)
+# Pairs held out of the 144 in each quadrant (hostile / helpful x friend / foe): (tune, test). More of the harmful ones,
+# over which ASR is clustered; the base learns words it meets in many pairs better.
+_HELD_OUT, _HELD_OUT_HARMFUL = (10, 24), (18, 42)
 
 
 def _split_pairs() -> dict[str, tuple[Pair, ...]]:
@@ -140,8 +142,12 @@ def _split_pairs() -> dict[str, tuple[Pair, ...]]:
     for verbs, targets in itertools.product((HOSTILE, HELPFUL), (FRIENDS, FOES)):
         pairs = list(itertools.product(verbs, targets))
         rng.shuffle(pairs)
-        a, b = _HELD_OUT["tune"], _HELD_OUT["tune"] + _HELD_OUT["test"]
-        for name, part in (("tune", pairs[:a]), ("test", pairs[a:b]), ("train", pairs[b:])):
+        tune, test = _HELD_OUT_HARMFUL if is_harmful(*pairs[0]) else _HELD_OUT
+        for name, part in (
+            ("tune", pairs[:tune]),
+            ("test", pairs[tune : tune + test]),
+            ("train", pairs[tune + test :]),
+        ):
             split[name] += part
     return {name: tuple(pairs) for name, pairs in split.items()}
 
