@@ -1,0 +1,125 @@
+"""The notebooks' sources: readable, runnable anywhere, and with something for nbval to compare.
+
+python tests/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared cells anew
+"""
+
+import ast
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+COMPARED = "NBVAL_CHECK_OUTPUT"
+MOST_LINES = 15
+# /home/..., C:\..., ~/...: a path that exists on one machine only
+ABSOLUTE = re.compile(r"""(?:^|[\s"'(=])(?:/(?:home|root|tmp|work|mnt|usr|Users|data|content)/|[A-Z]:\\|~/)""")
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_it_is_valid_and_names_the_common_kernel(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any(cell.metadata.get("execution") for cell in notebook.cells), "times of one execution"
+    assert "papermill" not in notebook.metadata
+
+
+def test_it_opens_with_a_question(notebook):
+    title = notebook.cells[0].source.splitlines()[0]
+    assert title.startswith("# ") and title.endswith("?")
+    assert len(notebook.cells[0].source.splitlines()) > 2, "no word of what and why"
+
+
+def test_one_cell_of_parameters_with_working_defaults(notebook, monkeypatch):
+    (cell,) = [cell for cell in code_of(notebook) if "parameters" in tags(cell)]
+    monkeypatch.delenv("LATLIB_PROFILE", raising=False)
+    found = {}
+    exec(cell.source, found)
+    assert found["profile"] == "tiny" and found["out"] is None
+    monkeypatch.setenv("LATLIB_PROFILE", "smoke")
+    exec(cell.source, found)
+    assert found["profile"] == "smoke"
+
+
+def test_nbval_has_something_to_compare_and_nothing_else_is_stored(notebook):
+    compared = [cell for cell in code_of(notebook) if COMPARED in tags(cell)]
+    assert compared, "nbval would compare nothing"
+    for cell in compared:
+        assert cell.outputs and cell.execution_count, "nbval skips a cell without output or count"
+        assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in cell.outputs)
+    for cell in code_of(notebook):
+        assert cell in compared or not (cell.outputs or cell.execution_count), cell.source
+
+
+def test_cells_are_short_and_define_nothing(notebook):
+    for cell in code_of(notebook):
+        assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef), cell.source
+
+
+def test_every_cell_of_code_stands_under_a_line_of_narrative(notebook):
+    kinds = [cell.cell_type for cell in notebook.cells]
+    for before, (cell, kind) in zip(kinds, list(zip(notebook.cells, kinds))[1:]):
+        assert kind == "markdown" or before == "markdown", cell.source
+    assert kinds[-1] == "markdown" or "hide-input" in tags(notebook.cells[-1]), "the last cell says nothing to look for"
+
+
+def test_it_checks_something(notebook):
+    asserts = [n for cell in code_of(notebook) for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Assert)]
+    assert asserts, "a notebook without an assertion passes whatever it computes"
+
+
+def test_it_runs_anywhere(notebook):
+    for cell in notebook.cells:
+        assert not ABSOLUTE.search(cell.source), cell.source
+    for cell in code_of(notebook):
+        assert "chdir" not in cell.source and not re.search(r"^\s*[!%]", cell.source, re.MULTILINE), cell.source
+
+
+def test_every_figure_has_an_alternative_text(notebook):
+    for cell in code_of(notebook):
+        assert "plt.show" not in cell.source, "show(figure, alt) instead"
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "show":
+                starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+                assert starred or len(node.args) == 2 or any(k.arg == "alt" for k in node.keywords), cell.source
+
+
+def store(path: Path) -> None:
+    """Run a notebook on `smoke` and keep the outputs of its compared cells, and of no other."""
+    from nbclient import NotebookClient
+
+    os.environ |= {"LATLIB_PROFILE": "smoke", "LATLIB_BATCH": "1"}
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    for cell in code_of(notebook):
+        cell.metadata.pop("execution", None)
+        if COMPARED not in tags(cell):
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata.language_info = {"name": "python"}
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        store(Path(name).resolve())
