@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from latlib.evaluate import COLUMNS
 from latlib.profile import Profile, load_profile
 from latlib.stats import Interval, cluster_interval, paired_interval
 from latlib.tracking import read_metrics
@@ -43,13 +44,14 @@ class Evidence:
     @classmethod
     def load(cls, folder: str | Path) -> Evidence:
         """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl` and `profile.yaml`
-        are looked for in it and beside it. Raises MissingError where there is no profile or no outcome."""
+        are looked for in it and beside it. What was not measured is
+        empty. Raises MissingError where there is no profile."""
         folder = Path(folder)
         folder = folder / "results" if (folder / "results" / "outcomes").is_dir() else folder  # a whole run's folder
         tables = [pd.read_parquet(path) for path in sorted((folder / "outcomes").glob("*.parquet"))]
         settings = next((p for p in (folder / "profile.yaml", folder.parent / "profile.yaml") if p.is_file()), None)
-        if not tables or settings is None:
-            raise MissingError(f"{folder} has no outcomes/*.parquet or no profile.yaml: run notebooks 01 to 05 first")
+        if settings is None:
+            raise MissingError(f"{folder} has no profile.yaml: give the results folder of a run")
         profile = load_profile(settings)
         variants, metrics = {f"lat-{name}": f"lat[{name}]" for name in profile.sweep.variants}, {}
         for path in sorted([*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]):
@@ -61,7 +63,8 @@ class Evidence:
         if path.is_file():
             models = json.loads(path.read_text(encoding="utf-8")).get("models", {})
             variance = {(m, int(s)): table for m, seeds in models.items() for s, table in seeds.items()}
-        return cls(profile, pd.concat(tables, ignore_index=True), metrics, variance)
+        outcomes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+        return cls(profile, outcomes, metrics, variance)
 
     @property
     def lat_eps(self) -> float:

@@ -21,9 +21,7 @@ import nbformat
 import pandas as pd
 
 from latlib.claims import main as write_claims
-from latlib.evidence import Evidence
 from latlib.models import save_folder
-from latlib.report import main_figure, save
 from latlib.workers import available_cores
 
 LIMIT_BYTES = 8_000_000
@@ -41,21 +39,18 @@ def publish(run: Path, target: Path) -> None:
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
 
     def write(folder: Path) -> None:
-        for source in sorted(run.glob("results/*.json")) + sorted(run.glob("metrics/*.jsonl")):
+        for source in (*sorted(run.glob("results/*.json")), *run.glob("results/*.png"), run / "profile.yaml"):
+            _copy(source, folder / source.name, run)
+        for source in (run / "report.html", *sorted(run.glob("metrics/*.jsonl"))):
             _copy(source, folder / source.relative_to(run), run)
-        for name in ("profile.yaml", "report.html"):
-            _copy(run / name, folder / name, run)
         for source in sorted(run.glob("notebooks/[0-9][0-9]_*.ipynb")):
             _copy_notebook(source, folder / "notebooks" / source.name, run)
-        (folder / "results" / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
+        (folder / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
         tables = [pd.read_parquet(path) for path in sorted(run.glob("results/outcomes/*.parquet"))]
-        (folder / "results" / "outcomes").mkdir(parents=True)
+        (folder / "outcomes").mkdir()
         whole = pd.concat(tables, ignore_index=True)
-        whole.to_parquet(folder / "results" / "outcomes" / "all.parquet", index=False, compression="zstd")
-        figure, alt = main_figure(Evidence.load(folder / "results"))
-        save(figure, folder / "main.png")
-        (folder / "main.txt").write_text(alt + "\n", encoding="utf-8")
-        _check(folder, run)
+        whole.to_parquet(folder / "outcomes" / "all.parquet", index=False, compression="zstd")
+        _check(folder)
 
     save_folder(target.resolve(), write)
 
@@ -108,7 +103,7 @@ def _copy_notebook(source: Path, target: Path, run: Path) -> None:
     target.write_text(_clean(nbformat.writes(notebook), run), encoding="utf-8")
 
 
-def _check(folder: Path, run: Path) -> None:
+def _check(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     if size > LIMIT_BYTES:
@@ -135,8 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.readme:
-        write_claims(["--results", str(options.target / "results"), "--readme", str(options.readme)])
-        seconds = json.loads((options.target / "results" / "timing.json").read_text(encoding="utf-8"))
+        write_claims(["--results", str(options.target), "--readme", str(options.readme)])
+        seconds = json.loads((options.target / "timing.json").read_text(encoding="utf-8"))
         options.readme.write_text(with_timing(options.readme.read_text(encoding="utf-8"), seconds), encoding="utf-8")
     return 0
 
