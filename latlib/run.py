@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from latlib import evaluate, make, refusal
@@ -30,7 +31,7 @@ from latlib.hooks import Site
 from latlib.models import LanguageModel, load
 from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.tracking import read_metrics
-from latlib.workers import work
+from latlib.workers import threads_for, work
 
 SUITES = {**evaluate.SUITES, "ablation": refusal.ablation}
 
@@ -66,6 +67,7 @@ class Run:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.folder = run_folder(self.profile.name, out)
         claim_folder(self.profile, self.folder)
+        torch.set_num_threads(min(torch.get_num_threads(), threads_for(self.profile)))
 
     def spec(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> Spec:
         """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or dotted changes.

@@ -1,8 +1,11 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
-Small models leave cores idle, so on a CPU there is one worker per core with one thread each; on a GPU there is one. A
-single job runs here, with all threads. A job waits for the model it stands on. The first error stops everything that
-has not begun and is raised with the job's name; what was finished stays finished.
+On a CPU there is one worker per core, on a GPU there is one. A single job runs here. The organism's kernels are so small
+that a second thread costs more than it brings (measured: docs/lab-log.md), so it runs on one thread a process; that also
+makes its results independent of who works beside whom.
+
+A job waits for the model it stands on. The first error stops everything that has not begun and is raised with the job's
+name; what was finished stays finished.
 """
 
 from __future__ import annotations
@@ -41,6 +44,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_for(profile: Profile, processes: int = 1) -> int:
+    """Threads of each of so many processes: one for the organism, an equal share of the cores for other models."""
+    return 1 if profile.model.source == "world" else max(1, available_cores() // processes)
+
+
 def name_of(job: Job) -> str:
     """How a job is called in progress lines and errors."""
     spec, suite = job
@@ -70,7 +78,7 @@ def _counter(bar: progress.Progress):
 
 def _in_processes(run: Run, jobs: list[Job]) -> None:
     count = worker_count(run.profile, len(jobs))
-    threads = max(1, available_cores() // count)
+    threads = threads_for(run.profile, count)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers are ruinous on shared cores
     folder, profile = run.folder, run.profile
     waiting, running, done = list(jobs), {}, 0
