@@ -172,6 +172,7 @@ class StockNetwork:
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """See `Network`."""
         site, stream = start or (EMBEDDING, self.capture(batch, [EMBEDDING])[EMBEDDING])
+        check_start(site, deltas)
         if deltas and self.directions is not None:
             basis = orthonormal(self.directions)
             deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
@@ -201,6 +202,13 @@ class StockNetwork:
             if hasattr(self.decoder, name):
                 return getattr(self.decoder, name)
         raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
+
+
+def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
+    """Raise ValueError when a forward that starts at `site` is given a perturbation below it, which it would not run."""
+    below = [s for s in deltas or () if depth(s) < depth(site)]
+    if below:
+        raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest perturbed one")
 
 
 def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:

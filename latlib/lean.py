@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latlib.data import Batch
-from latlib.forward import Start
+from latlib.forward import Start, check_start
 from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, project_out, resolve_sites
 from latlib.losses import at_labels
 
@@ -201,6 +201,7 @@ class LeanNetwork:
         if self._ablated is not None:
             deltas = {s: project_out(delta, self._ablated) for s, delta in deltas.items()}
         site, stream = start or (EMBEDDING, F.embedding(batch.ids, self.weights.embed))
+        check_start(site, deltas)
         for at in range(depth(site), self.n_layers + 1):
             here = EMBEDDING if at == 0 else at - 1
             if at > depth(site):

@@ -1,8 +1,8 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
-On a CPU there is one worker per core, on a GPU there is one. A single job runs here. The organism's kernels are so small
-that a second thread costs more than it brings (measured: docs/lab-log.md), so it runs on one thread a process; that also
-makes its results independent of who works beside whom.
+On a CPU there is one worker per core, on a GPU there is one. A single job runs here. The organism's kernels are so
+small that a second thread costs more than it brings (measured: docs/lab-log.md), so it runs on one thread a process;
+that also makes its results independent of who works beside whom.
 
 A job waits for the model it stands on. The first error stops everything that has not begun and is raised with the job's
 name; what was finished stays finished.

@@ -99,6 +99,14 @@ def test_running_from_a_site_equals_running_everything(kind, site):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_perturbation_below_the_start_is_refused(kind):
+    network, batch = language_model(kind).network(), preference_batch()
+    stream = network.capture(batch, [1])[1]
+    with pytest.raises(ValueError, match="start is site 1 but site embedding is perturbed"):
+        network.hidden(batch, noise_like(batch, [EMBEDDING, 1]), (1, stream))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_capture_is_the_unperturbed_stream_at_the_asked_positions(kind):
     lm, batch = language_model(kind, trained=True), benign_batch()
     network, expected = lm.network(), lm.model(batch.ids, output_hidden_states=True).hidden_states
