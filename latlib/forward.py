@@ -208,7 +208,7 @@ def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
     """Raise ValueError when a forward that starts at `site` is given a perturbation below it, which it would not run."""
     below = [s for s in deltas or () if depth(s) < depth(site)]
     if below:
-        raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest perturbed one")
+        raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest one")
 
 
 def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:
