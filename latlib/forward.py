@@ -205,7 +205,7 @@ class StockNetwork:
 
 
 def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
-    """Raise ValueError when a forward that starts at `site` is given a perturbation below it, which it would not run."""
+    """Raise ValueError for a perturbation below the site a forward starts at: it would not be run."""
     below = [s for s in deltas or () if depth(s) < depth(site)]
     if below:
         raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest one")
