@@ -40,21 +40,45 @@ def token_losses(unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int = CH
     """(toward, away) of every label token, float32 or better, both [labels], in nats.
 
     rows: [labels, d_model] hidden states; labels: [labels]. toward = -log p(label). away = -log(1 - p(label)), 0 where
-    log p(label) < -5. Both come from one logsumexp over the other tokens, so away is exact for p near 1.
+    log p(label) < -5. Both come from one softmax, and away is exact for p near 1.
     Source: Sheshadri et al. 2024 and the authors' code.
     """
 
     def losses(rows: Tensor, labels: Tensor) -> Tensor:
-        logits = unembed(rows)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-        total = torch.logaddexp(own, others)
-        away = torch.where(own - total < AWAY_LOG_P_FLOOR, 0.0, total - others)
-        return torch.stack((total - own, away))
+        return _LabelLosses.apply(unembed(rows), labels)
 
     toward, away = _chunked(losses, chunk, rows, labels)
     return toward, away
+
+
+class _LabelLosses(torch.autograd.Function):
+    """(toward, away) [2, n] from logits [n, vocabulary] with one softmax, which is all that the backward pass needs.
+
+    With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward = -log q and
+    away = -log s. The gradient in the logits is (g1 + g2) p - g1 at the label and (g1 + g2 - g2 / s) p elsewhere.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        p = torch.softmax(logits, -1, dtype=wide)
+        tiny, index = torch.finfo(wide).tiny, labels[:, None]
+        own = p.gather(1, index)
+        p.scatter_(1, index, 0.0)
+        others = p.sum(1, keepdim=True)
+        log_own = torch.where(own > 0.5, torch.log1p(-others), own.clamp(min=tiny).log()).squeeze(1)
+        counts = log_own >= AWAY_LOG_P_FLOOR
+        ctx.save_for_backward(p, own, others, labels, counts)
+        ctx.dtype = logits.dtype
+        return torch.stack((-log_own, torch.where(counts, -others.clamp(min=tiny).log().squeeze(1), 0.0)))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        p, own, others, labels, counts = ctx.saved_tensors
+        toward, away = grad[0], torch.where(counts, grad[1], 0.0)
+        both, tiny = (toward + away)[:, None], torch.finfo(p.dtype).tiny
+        out = (p * (both - away[:, None] / others.clamp(min=tiny))).to(ctx.dtype)
+        return out.scatter_(1, labels[:, None], (both * own - toward[:, None]).to(ctx.dtype)), None
 
 
 def kl_divergence(

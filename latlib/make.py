@@ -6,7 +6,9 @@ finished adapter with its model card into place as the last thing it does.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from latlib.data import tokenise
 from latlib.evaluate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel, load, quietly, resolve_device, resolve_dtype, save_folder, with_adapter
-from latlib.profile import Profile
+from latlib.profile import Profile, TrainSettings
 from latlib.progress import Stopped, stop_requested
 from latlib.rows import benign_rows, preference_rows
 from latlib.tracking import Tracker, read_metrics
@@ -92,7 +94,8 @@ def make_trainer(run: Run, spec: Spec) -> Trainer:
 def _make_adapter(run: Run, spec: Spec, on_step) -> None:
     trainer = make_trainer(run, spec)
     settings, checkpoint = trainer.settings, run.folder / "models" / f".{spec.folder}.checkpoint.pt"
-    done = load_checkpoint(trainer, checkpoint)
+    done = load_checkpoint(trainer, checkpoint) or _take_plain_steps(run, spec, trainer)
+    shared = _plain_steps_files(run, spec, settings)
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
     file = run.metrics_file(spec)
     tracker = Tracker(file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1)
@@ -101,6 +104,8 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
         def step_done(step: int, metrics: dict[str, float]) -> None:
             tracker.log(step, **metrics)
             on_step(step, settings.steps, f"loss {metrics['total']:.3f}")
+            if step in shared and not shared[step].exists():
+                _share_plain_steps(trainer, file, shared[step])
             stop = stop_requested(run.folder)
             if step < settings.steps and (stop or step % settings.checkpoint_every == 0):
                 save_checkpoint(trainer, checkpoint)
@@ -130,6 +135,42 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
 
     save_folder(run.model_folder(spec), write)
     checkpoint.unlink(missing_ok=True)
+
+
+def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[int, Path]:
+    """step -> the file that holds training up to there, for every step at which some method's attack begins.
+
+    Until then AT, LAT and their variants do what SSFT does with the same seed, bit for bit, so it is done once. The
+    name holds a digest of everything those steps depend on.
+    """
+    if settings.defence.away and not settings.attack.steps:
+        return {}  # its plain steps have an away term, which the others' have not
+    tree = settings.model_dump(mode="json", exclude={"attack", "attack_after", "eps_ramp", "clean_share"})
+    del tree["defence"]["away"], tree["checkpoint_every"]
+    digest = hashlib.sha256(json.dumps([tree, spec.seed], sort_keys=True).encode()).hexdigest()[:12]
+    starts = {run.profile.training(method).attack_after for method in run.profile.methods} | {settings.attack_after}
+    last = settings.attack_after if settings.attack.steps else settings.steps
+    return {n: run.folder / "models" / f".plain-{n}-{digest}.pt" for n in starts if 0 < n <= last}
+
+
+def _share_plain_steps(trainer: Trainer, metrics: Path, file: Path) -> None:
+    aside = file.with_suffix(f".{os.getpid()}")
+    torch.save({"state": trainer.state(), "metrics": metrics.read_text(encoding="utf-8")}, aside)
+    aside.replace(file)
+
+
+def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
+    """Take over the plain steps that another model of this seed has done; returns how many."""
+    file = _plain_steps_files(run, spec, trainer.settings).get(trainer.settings.attack_after)
+    if not trainer.settings.attack.steps or file is None or not file.exists():
+        return 0
+    found = torch.load(file, map_location=trainer.lm.device, weights_only=True)
+    trainer.restore(found["state"])
+    metrics = run.metrics_file(spec)
+    aside = metrics.with_suffix(".partial")
+    aside.write_text(found["metrics"], encoding="utf-8")
+    aside.replace(metrics)
+    return trainer.step
 
 
 def _name_base(folder: Path, run: Run, spec: Spec) -> None:

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,7 @@ def _in_processes(run: Run, jobs: list[Job]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers are ruinous on shared cores
     folder, profile = run.folder, run.profile
     waiting, running, done = list(jobs), {}, 0
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(threads,))
+    pool = ProcessPoolExecutor(count, mp_context=_processes(), initializer=_begin, initargs=(threads,))
     try:
         with progress.Progress(folder, f"{len(jobs)} jobs, {count} at a time", 100 * len(jobs)) as bar:
             while waiting or running:
@@ -115,6 +115,15 @@ def _result(future: Future, job: Job) -> None:
     except Exception as error:
         error.add_note(f"while working on {name_of(job)}") if hasattr(error, "add_note") else None
         raise
+
+
+def _processes():
+    """Where the platform can, workers are forked from a server that has imported latlib once and used no thread."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["latlib.run"])
+    return context
 
 
 def _begin(threads: int) -> None:

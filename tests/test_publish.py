@@ -1,0 +1,68 @@
+"""Publishing copies a finished run's evidence, without anybody's paths, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from latlib import publish
+
+README = "# x\n<!-- timing:begin -->\nold\n<!-- timing:end -->\ntail\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    for name in ("results/outcomes", "notebooks", "metrics", "models/lat-seed0"):
+        (folder / name).mkdir(parents=True)
+    (folder / "report.html").write_text(f"<p>made in {folder}/notebooks</p>")
+    (folder / "profile.yaml").write_text("name: tiny\n")
+    (folder / "results" / "claims.json").write_text("[]")
+    (folder / "results" / "main_figure.png").write_bytes(b"png")
+    (folder / "metrics" / "lat-seed0.jsonl").write_text("{}\n")
+    (folder / "models" / "lat-seed0" / "adapter.bin").write_bytes(b"0" * 100)
+    for seed in (0, 1):
+        pd.DataFrame({"seed": [seed]}).to_parquet(folder / "results" / "outcomes" / f"audit-{seed}.parquet")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"out = '{folder}'")])
+    notebook.metadata["papermill"] = {"duration": 90.04, "output_path": str(folder)}
+    nbformat.write(notebook, folder / "notebooks" / "01_hooks.ipynb")
+    return folder
+
+
+def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
+    target = tmp_path / "results" / "tiny"
+    publish.publish(run, target)
+    copied = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    expected = {"report.html", "profile.yaml", "claims.json", "main_figure.png", "timing.json", "outcomes/all.parquet"}
+    assert copied == expected | {"metrics/lat-seed0.jsonl", "notebooks/01_hooks.ipynb"}
+    assert pd.read_parquet(target / "outcomes")["seed"].tolist() == [0, 1]
+    texts = [p.read_text() for p in target.rglob("*") if p.suffix in (".html", ".ipynb", ".json", ".yaml")]
+    assert not any(str(tmp_path) in text for text in texts)
+    assert "runs/tiny/notebooks" in (target / "report.html").read_text()
+    assert json.loads((target / "timing.json").read_text())["01_hooks"] == 90.0
+
+
+def test_an_unfinished_run_is_refused_and_the_old_evidence_stays(run, tmp_path):
+    target = tmp_path / "results" / "tiny"
+    publish.publish(run, target)
+    (run / "report.html").unlink()
+    with pytest.raises(FileNotFoundError, match="finish the run"):
+        publish.publish(run, target)
+    assert (target / "report.html").is_file()
+
+
+def test_too_much_evidence_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "LIMIT_BYTES", 100)
+    with pytest.raises(ValueError, match="the largest file is"):
+        publish.publish(run, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    assert not [p for p in Path(tmp_path).iterdir() if p.name.startswith(".results")]
+
+
+def test_the_readme_says_how_long_it_took():
+    text = publish.with_timing(README, {"cores": 2, "01_hooks": 90.0, "02_pgd_attack": 30.0})
+    assert "On 2 CPU cores the committed run took 2.0 minutes" in text and "old" not in text and text.endswith("tail\n")
+    with pytest.raises(ValueError, match="markers"):
+        publish.with_timing("no markers", {"cores": 2})

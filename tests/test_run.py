@@ -1,0 +1,90 @@
+"""A run's folder: what is there is loaded, what is missing is made, and shared work changes nothing."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latlib.profile import ProfileError, load_profile
+from latlib.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run("smoke", tmp_path_factory.mktemp("run"))
+    run.ensure([("ssft", 0), ("lat", 0)])
+    return run
+
+
+def adapter(run, method, seed=0):
+    return load_file(run.model_folder(run.spec(method, seed)) / "adapter_model.safetensors")
+
+
+def test_plain_steps_are_done_once_and_change_no_bit(run, tmp_path):
+    alone = Run("smoke", tmp_path / "alone")
+    base = alone.folder / "models" / "base-seed0"
+    base.symlink_to(run.model_folder(run.spec("base", 0)))
+    (alone.folder / "results" / "residual_norms-seed0.json").write_bytes(
+        (run.folder / "results" / "residual_norms-seed0.json").read_bytes()
+    )
+    assert list((run.folder / "models").glob(".plain-2-*.pt")), "SSFT left nothing to share"
+    alone.ensure([("lat", 0)])
+    shared, whole = adapter(run, "lat"), adapter(alone, "lat")
+    assert all(torch.equal(shared[name], whole[name]) for name in whole) and shared.keys() == whole.keys()
+    columns = ["step", "total", "toward", "kl", "attack_end"]
+    assert run.metrics("lat")[columns].equals(alone.metrics("lat")[columns])
+
+
+def test_what_is_made_is_not_made_again(run):
+    folder = run.model_folder(run.spec("lat", 0))
+    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    Run("smoke", run.folder).model("lat", 0)
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_adapter_is_a_standard_one_with_a_card(run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = run.model_folder(run.spec("lat", 0))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder.parent / "base-seed0"), folder)
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
+    card = (folder / "README.md").read_text()
+    assert "{" not in card and "# lat, seed 0" in card and str(run.folder) not in card
+    assert str(run.folder) not in (folder / "adapter_config.json").read_text()
+
+
+def test_other_settings_in_the_same_folder_are_named(run):
+    profile = load_profile("smoke")
+    other = profile.model_copy(update={"train": profile.train.model_copy(update={"lr": 0.5})})
+    with pytest.raises(ProfileError, match=r"train.lr: 0.002 -> 0.5(?s:.)*--fresh"):
+        Run(other, run.folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("latt", 0), "method = 'latt'"),
+        (("lat", -1), "seed = -1"),
+        (("lat", 0, "no-such"), "variant = 'no-such'"),
+        (("lat", 0, {"attack.epz": 1.0}), "did you mean 'attack.eps'"),
+        (("lat", 0, {"attack.eps": "8e-5"}), "is text, not a number"),
+        (("base", 0, {"attack.eps": 1.0}), "the base model has none"),
+    ],
+)
+def test_a_wrong_model_is_named(run, arguments, message):
+    with pytest.raises(ProfileError, match=message):
+        run.spec(*arguments)
+
+
+def test_an_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProfileError, match="cannot be written.*--out"):
+        Run("smoke", tmp_path / "file" / "run")
+
+
+def test_outcomes_are_measured_once_and_are_three_classes(run):
+    table = run.evaluate("ssft", 0, "audit")
+    assert set(table["outcome"]) <= {"refused", "complied", "neither"}
+    assert run.evaluate("ssft", 0, "audit").equals(table)
+    assert set(run.outcomes()["method"]) == {"ssft"}
+    assert table.loc[table["prompts"] == "harmful", "prompt_id"].nunique() == run.profile.evaluation.prompts
