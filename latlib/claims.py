@@ -120,7 +120,7 @@ CLAIMS = (
     ),
     Claim(
         *("eps-too-small", SEED),
-        "Training with too small an eps does not defend.",
+        "Training with a smaller eps defends less.",
         "ASR of latent PGD at LAT's eps: the sweep's smallest eps minus LAT.",
         *(None, effects.eps_too_small),
     ),

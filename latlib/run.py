@@ -11,6 +11,7 @@ A folder belongs to the settings it was made with: opening it with others is an 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from latlib import evaluate, make, refusal
 from latlib.evaluate import Context
 from latlib.hooks import Site
 from latlib.models import LanguageModel, load
-from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
+from latlib.profile import AttackSettings, Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.tracking import read_metrics
 from latlib.workers import threads_for, work
 
@@ -159,6 +160,26 @@ class Run:
             refusal.save_directions(refusal.directions(self.model(method, seed), self.profile), file)
         return refusal.load_directions(file)
 
+    def attack(self, method: str, seed: int, settings: AttackSettings, name: str = "pgd", n: int | None = None):
+        """Outcome rows of an attack of your own on `n` prompts (see `evaluate.attack_cell`), measured once and kept."""
+        spec, n = self.spec(method, seed), n or self.profile.evaluation.pgd_prompts
+        key = json.dumps([spec.folder, settings.model_dump(mode="json"), name, n], sort_keys=True)
+        file = self.folder / "results" / "attacks" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
+        if not file.exists():
+            prompts = evaluate.prompt_set("harmful", self.profile, n)
+            lm = self.model(method, seed)
+            _write_table(evaluate.attack_cell(lm, self.context(spec), prompts, settings, name), file)
+        return pd.read_parquet(file)
+
+    def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
+        """Explained variance of a model's harmful-harmless differences (see `refusal.variance_table`), found once."""
+        file = self.model_folder(self.spec(method, seed)) / "variance.json"
+        if not file.exists():
+            lm = self.model(method, seed)
+            found, clusters = refusal.paired_differences(lm, self.profile)
+            _write_json(refusal.variance_table(found, clusters, refusal.fixed_site(lm.n_layers)), file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
     def table_file(self, spec: Spec, suite: str) -> Path:
         """Where the outcome rows of a suite lie."""
         return self.folder / "results" / "outcomes" / f"{suite}-{spec.folder}.parquet"
@@ -193,9 +214,7 @@ class Run:
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
         """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
         file = self.folder / "results" / f"{name}.json"
-        aside = file.with_suffix(".partial")
-        aside.write_text(json.dumps(_json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
-        aside.replace(file)
+        _write_json(data, file)
         return file
 
     def result(self, name: str) -> dict[str, Any]:
@@ -212,10 +231,7 @@ class Run:
             return
         lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
         table = SUITES[suite](lm, self.context(spec, on_step))
-        file = self.table_file(spec, suite)
-        aside = file.with_suffix(".partial")
-        table.to_parquet(aside, index=False)
-        aside.replace(file)
+        _write_table(table, self.table_file(spec, suite))
 
     def _variant(self, spec: Spec) -> str | dict[str, Any]:
         return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)
@@ -226,6 +242,21 @@ class Run:
         shutil.rmtree(self.folder / "models" / spec.folder, ignore_errors=True)
         for file in (self.folder / "results" / "outcomes").glob(f"*-{spec.folder}.parquet"):
             file.unlink()
+
+
+def _write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write aside, then rename: a table is whole or absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".partial")
+    table.to_parquet(aside, index=False)
+    aside.replace(file)
+
+
+def _write_json(data: Any, file: Path) -> None:
+    """Write aside, then rename; NaN and infinities become null."""
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(_json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
+    aside.replace(file)
 
 
 def _json_ready(value: Any) -> Any:
