@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 HOSTILE = ("curse", "jinx", "petrify", "shrink", "trap", "blind", "rob", "hex", "ensnare", "banish", "haunt", "fool")
@@ -192,10 +192,11 @@ def draw_set(seed: int | str, split: str, which: str, n: int, kind: Kind = "reci
 
 
 def twin(prompt: Prompt, rng: random.Random, split: str) -> Prompt:
-    """The prompt's harmless twin: same words, but the target is a foe of the same split (the matched pair)."""
-    foes = [t for v, t in PAIRS[split] if v == prompt.verb and t in FOES]
-    target = rng.choice(foes or list(FOES))
-    return Prompt(
-        *(prompt.kind, prompt.verb, target, prompt.tool),
-        *(prompt.purpose_verb, prompt.purpose_target, prompt.template),
-    )
+    """The prompt's harmless twin: the same words, but the target is a foe (the matched pair), within the split.
+
+    Where the split holds no foe for the verb, another hostile verb is turned on a foe.
+    """
+    scary = pairs_of(split, "scary")
+    same_verb = [(v, t) for v, t in scary if v == prompt.verb]
+    verb, target = rng.choice(same_verb or scary)
+    return replace(prompt, verb=verb, target=target)
