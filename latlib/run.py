@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -115,11 +114,6 @@ class Run:
         self.ensure([(method, seed, variant)])
         base = self.model_folder(self.spec("base", seed))
         return load(base, self.profile.model, None if method == "base" else self.model_folder(spec))
-
-    @property
-    def tokenizer(self):
-        """The tokenizer of the first seed's base model."""
-        return self.model("base", self.profile.seeds[0]).tokenizer
 
     def card(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What is recorded of a model's making: settings, seconds, last losses, residual norms."""
@@ -235,13 +229,6 @@ class Run:
 
     def _variant(self, spec: Spec) -> str | dict[str, Any]:
         return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)
-
-    def clear(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> None:
-        """Forget a model and everything measured on it."""
-        spec = self.spec(method, seed, variant)
-        shutil.rmtree(self.folder / "models" / spec.folder, ignore_errors=True)
-        for file in (self.folder / "results" / "outcomes").glob(f"*-{spec.folder}.parquet"):
-            file.unlink()
 
 
 def _write_table(table: pd.DataFrame, file: Path) -> None:
