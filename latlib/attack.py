@@ -24,7 +24,8 @@ from torch import Tensor
 from latlib.data import PADDING, Batch
 from latlib.forward import Network
 from latlib.hooks import Site, depth, resolve_sites
-from latlib.losses import at_labels, row_means, token_losses
+from latlib.kernels import wide_of
+from latlib.losses import argmax_matches, at_labels, row_means, token_losses
 from latlib.profile import AttackSettings
 
 
@@ -35,11 +36,12 @@ class Attack:
     deltas: site -> [batch, seq, d_model]. losses: [steps + 1, batch], each row's attack loss before every step and at
     the end, of the restart that was kept. won: [batch] bool, whether the model under the final perturbation would
     write the wanted completion word for word (greedy); untargeted, whether it would not. eps: site -> radius used.
+    An attack that was not judged has losses [steps, batch] and no `won`.
     """
 
     deltas: dict[Site, Tensor]
     losses: Tensor
-    won: Tensor
+    won: Tensor | None
     eps: dict[Site, float]
 
 
@@ -99,14 +101,14 @@ def attack_losses(network: Network, batch: Batch, settings: AttackSettings, hidd
 
     A packed row's first completion is wanted, its second unwanted; a row with one completion has only that.
     """
-    n = batch.shape[0]
-    toward, away = token_losses(network.unembed, at_labels(hidden, batch.source), batch.labels)
+    n, rows = batch.shape[0], at_labels(hidden, batch.source)
     if not settings.targeted:
-        return -row_means(toward, batch.label_rows, n)
+        return -row_means(token_losses(network.unembed, rows, batch.labels), batch.label_rows, n)
     wanted, unwanted = batch.label_index(1), batch.label_index(2)
-    loss = settings.toward * row_means(toward[wanted], batch.label_rows[wanted], n)
+    losses = token_losses(network.unembed, rows, batch.labels, batch.label_segments == 2)
+    loss = settings.toward * row_means(losses[wanted], batch.label_rows[wanted], n)
     if len(unwanted):
-        loss = loss + settings.away * row_means(away[unwanted], batch.label_rows[unwanted], n)
+        loss = loss + settings.away * row_means(losses[unwanted], batch.label_rows[unwanted], n)
     return loss
 
 
@@ -118,10 +120,9 @@ def greedy_matches(network: Network, batch: Batch, hidden: Tensor, segment: int)
     ones before. False for a row without that completion.
     """
     index = batch.label_index(segment)
-    logits = network.unembed(at_labels(hidden, batch.source[index]))
+    right = argmax_matches(network.unembed, at_labels(hidden, batch.source[index]), batch.labels[index])
     rows, n = batch.label_rows[index], batch.shape[0]
-    right = (logits.argmax(-1) == batch.labels[index]).float()
-    return (row_means(right, rows, n) == 1) & (torch.bincount(rows, minlength=n) > 0)
+    return (row_means(right.float(), rows, n) == 1) & (torch.bincount(rows, minlength=n) > 0)
 
 
 def pgd(
@@ -130,31 +131,34 @@ def pgd(
     eps: Mapping[Site, float],
     settings: AttackSettings,
     generator: torch.Generator | None = None,
+    judged: bool = True,
 ) -> Attack:
     """Find a perturbation that minimises the adversary's loss; see the module's docstring.
 
-    eps: site -> radius (from `radii`). generator: for random starts.
+    eps: site -> radius (from `radii`). generator: for random starts. judged=False leaves out the last forward, for a
+    caller that runs the perturbation itself and then asks `judge`; restarts are always judged.
     Raises ValueError for an empty eps, or settings.steps = 0 with a zero start (there is nothing to find).
     """
     if not eps:
         raise ValueError("eps names no site: an attack needs at least one")
     lowest = min(eps, key=depth)
     start = (lowest, network.capture(batch, [lowest])[lowest])
-    mask = perturbed_positions(batch, settings.positions)
+    free = perturbed_positions(batch, settings.positions).flatten().nonzero().squeeze(1)
     best: Attack | None = None
+    judged = judged or settings.restarts > 1
     for restart in range(settings.restarts):
         random = settings.start == "random" or restart > 0  # a second zero start would find the same thing
-        deltas = {s: _initial(network, mask, r, random, generator) for s, r in eps.items()}
-        found = _descend(network, batch, start, deltas, dict(eps), mask, settings)
+        deltas = {s: _initial(network, len(free), r, random, generator) for s, r in eps.items()}
+        found = _descend(network, batch, start, deltas, dict(eps), free, settings, judged)
         best = found if best is None else _better(best, found)
     return best
 
 
-def _initial(network: Network, mask: Tensor, eps: float, random: bool, generator: torch.Generator | None) -> Tensor:
+def _initial(network: Network, n: int, eps: float, random: bool, generator: torch.Generator | None) -> Tensor:
+    """[n, d_model] starting perturbations, float32 or better."""
     if random:
-        return random_noise(network, mask, eps, generator, inside=True)
-    dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
-    return torch.zeros(*mask.shape[:2], network.d_model, device=network.device, dtype=dtype)
+        return _noise((n, network.d_model), network, eps, generator, inside=True)
+    return torch.zeros(n, network.d_model, device=network.device, dtype=wide_of(network.dtype))
 
 
 def random_noise(
@@ -164,34 +168,51 @@ def random_noise(
 
     The control for every attack: same norm, same positions, no gradient.
     """
-    n, seq, d = *mask.shape[:2], network.d_model
-    noise = torch.randn(n, seq, d, generator=generator, dtype=torch.float64)
+    return _noise((*mask.shape[:2], network.d_model), network, eps, generator, inside) * mask
+
+
+def _noise(shape: tuple[int, ...], network: Network, eps: float, generator, inside: bool) -> Tensor:
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     noise = noise / noise.norm(dim=-1, keepdim=True)
     if inside:
-        noise = noise * torch.rand(n, seq, 1, generator=generator, dtype=torch.float64) ** (1 / d)
-    dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
-    return project_l2((eps * noise).to(network.device, dtype), eps) * mask
+        noise = noise * torch.rand(*shape[:-1], 1, generator=generator, dtype=torch.float64) ** (1 / shape[-1])
+    return project_l2((eps * noise).to(network.device, wide_of(network.dtype)), eps)
 
 
-def _descend(network, batch, start, deltas, eps, mask, settings) -> Attack:
+def _descend(network, batch, start, deltas, eps, free, settings, judged) -> Attack:
+    """deltas: site -> [n, d_model], float32 or better, at positions `free` ([n] into the flattened [batch * seq])."""
     sites, losses = list(deltas), []
     moments = {s: (torch.zeros_like(d), torch.zeros_like(d)) for s, d in deltas.items()}
     for step in range(settings.steps):
         leaves = {s: d.requires_grad_() for s, d in deltas.items()}
         with torch.enable_grad(), network.held():
-            loss = attack_losses(network, batch, settings, network.hidden(batch, leaves, start))
+            placed = {s: _placed(leaf, free, batch, network.dtype) for s, leaf in leaves.items()}
+            loss = attack_losses(network, batch, settings, network.hidden(batch, placed, start))
             gradients = torch.autograd.grad(loss.sum(), [leaves[s] for s in sites])
         losses.append(loss.detach())
         with torch.no_grad():
             for site, gradient in zip(sites, gradients, strict=True):
-                moved = _step(deltas[site].detach(), gradient * mask, moments[site], step, eps[site], settings)
-                deltas[site] = project_l2(moved, eps[site]) * mask
-    with torch.no_grad():
-        deltas = {s: d.detach() for s, d in deltas.items()}
-        hidden = network.hidden(batch, deltas, start)
-        losses.append(attack_losses(network, batch, settings, hidden))
-        won = greedy_matches(network, batch, hidden, 1)
-    return Attack(deltas, torch.stack(losses), won if settings.targeted else ~won, eps)
+                moved = _step(deltas[site].detach(), gradient, moments[site], step, eps[site], settings)
+                deltas[site] = project_l2(moved, eps[site])
+    found, won = {s: _placed(d.detach(), free, batch, d.dtype) for s, d in deltas.items()}, None
+    if judged:
+        with torch.no_grad():
+            end, won = judge(network, batch, settings, network.hidden(batch, found, start))
+        losses.append(end)
+    return Attack(found, torch.stack(losses), won, eps)
+
+
+def _placed(delta: Tensor, free: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """[batch, seq, d_model] in `dtype`: the rows of delta ([n, d_model]) at positions `free`, zero elsewhere."""
+    full = torch.zeros(batch.ids.numel(), delta.shape[1], dtype=dtype, device=delta.device)
+    return full.index_copy(0, free, delta.to(dtype)).view(*batch.shape, -1)
+
+
+@torch.no_grad()
+def judge(network: Network, batch: Batch, settings: AttackSettings, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """([batch] the adversary's loss, [batch] bool whether it won) from hidden states under a perturbation."""
+    won = greedy_matches(network, batch, hidden, 1)
+    return attack_losses(network, batch, settings, hidden), won if settings.targeted else ~won
 
 
 ADAM_LR = 1e-3  # FACTS: the authors' inner rate for Llama-3-8B (5e-2 for Llama-2-7B)

@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = -1
@@ -49,6 +50,7 @@ class Batch:
     ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1 and 2 the completions, -1 padding.
     source: [labels] index into the flattened [batch * seq] of the position that predicts each label.
     labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or 2), and its row.
+    packed: whether some row holds two completions (then attention needs a mask of its own).
     """
 
     ids: Tensor
@@ -58,16 +60,12 @@ class Batch:
     labels: Tensor
     label_segments: Tensor
     label_rows: Tensor
+    packed: bool
 
     @property
     def shape(self) -> tuple[int, int]:
         """(batch, seq)"""
         return self.ids.shape[0], self.ids.shape[1]
-
-    @property
-    def packed(self) -> bool:
-        """Whether some row holds two completions (then attention needs a mask of its own)."""
-        return bool((self.segments == 2).any())
 
     def attends(self) -> Tensor:
         """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax row is empty."""
@@ -77,12 +75,18 @@ class Batch:
         return (seen & causal) | torch.eye(self.shape[1], dtype=torch.bool, device=self.ids.device)
 
     def label_index(self, segment: int) -> Tensor:
-        """Indices into the label tensors of one completion."""
-        return (self.label_segments == segment).nonzero().squeeze(1)
+        """Indices into the label tensors of one completion; found once, for looking makes a GPU wait."""
+        found = self.__dict__.setdefault("_label_index", {})
+        if segment not in found:
+            found[segment] = (self.label_segments == segment).nonzero().squeeze(1)
+        return found[segment]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
+        tensors = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        moved = replace(self, **tensors)
+        moved.__dict__["_label_index"] = {segment: self.label_index(segment).to(device) for segment in (1, 2)}
+        return moved
 
 
 def chat_text(tokenizer, prompt: str, system_prompt: str | None = None) -> str:
@@ -168,7 +172,28 @@ def collate(rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: 
         positions.append(places + [0] * fill)
         segments.append(parts + [PADDING] * fill)
     tensors = (ids, positions, segments, source, labels, label_segments, label_rows)
-    return Batch(*(torch.tensor(t, dtype=torch.long, device=device) for t in tensors))
+    batch = Batch(*(torch.tensor(t, dtype=torch.long) for t in tensors), packed=any(2 in row for row in segments))
+    return batch if torch.device(device) == batch.ids.device else batch.to(device)
+
+
+def join(a: Batch, b: Batch) -> Batch:
+    """One batch of the rows of both, `a`'s first, and their labels in the same order."""
+    seq = max(a.shape[1], b.shape[1])
+
+    def rows(name: str, fill: int) -> Tensor:
+        parts = (getattr(x, name) for x in (a, b))
+        return torch.cat([F.pad(part, (0, seq - part.shape[1]), value=fill) for part in parts])
+
+    def moved(x: Batch, first: int) -> Tensor:
+        return x.source + (x.source // x.shape[1]) * (seq - x.shape[1]) + first * seq
+
+    return Batch(
+        *(rows("ids", 0), rows("positions", 0), rows("segments", PADDING)),
+        torch.cat((moved(a, 0), moved(b, a.shape[0]))),
+        *(torch.cat((getattr(a, name), getattr(b, name))) for name in ("labels", "label_segments")),
+        torch.cat((a.label_rows, b.label_rows + a.shape[0])),
+        a.packed or b.packed,
+    )
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,12 @@ class Network(Protocol):
         """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the
         stream."""
 
+    def frozen(self) -> Network:
+        """The same weights as they are now, without gradients: what an attack runs on."""
+
+    def settle(self) -> None:
+        """Hand gradients that backward passes left with the network on to the model's parameters."""
+
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
@@ -196,6 +202,13 @@ class StockNetwork:
             before = torch.atleast_2d(self.directions)
             directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
         return StockNetwork(self.model, self.adapter, self.train, directions)
+
+    def frozen(self) -> StockNetwork:
+        """See `Network`."""
+        return StockNetwork(self.model, self.adapter, False, self.directions)
+
+    def settle(self) -> None:
+        """See `Network`: gradients are with the parameters already."""
 
     def _final_norm(self) -> nn.Module:
         for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):

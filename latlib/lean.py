@@ -4,7 +4,9 @@ A model of a few million parameters is bound by the number of kernels. Here, onc
 1. the adapter is merged, W + (alpha / r) B A, differentiably when training;
 2. every RMSNorm's gain is folded into the matrices that read it, and q, k, v and gate, up are stacked;
 3. directions to be ablated are projected out of the matrices that write to the stream (equal to ablation by hooks);
-so that a block is eleven kernels and a perturbation is one addition.
+so that a block is two functions with backward passes of their own (`kernels`) and a perturbation is one addition.
+4. Training runs over leaves that hold the merged values: every micro-batch adds to their gradients, and `settle` takes
+   these through the merge to the adapter, once.
 
 Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to `LlamaForCausalLM`
 without biases and to plain LoRA; `fits` says so, and everything else takes `forward.StockNetwork`.
@@ -12,7 +14,7 @@ without biases and to plain LoRA; `fits` says so, and everything else takes `for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from latlib.data import Batch
 from latlib.forward import Start, check_start
 from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, project_out, resolve_sites
+from latlib.kernels import MLP, Attention, RMSNorm, padded_keys, wide_of
 from latlib.losses import at_labels
 
 LEAN_LIMIT = 50_000_000  # parameters; above it arithmetic decides and a merged copy costs too much memory
@@ -67,7 +70,8 @@ def _weight(layer: nn.Module, adapter: bool) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Merged matrices: embed, head [vocabulary, d_model]; per block qkv, out, gate_up, down as [out, in]."""
+    """Merged matrices as [out, in]: embed, head [vocabulary, d_model]; per block qkv (in the order and scale of
+    `kernels.Attention`), out, gate_up, down."""
 
     embed: Tensor
     head: Tensor
@@ -83,104 +87,102 @@ class Weights:
             *(tuple(map(function, group)) for group in (self.qkv, self.out, self.gate_up, self.down)),
         )
 
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (self.embed, self.head, *self.qkv, *self.out, *self.gate_up, *self.down)
+
 
 def merge(model: nn.Module, adapter: bool) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires grad."""
-    decoder = decoder_of(model)
+    decoder, config = decoder_of(model), model.config
+    size = head_dim(config)
 
-    def stack(gain: Tensor, *layers: nn.Module) -> Tensor:
-        matrix = (
-            torch.cat([_weight(layer, adapter) for layer in layers]) if len(layers) > 1 else _weight(layers[0], adapter)
-        )
-        return matrix * gain
+    def pairs(matrix: Tensor) -> Tensor:  # [2, heads * head_dim / 2, d_model]: the two halves of every head
+        return matrix.view(-1, 2, size // 2, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
 
     qkv, out, gate_up, down = [], [], [], []
     for block in decoder.layers:
         attention, mlp = block.self_attn, block.mlp
-        qkv.append(stack(block.input_layernorm.weight, attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (_weight(layer, adapter) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+        turned = torch.cat((pairs(q * size**-0.5), pairs(k)), 1).flatten(0, 1)
+        qkv.append(torch.cat((turned, v)) * block.input_layernorm.weight)
         out.append(_weight(attention.o_proj, adapter))
-        gate_up.append(stack(block.post_attention_layernorm.weight, mlp.gate_proj, mlp.up_proj))
+        both = torch.cat((_weight(mlp.gate_proj, adapter), _weight(mlp.up_proj, adapter)))
+        gate_up.append(both * block.post_attention_layernorm.weight)
         down.append(_weight(mlp.down_proj, adapter))
-    head = stack(decoder.norm.weight, model.get_output_embeddings())
+    head = _weight(model.get_output_embeddings(), adapter) * decoder.norm.weight
     groups = (tuple(qkv), tuple(out), tuple(gate_up), tuple(down))
     return Weights(model.get_input_embeddings().weight, head, *groups)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) without a gain: the backward pass needs only the output and the scale."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        mean_square = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide_of(x.dtype)).square().div_(x.shape[-1])
-        )
-        scale = mean_square.add_(eps).rsqrt_().to(x.dtype)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])
-        return torch.addcmul(grad, y, along).mul_(scale), None
+def head_dim(config) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _wide_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _trained_rows(mlp: nn.Module) -> slice:
+    """The rows of the stacked gate and up weights that training changes."""
+    ffn = mlp.gate_proj.weight.shape[0]
+    gate, up = (any(p.requires_grad for p in m.parameters()) for m in (mlp.gate_proj, mlp.up_proj))
+    return slice(0 if gate else ffn, 2 * ffn if up else ffn)
 
 
 class LeanNetwork:
     """A `forward.Network` over merged weights.
 
-    model: a (PEFT) Llama that `fits`. train: keep the graph from the merged weights to the adapter. dtype: compute
-    dtype.
+    model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by `settle`. dtype: compute dtype.
     """
 
     def __init__(self, model: nn.Module, adapter: bool = True, train: bool = False, dtype: torch.dtype | None = None):
         config = model.config
         with torch.set_grad_enabled(train):
-            weights = merge(model, adapter)
-            self.dtype = dtype or weights.embed.dtype
-            self.weights = weights.map(lambda w: w.to(self.dtype))
-        self.n_layers, self.d_model, self.device = config.num_hidden_layers, config.hidden_size, weights.embed.device
+            merged = merge(model, adapter)
+            self.dtype = dtype or merged.embed.dtype
+            merged = merged.map(lambda w: w.to(self.dtype))
+        self._merged = merged if train else None
+        self.weights = merged.map(lambda w: w.detach().requires_grad_(w.requires_grad)) if train else merged
+        self.n_layers, self.d_model, self.device = config.num_hidden_layers, config.hidden_size, merged.embed.device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or self.d_model // self.heads
-        self.eps = config.rms_norm_eps
+        self.head_dim, self.eps = head_dim(config), config.rms_norm_eps
         self._rotary = decoder_of(model).rotary_emb
+        self._trained = [_trained_rows(block.mlp) for block in decoder_of(model).layers]
         self._ablated: Tensor | None = None  # [k, d_model] orthonormal
         self._context: tuple[Batch, tuple[Tensor, Tensor, Tensor]] | None = None
 
+    def frozen(self) -> LeanNetwork:
+        """See `forward.Network`: the same merged values, without gradients."""
+        return self._with(self.weights.map(torch.Tensor.detach), _merged=None)
+
+    def settle(self) -> None:
+        """See `forward.Network`."""
+        found = [(w, leaf.grad) for w, leaf in zip(self._merged, self.weights, strict=True) if leaf.grad is not None]
+        if found:
+            torch.autograd.backward(*map(list, zip(*found, strict=True)))
+        for leaf in self.weights:
+            leaf.grad = None
+
     def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """cos, sin [1 or batch, seq, 1, head_dim]; additive mask [batch * heads or 1, seq, seq]; once per batch."""
+        """cos, sin and additive mask as `kernels.Attention` takes them; once per batch."""
         if self._context is None or self._context[0] is not batch:
-            packed, seq = batch.packed, batch.shape[1]
+            packed, (n, seq) = batch.packed, batch.shape
             positions = batch.positions if packed else torch.arange(seq, device=self.device)[None]
-            cos, sin = self._rotary(torch.empty(0, device=self.device, dtype=_wide_of(self.dtype)), positions)
             half = self.head_dim // 2
-            cos, sin = cos.unsqueeze(2), torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2)
+            cos, sin = (
+                table[..., :half].repeat(n // len(table), 1, self.heads + self.kv_heads).flatten(0, 1).unsqueeze(1)
+                for table in self._rotary(torch.empty(0, device=self.device, dtype=wide_of(self.dtype)), positions)
+            )
             seen = batch.attends() if packed else torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
             bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, torch.finfo(torch.float32).min / 2)
+            bias = F.pad(bias, (0, padded_keys(seq, self.dtype, self.device) - seq), value=bias.min())
+            bias = bias.repeat(1, self.heads // self.kv_heads, 1)
             if packed:
-                bias = bias.repeat_interleave(self.heads, 0)
+                bias = bias.repeat_interleave(self.kv_heads, 0)
             self._context = (batch, (cos.to(self.dtype), sin.to(self.dtype), bias.to(self.dtype)))
         return self._context[1]
 
     def _block(self, x: Tensor, i: int, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        w, (n, seq, _), hd = self.weights, x.shape, self.head_dim
-        heads, kv = self.heads, self.kv_heads
-        qkv = F.linear(_RMSNorm.apply(x, self.eps), w.qkv[i]).view(n, seq, heads + 2 * kv, hd)
-        qk, v = qkv.split((heads + kv, kv), 2)
-        qk = torch.addcmul(qk * cos, qk.roll(hd // 2, -1), sin)
-        q, k = qk.split((heads, kv), 2)
-        if kv != heads:
-            k, v = (t.repeat_interleave(heads // kv, 2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2).reshape(n * heads, seq, hd) for t in (q, k, v))
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=hd**-0.5).softmax(-1)
-        mixed = torch.bmm(scores, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n, seq, heads * hd)
-        x = x + F.linear(mixed, w.out[i])
-        gate, up = F.linear(_RMSNorm.apply(x, self.eps), w.gate_up[i]).chunk(2, -1)
-        return x + F.linear(F.silu(gate) * up, w.down[i])
+        w = self.weights
+        x = Attention.apply(x, w.qkv[i], w.out[i], cos, sin, bias, self.heads, self.kv_heads, self.eps)
+        return MLP.apply(x, w.gate_up[i], w.down[i], self.eps, self._trained[i])
 
     def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
         """See `forward.Network`."""
@@ -209,7 +211,7 @@ class LeanNetwork:
             if here in deltas:
                 check_delta(here, deltas[here], stream)
                 stream = stream + deltas[here].to(stream.dtype)
-        return _RMSNorm.apply(stream, self.eps)
+        return RMSNorm.apply(stream, self.eps)
 
     def unembed(self, rows: Tensor) -> Tensor:
         """See `forward.Network`."""
@@ -231,6 +233,10 @@ class LeanNetwork:
 
         w = self.weights
         clean = replace(w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down)))
+        return self._with(clean, _ablated=basis)
+
+    def _with(self, weights: Weights, **changes) -> LeanNetwork:
+        """This network over other weights."""
         other = object.__new__(LeanNetwork)
-        other.__dict__.update(self.__dict__, weights=clean, _ablated=basis, _context=None)
+        other.__dict__.update(self.__dict__, weights=weights, **changes)
         return other

@@ -1,9 +1,11 @@
 """Toward, away and KL, at label positions only.
 
-1. A forward gives final hidden states [batch, seq, d_model]; only the rows that predict a label go through the output
-   matrix, a chunk at a time, and a chunk's logits are computed again in the backward pass: no [batch, seq, vocabulary]
-   tensor exists.
-2. `token_losses` returns one value per label token; what is averaged over what is the caller's choice: the attack sums
+1. A forward gives final hidden states [batch, seq, d_model]; only the rows that predict a label meet the output matrix,
+   a chunk at a time: no [batch, seq, vocabulary] tensor exists, nor one of all labels once they fill more than a chunk.
+2. A label's loss depends on its own row alone, so the gradient of a chunk's sum holds every row's own gradient. It is
+   taken while the chunk's logits are there, and [labels, d_model] is all that is kept: two products with the output
+   matrix, where computing the logits again in the backward pass needs three.
+3. `token_losses` returns one value per label token; what is averaged over what is the caller's choice: the attack sums
    per-row means (rows do not interact), the defence averages over all tokens of the whole batch, however it is cut
    into micro-batches.
 """
@@ -18,17 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from latlib.kernels import wide_of
+
 Unembed = Callable[[Tensor], Tensor]  # [n, d_model] -> [n, vocabulary]
-CHUNK = 4096  # label rows whose logits exist at once
+CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 128 MiB in float32
 AWAY_LOG_P_FLOOR = -5.0  # FACTS: the authors ignore tokens that are already this unlikely
-
-
-def _chunked(function: Callable[..., Tensor], chunk: int, *rows: Tensor) -> Tensor:
-    """`function` over chunks of rows; with more than one chunk, each is recomputed in the backward pass."""
-    if rows[0].shape[0] <= chunk:
-        return function(*rows)
-    parts = zip(*(r.split(chunk) for r in rows), strict=True)
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts], dim=-1)
 
 
 def at_labels(hidden: Tensor, source: Tensor) -> Tensor:
@@ -36,49 +32,57 @@ def at_labels(hidden: Tensor, source: Tensor) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, source)
 
 
-def token_losses(unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """(toward, away) of every label token, float32 or better, both [labels], in nats.
+def rows_per_chunk(vocabulary: int) -> int:
+    """How many rows of logits exist at once."""
+    return max(1, CHUNK_ELEMENTS // vocabulary)
 
-    rows: [labels, d_model] hidden states; labels: [labels]. toward = -log p(label). away = -log(1 - p(label)), 0 where
-    log p(label) < -5. Both come from one softmax, and away is exact for p near 1.
+
+def token_losses(
+    unembed: Unembed, rows: Tensor, labels: Tensor, away: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Loss of every label token, [labels], float32 or better, in nats.
+
+    rows: [labels, d_model] hidden states; labels: [labels]; away: [labels] bool, which tokens to push away from. toward
+    = -log p(label). away = -log(1 - p(label)), 0 where log p(label) < -5, exact for p near 1. chunk: rows at a time, by
+    default as the vocabulary allows.
     Source: Sheshadri et al. 2024 and the authors' code.
     """
+    away = torch.zeros_like(labels, dtype=torch.bool) if away is None else away
 
-    def losses(rows: Tensor, labels: Tensor) -> Tensor:
-        return _LabelLosses.apply(unembed(rows), labels)
+    def losses(rows: Tensor, labels: Tensor, away: Tensor) -> Tensor:
+        return _LabelLosses.apply(unembed(rows), labels, away)
 
-    toward, away = _chunked(losses, chunk, rows, labels)
-    return toward, away
+    return _by_row(losses, unembed, chunk, rows, labels, away)
 
 
 class _LabelLosses(torch.autograd.Function):
-    """(toward, away) [2, n] from logits [n, vocabulary] with one softmax, which is all that the backward pass needs.
+    """Toward or away losses [n] from logits [n, vocabulary] with one softmax, all that the backward pass needs.
 
-    With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward = -log q and
-    away = -log s. The gradient in the logits is (g1 + g2) p - g1 at the label and (g1 + g2 - g2 / s) p elsewhere.
+    With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward = -log q and away =
+    -log s. The gradient in the logits is, at the label and elsewhere, q - 1 and p for toward, q and (1 - 1 / s) p for
+    away.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        p = torch.softmax(logits, -1, dtype=wide)
-        tiny, index = torch.finfo(wide).tiny, labels[:, None]
+    def forward(ctx, logits: Tensor, labels: Tensor, away: Tensor) -> Tensor:
+        p = torch.softmax(logits, -1, dtype=wide_of(logits.dtype))
+        tiny, index = torch.finfo(p.dtype).tiny, labels[:, None]
         own = p.gather(1, index)
         p.scatter_(1, index, 0.0)
         others = p.sum(1, keepdim=True)
         log_own = torch.where(own > 0.5, torch.log1p(-others), own.clamp(min=tiny).log()).squeeze(1)
-        counts = log_own >= AWAY_LOG_P_FLOOR
-        ctx.save_for_backward(p, own, others, labels, counts)
+        counts = ~away | (log_own >= AWAY_LOG_P_FLOOR)
+        ctx.save_for_backward(p, own, others, labels, away, counts)
         ctx.dtype = logits.dtype
-        return torch.stack((-log_own, torch.where(counts, -others.clamp(min=tiny).log().squeeze(1), 0.0)))
+        return torch.where(away, -others.clamp(min=tiny).log().squeeze(1) * counts, -log_own)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        p, own, others, labels, counts = ctx.saved_tensors
-        toward, away = grad[0], torch.where(counts, grad[1], 0.0)
-        both, tiny = (toward + away)[:, None], torch.finfo(p.dtype).tiny
-        out = (p * (both - away[:, None] / others.clamp(min=tiny))).to(ctx.dtype)
-        return out.scatter_(1, labels[:, None], (both * own - toward[:, None]).to(ctx.dtype)), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        p, own, others, labels, away, counts = ctx.saved_tensors
+        grad, away = torch.where(counts, grad, 0.0)[:, None], away[:, None]
+        elsewhere = torch.where(away, 1 - 1 / others.clamp(min=torch.finfo(p.dtype).tiny), 1.0)
+        out = (p * (grad * elsewhere)).to(ctx.dtype)
+        return out.scatter_(1, labels[:, None], (grad * torch.where(away, own, own - 1)).to(ctx.dtype)), None, None
 
 
 def kl_divergence(
@@ -87,7 +91,7 @@ def kl_divergence(
     teacher: Unembed,
     teacher_rows: Tensor,
     mode: Literal["token", "reference"] = "token",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """KL between teacher and student at each label position, [labels].
 
@@ -104,7 +108,50 @@ def kl_divergence(
             return F.kl_div(new, old, log_target=True, reduction="none").sum(-1)
         return F.kl_div(old, new, log_target=True, reduction="none").mean(-1)
 
-    return _chunked(divergence, chunk, student_rows, teacher_rows)
+    return _by_row(divergence, student, chunk, student_rows, teacher_rows)
+
+
+@torch.no_grad()
+def argmax_matches(unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """[labels] bool: whether each label is its row's most likely token. rows: [labels, d_model]."""
+    size = chunk or rows_per_chunk(unembed(rows[:1]).shape[-1])
+    parts = zip(rows.split(size), labels.split(size), strict=True)
+    return torch.cat([unembed(part).argmax(-1) == own for part, own in parts]) if len(rows) else labels.bool()
+
+
+def _by_row(function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor) -> Tensor:
+    """`function(*rows)` [n], each value from its own row of every argument, with a chunk's logits at a time."""
+    one = unembed(rows[0][:1].detach())
+    size = chunk or rows_per_chunk(one.shape[-1])
+    if len(rows[0]) <= size:
+        return function(*rows)
+    if one.requires_grad:  # the output matrix is trained: its gradient needs the logits again
+        parts = zip(*(r.split(size) for r in rows), strict=True)
+        return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+    return _ByRow.apply(function, size, *rows)
+
+
+class _ByRow(torch.autograd.Function):
+    """Values [n] of a function of rows; the gradient in the first argument is found in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor) -> Tensor:
+        values, gradients = [], []
+        for part, *rest in zip(rows.split(size), *(o.split(size) for o in others), strict=True):
+            leaf = part.detach().requires_grad_(ctx.needs_input_grad[2])
+            with torch.set_grad_enabled(leaf.requires_grad):
+                found = function(leaf, *rest)
+                if leaf.requires_grad:
+                    gradients += torch.autograd.grad(found.sum(), leaf)
+            values.append(found.detach())
+        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        ctx.arguments = 3 + len(others)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gradients,) = ctx.saved_tensors
+        return (None, None, gradients * grad[:, None].to(gradients.dtype), *[None] * (ctx.arguments - 3))
 
 
 def normalised(loss: Tensor) -> Tensor:
@@ -120,4 +167,4 @@ def row_means(values: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return logits.to(wide_of(logits.dtype)).log_softmax(-1)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from latlib import world
@@ -156,12 +156,10 @@ def pretrain(
         warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
         scale = warm * min(1.0, (settings.steps - step) / max(settings.steps * settings.decay_share, 1))
         network = LeanNetwork(model, train=True, dtype=dtype)
-        leaves = network.weights.map(lambda w: w.detach().requires_grad_())
-        merged, network.weights = network.weights, leaves
         parts = [collate(next(batches)) for _ in range(settings.micro_batches)]
         labels = sum(len(part.labels) for part in parts)
         loss = sum(_backward(network, part, labels) for part in parts)
-        torch.autograd.backward(_flat(merged), [w.grad for w in _flat(leaves)])
+        network.settle()
         for optimiser, lrs in zip(optimisers, rates, strict=True):
             for group, lr in zip(optimiser.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
@@ -173,15 +171,10 @@ def pretrain(
 
 
 def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
-    toward, _ = token_losses(network.unembed, at_labels(network.hidden(batch), batch.source), batch.labels)
-    loss = toward.sum() / labels
+    rows = at_labels(network.hidden(batch), batch.source)
+    loss = token_losses(network.unembed, rows, batch.labels).sum() / labels
     loss.backward()
     return loss.item()
-
-
-def _flat(weights) -> list[Tensor]:
-    groups = (weights.qkv, weights.out, weights.gate_up, weights.down)
-    return [weights.embed, weights.head, *(w for group in groups for w in group)]
 
 
 def _muon(matrices: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

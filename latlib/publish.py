@@ -21,8 +21,8 @@ import nbformat
 import pandas as pd
 
 from latlib.claims import main as write_claims
+from latlib.machine import available_cores
 from latlib.models import save_folder
-from latlib.workers import available_cores
 
 LIMIT_BYTES = 8_000_000
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md")

@@ -28,6 +28,7 @@ from torch import Tensor
 from latlib import evaluate, make, refusal
 from latlib.evaluate import Context
 from latlib.hooks import Site
+from latlib.machine import keep_freed_memory
 from latlib.models import LanguageModel, load
 from latlib.profile import AttackSettings, Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.tracking import read_metrics
@@ -67,6 +68,7 @@ class Run:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.folder = run_folder(self.profile.name, out)
         claim_folder(self.profile, self.folder)
+        keep_freed_memory()
         torch.set_num_threads(min(torch.get_num_threads(), threads_for(self.profile)))
 
     def spec(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> Spec:

@@ -126,6 +126,8 @@ class TrainSettings(Section):
     batch: Count = 32
     benign_batch: Count = 32
     micro_batch: Count = 32  # rows at a time; every micro-batch is attacked
+    shared_forward: Flag = False  # harmful and benign rows in one forward: for launch-bound GPUs; costs padding
+    pad_to: Count = 1  # lengths are rounded up to a multiple of this, so that compiled code is reused
     iterations: Count = 1  # model updates for each attack (FACTS: 4 in the authors' notebooks)
     lr: Positive = 2.0e-3
     lr_warmup: Natural = 10

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from latlib.attack import Attack, pgd, radii
-from latlib.data import Batch, Schedule, TokenRow, collate
+from latlib.attack import Attack, judge, pgd, radii
+from latlib.data import Batch, Schedule, TokenRow, collate, join
 from latlib.forward import Network
 from latlib.hooks import Site
 from latlib.losses import at_labels, kl_divergence, normalised, token_losses
@@ -32,6 +33,7 @@ from latlib.models import LanguageModel
 from latlib.profile import TrainSettings
 
 Metrics = dict[str, float]
+Deltas = Mapping[Site, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class MicroBatch:
     attacked: Batch
     benign: Batch | None
     clean: Tensor  # [rows of attacked] bool: rows whose delta is put back to zero
+
+
+Look = Callable[[MicroBatch, Tensor], None]
+
+
+def _ignore(part: MicroBatch, hidden: Tensor) -> None:
+    """Look away."""
 
 
 class Trainer:
@@ -90,37 +99,41 @@ class Trainer:
         """One step; returns the means over its updates of everything that was optimised, and of the attack."""
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         attacked = self._attacks()
-        micro_batches = self._micro_batches(attacked, generator)
-        deltas: list[Mapping[Site, Tensor] | None] = [None] * len(micro_batches)
-        metrics: Metrics = {"eps_scale": self._eps_scale() if attacked else 0.0}
+        parts = self._micro_batches(attacked, generator)
+        deltas: list[Deltas | None] = [None] * len(parts)
+        network = self.lm.network(train=True)
+        judged: dict[str, list[Tensor]] = {"attack_start": [], "attack_end": [], "attack_won": []}
         if attacked:
-            found = [self._attack(part, generator) for part in micro_batches]
-            deltas = [_without(a.deltas, part.clean) for a, part in zip(found, micro_batches, strict=True)]
-            losses, won = torch.cat([a.losses for a in found], 1), torch.cat([a.won for a in found])
-            metrics |= {
-                "attack_start": losses[0].mean().item(),
-                "attack_end": losses[-1].mean().item(),
-                "attack_won": won.float().mean().item(),
-            }
-        rate = self._rate()
+            found = [self._attack(network.frozen(), part, generator) for part in parts]
+            deltas = [_without(a.deltas, part.clean) for a, part in zip(found, parts, strict=True)]
+            judged["attack_start"] = [a.losses[0][~part.clean] for a, part in zip(found, parts, strict=True)]
+
+        def look(part: MicroBatch, hidden: Tensor) -> None:
+            end, won = judge(network, part.attacked, settings.attack, hidden.detach())
+            judged["attack_end"].append(end[~part.clean])
+            judged["attack_won"].append(won[~part.clean].float())
+
+        rate, scale = self._rate(), self._eps_scale() if attacked else 0.0
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        updates = [self._update(micro_batches, deltas) for _ in range(settings.iterations)]
+        updates = [self._update(network, parts, deltas, look if attacked else _ignore)]
+        while len(updates) < settings.iterations:
+            updates.append(self._update(self.lm.network(train=True), parts, deltas))
         self.step += 1
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        return {**means, **metrics, "lr": rate}
+        ends = {name: torch.cat(values).mean().item() for name, values in judged.items() if any(map(len, values))}
+        return {**means, **ends, "eps_scale": scale, "lr": rate}
 
-    def _update(self, micro_batches, deltas) -> Metrics:
+    def _update(self, network: Network, parts: Sequence[MicroBatch], deltas, look: Look = _ignore) -> Metrics:
         """Forward, backward over all micro-batches, one optimiser step."""
-        tokens = _label_tokens(micro_batches)
-        sums: dict[str, float] = {}
+        tokens, sums = _label_tokens(parts), {}
         self.optimiser.zero_grad()
-        for part, delta in zip(micro_batches, deltas, strict=True):
-            network = self.lm.network(train=True)
-            terms = self.defence_terms(network, part, delta, tokens)
-            torch.stack(list(terms.values())).sum().backward()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.item()
+        for part, delta in zip(parts, deltas, strict=True):
+            for terms in self.defence_terms(network, part, delta, tokens, look):
+                torch.stack(list(terms.values())).sum().backward()
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + term.item()
+        network.settle()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm.item()}
@@ -128,24 +141,52 @@ class Trainer:
             raise FloatingPointError(f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps")
         return metrics
 
-    def defence_terms(self, network: Network, part: MicroBatch, deltas, tokens: Mapping[str, int]) -> dict[str, Tensor]:
-        """Weighted terms of the objective (scalars that sum to it); `tokens` are the whole batch's label counts."""
-        c, terms = self.settings.defence, {}
-        hidden = network.hidden(part.attacked, deltas)
-        toward, away = token_losses(network.unembed, at_labels(hidden, part.attacked.source), part.attacked.labels)
-        chosen, rejected = part.attacked.label_index(2), part.attacked.label_index(1)
-        if not part.attacked.packed:  # rows with one completion, which is the wanted one
-            chosen, rejected = rejected, chosen
-        terms["toward"] = c.toward * toward[chosen].sum() / tokens["toward"]
+    def defence_terms(
+        self,
+        network: Network,
+        part: MicroBatch,
+        deltas: Deltas | None,
+        tokens: Mapping[str, int],
+        look: Look = _ignore,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Weighted terms of the objective, scalars that sum to it: one dictionary for each forward, whose backward pass
+        belongs before the next is asked for, so that one graph exists at a time.
+
+        tokens: the whole batch's label counts. look: is shown the harmful rows' hidden states under the perturbation.
+        """
+        c, harmful = self.settings.defence, part.attacked
+        benign = part.benign if c.kl or c.sft else None
+        if benign is not None and self.settings.shared_forward:
+            both = join(harmful, benign)
+            hidden = network.hidden(both, {site: _grown(delta, both) for site, delta in (deltas or {}).items()})
+            look(part, hidden[: harmful.shape[0], : harmful.shape[1]])
+            rows, n = at_labels(hidden, both.source), len(harmful.labels)
+            terms = self._harmful_terms(network, rows[:n], harmful, tokens)
+            yield terms | self._benign_terms(network, rows[n:], benign, tokens)
+            return
+        hidden = network.hidden(harmful, deltas)
+        look(part, hidden)
+        yield self._harmful_terms(network, at_labels(hidden, harmful.source), harmful, tokens)
+        if benign is not None:
+            rows = at_labels(network.hidden(benign), benign.source)
+            yield self._benign_terms(network, rows, benign, tokens)
+
+    def _harmful_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
+        c, packed = self.settings.defence, batch.packed
+        wanted = batch.label_index(2 if packed else 1)  # a row with one completion has only the wanted one
+        losses = token_losses(network.unembed, rows, batch.labels, (batch.label_segments == 1) if packed else None)
+        terms = {"toward": c.toward * losses[wanted].sum() / tokens["toward"]}
         if c.away and tokens["away"]:
-            terms["away"] = c.away * away[rejected].sum() / tokens["away"]
-        if part.benign is not None and (c.kl or c.sft):
-            rows = at_labels(network.hidden(part.benign), part.benign.source)
-            if c.kl:
-                terms["kl"] = c.kl * self._kl(network, rows, part.benign) / tokens["benign"]
-            if c.sft:
-                loss, _ = token_losses(network.unembed, rows, part.benign.labels)
-                terms["sft"] = c.sft * loss.sum() / tokens["benign"]
+            away = losses[batch.label_index(1)].sum() if packed else losses.sum() * 0
+            terms["away"] = c.away * away / tokens["away"]
+        return terms
+
+    def _benign_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
+        c, terms = self.settings.defence, {}
+        if c.kl:
+            terms["kl"] = c.kl * self._kl(network, rows, batch) / tokens["benign"]
+        if c.sft:
+            terms["sft"] = c.sft * token_losses(network.unembed, rows, batch.labels).sum() / tokens["benign"]
         return terms
 
     def _kl(self, network: Network, rows: Tensor, benign: Batch) -> Tensor:
@@ -158,9 +199,9 @@ class Trainer:
         kl = kl_divergence(network.unembed, rows, self._teacher.unembed, teacher_rows, mode)
         return kl.sum() if mode == "token" else normalised(kl.mean()) * len(kl)
 
-    def _attack(self, part: MicroBatch, generator: torch.Generator) -> Attack:
+    def _attack(self, network: Network, part: MicroBatch, generator: torch.Generator) -> Attack:
         eps = {site: radius * self._eps_scale() for site, radius in self.eps.items()}
-        return pgd(self.lm.network(), part.attacked, eps, self.settings.attack, generator)
+        return pgd(network, part.attacked, eps, self.settings.attack, generator, judged=False)
 
     def _attacks(self) -> bool:
         return bool(self.settings.attack.steps) and self.step >= self.settings.attack_after
@@ -188,9 +229,9 @@ class Trainer:
         count = min(-(-max(len(harmful), len(benign)) // s.micro_batch), len(harmful))
         parts = []
         for rows, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
-            batch = collate(rows, device=self.lm.device)
+            batch = collate(rows, pad_to=s.pad_to, device=self.lm.device)
             clean = torch.rand(len(rows), generator=generator) < s.clean_share
-            calm_batch = collate(calm, device=self.lm.device) if calm else None
+            calm_batch = collate(calm, pad_to=s.pad_to, device=self.lm.device) if calm else None
             parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
         return parts
 
@@ -248,6 +289,12 @@ def _label_tokens(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
     }
 
 
-def _without(deltas: Mapping[Site, Tensor], clean: Tensor) -> dict[Site, Tensor]:
+def _grown(delta: Tensor, batch: Batch) -> Tensor:
+    """A perturbation of the first rows of a joined batch, zero on all others."""
+    n, seq, _ = delta.shape
+    return F.pad(delta, (0, 0, 0, batch.shape[1] - seq, 0, batch.shape[0] - n))
+
+
+def _without(deltas: Deltas, clean: Tensor) -> dict[Site, Tensor]:
     """The perturbations with those of `clean` rows ([batch] bool) put back to zero."""
     return {site: delta.masked_fill(clean[:, None, None], 0.0) for site, delta in deltas.items()}

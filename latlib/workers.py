@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from latlib import progress
+from latlib.machine import available_cores, keep_freed_memory
 from latlib.models import resolve_device
 from latlib.profile import Profile
 
@@ -37,11 +38,6 @@ def worker_count(profile: Profile, jobs: int) -> int:
     if resolve_device(profile.model.device).type != "cpu":
         return min(jobs, profile.workers or 1)
     return min(jobs, profile.workers or min(available_cores(), MOST_WORKERS))
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_for(profile: Profile, processes: int = 1) -> int:
@@ -127,6 +123,7 @@ def _processes():
 
 
 def _begin(threads: int) -> None:
+    keep_freed_memory()
     torch.set_num_threads(threads)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, tokenise
+from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, join, tokenise
 
 ids = st.integers(1, 99)
 completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
@@ -18,6 +18,9 @@ TEMPLATE = (
     "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+TENSORS = [name for name in Batch.__dataclass_fields__ if name != "packed"]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +173,23 @@ def test_label_index_selects_one_completion():
 def test_to_moves_every_tensor():
     moved = collate([TokenRow((1, 2), ((3, 4),))]).to("meta")
     assert isinstance(moved, Batch)
-    assert all(getattr(moved, name).device.type == "meta" for name in moved.__dataclass_fields__)
+    assert all(getattr(moved, name).device.type == "meta" for name in TENSORS)
+    assert len(moved.label_index(1)) == 2 and not moved.packed  # known without a look at the data
+
+
+@given(st.lists(token_row, min_size=1, max_size=3), st.lists(token_row, min_size=1, max_size=3), st.integers(1, 9))
+def test_a_joined_batch_holds_the_rows_of_both(first, second, pad_to):
+    a, b = collate(first, pad_to=pad_to), collate(second)
+    found, expected = join(a, b), collate([*first, *second])
+    seq = expected.shape[1]
+    assert found.packed == expected.packed and (found.segments[:, seq:] == PADDING).all()
+    for name in ("ids", "positions", "segments"):
+        assert torch.equal(getattr(found, name)[:, :seq], getattr(expected, name))
+    for name in ("labels", "label_segments", "label_rows"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("ids", "segments", "positions"):  # the positions that predict are the same ones
+        same = (getattr(x, name).flatten()[x.source] for x in (found, expected))
+        assert torch.equal(*same)
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 100))
@@ -197,4 +216,4 @@ def test_a_step_can_be_asked_for_in_any_order(n, batch, seed, order):
 
 def test_batches_are_int64_on_the_asked_device():
     batch = collate([TokenRow((1, 2), ((3, 4),))])
-    assert all(getattr(batch, name).dtype == torch.long for name in batch.__dataclass_fields__)
+    assert all(getattr(batch, name).dtype == torch.long for name in TENSORS)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, SCALING, VOCABULARY, D, language_model, model_of, noise_like, token_rows
 
+from latlib import losses
 from latlib.data import collate
 from latlib.forward import StockNetwork
-from latlib.losses import at_labels, kl_divergence, normalised, row_means, token_losses
+from latlib.losses import argmax_matches, at_labels, kl_divergence, normalised, row_means, token_losses
 
 KINDS = ["stock", "lean"]
 
@@ -17,7 +18,12 @@ KINDS = ["stock", "lean"]
 def losses_of(network, batch, deltas=None):
     """(toward, away) of a batch, each [labels]."""
     rows = at_labels(network.hidden(batch, deltas), batch.source)
-    return token_losses(network.unembed, rows, batch.labels)
+    return both_losses(network.unembed, rows, batch.labels)
+
+
+def both_losses(unembed, rows, labels, chunk=None):
+    """(toward, away) of every label."""
+    return tuple(token_losses(unembed, rows, labels, torch.full(labels.shape, away), chunk) for away in (False, True))
 
 
 def logits_as_rows(n, seed=0, scale=3.0):
@@ -84,7 +90,7 @@ def test_padding_changes_no_loss():
 def test_losses_equal_the_formulas(seed, scale):
     logits = logits_as_rows(9, seed, scale)
     labels = torch.randint(VOCABULARY, (9,), generator=torch.Generator().manual_seed(seed))
-    toward, away = token_losses(identity, logits, labels)
+    toward, away = both_losses(identity, logits, labels)
     log_p = [torch.log_softmax(row, 0) for row in logits]
     torch.testing.assert_close(toward, torch.stack(reference.toward(log_p, labels)), rtol=0, atol=1e-10)
     torch.testing.assert_close(away, torch.stack(reference.away(log_p, labels)), rtol=1e-6, atol=1e-10)
@@ -93,7 +99,7 @@ def test_losses_equal_the_formulas(seed, scale):
 def test_away_is_exact_and_finite_for_a_certain_token():
     """1 - p rounds to 0 in float32 for a margin of 40; the loss is the margin all the same, and its slope is 1."""
     rows = torch.tensor([[40.0, 0.0]], requires_grad=True)
-    _, away = token_losses(identity, rows, torch.tensor([0]))
+    _, away = both_losses(identity, rows, torch.tensor([0]))
     (gradient,) = torch.autograd.grad(away.sum(), rows)
     assert away.item() == 40.0
     assert gradient.tolist() == [[1.0, -1.0]]
@@ -106,39 +112,59 @@ def test_away_ignores_tokens_that_are_unlikely_already():
 
     for log_p, kept in ((-4.99, True), (-5.01, False)):
         x = rows(log_p)
-        _, away = token_losses(identity, x, torch.tensor([0]))
+        _, away = both_losses(identity, x, torch.tensor([0]))
         (gradient,) = torch.autograd.grad(away.sum(), x)
         assert (away.item() > 0) == kept
         assert bool(gradient.abs().sum() > 0) == kept
 
 
 def test_losses_of_bf16_logits_are_float32():
-    toward, away = token_losses(identity, logits_as_rows(4).bfloat16(), torch.zeros(4, dtype=torch.long))
+    toward, away = both_losses(identity, logits_as_rows(4).bfloat16(), torch.zeros(4, dtype=torch.long))
     assert toward.dtype == away.dtype == torch.float32
 
 
-def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass():
-    weight = torch.randn(VOCABULARY, D, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass(trained):
+    """Each chunk's logits are made once, or twice where the output matrix itself wants a gradient."""
+    weight = torch.randn(VOCABULARY, D, dtype=torch.float64, requires_grad=trained)
     rows = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
+    leaves = (rows, weight) if trained else (rows,)
     labels, seen = torch.arange(23), []
+    scale = torch.linspace(0.5, 2, 23, dtype=torch.float64)
 
     def unembed(part):
         seen.append(len(part))
         return part @ weight.T
 
     def total(chunk):
-        losses = sum(loss.sum() for loss in token_losses(unembed, rows, labels, chunk=chunk))
+        losses = sum((scale * loss).sum() for loss in both_losses(unembed, rows, labels, chunk=chunk))
         teacher = rows.detach().roll(1, 0)
-        return losses + kl_divergence(unembed, rows, unembed, teacher, chunk=chunk).sum()
+        return losses + (scale * kl_divergence(unembed, rows, unembed, teacher, chunk=chunk)).sum()
 
-    expected = torch.autograd.grad(total(100), (rows, weight))
+    expected = torch.autograd.grad(total(100), leaves)
     seen.clear()
     loss = total(5)
-    forward = len(seen)
-    found = torch.autograd.grad(loss, (rows, weight))
-    assert max(seen) <= 5 and len(seen) == 2 * forward  # each chunk's logits are made again for its gradient
+    forward = sum(seen)
+    found = torch.autograd.grad(loss, leaves)
+    assert max(seen) <= 5
+    assert sum(seen) == forward + (4 * 23 if trained else 0)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_chunk_holds_so_many_logits_whatever_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 10 * VOCABULARY)
+    weight, seen = torch.randn(VOCABULARY, D, dtype=torch.float64), []
+    rows = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
+    token_losses(lambda part: seen.append(len(part)) or part @ weight.T, rows, torch.arange(23)).sum().backward()
+    assert seen == [1, 10, 10, 3]  # one row tells the vocabulary
+
+
+@given(st.integers(0, 1000), st.integers(1, 9))
+def test_argmax_matches_are_those_of_all_logits(seed, chunk):
+    logits = logits_as_rows(9, seed)
+    labels = torch.where(torch.arange(9) % 2 == 0, logits.argmax(-1), 0)
+    assert torch.equal(argmax_matches(identity, logits, labels, chunk), logits.argmax(-1) == labels)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +173,7 @@ def test_only_label_positions_meet_the_output_matrix(kind):
     seen, unembed = [], network.unembed
     network.unembed = lambda rows: seen.append(rows.shape) or unembed(rows)
     losses_of(network, batch)
-    assert seen == [(len(batch.labels), D)]
+    assert set(seen) <= {(len(batch.labels), D), (1, D)}  # one row tells the vocabulary
 
 
 def test_kl_is_from_teacher_to_student():

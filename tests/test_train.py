@@ -47,10 +47,12 @@ def spy_on_terms(trainer) -> list:
     """(micro-batch, deltas, tokens, terms) of every micro-batch that is trained on."""
     seen, terms_of = [], trainer.defence_terms
 
-    def spy(network, part, deltas, tokens):
-        terms = terms_of(network, part, deltas, tokens)
-        seen.append((part, deltas, tokens, {name: term.item() for name, term in terms.items()}))
-        return terms
+    def spy(network, part, deltas, tokens, look=lambda part, hidden: None):
+        found = {}
+        for terms in terms_of(network, part, deltas, tokens, look):
+            found |= {name: term.item() for name, term in terms.items()}
+            yield terms
+        seen.append((part, deltas, tokens, found))
 
     trainer.defence_terms = spy
     return seen
@@ -124,6 +126,19 @@ def test_accumulated_micro_batches_equal_one_large_batch(method, micro_batch):
 
 
 @pytest.mark.parametrize("kind", ["stock", "lean"])
+@pytest.mark.parametrize(
+    "change", [{"shared_forward": True}, {"pad_to": 16}, {"shared_forward": True, "micro_batch": 2}]
+)
+def test_layout_changes_no_gradient(kind, change):
+    """Harmful and benign rows in one forward or two, whatever the padding."""
+    plain, other = trainer_for(kind=kind), trainer_for(kind=kind, **change)
+    for _ in range(2):
+        assert other.train_step() == pytest.approx(plain.train_step(), abs=1e-9)
+        for x, y in zip(gradients_of(plain), gradients_of(other), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["stock", "lean"])
 def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind):
     trainer = trainer_for(kind=kind, micro_batch=2)
     seen, terms_of = spy_on_terms(trainer), trainer.defence_terms
@@ -136,7 +151,7 @@ def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind)
     assert len(seen) == 3
     for part, deltas, tokens, terms in list(seen):
         assert all(d.norm(dim=-1).max() > 0.5 for d in deltas.values())
-        calm = terms_of(trainer.lm.network(), part, None, tokens)
+        calm = {k: v for terms in terms_of(trainer.lm.network(), part, None, tokens) for k, v in terms.items()}
         assert all(abs(terms[name] - calm[name].item()) > 1e-3 for name in ("toward", "away"))
         assert terms["away"] > calm["away"].item()  # the attack made the rejected completion likelier
         assert terms["kl"] == pytest.approx(calm["kl"].item(), abs=1e-12)  # benign rows carry no perturbation

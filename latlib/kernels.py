@@ -1,0 +1,185 @@
+"""The two halves of a Llama block with their backward passes written out, over merged weights.
+
+For models so small that memory traffic and the number of kernels decide, not arithmetic. Compared with the same lines
+under autograd there are about half as many passes over memory:
+1. the residual is added by the matrix product that produces it;
+2. rotary embedding works on two contiguous halves of all heads at once (`rotary_layout` orders the rows of the weight
+   so), and its backward pass is the same function with -sin;
+3. grouped queries of one key head are one longer list of queries: keys and values are never repeated;
+4. only what the backward pass reads is kept, and weight gradients are computed where a weight asks for them.
+
+Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it is in the weights).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32. Short rows take a
+# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast (docs/performance.md).
+SHORT_ROW, ROW_MULTIPLE = 128, 32
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, sums and losses: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rotary_layout(heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """[(heads + 2 kv_heads) * head_dim] the order of the rows of a stacked q, k, v weight that `Attention` takes:
+    first halves of all heads of q and k, second halves of the same, then v as it is."""
+    rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(-1, head_dim)
+    halves = rows[: heads + kv_heads].view(heads + kv_heads, 2, head_dim // 2).transpose(0, 1)
+    return torch.cat((halves.reshape(-1), rows[heads + kv_heads :].reshape(-1)))
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x / rms(x), 1 / rms(x)) with the mean square in float32 or better."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_of(x.dtype)).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+    return x * scale, scale
+
+
+def _normed_backward(grad: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])
+    return torch.addcmul(grad, y, along).mul_(scale)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / rms(x) without a gain: the backward pass needs only the output and the scale."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        y, scale = _normed(x, eps)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _normed_backward(grad, *ctx.saved_tensors), None
+
+
+def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """pairs [tokens, 2, width]: the two halves of every head; cos, sin [tokens, 1, width]. A contiguous copy."""
+    out, sin = pairs * cos, sin.squeeze(1)
+    out[:, 0].addcmul_(pairs[:, 1], sin, value=1.0 if inverse else -1.0)
+    out[:, 1].addcmul_(pairs[:, 0], sin, value=-1.0 if inverse else 1.0)
+    return out
+
+
+def padded_keys(seq: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many keys `Attention` should be given a mask for: seq, or a little more where that is faster."""
+    fast = device.type != "cpu" or dtype != torch.bfloat16 or seq < SHORT_ROW
+    return seq if fast else -(-seq // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.dtype == torch.bfloat16 and scores.shape[-1] < SHORT_ROW and scores.device.type == "cpu":
+        return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    return scores.softmax(-1)
+
+
+def _with_keys(part: Tensor, keys: int) -> Tensor:
+    """[batch, heads, seq, ...] as contiguous [batch * heads, keys, head_dim], zero beyond seq."""
+    n, heads, seq = part.shape[:3]
+    if keys == seq:
+        return part.reshape(n * heads, seq, -1)
+    out = part.new_zeros(n, heads, keys, *part.shape[3:])
+    out[:, :, :seq] = part
+    return out.view(n * heads, keys, -1)
+
+
+def _of_keys(weights: Tensor, queries: Tensor, n: int, heads: int, seq: int) -> Tensor:
+    """[n, heads, seq, head_dim] gradients of keys or values, without the padding."""
+    return torch.bmm(weights.transpose(1, 2), queries).view(n, heads, weights.shape[-1], -1)[:, :, :seq]
+
+
+class Attention(torch.autograd.Function):
+    """x + out(attention(norm(x))).
+
+    qkv [(heads + 2 kv_heads) * head_dim, d_model] in `rotary_layout`, with 1 / sqrt(head_dim) in the rows of q; out
+    [d_model, heads * head_dim]; cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias, additive, [1 or
+    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`].
+    """
+
+    @staticmethod
+    def forward(ctx, x, qkv, out, cos, sin, bias, heads: int, kv_heads: int, eps: float) -> Tensor:
+        n, seq, d = x.shape
+        flat, groups = x.view(-1, d), heads // kv_heads
+        hd = out.shape[1] // heads
+        y, scale = _normed(flat, eps)
+        mixed = y @ qkv.T
+        width = (heads + kv_heads) * hd // 2
+        turned = _rotate(mixed[:, : 2 * width].view(-1, 2, width), cos, sin).view(n, seq, 2, heads + kv_heads, hd // 2)
+        q = turned[:, :, :, :heads].permute(0, 3, 1, 2, 4).reshape(n * kv_heads, groups * seq, hd)
+        k = _with_keys(turned[:, :, :, heads:].permute(0, 3, 1, 2, 4), bias.shape[-1])
+        v = _with_keys(mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1])
+        p = _softmax(torch.baddbmm(bias, q, k.transpose(1, 2)))
+        read = torch.bmm(p, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n * seq, heads * hd)
+        ctx.save_for_backward(y, scale, q, k, v, p, qkv, out, cos, sin, read if ctx.needs_input_grad[2] else None)
+        ctx.heads, ctx.kv_heads, ctx.shape = heads, kv_heads, x.shape
+        return torch.addmm(flat, read, out.T).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale, q, k, v, p, qkv, out, cos, sin, read = ctx.saved_tensors
+        (n, seq, d), heads, kv_heads = ctx.shape, ctx.heads, ctx.kv_heads
+        hd = out.shape[1] // heads
+        flat, width = grad.reshape(-1, d), (heads + kv_heads) * hd // 2
+        d_read = (flat @ out).view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
+        d_scores = torch._softmax_backward_data(torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype)
+        d_mixed = torch.empty(n * seq, qkv.shape[0], dtype=grad.dtype, device=grad.device)
+        d_turned = torch.empty(n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device)
+        by_head = d_turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
+        by_head[:, :heads] = torch.bmm(d_scores, k).view(n, heads, seq, 2, hd // 2)
+        by_head[:, heads:] = _of_keys(d_scores, q, n, kv_heads, seq).unflatten(-1, (2, hd // 2))
+        d_values = _of_keys(p, d_read, n, kv_heads, seq)
+        d_mixed[:, 2 * width :].view(n, seq, kv_heads, hd).copy_(d_values.transpose(1, 2))
+        d_mixed[:, : 2 * width] = _rotate(d_turned.view(-1, 2, width), cos, sin, inverse=True).view(-1, 2 * width)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
+        d_qkv = d_mixed.T @ y if ctx.needs_input_grad[1] else None
+        d_out = flat.T @ read if ctx.needs_input_grad[2] else None
+        return d_x, d_qkv, d_out, None, None, None, None, None, None
+
+
+class MLP(torch.autograd.Function):
+    """x + down(silu(gate(norm(x))) * up(norm(x))).
+
+    gate_up [2 * ffn, d_model]; down [d_model, ffn]. trained: the rows of gate_up whose gradient is wanted, where it
+    needs one (an adapter often leaves the gate alone).
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, eps: float, trained: slice) -> Tensor:
+        flat = x.view(-1, x.shape[-1])
+        y, scale = _normed(flat, eps)
+        both = y @ gate_up.T
+        gate, up = both.chunk(2, -1)
+        active = F.silu(gate)
+        ctx.save_for_backward(y, scale, both, active, gate_up, down)
+        ctx.shape, ctx.trained = x.shape, trained
+        return torch.addmm(flat, active * up, down.T).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale, both, active, gate_up, down = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        flat = grad.reshape(-1, ctx.shape[-1])
+        d_product = flat @ down
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, -1)
+        torch.mul(d_product, active, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
+        d_x = d_gate_up = d_down = None
+        if ctx.needs_input_grad[0]:
+            d_x = _normed_backward(d_both @ gate_up, y, scale).add_(flat).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            d_gate_up = torch.zeros_like(gate_up)
+            torch.mm(d_both[:, ctx.trained].T, y, out=d_gate_up[ctx.trained])
+        if ctx.needs_input_grad[2]:
+            d_down = flat.T @ (active * up)
+        return d_x, d_gate_up, d_down, None, None
