@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pandas as pd
@@ -22,7 +23,7 @@ from latlib.attack import greedy_matches, perturbed_positions, pgd, radii, rando
 from latlib.data import Batch, Row, TokenRow, chat_text, collate, tokenise
 from latlib.encodings import encode
 from latlib.forward import Network
-from latlib.hooks import EMBEDDING, LATHook, Site
+from latlib.hooks import EMBEDDING, Ablate, LATHook, Site
 from latlib.models import LanguageModel
 from latlib.profile import AttackSettings, Profile, validated
 from latlib.world import Outcome, Prompt
@@ -215,20 +216,27 @@ def generate(
     deltas: Mapping[Site, Tensor] | None = None,
     max_new_tokens: int = 24,
     system_prompt: str | None = None,
+    directions: Tensor | None = None,
+    size: int = 32,
 ) -> list[str]:
-    """Greedy replies to prompts as text, through the chat template.
+    """Greedy replies to prompts as text, through the chat template, `size` prompts at a time with a key-value cache.
 
-    deltas: site -> [batch, longest prompt, d_model], for the **left**-padded batch (see `left_padded`); they act on the
-    prompt only, never again while decoding.
+    deltas: site -> [batch, longest prompt, d_model], for the **left**-padded batch of all prompts (see `left_padded`);
+    they act on the prompt only, never again while decoding. directions: [d_model] or [k, d_model], ablated throughout.
     """
     encoded = left_padded(lm, [chat_text(lm.tokenizer, p, system_prompt) for p in prompts])
-    with LATHook(lm.model, deltas or {}, decoding=True):
-        out = lm.model.generate(
-            **encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=lm.tokenizer.pad_token_id
-        )
-    return [
-        t.strip() for t in lm.tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    ]
+    replies: list[str] = []
+    for at in range(0, len(prompts), size):
+        inputs = {name: tensor[at : at + size] for name, tensor in encoded.items()}
+        own = {site: delta[at : at + size] for site, delta in (deltas or {}).items()}
+        # in this order, so that what a perturbation writes is ablated too
+        ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
+        with LATHook(lm.model, own, decoding=True), ablation:
+            out = lm.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=lm.tokenizer.pad_token_id
+            )
+        replies += lm.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [reply.strip() for reply in replies]
 
 
 def left_padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:

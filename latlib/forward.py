@@ -14,9 +14,10 @@ A `Network` is what attack, losses, training and evaluation call. There are two,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +107,24 @@ class StockNetwork:
     """Any Hugging Face decoder, through its own modules.
 
     adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the weights while it runs.
+    compiled: run the blocks through `torch.compile`, one compilation for all of them (not under ablation hooks or
+    gradient checkpointing, which need the modules' own calls).
     """
 
-    def __init__(self, model: nn.Module, adapter: bool = True, train: bool = False, directions: Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: bool = True,
+        train: bool = False,
+        directions: Tensor | None = None,
+        compiled: bool = False,
+    ):
         self.model, self.adapter, self.train, self.directions = model, adapter, train, directions
-        self.decoder, self.blocks = decoder_of(model), blocks_of(model)
+        self.decoder, self.blocks, self.compiled = decoder_of(model), blocks_of(model), compiled
         self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
         weight = model.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
-        self._inputs: tuple[Batch, dict] | None = None
-        self._block_kwargs: tuple[Batch, list[dict]] | None = None
+        self._calls: WeakKeyDictionary[Batch, list[tuple[tuple, dict]]] = WeakKeyDictionary()
 
     @contextmanager
     def _mode(self) -> Iterator[None]:
@@ -131,42 +140,37 @@ class StockNetwork:
         return self._mode()
 
     def _forward_inputs(self, batch: Batch) -> dict:
-        if self._inputs is None or self._inputs[0] is not batch:
-            inputs = {"position_ids": batch.positions, "use_cache": False}
-            if batch.packed:
-                bias = torch.zeros(
-                    batch.ids.shape[0], 1, *batch.attends().shape[1:], device=self.device, dtype=self.dtype
-                )
-                inputs["attention_mask"] = bias.masked_fill(~batch.attends()[:, None], torch.finfo(self.dtype).min)
-            else:  # plain rows are padded on the right, where causal attention never looks
-                inputs["attention_mask"] = torch.ones_like(batch.ids)
-            self._inputs = (batch, inputs)
-        return self._inputs[1]
+        mask = torch.ones_like(batch.ids)  # plain rows are padded on the right, where causal attention never looks
+        if batch.packed:
+            seen = batch.attends()[:, None]
+            mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype)
+            mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
+        return {"position_ids": batch.positions, "attention_mask": mask, "use_cache": False}
 
-    def _kwargs_of_blocks(self, batch: Batch) -> list[dict]:
-        """The keyword arguments each block receives for this batch: masks and rotary tables are made once."""
-        if self._block_kwargs is None or self._block_kwargs[0] is not batch:
-            seen: list[dict] = []
+    def _calls_of_blocks(self, batch: Batch) -> list[tuple[tuple, dict]]:
+        """The arguments beside the stream that each block receives for this batch (masks, rotary tables), made once:
+        the decoder runs with blocks that only note how they are called."""
+        if batch not in self._calls:
+            seen: list[tuple[tuple, dict]] = []
 
-            def keep(_block, args, kwargs):
-                seen.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+            def note(stream: Tensor, *args, **kwargs) -> Tensor:
+                seen.append((args, kwargs))
+                return stream
 
-            handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in self.blocks]
-            try:
-                with torch.no_grad():
-                    self.decoder(batch.ids, **self._forward_inputs(batch))
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._block_kwargs = (batch, seen)
-        return self._block_kwargs[1]
+            with torch.no_grad(), _forwards_replaced(self.blocks, note):
+                self.decoder(batch.ids, **self._forward_inputs(batch))
+            self._calls[batch] = seen
+        return self._calls[batch]
 
     def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
         """See `Network`."""
         sites = resolve_sites(sites, self.n_layers)
-        last = self.blocks[max(depth(sites[-1]) - 1, 0)]
+        run = depth(sites[-1])  # so many blocks
         with self._mode(), torch.no_grad(), Capture(self.model, sites) as streams:
-            stop = last.register_forward_hook(_raise_enough)
+            if run:
+                stop = self.blocks[run - 1].register_forward_hook(_raise_enough)
+            else:
+                stop = self.blocks[0].register_forward_pre_hook(_raise_enough)
             try:
                 self.decoder(batch.ids, **self._forward_inputs(batch))
             except _EnoughError:
@@ -183,11 +187,21 @@ class StockNetwork:
             basis = orthonormal(self.directions)
             deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
         with self._mode():
-            kwargs = self._kwargs_of_blocks(batch)
+            calls = self._calls_of_blocks(batch)
             stream = _perturb(site, stream, deltas)
             for i in range(depth(site), self.n_layers):
-                stream = _perturb(i, _tensor(self.blocks[i](stream, **kwargs[i])), deltas)
+                args, kwargs = calls[i]
+                stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
             return self._final_norm()(stream)
+
+    def _runner(self, i: int) -> Callable:
+        block = self.blocks[i]
+        checkpointed = getattr(block, "gradient_checkpointing", False) and block.training
+        if not self.compiled or self.directions is not None or checkpointed:
+            return block
+        if not hasattr(block, "_latlib_compiled"):
+            block._latlib_compiled = torch.compile(block.forward)
+        return block._latlib_compiled
 
     def unembed(self, rows: Tensor) -> Tensor:
         """See `Network`."""
@@ -201,14 +215,19 @@ class StockNetwork:
         if self.directions is not None:
             before = torch.atleast_2d(self.directions)
             directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
-        return StockNetwork(self.model, self.adapter, self.train, directions)
+        return self._with(self.train, directions)
 
     def frozen(self) -> StockNetwork:
         """See `Network`."""
-        return StockNetwork(self.model, self.adapter, False, self.directions)
+        return self._with(False, self.directions)
 
     def settle(self) -> None:
         """See `Network`: gradients are with the parameters already."""
+
+    def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:
+        other = StockNetwork(self.model, self.adapter, train, directions, self.compiled)
+        other._calls = self._calls  # the same whatever the weights do
+        return other
 
     def _final_norm(self) -> nn.Module:
         for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
@@ -229,6 +248,22 @@ def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -
         return stream
     check_delta(site, deltas[site], stream)
     return stream + deltas[site].to(stream.dtype)
+
+
+@contextmanager
+def _forwards_replaced(modules: Sequence[nn.Module], forward: Callable) -> Iterator[None]:
+    """Modules whose `forward` is another function inside, whatever wrapped it before."""
+    own = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
 
 
 class _EnoughError(Exception):

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ class LeanNetwork:
         self._rotary = decoder_of(model).rotary_emb
         self._trained = [_trained_rows(block.mlp) for block in decoder_of(model).layers]
         self._ablated: Tensor | None = None  # [k, d_model] orthonormal
-        self._context: tuple[Batch, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._tables_of: WeakKeyDictionary[Batch, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
     def frozen(self) -> LeanNetwork:
         """See `forward.Network`: the same merged values, without gradients."""
@@ -162,7 +163,7 @@ class LeanNetwork:
 
     def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """cos, sin and additive mask as `kernels.Attention` takes them; once per batch."""
-        if self._context is None or self._context[0] is not batch:
+        if batch not in self._tables_of:
             packed, (n, seq) = batch.packed, batch.shape
             positions = batch.positions if packed else torch.arange(seq, device=self.device)[None]
             half = self.head_dim // 2
@@ -176,8 +177,8 @@ class LeanNetwork:
             bias = bias.repeat(1, self.heads // self.kv_heads, 1)
             if packed:
                 bias = bias.repeat_interleave(self.kv_heads, 0)
-            self._context = (batch, (cos.to(self.dtype), sin.to(self.dtype), bias.to(self.dtype)))
-        return self._context[1]
+            self._tables_of[batch] = tuple(table.to(self.dtype) for table in (cos, sin, bias))
+        return self._tables_of[batch]
 
     def _block(self, x: Tensor, i: int, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         w = self.weights

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from latlib.forward import Network, StockNetwork
 from latlib.lean import LEAN_LIMIT, LeanNetwork, fits
+from latlib.machine import can_compile
 from latlib.profile import LoraSettings, ModelSettings, ProfileError
 
 
@@ -82,7 +83,8 @@ class LanguageModel:
         """A view of the weights as they are now. adapter=False is the frozen teacher; train=True keeps the graph."""
         if self.lean:
             return LeanNetwork(self.model, adapter, train, self.dtype)
-        return StockNetwork(self.model, adapter, train)
+        compiled = self.settings.compile and can_compile(self.device.type)
+        return StockNetwork(self.model, adapter, train, compiled=compiled)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # compute dtype; master weights stay float32
     device: Text = "auto"
     forward: Literal["auto", "stock", "lean"] = "auto"  # 'lean' is the fast Llama path of latlib.lean
+    compile: Flag = False  # torch.compile of the stock forward's blocks; falls back with a warning where it cannot
     dim: Count = 128  # the fields from here on describe the organism and are unused for other sources
     layers: Count = 8
     heads: Count = 4

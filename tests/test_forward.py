@@ -1,5 +1,7 @@
 """Networks: the same function as the library's modules, from any site, under any perturbation, adapter on or off."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -16,11 +18,13 @@ from tiny_models import (
     token_rows,
 )
 
-from latlib.data import collate
+from latlib.data import TokenRow, collate
 from latlib.forward import StockNetwork, adapter_off, frozen
-from latlib.hooks import EMBEDDING, Ablate, LATHook
+from latlib.hooks import EMBEDDING, Ablate, LATHook, decoder_of
+from latlib.kernels import padded_keys
 from latlib.lean import LeanNetwork, fits
 from latlib.losses import at_labels
+from latlib.machine import can_compile
 
 SITES = (EMBEDDING, 1, LAYERS - 1)
 KINDS = ["stock", "lean"]
@@ -127,6 +131,92 @@ def test_stock_runs_no_block_above_the_deepest_captured_site():
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     StockNetwork(model).capture(benign_batch(), [0, 1])
     assert ran == [0, 1]
+    ran.clear()
+    StockNetwork(model).capture(benign_batch(), [EMBEDDING])
+    assert ran in ([], [0])  # its pre-hook sees the stream, its forward is not run
+    assert model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("block 0 was run"))
+    StockNetwork(model).capture(benign_batch(), [EMBEDDING])
+
+
+def test_lean_runs_no_block_above_the_deepest_captured_site(monkeypatch):
+    network, ran = language_model().network(), []
+    block = LeanNetwork._block
+    monkeypatch.setattr(LeanNetwork, "_block", lambda self, x, i, *t: ran.append(i) or block(self, x, i, *t))
+    network.capture(benign_batch(), [EMBEDDING, 1])
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_runs_each_block_once_a_forward(family):
+    """Masks and rotary tables are made by a pass that runs no block, once for a batch, whoever runs it next."""
+    model, batch, ran = model_of(family, torch.float32), preference_batch(), []
+    for i, block in enumerate(decoder_of(model).layers):
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    network = StockNetwork(model)
+    stream = network.capture(batch, [1])[1]
+    assert ran == [0, 1]
+    network.hidden(batch, start=(1, stream))
+    assert ran == [0, 1, 2, 3]
+    network.frozen().hidden(batch)
+    assert ran == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert "forward" not in decoder_of(model).layers[0].__dict__
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_uncompiled_ones_and_are_compiled_once():
+    """One compilation serves all blocks and every later batch; a hook on a block or under ablation is not bypassed."""
+    lm = language_model("stock", torch.float32, trained=True)
+    if not can_compile("cpu"):
+        pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
+    plain, compiled = StockNetwork(lm.model), StockNetwork(lm.model, compiled=True)
+
+    def gradients(network, seed):
+        batch = collate(token_rows(3, 2, seed), pad_to=16)
+        deltas = {s: d.requires_grad_() for s, d in noise_like(batch, SITES, torch.float32).items()}
+        logits = label_logits(network, batch, deltas)
+        return logits.detach(), *torch.autograd.grad(logits.logsumexp(-1).sum(), list(deltas.values()))
+
+    for a, b in zip(gradients(compiled, 0), gradients(plain, 0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in (1, 2, 3):  # other rows of the same bucket of lengths
+        for a, b in zip(gradients(compiled, seed), gradients(plain, seed), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 2
+    batch, direction = benign_batch(), torch.randn(D)
+    found, expected = (label_logits(n.ablated(direction), batch) for n in (compiled, plain))
+    assert torch.equal(found, expected) and not torch.allclose(found, label_logits(plain, batch))
+
+
+def test_without_a_compiler_blocks_run_uncompiled(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    can_compile.cache_clear()
+    lm, batch = language_model("stock"), benign_batch()
+    lm = replace(lm, settings=lm.settings.model_copy(update={"compile": True}))
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found; blocks run uncompiled"):
+        network = lm.network()
+    assert torch.equal(label_logits(network, batch), label_logits(StockNetwork(lm.model), batch))
+    can_compile.cache_clear()
+
+
+@pytest.mark.parametrize("length", [40, 140])
+def test_lean_in_bf16_on_long_rows_equals_float32(length):
+    """Long rows get keys that nobody sees, short ones a float32 softmax: neither changes a result."""
+    rows = [TokenRow(tuple(range(1, length)), ((5, 6, 7), (8, 9))), TokenRow(tuple(range(3, 30)), ((5, 6), (7, 8)))]
+    lm = language_model(dtype=torch.float32, trained=True, max_position_embeddings=256, vocab_size=160)
+    batch, found = collate(rows), []
+    assert (padded_keys(batch.shape[1], torch.bfloat16, lm.device) > batch.shape[1]) == (length == 140)
+    for dtype in (torch.float32, torch.bfloat16):
+        delta = noise_like(batch, [1], torch.float32, size=0.1)[1].requires_grad_()
+        logits = label_logits(LeanNetwork(lm.model, dtype=dtype), batch, {1: delta}).float()
+        (gradient,) = torch.autograd.grad(logits.logsumexp(-1).sum(), delta)
+        found.append((logits.detach(), gradient))
+    for exact, rounded, tolerance in zip(*found, (0.05, 0.1), strict=True):
+        assert (rounded - exact).norm() < tolerance * exact.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,90 @@
+"""Generation at batch size: padding, perturbed prompts and ablation give what one prompt at a time gives."""
+
+import pytest
+import torch
+from tiny_models import model_of
+
+from latlib import organism
+from latlib.data import Row, chat_text, collate, tokenise
+from latlib.evaluate import generate, left_padded, shift_left_padded
+from latlib.forward import StockNetwork
+from latlib.losses import at_labels
+from latlib.models import LanguageModel
+from latlib.settings import ModelSettings
+
+PROMPTS = ["how to cook the rice", "may you wash a car", "x", "how do you paint the wall of the old house"]
+SITES = ("embedding", 1, 3)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    tokenizer = organism.build_tokenizer(512)
+    model = model_of("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=128)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return LanguageModel(model, tokenizer, ModelSettings(), torch.float32)
+
+
+def prompt_batch(lm):
+    rows = [Row(str(i), prompt, ("a",)) for i, prompt in enumerate(PROMPTS)]
+    return collate(tokenise(rows, lm.tokenizer, 128))
+
+
+def noise(lm, batch, size=2.0):
+    generator = torch.Generator().manual_seed(0)
+    on_prompts = (batch.segments == 0)[..., None]
+    return {
+        s: size * torch.randn(*batch.shape, lm.model.config.hidden_size, generator=generator) * on_prompts
+        for s in SITES
+    }
+
+
+def greedy(lm, network, deltas, index, n):
+    """Token by token without a cache: each step runs the whole row, the perturbation on its prompt."""
+    prompt = tuple(lm.tokenizer(chat_text(lm.tokenizer, PROMPTS[index]), add_special_tokens=False)["input_ids"])
+    written = ()
+    for _ in range(n):
+        row = collate([organism.TokenRow(prompt, ((*written, 0),))])
+        own = {}
+        for site, delta in (deltas or {}).items():
+            own[site] = torch.zeros(1, row.shape[1], delta.shape[-1])
+            own[site][0, : len(prompt)] = delta[index, : len(prompt)]
+        logits = network.unembed(at_labels(network.hidden(row, own), row.source))
+        written += (int(logits[-1].argmax()),)
+        if written[-1] == lm.tokenizer.eos_token_id:
+            break
+    return lm.tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_replies_do_not_depend_on_the_batch(lm, size):
+    found = generate(lm, PROMPTS, max_new_tokens=6, size=size)
+    assert found == [generate(lm, [prompt], max_new_tokens=6)[0] for prompt in PROMPTS]
+    assert found == [greedy(lm, StockNetwork(lm.model), None, i, 6) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("size", [2, 32])
+def test_a_perturbation_acts_on_the_prompt_and_never_while_decoding(lm, size):
+    batch = prompt_batch(lm)
+    deltas = noise(lm, batch)
+    shifted = {site: shift_left_padded(delta, batch) for site, delta in deltas.items()}
+    found = generate(lm, PROMPTS, shifted, max_new_tokens=6, size=size)
+    assert found == [greedy(lm, StockNetwork(lm.model), deltas, i, 6) for i in range(len(PROMPTS))]
+    assert found != generate(lm, PROMPTS, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_generation_under_ablation(lm, perturbed):
+    batch, directions = prompt_batch(lm), torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    deltas = noise(lm, batch) if perturbed else {}
+    shifted = {site: shift_left_padded(delta, batch) for site, delta in deltas.items()}
+    found = generate(lm, PROMPTS, shifted, max_new_tokens=6, directions=directions)
+    network = StockNetwork(lm.model).ablated(directions)
+    assert found == [greedy(lm, network, deltas, i, 6) for i in range(len(PROMPTS))]
+    assert found != generate(lm, PROMPTS, shifted, max_new_tokens=6)
+
+
+def test_prompts_are_padded_on_the_left(lm):
+    encoded = left_padded(lm, PROMPTS)
+    assert (encoded["attention_mask"][:, -1] == 1).all() and encoded["attention_mask"].sum() < encoded[
+        "input_ids"
+    ].numel()
