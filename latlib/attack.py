@@ -25,7 +25,7 @@ from latlib.data import PADDING, Batch
 from latlib.forward import Network
 from latlib.hooks import Site, depth, resolve_sites
 from latlib.kernels import wide_of
-from latlib.losses import argmax_matches, at_labels, row_means, token_losses
+from latlib.losses import argmax_matches, row_means, token_losses
 from latlib.profile import AttackSettings
 
 
@@ -96,12 +96,12 @@ def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[S
     return {site: torch.cat(norms).median().item() for site, norms in found.items()}
 
 
-def attack_losses(network: Network, batch: Batch, settings: AttackSettings, hidden: Tensor) -> Tensor:
-    """[batch] the adversary's loss of each row, from final hidden states [batch, seq, d_model] under the perturbation.
+def attack_losses(network: Network, batch: Batch, settings: AttackSettings, rows: Tensor) -> Tensor:
+    """[batch] the adversary's loss of each row, from `network.label_rows` ([labels, d_model]) under the perturbation.
 
     A packed row's first completion is wanted, its second unwanted; a row with one completion has only that.
     """
-    n, rows = batch.shape[0], at_labels(hidden, batch.source)
+    n = batch.shape[0]
     if not settings.targeted:
         return -row_means(token_losses(network.unembed, rows, batch.labels), batch.label_rows, n)
     wanted, unwanted = batch.label_index(1), batch.label_index(2)
@@ -113,16 +113,18 @@ def attack_losses(network: Network, batch: Batch, settings: AttackSettings, hidd
 
 
 @torch.no_grad()
-def greedy_matches(network: Network, batch: Batch, hidden: Tensor, segment: int) -> Tensor:
+def greedy_matches(network: Network, batch: Batch, rows: Tensor, segment: int) -> Tensor:
     """[batch] bool: greedy decoding would give completion `segment` word for word (every label is the argmax).
+
+    rows: `network.label_rows`, [labels, d_model].
 
     Exact, and one forward: under greedy decoding a reply equals a text iff each of its tokens is the argmax given the
     ones before. False for a row without that completion.
     """
     index = batch.label_index(segment)
-    right = argmax_matches(network.unembed, at_labels(hidden, batch.source[index]), batch.labels[index])
-    rows, n = batch.label_rows[index], batch.shape[0]
-    return (row_means(right.float(), rows, n) == 1) & (torch.bincount(rows, minlength=n) > 0)
+    right = argmax_matches(network.unembed, rows[index], batch.labels[index])
+    of, n = batch.label_rows[index], batch.shape[0]
+    return (row_means(right.float(), of, n) == 1) & (torch.bincount(of, minlength=n) > 0)
 
 
 def pgd(
@@ -187,7 +189,7 @@ def _descend(network, batch, start, deltas, eps, free, settings, judged) -> Atta
         leaves = {s: d.requires_grad_() for s, d in deltas.items()}
         with torch.enable_grad(), network.held():
             placed = {s: _placed(leaf, free, batch, network.dtype) for s, leaf in leaves.items()}
-            loss = attack_losses(network, batch, settings, network.hidden(batch, placed, start))
+            loss = attack_losses(network, batch, settings, network.label_rows(batch, placed, start))
             gradients = torch.autograd.grad(loss.sum(), [leaves[s] for s in sites])
         losses.append(loss.detach())
         with torch.no_grad():
@@ -197,7 +199,7 @@ def _descend(network, batch, start, deltas, eps, free, settings, judged) -> Atta
     found, won = {s: _placed(d.detach(), free, batch, d.dtype) for s, d in deltas.items()}, None
     if judged:
         with torch.no_grad():
-            end, won = judge(network, batch, settings, network.hidden(batch, found, start))
+            end, won = judge(network, batch, settings, network.label_rows(batch, found, start))
         losses.append(end)
     return Attack(found, torch.stack(losses), won, eps)
 
@@ -209,10 +211,10 @@ def _placed(delta: Tensor, free: Tensor, batch: Batch, dtype: torch.dtype) -> Te
 
 
 @torch.no_grad()
-def judge(network: Network, batch: Batch, settings: AttackSettings, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """([batch] the adversary's loss, [batch] bool whether it won) from hidden states under a perturbation."""
-    won = greedy_matches(network, batch, hidden, 1)
-    return attack_losses(network, batch, settings, hidden), won if settings.targeted else ~won
+def judge(network: Network, batch: Batch, settings: AttackSettings, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """([batch] the adversary's loss, [batch] bool whether it won) from `network.label_rows` under a perturbation."""
+    won = greedy_matches(network, batch, rows, 1)
+    return attack_losses(network, batch, settings, rows), won if settings.targeted else ~won
 
 
 ADAM_LR = 1e-3  # FACTS: the authors' inner rate for Llama-3-8B (5e-2 for Llama-2-7B)

@@ -101,9 +101,9 @@ def forced_outcomes(
     for index, batch in batches(token_rows(lm, prompts, encoding, prefill), size, lm.device):
         deltas = perturb(batch) if perturb else None
         with torch.no_grad():
-            hidden = network.hidden(batch, deltas)
-            complied = greedy_matches(network, batch, hidden, 1).tolist()
-            refused = greedy_matches(network, batch, hidden, 2).tolist()
+            found_rows = network.label_rows(batch, deltas)
+            complied = greedy_matches(network, batch, found_rows, 1).tolist()
+            refused = greedy_matches(network, batch, found_rows, 2).tolist()
         for i, yes, no in zip(index, complied, refused, strict=True):
             found[i] = "complied" if yes else "refused" if no else "neither"
     return found

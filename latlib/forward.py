@@ -9,7 +9,8 @@ A `Network` is what attack, losses, training and evaluation call. There are two,
 1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph: nothing below the first
    perturbed site depends on the perturbation.
 2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs everything.
-3. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
+3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only others need.
+4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class Network(Protocol):
 
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """[batch, seq, d_model] after the final norm. deltas: site -> [batch, seq, d_model]."""
+
+    def label_rows(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
+        """[labels, d_model]: `hidden` at `batch.source`, the positions that predict the labels."""
 
     def unembed(self, rows: Tensor) -> Tensor:
         """[n, vocabulary] logits of hidden rows [n, d_model]."""
@@ -193,6 +199,12 @@ class StockNetwork:
                 args, kwargs = calls[i]
                 stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
             return self._final_norm()(stream)
+
+    def label_rows(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
+        """See `Network`."""
+        return at_labels(self.hidden(batch, deltas, start), batch.source)
 
     def _runner(self, i: int) -> Callable:
         block = self.blocks[i]

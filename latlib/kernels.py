@@ -3,8 +3,8 @@
 For models so small that memory traffic and the number of kernels decide, not arithmetic. Compared with the same lines
 under autograd there are about half as many passes over memory:
 1. the residual is added by the matrix product that produces it;
-2. rotary embedding works on two contiguous halves of all heads at once (`rotary_layout` orders the rows of the weight
-   so), and its backward pass is the same function with -sin;
+2. rotary embedding works on two contiguous halves of all heads at once (the rows of the weight are ordered so), and its
+   backward pass is the same function with -sin;
 3. grouped queries of one key head are one longer list of queries: keys and values are never repeated;
 4. only what the backward pass reads is kept, and weight gradients are computed where a weight asks for them.
 
@@ -25,14 +25,6 @@ SHORT_ROW, ROW_MULTIPLE = 128, 32
 def wide_of(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms, sums and losses: float32, or float64 for a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rotary_layout(heads: int, kv_heads: int, head_dim: int) -> Tensor:
-    """[(heads + 2 kv_heads) * head_dim] the order of the rows of a stacked q, k, v weight that `Attention` takes:
-    first halves of all heads of q and k, second halves of the same, then v as it is."""
-    rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(-1, head_dim)
-    halves = rows[: heads + kv_heads].view(heads + kv_heads, 2, head_dim // 2).transpose(0, 1)
-    return torch.cat((halves.reshape(-1), rows[heads + kv_heads :].reshape(-1)))
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -97,15 +89,17 @@ def _of_keys(weights: Tensor, queries: Tensor, n: int, heads: int, seq: int) -> 
 
 
 class Attention(torch.autograd.Function):
-    """x + out(attention(norm(x))).
+    """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows` ([n] into the flattened [batch * seq]).
 
-    qkv [(heads + 2 kv_heads) * head_dim, d_model] in `rotary_layout`, with 1 / sqrt(head_dim) in the rows of q; out
-    [d_model, heads * head_dim]; cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias, additive, [1 or
+    qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the second halves of the
+    same, then v, with 1 / sqrt(head_dim) in the rows of q; out [d_model, heads * head_dim]; cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias, additive, [1 or
     batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`].
     """
 
     @staticmethod
-    def forward(ctx, x, qkv, out, cos, sin, bias, heads: int, kv_heads: int, eps: float) -> Tensor:
+    def forward(
+        ctx, x, qkv, out, cos, sin, bias, heads: int, kv_heads: int, eps: float, rows: Tensor | None = None
+    ) -> Tensor:
         n, seq, d = x.shape
         flat, groups = x.view(-1, d), heads // kv_heads
         hd = out.shape[1] // heads
@@ -118,17 +112,23 @@ class Attention(torch.autograd.Function):
         v = _with_keys(mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1])
         p = _softmax(torch.baddbmm(bias, q, k.transpose(1, 2)))
         read = torch.bmm(p, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n * seq, heads * hd)
-        ctx.save_for_backward(y, scale, q, k, v, p, qkv, out, cos, sin, read if ctx.needs_input_grad[2] else None)
+        if rows is not None:
+            flat, read = flat.index_select(0, rows), read.index_select(0, rows)
+        ctx.save_for_backward(y, scale, q, k, v, p, qkv, out, cos, sin, read if ctx.needs_input_grad[2] else None, rows)
         ctx.heads, ctx.kv_heads, ctx.shape = heads, kv_heads, x.shape
-        return torch.addmm(flat, read, out.T).view_as(x)
+        written = torch.addmm(flat, read, out.T)
+        return written.view_as(x) if rows is None else written
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale, q, k, v, p, qkv, out, cos, sin, read = ctx.saved_tensors
+        y, scale, q, k, v, p, qkv, out, cos, sin, read, rows = ctx.saved_tensors
         (n, seq, d), heads, kv_heads = ctx.shape, ctx.heads, ctx.kv_heads
         hd = out.shape[1] // heads
         flat, width = grad.reshape(-1, d), (heads + kv_heads) * hd // 2
-        d_read = (flat @ out).view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
+        d_read, d_out = flat @ out, flat.T @ read if ctx.needs_input_grad[2] else None
+        if rows is not None:
+            flat, d_read = (part.new_zeros(n * seq, part.shape[1]).index_add_(0, rows, part) for part in (flat, d_read))
+        d_read = d_read.view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
         d_scores = torch._softmax_backward_data(torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype)
         d_mixed = torch.empty(n * seq, qkv.shape[0], dtype=grad.dtype, device=grad.device)
         d_turned = torch.empty(n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device)
@@ -142,8 +142,7 @@ class Attention(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
         d_qkv = d_mixed.T @ y if ctx.needs_input_grad[1] else None
-        d_out = flat.T @ read if ctx.needs_input_grad[2] else None
-        return d_x, d_qkv, d_out, None, None, None, None, None, None
+        return d_x, d_qkv, d_out, None, None, None, None, None, None, None
 
 
 class MLP(torch.autograd.Function):

@@ -180,9 +180,9 @@ class LeanNetwork:
             self._tables_of[batch] = tuple(table.to(self.dtype) for table in (cos, sin, bias))
         return self._tables_of[batch]
 
-    def _block(self, x: Tensor, i: int, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    def _block(self, x: Tensor, i: int, tables: tuple[Tensor, ...], rows: Tensor | None = None) -> Tensor:
         w = self.weights
-        x = Attention.apply(x, w.qkv[i], w.out[i], cos, sin, bias, self.heads, self.kv_heads, self.eps)
+        x = Attention.apply(x, w.qkv[i], w.out[i], *tables, self.heads, self.kv_heads, self.eps, rows)
         return MLP.apply(x, w.gate_up[i], w.down[i], self.eps, self._trained[i])
 
     def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
@@ -193,25 +193,38 @@ class LeanNetwork:
             for at in range(depth(sites[-1]) + 1):
                 site = EMBEDDING if at == 0 else at - 1
                 if at > 0:
-                    stream = self._block(stream, at - 1, *self._tables(batch))
+                    stream = self._block(stream, at - 1, self._tables(batch))
                 if site in sites:
                     found[site] = stream if index is None else at_labels(stream, index)
         return found
 
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """See `forward.Network`."""
+        return self._run(batch, deltas, start, None)
+
+    def label_rows(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
+        """See `forward.Network`: behind its attention, the last block runs at these positions only."""
+        return self._run(batch, deltas, start, batch.source)
+
+    def _run(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None, rows: Tensor | None):
         deltas = {} if deltas is None else deltas
         if self._ablated is not None:
             deltas = {s: project_out(delta, self._ablated) for s, delta in deltas.items()}
         site, stream = start or (EMBEDDING, F.embedding(batch.ids, self.weights.embed))
         check_start(site, deltas)
         for at in range(depth(site), self.n_layers + 1):
-            here = EMBEDDING if at == 0 else at - 1
-            if at > depth(site):
-                stream = self._block(stream, at - 1, *self._tables(batch))
+            here, last = EMBEDDING if at == 0 else at - 1, at == self.n_layers
             if here in deltas:
                 check_delta(here, deltas[here], stream)
-                stream = stream + deltas[here].to(stream.dtype)
+            if at > depth(site):
+                stream = self._block(stream, at - 1, self._tables(batch), rows if last else None)
+            elif last and rows is not None:
+                stream = at_labels(stream, rows)
+            if here in deltas:
+                delta = deltas[here] if rows is None or not last else at_labels(deltas[here], rows)
+                stream = stream + delta.to(stream.dtype)
         return RMSNorm.apply(stream, self.eps)
 
     def unembed(self, rows: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from latlib import world
 from latlib.data import Batch, Row, TokenRow, collate, tokenise
 from latlib.encodings import ENCODINGS, encode
 from latlib.lean import LeanNetwork
-from latlib.losses import at_labels, token_losses
+from latlib.losses import token_losses
 from latlib.profile import ModelSettings, PretrainSettings
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -171,8 +171,7 @@ def pretrain(
 
 
 def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
-    rows = at_labels(network.hidden(batch), batch.source)
-    loss = token_losses(network.unembed, rows, batch.labels).sum() / labels
+    loss = token_losses(network.unembed, network.label_rows(batch), batch.labels).sum() / labels
     loss.backward()
     return loss.item()
 

@@ -28,7 +28,7 @@ from latlib.attack import Attack, judge, pgd, radii
 from latlib.data import Batch, Schedule, TokenRow, collate, join
 from latlib.forward import Network
 from latlib.hooks import Site
-from latlib.losses import at_labels, kl_divergence, normalised, token_losses
+from latlib.losses import kl_divergence, normalised, token_losses
 from latlib.models import LanguageModel
 from latlib.profile import TrainSettings
 
@@ -48,7 +48,7 @@ class MicroBatch:
 Look = Callable[[MicroBatch, Tensor], None]
 
 
-def _ignore(part: MicroBatch, hidden: Tensor) -> None:
+def _ignore(part: MicroBatch, rows: Tensor) -> None:
     """Look away."""
 
 
@@ -108,8 +108,8 @@ class Trainer:
             deltas = [_without(a.deltas, part.clean) for a, part in zip(found, parts, strict=True)]
             judged["attack_start"] = [a.losses[0][~part.clean] for a, part in zip(found, parts, strict=True)]
 
-        def look(part: MicroBatch, hidden: Tensor) -> None:
-            end, won = judge(network, part.attacked, settings.attack, hidden.detach())
+        def look(part: MicroBatch, rows: Tensor) -> None:
+            end, won = judge(network, part.attacked, settings.attack, rows.detach())
             judged["attack_end"].append(end[~part.clean])
             judged["attack_won"].append(won[~part.clean].float())
 
@@ -152,24 +152,23 @@ class Trainer:
         """Weighted terms of the objective, scalars that sum to it: one dictionary for each forward, whose backward pass
         belongs before the next is asked for, so that one graph exists at a time.
 
-        tokens: the whole batch's label counts. look: is shown the harmful rows' hidden states under the perturbation.
+        tokens: the whole batch's label counts. look: is shown the harmful `label_rows` under the perturbation.
         """
         c, harmful = self.settings.defence, part.attacked
         benign = part.benign if c.kl or c.sft else None
         if benign is not None and self.settings.shared_forward:
             both = join(harmful, benign)
-            hidden = network.hidden(both, {site: _grown(delta, both) for site, delta in (deltas or {}).items()})
-            look(part, hidden[: harmful.shape[0], : harmful.shape[1]])
-            rows, n = at_labels(hidden, both.source), len(harmful.labels)
+            rows = network.label_rows(both, {site: _grown(delta, both) for site, delta in (deltas or {}).items()})
+            n = len(harmful.labels)
+            look(part, rows[:n])
             terms = self._harmful_terms(network, rows[:n], harmful, tokens)
             yield terms | self._benign_terms(network, rows[n:], benign, tokens)
             return
-        hidden = network.hidden(harmful, deltas)
-        look(part, hidden)
-        yield self._harmful_terms(network, at_labels(hidden, harmful.source), harmful, tokens)
+        rows = network.label_rows(harmful, deltas)
+        look(part, rows)
+        yield self._harmful_terms(network, rows, harmful, tokens)
         if benign is not None:
-            rows = at_labels(network.hidden(benign), benign.source)
-            yield self._benign_terms(network, rows, benign, tokens)
+            yield self._benign_terms(network, network.label_rows(benign), benign, tokens)
 
     def _harmful_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
         c, packed = self.settings.defence, batch.packed
@@ -195,7 +194,7 @@ class Trainer:
             self._teacher = self.lm.network(adapter=False)
         mode = self.settings.defence.kl_mode
         with torch.no_grad():
-            teacher_rows = at_labels(self._teacher.hidden(benign), benign.source)
+            teacher_rows = self._teacher.label_rows(benign)
         kl = kl_divergence(network.unembed, rows, self._teacher.unembed, teacher_rows, mode)
         return kl.sum() if mode == "token" else normalised(kl.mean()) * len(kl)
 

@@ -159,7 +159,7 @@ def test_more_budget_gives_a_lower_loss_and_noise_does_not():
     assert ends[0] > ends[1] > ends[2]
     noise = {1: random_noise(network, perturbed_positions(batch, "prompt"), 3.0, seeded())}
     with torch.no_grad():
-        assert attack_losses(network, batch, settings, network.hidden(batch, noise)).mean() > ends[2] + 0.5
+        assert attack_losses(network, batch, settings, network.label_rows(batch, noise)).mean() > ends[2] + 0.5
 
 
 def test_an_untargeted_attack_raises_the_loss_of_the_response():
@@ -209,8 +209,8 @@ def test_every_site_is_attacked_within_its_own_radius():
 def test_the_model_is_run_once_for_each_step_and_once_at_the_end(steps):
     """A predecessor's five steps were four."""
     network, batch = language_model().network(), preference_batch()
-    calls, hidden = [], network.hidden
-    network.hidden = lambda *args: calls.append(args) or hidden(*args)
+    calls, run = [], network.label_rows
+    network.label_rows = lambda *args: calls.append(args) or run(*args)
     found = pgd(network, batch, EPS, settings_for(steps=steps))
     assert len(calls) == steps + 1 == len(found.losses)
     assert all(site == EMBEDDING and not stream.requires_grad for _, _, (site, stream) in calls)
@@ -223,7 +223,7 @@ def test_restarts_keep_the_best_of_each_row():
     many = pgd(network, batch, EPS, settings.model_copy(update={"restarts": 6}), seeded())
     assert (many.losses[-1] <= one.losses[-1]).all() and (many.losses[-1] < one.losses[-1]).any()
     with torch.no_grad():
-        again = attack_losses(network, batch, settings, network.hidden(batch, many.deltas))
+        again = attack_losses(network, batch, settings, network.label_rows(batch, many.deltas))
     torch.testing.assert_close(again, many.losses[-1], rtol=0, atol=1e-10)
 
 
@@ -253,8 +253,8 @@ def test_won_means_greedy_decoding_writes_the_wanted_completion(kind):
     lm, batch = language_model(kind), preference_batch(6)
     network = lm.network()
     found = pgd(network, batch, {EMBEDDING: 8.0, 1: 12.0, 3: 20.0}, settings_for(steps=60))
-    hidden = network.hidden(batch, found.deltas)
-    logits = network.unembed(hidden.flatten(0, 1)[batch.source])
+    rows = network.label_rows(batch, found.deltas)
+    logits = network.unembed(rows)
     right = logits.argmax(-1) == batch.labels
     expected = [bool(right[(batch.label_rows == n) & (batch.label_segments == 1)].all()) for n in range(6)]
     assert found.won.tolist() == expected
@@ -272,14 +272,14 @@ def test_an_untargeted_attack_wins_where_the_response_is_no_longer_written():
         completion = (*row.completions[0][:k], int(best[k]), *row.completions[0][k + 1 :])
         row = type(row)(row.prompt, (completion,))
     batch = collate([row])
-    assert greedy_matches(network, batch, network.hidden(batch), 1).all()
+    assert greedy_matches(network, batch, network.label_rows(batch), 1).all()
     assert not pgd(network, batch, {1: 1e-6}, settings_for(targeted=False)).won.any()
     assert pgd(network, batch, {1: 30.0}, settings_for(targeted=False, steps=20)).won.all()
 
 
 def test_greedy_match_is_false_for_a_completion_that_is_not_there():
     network, batch = language_model().network(), benign_batch()
-    assert not greedy_matches(network, batch, network.hidden(batch), 2).any()
+    assert not greedy_matches(network, batch, network.label_rows(batch), 2).any()
 
 
 def test_relative_radii_follow_the_median_norm_of_each_site():

@@ -31,7 +31,7 @@ KINDS = ["stock", "lean"]
 
 
 def label_logits(network, batch, deltas=None, start=None):
-    return network.unembed(at_labels(network.hidden(batch, deltas, start), batch.source))
+    return network.unembed(network.label_rows(batch, deltas, start))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +103,24 @@ def test_running_from_a_site_equals_running_everything(kind, site):
     deltas = noise_like(batch, [s for s in SITES if SITES.index(s) >= SITES.index(site)])
     stream = network.capture(batch, [site])[site]
     assert torch.equal(network.hidden(batch, deltas, (site, stream)), network.hidden(batch, deltas))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("site", SITES)
+def test_label_rows_are_hidden_states_at_the_label_positions(kind, site):
+    """Values, and gradients of perturbations and adapter, though the last block runs at these positions only."""
+    lm, batch, found = language_model(kind, trained=True), preference_batch(), []
+    parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
+    for rows_of in (lambda n, d: n.label_rows(batch, d), lambda n, d: at_labels(n.hidden(batch, d), batch.source)):
+        network = lm.network(train=True)
+        deltas = {s: d.requires_grad_() for s, d in noise_like(batch, {site, LAYERS - 1}).items()}
+        logits = network.unembed(rows_of(network, deltas))
+        logits.logsumexp(-1).pow(2).sum().backward()
+        network.settle()
+        found.append([logits, *(t.grad for t in (*parameters, *deltas.values()))])
+        lm.model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

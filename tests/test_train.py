@@ -47,7 +47,7 @@ def spy_on_terms(trainer) -> list:
     """(micro-batch, deltas, tokens, terms) of every micro-batch that is trained on."""
     seen, terms_of = [], trainer.defence_terms
 
-    def spy(network, part, deltas, tokens, look=lambda part, hidden: None):
+    def spy(network, part, deltas, tokens, look=lambda part, rows: None):
         found = {}
         for terms in terms_of(network, part, deltas, tokens, look):
             found |= {name: term.item() for name, term in terms.items()}
