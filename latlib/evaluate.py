@@ -163,7 +163,7 @@ def attack_cell(lm: LanguageModel, context: Context, prompts: Sequence[Prompt], 
         if name == "noise":
             mask = perturbed_positions(batch, settings.positions)
             return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
-        return pgd(network, batch, eps, settings, generator).deltas
+        return pgd(network, batch, eps, settings, generator, judged=False).deltas
 
     size = context.profile.evaluation.batch
     outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=size)

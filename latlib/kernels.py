@@ -89,11 +89,12 @@ def _of_keys(weights: Tensor, queries: Tensor, n: int, heads: int, seq: int) -> 
 
 
 class Attention(torch.autograd.Function):
-    """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows` ([n] into the flattened [batch * seq]).
+    """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows`, [n] into the flattened positions.
 
     qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the second halves of the
-    same, then v, with 1 / sqrt(head_dim) in the rows of q; out [d_model, heads * head_dim]; cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias, additive, [1 or
-    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`].
+    same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads * head_dim]. cos, sin [batch * seq, 1,
+    (heads + kv_heads) * head_dim / 2]. bias, additive, [1 or batch * kv_heads, heads / kv_heads * seq,
+    `padded_keys(seq)`].
     """
 
     @staticmethod
