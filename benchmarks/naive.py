@@ -61,23 +61,19 @@ class NaiveTrainer:
         """One step; returns the total loss."""
         harmful = [self.harmful[i] for i in self.schedules[0].rows(self.step)]
         benign = [self.benign[i] for i in self.schedules[1].rows(self.step)]
-        tokens = {
-            "rejected": sum(len(r.completions[0]) for r in harmful),
-            "chosen": sum(len(r.completions[1]) for r in harmful),
-            "benign": sum(len(r.completions[0]) for r in benign),
-        }
-        parts = list(_micro_batches(harmful, self.micro_batch))
+        tokens = label_tokens(harmful, benign)
+        parts = list(micro_batches(harmful, self.micro_batch))
         deltas = [self._attack(part) for part in parts]
         self.optimiser.zero_grad()
-        total = 0.0
+        total = torch.zeros(())
         for part, delta in zip(parts, deltas, strict=True):
-            total += self._harmful_backward(part, delta, tokens)
-        for part in _micro_batches(benign, self.micro_batch):
-            total += self._benign_backward(part, tokens)
+            total = total + self._harmful_backward(part, delta, tokens).cpu()
+        for part in micro_batches(benign, self.micro_batch):
+            total = total + self._benign_backward(part, tokens).cpu()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         self.step += 1
-        return total
+        return total.item()
 
     def _attack(self, rows: list[TokenRow]) -> dict[Site, Tensor]:
         settings, attack = self.settings, self.settings.attack
@@ -129,7 +125,7 @@ class NaiveTrainer:
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(device)
         return model(input_ids=padded, attention_mask=mask, use_cache=False).logits
 
-    def _harmful_backward(self, rows: list[TokenRow], deltas: dict[Site, Tensor], tokens: dict[str, int]) -> float:
+    def _harmful_backward(self, rows: list[TokenRow], deltas: dict[Site, Tensor], tokens: dict[str, int]) -> Tensor:
         c = self.settings.defence
         with _added(self.model, deltas):
             toward, _ = self._token_losses(rows, 1, toward=True)
@@ -137,9 +133,9 @@ class NaiveTrainer:
             loss = c.toward * torch.cat(toward).sum() / tokens["chosen"]
             loss = loss + c.away * torch.cat(away).sum() / tokens["rejected"]
             loss.backward()
-        return loss.item()
+        return loss.detach()
 
-    def _benign_backward(self, rows: list[TokenRow], tokens: dict[str, int]) -> float:
+    def _benign_backward(self, rows: list[TokenRow], tokens: dict[str, int]) -> Tensor:
         c = self.settings.defence
         nll, new = self._token_losses(rows, 0, toward=True)
         with torch.no_grad():
@@ -151,10 +147,20 @@ class NaiveTrainer:
         ]
         loss = (c.kl * sum(counted) + c.sft * torch.cat(nll).sum()) / tokens["benign"]
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
 
-def _micro_batches(rows: list[TokenRow], size: int) -> Iterator[list[TokenRow]]:
+def label_tokens(harmful: list[TokenRow], benign: list[TokenRow]) -> dict[str, int]:
+    """Label tokens of the whole batch, by which every sum is divided."""
+    return {
+        "rejected": sum(len(r.completions[0]) for r in harmful),
+        "chosen": sum(len(r.completions[1]) for r in harmful),
+        "benign": sum(len(r.completions[0]) for r in benign),
+    }
+
+
+def micro_batches(rows: list[TokenRow], size: int) -> Iterator[list[TokenRow]]:
+    """Rows as they come, `size` at a time."""
     for at in range(0, len(rows), size):
         yield rows[at : at + size]
 

@@ -1,0 +1,198 @@
+"""Write docs/performance.md from what was measured: every figure in it is read from benchmarks/results/.
+
+    python benchmarks/document.py
+
+1. The prose is in performance.template.md; `{name}` there is a table or a line made from the results files.
+2. The waterfall is drawn from the same files.
+3. A test holds the committed page equal to what this script writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TEMPLATE = Path(__file__).with_name("performance.template.md")
+PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "99_report")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read(name: str) -> dict:
+    """A results file. Raises FileNotFoundError naming the command that makes it."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: run the benchmark that writes it (see benchmarks/README.md)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _machine(environment: Mapping) -> str:
+    where = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
+    return f"Measured on {where}; {versions}; commit {environment['commit'][:12]}, {environment['date'][:10]}."
+
+
+def _shape(s: Mapping) -> str:
+    prompts, completions = ("-".join(map(str, s[name])) for name in ("prompts", "completions"))
+    targets, sites = ", ".join(t.removesuffix("_proj") for t in s["targets"]), ", ".join(map(str, s["sites"]))
+    return (
+        f"Llama with d = {s['d_model']}, {s['layers']} layers, {s['heads']} heads / {s['kv_heads']} key heads, "
+        f"ffn {s['ffn']}, vocabulary {s['vocabulary']:,}; LoRA r = {s['r']} on {targets}; batch {s['batch']}, "
+        f"prompts {prompts}, completions {completions} tokens; sites {sites}; K = {s['steps']}; "
+        f"the engine takes {s['micro_batch']} rows at a time"
+    )
+
+
+def _row(r: Mapping, *columns: str) -> list[str]:
+    cells = {
+        "variant": r["variant"],
+        "dtype": r["dtype"],
+        "step": f"{r['seconds']['median']:.2f} s",
+        "limit": f"{r['limit_seconds']:.2f} s",
+        "tokens": f"{r['tokens_per_second']:,.0f}",
+        "best": f"{r['fraction_of_best']:.0%}",
+        "own": f"{r['fraction_of_own']:.0%}",
+        "tflop": f"{r['flop'] / 1e12:.2f}",
+        "peak": f"{r['peak_bytes'] / 1e6:,.0f} MB",
+        "speedup": f"{r['speedup_on_naive']:.2f}" if r["speedup_on_naive"] else "-",
+        "speedup32": f"{r['speedup_on_naive_float32']:.2f}" if r["speedup_on_naive_float32"] else "-",
+        "slowdown": f"{r['seconds_on_engine']:.2f}" if r["seconds_on_engine"] else "-",
+    }
+    return [cells[c] for c in columns]
+
+
+def _steps(results: Sequence[Mapping]) -> str:
+    names = ("naive", "engine", "engine at naive's micro-batch")
+    head = ["step", "compute", "time", "x naive", "x naive float32", "TFLOP", "limit", "of best", "of own", "tokens/s"]
+    columns = ("variant", "dtype", "step", "speedup", "speedup32", "tflop", "limit", "best", "own", "tokens", "peak")
+    rows = [_row(r, *columns) for r in results if r["variant"] in names and not r["error"]]
+    return table([*head, "peak beyond weights"], rows)
+
+
+def _alone(results: Sequence[Mapping]) -> str:
+    rows: dict[str, list[str]] = {}
+    for r in results:
+        if r["variant"].endswith(" off") and not r["variant"].startswith("all"):
+            rows.setdefault(r["variant"], []).extend(_row(r, "slowdown", "peak"))
+        elif r["variant"] in ("engine", "shared forward", "stock modules"):
+            rows.setdefault(r["variant"], []).extend(_row(r, "slowdown", "peak"))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in results))
+    head = ["variant", *(f"{kind}, {dtype}" for dtype in dtypes for kind in ("time / engine's", "peak"))]
+    return table(head, [[name, *cells] for name, cells in rows.items()])
+
+
+def waterfall(results: Sequence[Mapping], dtype: str) -> list[tuple[str, float]]:
+    """(variant, seconds) from naive to the engine, in the order the points are added."""
+    chosen = [r for r in results if r["dtype"] == dtype and not r["error"]]
+    names = ["naive", "all points off", *(r["variant"] for r in chosen if r["variant"].startswith("+")), "engine"]
+    seconds = {r["variant"]: r["seconds"]["median"] for r in chosen}
+    return [(name, seconds[name]) for name in names if name in seconds]
+
+
+def _path(results: Sequence[Mapping]) -> str:
+    dtypes = list(dict.fromkeys(r["dtype"] for r in results))
+    falls = {dtype: dict(waterfall(results, dtype)) for dtype in dtypes}
+    names = list(falls[dtypes[0]])
+    labels = {"engine": "engine (+ merged weights, written-out backward passes)"}
+    rows = [[labels.get(n, n), *(f"{falls[d][n]:.2f} s" for d in dtypes)] for n in names]
+    return table(["implementation", *dtypes], rows)
+
+
+def draw(results: Sequence[Mapping], path: Path) -> None:
+    """The waterfall as bars with their values, one panel for each dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dtypes = list(dict.fromkeys(r["dtype"] for r in results))
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 3.6), squeeze=False, layout="constrained")
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        names, seconds = zip(*waterfall(results, dtype), strict=True)
+        limit = next(r["limit_seconds"] for r in results if r["variant"] == "engine" and r["dtype"] == dtype)
+        bars = axis.barh(names, seconds, color="#4c72b0", edgecolor="black")
+        axis.bar_label(bars, [f"{s:.2f} s" for s in seconds], padding=3)
+        axis.axvline(
+            limit, color="black", linestyle="--", label=f"the engine's FLOPs at the matrix rate: {limit:.2f} s"
+        )
+        axis.set(xlabel="seconds a step", title=dtype, xlim=(0, 1.2 * max(seconds)))
+        axis.invert_yaxis()
+        axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _shares(breakdown: Mapping) -> str:
+    dtypes = list(breakdown["shares"])
+    kinds = list(breakdown["shares"][dtypes[0]])
+    return table(
+        ["kind of kernel", *dtypes], [[k, *(f"{breakdown['shares'][d].get(k, 0):.0%}" for d in dtypes)] for k in kinds]
+    )
+
+
+def _allocator(kept: Mapping, returned: Mapping) -> str:
+    seconds = {(r["variant"], r["dtype"]): r["seconds"]["median"] for r in kept["results"] if not r["error"]}
+    rows = [
+        [r["variant"], r["dtype"], f"{r['seconds']['median']:.2f} s", f"{seconds[r['variant'], r['dtype']]:.2f} s"]
+        for r in returned["results"]
+    ]
+    return table(["step", "compute", "memory returned (glibc's default)", "memory kept"], rows)
+
+
+def _growth(scaling: Mapping) -> str:
+    added, fits = scaling["added_pgd_step"], scaling["fits"]
+    names = {"steps": "PGD steps", "batch": "batch", "completion": "completion length"}
+    lines = [f"R² = {fits[key]['r_squared']:.4f} over {name}" for key, name in names.items()]
+    verdict = "within" if added["within"] else "beyond"
+    return (
+        f"{scaling['caption']}\n\nStraight lines fit: {', '.join(lines)} ({scaling['dtype']}). An added PGD step costs "
+        f"{added['share']:.2f} of the same network's full forward and backward over the same rows, {verdict} the bound "
+        f"of {added['bound']:.2f}: the share of blocks above the first site ({added['blocks_below_first_site']} of "
+        f"{scaling['base']['layers']} are below it), and 10 %."
+    )
+
+
+def _predicted(meta: Mapping) -> str:
+    head = ["step", "weights", "adapter", "optimiser", "peak beyond them", "total", "TFLOP"]
+    names = ("weights_bytes", "adapter_bytes", "optimiser_bytes", "peak_bytes", "total_bytes")
+    rows = [
+        [p["variant"], *(f"{p[n] / 1e9:.1f} GB" for n in names), f"{p['flop'] / 1e12:,.0f}"] for p in meta["predicted"]
+    ]
+    return f"{_shape(meta['shape'])}; {meta['predicted'][0]['dtype']}.\n\n" + table(head, rows)
+
+
+def _tiny(before: Mapping, after: Mapping) -> str:
+    rows = [[name, f"{before[name]:.0f}", f"{after[name]:.0f}"] for name in PHASES]
+    total = [sum(run[name] for name in PHASES) for run in (before, after)]
+    minutes = (f"{int(t) // 60}:{int(t) % 60:02d}" for t in total)
+    return table(["notebook", "before, s", "after, s"], [*rows, ["**all, min:s**", *(f"**{m}**" for m in minutes)]])
+
+
+def page() -> str:
+    """The text of docs/performance.md."""
+    step, points = read("lat_step-cpu"), read("lat_step-cpu-points")["results"]
+    after = RESULTS.parents[1] / "results" / "tiny" / "timing.json"
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        machine=_machine(step["environment"]),
+        shape=_shape(step["shape"]),
+        steps=_steps(step["results"]),
+        shares=_shares(read("breakdown-cpu")),
+        alone=_alone(points),
+        path=_path(points),
+        allocator=_allocator(step, read("lat_step-cpu-returned")),
+        growth=_growth(read("scaling-cpu")),
+        predicted=_predicted(read("lat_step-llama3-8b-meta")),
+        tiny=_tiny(read("tiny-before"), json.loads(after.read_text(encoding="utf-8"))),
+    )
+
+
+if __name__ == "__main__":
+    draw(read("lat_step-cpu-points")["results"], RESULTS / "waterfall.png")
+    PAGE.write_text(page(), encoding="utf-8")

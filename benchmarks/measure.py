@@ -1,0 +1,253 @@
+"""Seconds, FLOPs, bytes, and the rate at which this machine multiplies matrices in this very minute.
+
+1. `MatrixRate` times matrix products: those of the model's blocks at the micro-batch's token count, and a large square
+   one. A shared machine's speed drifts by up to 2x, so the rate is taken just before and just after every timed run and
+   a run is compared with the mean of its two neighbours.
+2. `count` runs once under torch's FLOP counter and under `StorageTracker`, which follows every storage an operator
+   allocates until it is freed: peak bytes above what was there before, on a CPU and on the meta device too.
+3. `Measurement` keeps all samples; what is reported are medians.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+SQUARE = {"cpu": 1024, "cuda": 8192}  # large enough for the best rate, short enough to be timed between runs
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call."""
+    wait_for(device)
+    began = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s of matrix products: the best of all that was timed, the large square one, and the model's own (one block's
+    products, each at its own best time, taken together)."""
+
+    best: float
+    square: float
+    own: float
+
+
+@dataclass(frozen=True)
+class MatrixRate:
+    """Times products [m, k] x [k, n]. products: the model's own, (m, k, n). seconds: least time spent on each."""
+
+    products: Sequence[tuple[int, int, int]]
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float = 0.02
+
+    def measure(self) -> Rate:
+        """The rate now."""
+        size = SQUARE[self.device.type]
+        square = 2 * size**3 / self._time(size, size, size)
+        flops = [2 * m * k * n for m, k, n in self.products]
+        times = [self._time(*product) for product in self.products]
+        each = [flop / seconds for flop, seconds in zip(flops, times, strict=True)]
+        return Rate(max(square, *each), square, sum(flops) / sum(times))
+
+    def _time(self, m: int, k: int, n: int) -> float:
+        a, b = (torch.randn(shape, device=self.device).to(self.dtype) for shape in ((m, k), (n, k)))
+        out = torch.empty(m, n, dtype=self.dtype, device=self.device)
+        times: list[float] = []
+        while sum(times) < self.seconds or len(times) < 3:
+            times.append(seconds_of(lambda: torch.mm(a, b.T, out=out), self.device))
+        return min(times)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Follows the storages that operators allocate inside the context, until each is freed.
+
+    live, peak: bytes now and at most. largest: (elements, operator) of the largest single allocation. What operators
+    allocate and free within themselves is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.largest: tuple[int, str] = (0, "nothing")
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if made:
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for tensor in made:
+                self._note(tensor, given, func)
+        return out
+
+    def _note(self, tensor: Tensor, given: set[int], operator) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in given:  # followed already, or a view or in-place change of something older
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        if size // tensor.element_size() > self.largest[0]:
+            self.largest = (size // tensor.element_size(), str(operator))
+        weakref.finalize(storage, self._freed, key, size).atexit = False
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _attention(queries, keys, values, *args, **kwargs) -> int:
+    (n, heads, seq, width), value_width = queries, values[-1]
+    return 2 * n * heads * seq * keys[-2] * (width + value_width)
+
+
+def _attention_backward(grad, queries, keys, values, *args, **kwargs) -> int:
+    (n, heads, seq, width), value_width = queries, values[-1]
+    return 2 * n * heads * seq * keys[-2] * (3 * width + 2 * value_width)  # the scores again, and four gradients
+
+
+# torch counts the GPU's fused attention but not the CPU's: these are torch's own formulas for the others.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class _NoModules:
+    """In place of the FLOP counter's module tracker, whose hooks fail where a forward takes gradients of its own."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's FLOP counter, for the total alone."""
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call took. flop: of matrix products and attention, padding included. peak: bytes beyond what was there
+    before. held: bytes of these that are still there when it returns. largest: (elements, operator) of the largest
+    allocation; unknown where the device counts its memory."""
+
+    flop: int
+    peak: int
+    held: int
+    largest: tuple[int, str] | None
+
+
+def count(function: Callable[[], object], device: torch.device) -> Counts:
+    """Run once, counting; much slower than without."""
+    flops = flop_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with flops:
+            function()
+        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return Counts(flops.get_total_flops(), peak - before, held - before, None)
+    with flops, StorageTracker() as memory:
+        function()
+    return Counts(flops.get_total_flops(), memory.peak, memory.live, memory.largest)
+
+
+@dataclass
+class Measurement:
+    """Timed runs of one thing, each with the matrix rates just before and just after it."""
+
+    seconds: list[float] = field(default_factory=list)
+    rates: list[tuple[Rate, Rate]] = field(default_factory=list)
+
+    def add(self, seconds: float, before: Rate, after: Rate) -> None:
+        """One run."""
+        self.seconds.append(seconds)
+        self.rates.append((before, after))
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return median(self.seconds)
+
+    def rate(self, which: str) -> float:
+        """Median FLOP/s over the runs of one of `Rate`'s fields."""
+        return median(self._rates(which))
+
+    def fraction(self, flop: int, which: str) -> float:
+        """Median over the runs of what was achieved, as a share of the rate around each run."""
+        return median(flop / s / rate for s, rate in zip(self.seconds, self._rates(which), strict=True))
+
+    def _rates(self, which: str) -> list[float]:
+        return [(getattr(before, which) + getattr(after, which)) / 2 for before, after in self.rates]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a run failed because the device or the machine has too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of tensors, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def environment(device: torch.device) -> dict:
+    """Where and with what something was measured."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    folder = Path(__file__).resolve().parent
+    commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=folder, capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        ("git", "status", "--porcelain", "--", "latlib", "benchmarks"),
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        "commit": commit.stdout.strip() or None,
+        "uncommitted_changes": bool(changed.stdout.strip()) if changed.returncode == 0 else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
