@@ -172,8 +172,9 @@ class LeanNetwork:
                 for table in self._rotary(torch.empty(0, device=self.device, dtype=wide_of(self.dtype)), positions)
             )
             seen = batch.attends() if packed else torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
-            bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, torch.finfo(torch.float32).min / 2)
-            bias = F.pad(bias, (0, padded_keys(seq, self.dtype, self.device) - seq), value=bias.min())
+            hidden = torch.finfo(torch.float32).min / 2
+            bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, hidden)
+            bias = F.pad(bias, (0, padded_keys(seq, self.dtype, self.device) - seq), value=hidden)
             bias = bias.repeat(1, self.heads // self.kv_heads, 1)
             if packed:
                 bias = bias.repeat_interleave(self.kv_heads, 0)

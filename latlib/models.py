@@ -114,14 +114,21 @@ def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str |
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     small = sum(p.numel() for p in model.parameters()) <= LEAN_LIMIT
     storage = torch.float32 if small and settings.forward != "stock" and dtype == torch.bfloat16 else dtype
-    model = model.to(device=device, dtype=storage).eval()
     if not (small and settings.forward != "stock" and fits(model)):
-        model, storage = model.to(dtype), dtype
+        storage = dtype
+    model = _cast(model, storage).to(device).eval()
     if adapter is not None:
         with quietly():
             model = PeftModel.from_pretrained(model, adapter).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by the wrong angle."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageModel:

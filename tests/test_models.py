@@ -109,6 +109,7 @@ def test_bf16_computes_over_float32_weights_in_a_small_model_only(folder):
     stock = load(folder, settings_for(dtype="bfloat16", forward="stock"))
     assert next(lean.model.parameters()).dtype == torch.float32
     assert next(stock.model.parameters()).dtype == torch.bfloat16
+    assert stock.model.model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, far positions would turn wrongly
     assert lean.network().dtype == stock.network().dtype == torch.bfloat16
 
 
