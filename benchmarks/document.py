@@ -10,12 +10,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+from shapes import SHAPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TEMPLATE = Path(__file__).with_name("performance.template.md")
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
+WATERFALL = (
+    "![Waterfall: seconds a step from the naive implementation to the engine](../benchmarks/results/waterfall.png)"
+)
 PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "99_report")
 
 
@@ -152,6 +158,7 @@ def _growth(scaling: Mapping) -> str:
     lines = [f"R² = {fits[key]['r_squared']:.4f} over {name}" for key, name in names.items()]
     verdict = "within" if added["within"] else "beyond"
     return (
+        "![Time and memory of one engine step against each quantity](../benchmarks/results/scaling.png)\n\n"
         f"{scaling['caption']}\n\nStraight lines fit: {', '.join(lines)} ({scaling['dtype']}). An added PGD step costs "
         f"{added['share']:.2f} of the same network's full forward and backward over the same rows, {verdict} the bound "
         f"of {added['bound']:.2f}: the share of blocks above the first site ({added['blocks_below_first_site']} of "
@@ -175,24 +182,33 @@ def _tiny(before: Mapping, after: Mapping) -> str:
     return table(["notebook", "before, s", "after, s"], [*rows, ["**all, min:s**", *(f"**{m}**" for m in minutes)]])
 
 
+def part(make: Callable[..., str], *names: str) -> str:
+    """`make` of results files, or a line that says which are still missing."""
+    missing = [name for name in names if not (RESULTS / f"{name}.json").exists()]
+    if missing:
+        return f"*Not measured yet: no {' and no '.join(f'{name}.json' for name in missing)} in `benchmarks/results/`.*"
+    return make(*map(read, names))
+
+
 def page() -> str:
     """The text of docs/performance.md."""
-    step, points = read("lat_step-cpu"), read("lat_step-cpu-points")["results"]
-    after = RESULTS.parents[1] / "results" / "tiny" / "timing.json"
+    after = json.loads((RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8"))
     return TEMPLATE.read_text(encoding="utf-8").format(
-        machine=_machine(step["environment"]),
-        shape=_shape(step["shape"]),
-        steps=_steps(step["results"]),
-        shares=_shares(read("breakdown-cpu")),
-        alone=_alone(points),
-        path=_path(points),
-        allocator=_allocator(step, read("lat_step-cpu-returned")),
-        growth=_growth(read("scaling-cpu")),
-        predicted=_predicted(read("lat_step-llama3-8b-meta")),
-        tiny=_tiny(read("tiny-before"), json.loads(after.read_text(encoding="utf-8"))),
+        machine=part(lambda found: _machine(found["environment"]), "lat_step-cpu"),
+        shape=_shape(asdict(SHAPES["cpu"])),
+        steps=part(lambda found: _steps(found["results"]), "lat_step-cpu"),
+        shares=part(_shares, "breakdown-cpu"),
+        alone=part(lambda found: _alone(found["results"]), "lat_step-cpu-points"),
+        path=part(lambda found: _path(found["results"]), "lat_step-cpu-points"),
+        waterfall=part(lambda _: WATERFALL, "lat_step-cpu-points"),
+        allocator=part(_allocator, "lat_step-cpu", "lat_step-cpu-returned"),
+        growth=part(_growth, "scaling-cpu"),
+        predicted=part(_predicted, "lat_step-llama3-8b-meta"),
+        tiny=_tiny(read("tiny-before"), after),
     )
 
 
 if __name__ == "__main__":
-    draw(read("lat_step-cpu-points")["results"], RESULTS / "waterfall.png")
+    if (RESULTS / "lat_step-cpu-points.json").exists():
+        draw(read("lat_step-cpu-points")["results"], RESULTS / "waterfall.png")
     PAGE.write_text(page(), encoding="utf-8")
