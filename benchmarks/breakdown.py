@@ -8,11 +8,10 @@ dispatch. The profiler itself slows a step down: read shares, not seconds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from lat_step import asked, parser
-from measure import environment
+from measure import environment, write
 from torch.profiler import ProfilerActivity, profile
 from variants import ENGINE
 
@@ -75,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         shares = {kind: own / total for kind, own in sorted(seconds.items(), key=lambda item: -item[1])}
         out["shares"][str(dtype).removeprefix("torch.")] = shares
         print(dtype, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()), flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(out, indent=1) + "\n")
+    write(out, arguments.json)
     return out
 
 

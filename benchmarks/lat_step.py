@@ -6,24 +6,20 @@
 
 1. A first step of every variant is counted: FLOPs, and peak memory beyond one copy of the weights and the adapter.
 2. Then all take the same step, from the same adapter, in turn (A B C A B C ...), so that a slow minute hits all.
-3. On glibc, a second process measures naive and the engine where freed memory goes back to the system, the C library's
-   default; in this one both keep it, which helps naive too.
+3. Every variant keeps freed memory mapped, which helps naive too; `--allocator default` leaves the C library as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from measure import Counts, MatrixRate, Measurement, bytes_of, count, environment, is_out_of_memory, seconds_of
+from measure import Counts, MatrixRate, Measurement, bytes_of, count, environment, is_out_of_memory, seconds_of, write
 from predicted import predict
 from shapes import SHAPES, of_config
 from variants import ENGINE, NAIVE, Bench, Variant, choose, with_changes
@@ -178,18 +174,6 @@ def table(records: Sequence[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _with_memory_returned(arguments: argparse.Namespace) -> list[dict]:
-    """Naive and the engine in a process that leaves the C library's allocator as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, __file__, "--allocator", "default", "--variants", "naive,engine", "--json", str(out)]
-        for name in ("shape", "config", "device", "dtype", "repeats", "micro_batch", "steps", "seed"):
-            value = getattr(arguments, name)
-            command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(out.read_text())["results"]
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -256,12 +240,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         variants = choose(arguments.variants, bench.lean())
         out["results"] = results(measure(bench, variants, dtypes, arguments.repeats), bench.tokens)
         print(table(out["results"]), flush=True)
-        if arguments.variants == "all" and out["freed_memory_kept"] and bench.device.type == "cpu":
-            out["freed_memory_returned"] = _with_memory_returned(arguments)
-            print("where freed memory returns to the system:\n" + table(out["freed_memory_returned"]))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(out, indent=1) + "\n")
+    write(out, arguments.json)
     return out
 
 

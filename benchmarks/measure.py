@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -27,6 +28,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from latlib.machine import available_cores
 
 SQUARE = {"cpu": 1024, "cuda": 8192}  # large enough for the best rate, short enough to be timed between runs
 
@@ -225,6 +228,13 @@ def bytes_of(tensors) -> int:
     return sum(storages.values())
 
 
+def write(results: dict, path: Path | None) -> None:
+    """Results as JSON, where somebody asked for them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def environment(device: torch.device) -> dict:
     """Where and with what something was measured."""
     cpu = platform.processor() or platform.machine()
@@ -242,7 +252,7 @@ def environment(device: torch.device) -> dict:
     )
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "python": platform.python_version(),

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from statistics import median
 
 import torch
 from lat_step import asked, parser
-from measure import count, environment, seconds_of
+from measure import count, environment, seconds_of, write
 from scipy.stats import linregress
 from shapes import Shape
 from variants import ENGINE, Bench
@@ -220,9 +219,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             **out["added_pgd_step"]
         )
     )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(out, indent=1) + "\n")
+    write(out, arguments.json)
     if arguments.figure:
         draw(records, lines, arguments.figure)
     return out

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32. Short rows take a
-# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast (docs/performance.md).
+# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast (docs/lab-log.md).
 SHORT_ROW, ROW_MULTIPLE = 128, 32
 
 

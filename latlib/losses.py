@@ -116,7 +116,7 @@ def argmax_matches(unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int | 
     """[labels] bool: whether each label is its row's most likely token. rows: [labels, d_model]."""
     size = chunk or rows_per_chunk(unembed(rows[:1]).shape[-1])
     parts = zip(rows.split(size), labels.split(size), strict=True)
-    return torch.cat([unembed(part).argmax(-1) == own for part, own in parts]) if len(rows) else labels.bool()
+    return torch.cat([unembed(part).argmax(-1) == own for part, own in parts])
 
 
 def _by_row(function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor) -> Tensor:

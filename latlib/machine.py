@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """Let the C library reuse freed tensors' pages instead of returning them to the system; whether it could.
 
     By default glibc maps every large tensor anew, and the kernel hands out its pages zeroed, one fault for each 4 KiB:
-    as long as the arithmetic of a small model takes (docs/performance.md). Other C libraries are left as they are.
+    as long as the arithmetic of a small model takes (docs/lab-log.md). Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False

@@ -175,9 +175,8 @@ class Trainer:
         wanted = batch.label_index(2 if packed else 1)  # a row with one completion has only the wanted one
         losses = token_losses(network.unembed, rows, batch.labels, (batch.label_segments == 1) if packed else None)
         terms = {"toward": c.toward * losses[wanted].sum() / tokens["toward"]}
-        if c.away and tokens["away"]:
-            away = losses[batch.label_index(1)].sum() if packed else losses.sum() * 0
-            terms["away"] = c.away * away / tokens["away"]
+        if c.away and packed:
+            terms["away"] = c.away * losses[batch.label_index(1)].sum() / tokens["away"]
         return terms
 
     def _benign_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):

@@ -149,10 +149,7 @@ def test_stock_runs_no_block_above_the_deepest_captured_site():
         block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     StockNetwork(model).capture(benign_batch(), [0, 1])
     assert ran == [0, 1]
-    ran.clear()
-    StockNetwork(model).capture(benign_batch(), [EMBEDDING])
-    assert ran in ([], [0])  # its pre-hook sees the stream, its forward is not run
-    assert model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("block 0 was run"))
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("block 0 was run"))
     StockNetwork(model).capture(benign_batch(), [EMBEDDING])
 
 
