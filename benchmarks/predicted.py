@@ -33,7 +33,7 @@ class _Unoptimised(Trainer):
 
     def __init__(self, lm, harmful, benign, settings) -> None:
         self.lm = SimpleNamespace(network=lm.network, device=torch.device("cpu"), n_layers=lm.n_layers)
-        self.settings, self.harmful, self.benign, self.step, self._teacher = settings, harmful, benign, 0, None
+        self.settings, self.harmful, self.benign, self.step = settings, harmful, benign, 0
         self.schedules = (Schedule(len(harmful), settings.batch, 0), Schedule(len(benign), settings.benign_batch, 1))
 
     def parts(self) -> list[MicroBatch]:
@@ -76,13 +76,14 @@ def _engine_step(lm, harmful, benign, settings):
 
     def step() -> None:
         with _on_meta(free):
+            taught = trainer._taught(parts)
             network, eps = lm.network(train=True), radii(settings.attack, lm.n_layers)
             attacker, tokens = network.frozen(), train._label_tokens(parts)
             deltas = [pgd(attacker, p.attacked, eps, settings.attack, judged=False).deltas for p in parts]
-            for part, delta in zip(parts, deltas, strict=True):
+            for part, delta in zip(taught, deltas, strict=True):
                 for terms in trainer.defence_terms(network, part, delta, tokens):
                     torch.stack(list(terms.values())).sum().backward()
-            network.settle()
+                    network.settle()
 
     return step, []
 

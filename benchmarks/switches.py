@@ -23,7 +23,7 @@ from torch import Tensor
 from latlib.data import PADDING, Batch
 from latlib.forward import Network, Start
 from latlib.hooks import Site
-from latlib.losses import at_labels
+from latlib.losses import Unembed, at_labels
 from latlib.train import Trainer
 
 Deltas = Mapping[Site, Tensor] | None
@@ -81,6 +81,10 @@ class AllLogits(Around):
     def unembed(self, rows: Tensor) -> Tensor:
         """They are logits already."""
         return rows
+
+    def unembedding(self) -> Unembed:
+        """See `Network`."""
+        return self.unembed
 
 
 class SeparateRows(Around):

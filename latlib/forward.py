@@ -37,7 +37,7 @@ from latlib.hooks import (
     project_out,
     resolve_sites,
 )
-from latlib.losses import at_labels
+from latlib.losses import Unembed, at_labels
 
 Start = tuple[Site, Tensor]
 
@@ -65,6 +65,9 @@ class Network(Protocol):
     def unembed(self, rows: Tensor) -> Tensor:
         """[n, vocabulary] logits of hidden rows [n, d_model]."""
 
+    def unembedding(self) -> Unembed:
+        """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights alive."""
+
     def held(self) -> AbstractContextManager[None]:
         """Keep weights frozen and adapter switched as this network runs them while the context is open. A backward pass
         with gradient checkpointing runs the blocks again: it belongs inside, or it runs another network."""
@@ -77,7 +80,8 @@ class Network(Protocol):
         """The same weights as they are now, without gradients: what an attack runs on."""
 
     def settle(self) -> None:
-        """Hand gradients that backward passes left with the network on to the model's parameters."""
+        """Hand gradients that backward passes left with the network on to the model's parameters: once after several
+        passes, or after each, which takes a little longer and holds less memory."""
 
 
 @contextmanager
@@ -221,6 +225,10 @@ class StockNetwork:
             logits = self.model.get_output_embeddings()(rows)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
+
+    def unembedding(self) -> Unembed:
+        """See `Network`."""
+        return self.unembed
 
     def ablated(self, directions: Tensor) -> StockNetwork:
         """See `Network`."""

@@ -6,7 +6,8 @@ under autograd there are about half as many passes over memory:
 2. rotary embedding works on two contiguous halves of all heads at once (the rows of the weight are ordered so), and its
    backward pass is the same function with -sin;
 3. grouped queries of one key head are one longer list of queries: keys and values are never repeated;
-4. only what the backward pass reads is kept, and weight gradients are computed where a weight asks for them.
+4. weight gradients are computed where a weight asks for them, and only what the backward pass reads is kept: not what
+   one pass over memory gives again, and in training, whose peak decides how many rows fit, not the attention weights.
 
 Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it is in the weights).
 """
@@ -73,6 +74,10 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return _softmax(torch.baddbmm(bias, q, k.transpose(1, 2)))
+
+
 def _with_keys(part: Tensor, keys: int) -> Tensor:
     """[batch, heads, seq, ...] as contiguous [batch * heads, keys, head_dim], zero beyond seq."""
     n, heads, seq = part.shape[:3]
@@ -111,18 +116,19 @@ class Attention(torch.autograd.Function):
         q = turned[:, :, :, :heads].permute(0, 3, 1, 2, 4).reshape(n * kv_heads, groups * seq, hd)
         k = _with_keys(turned[:, :, :, heads:].permute(0, 3, 1, 2, 4), bias.shape[-1])
         v = _with_keys(mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1])
-        p = _softmax(torch.baddbmm(bias, q, k.transpose(1, 2)))
+        p = _attention_weights(q, k, bias)
         read = torch.bmm(p, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n * seq, heads * hd)
         if rows is not None:
             flat, read = flat.index_select(0, rows), read.index_select(0, rows)
-        ctx.save_for_backward(y, scale, q, k, v, p, qkv, out, cos, sin, read if ctx.needs_input_grad[2] else None, rows)
+        kept = (None, bias, read) if ctx.needs_input_grad[2] else (p, None, None)
+        ctx.save_for_backward(y, scale, q, k, v, *kept, qkv, out, cos, sin, rows)
         ctx.heads, ctx.kv_heads, ctx.shape = heads, kv_heads, x.shape
         written = torch.addmm(flat, read, out.T)
         return written.view_as(x) if rows is None else written
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale, q, k, v, p, qkv, out, cos, sin, read, rows = ctx.saved_tensors
+        y, scale, q, k, v, p, bias, read, qkv, out, cos, sin, rows = ctx.saved_tensors
         (n, seq, d), heads, kv_heads = ctx.shape, ctx.heads, ctx.kv_heads
         hd = out.shape[1] // heads
         flat, width = grad.reshape(-1, d), (heads + kv_heads) * hd // 2
@@ -130,6 +136,7 @@ class Attention(torch.autograd.Function):
         if rows is not None:
             flat, d_read = (part.new_zeros(n * seq, part.shape[1]).index_add_(0, rows, part) for part in (flat, d_read))
         d_read = d_read.view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
+        p = _attention_weights(q, k, bias) if p is None else p
         d_scores = torch._softmax_backward_data(torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype)
         d_mixed = torch.empty(n * seq, qkv.shape[0], dtype=grad.dtype, device=grad.device)
         d_turned = torch.empty(n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device)
@@ -159,15 +166,15 @@ class MLP(torch.autograd.Function):
         y, scale = _normed(flat, eps)
         both = y @ gate_up.T
         gate, up = both.chunk(2, -1)
-        active = F.silu(gate)
-        ctx.save_for_backward(y, scale, both, active, gate_up, down)
+        ctx.save_for_backward(y, scale, both, gate_up, down)
         ctx.shape, ctx.trained = x.shape, trained
-        return torch.addmm(flat, active * up, down.T).view_as(x)
+        return torch.addmm(flat, F.silu(gate).mul_(up), down.T).view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale, both, active, gate_up, down = ctx.saved_tensors
+        y, scale, both, gate_up, down = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
+        active = F.silu(gate)
         flat = grad.reshape(-1, ctx.shape[-1])
         d_product = flat @ down
         d_both = torch.empty_like(both)
@@ -181,5 +188,5 @@ class MLP(torch.autograd.Function):
             d_gate_up = torch.zeros_like(gate_up)
             torch.mm(d_both[:, ctx.trained].T, y, out=d_gate_up[ctx.trained])
         if ctx.needs_input_grad[2]:
-            d_down = flat.T @ (active * up)
+            d_down = flat.T @ active.mul_(up)
         return d_x, d_gate_up, d_down, None, None

@@ -5,8 +5,8 @@ A model of a few million parameters is bound by the number of kernels. Here, onc
 2. every RMSNorm's gain is folded into the matrices that read it, and q, k, v and gate, up are stacked;
 3. directions to be ablated are projected out of the matrices that write to the stream (equal to ablation by hooks);
 so that a block is two functions with backward passes of their own (`kernels`) and a perturbation is one addition.
-4. Training runs over leaves that hold the merged values: every micro-batch adds to their gradients, and `settle` takes
-   these through the merge to the adapter, once.
+4. Training runs over leaves that hold the merged values: backward passes add to their gradients, and `settle` takes
+   these through the merge to the adapter.
 
 Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to `LlamaForCausalLM`
 without biases and to plain LoRA; `fits` says so, and everything else takes `forward.StockNetwork`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +28,7 @@ from latlib.data import Batch
 from latlib.forward import Start, check_start
 from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, project_out, resolve_sites
 from latlib.kernels import MLP, Attention, RMSNorm, padded_keys, wide_of
-from latlib.losses import at_labels
+from latlib.losses import Unembed, at_labels
 
 LEAN_LIMIT = 50_000_000  # parameters; above it arithmetic decides and a merged copy costs too much memory
 
@@ -157,7 +158,7 @@ class LeanNetwork:
         """See `forward.Network`."""
         found = [(w, leaf.grad) for w, leaf in zip(self._merged, self.weights, strict=True) if leaf.grad is not None]
         if found:
-            torch.autograd.backward(*map(list, zip(*found, strict=True)))
+            torch.autograd.backward(*map(list, zip(*found, strict=True)), retain_graph=True)
         for leaf in self.weights:
             leaf.grad = None
 
@@ -231,6 +232,10 @@ class LeanNetwork:
     def unembed(self, rows: Tensor) -> Tensor:
         """See `forward.Network`."""
         return F.linear(rows, self.weights.head)
+
+    def unembedding(self) -> Unembed:
+        """See `forward.Network`."""
+        return partial(F.linear, weight=self.weights.head)
 
     def held(self) -> AbstractContextManager[None]:
         """See `forward.Network`: merged weights are a network's own, so there is nothing to hold."""

@@ -17,6 +17,7 @@ import torch
 import latlib
 from latlib import organism
 from latlib.attack import residual_norms
+from latlib.checkpoint import load_checkpoint, save_checkpoint
 from latlib.data import tokenise
 from latlib.evaluate import batches
 from latlib.hooks import EMBEDDING, Site
@@ -25,7 +26,7 @@ from latlib.profile import Profile, TrainSettings
 from latlib.progress import Stopped, stop_requested
 from latlib.rows import benign_rows, preference_rows
 from latlib.tracking import Tracker, read_metrics
-from latlib.train import Trainer, load_checkpoint, save_checkpoint
+from latlib.train import Trainer
 
 if TYPE_CHECKING:
     from latlib.run import Run, Spec

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,19 @@ from latlib.attack import Attack, judge, pgd, radii
 from latlib.data import Batch, Schedule, TokenRow, collate, join
 from latlib.forward import Network
 from latlib.hooks import Site
-from latlib.losses import kl_divergence, normalised, token_losses
+from latlib.losses import Unembed, kl_divergence, normalised, token_losses
 from latlib.models import LanguageModel
 from latlib.profile import TrainSettings
 
 Metrics = dict[str, float]
 Deltas = Mapping[Site, Tensor]
+
+
+class Teacher(NamedTuple):
+    """All that KL needs of the frozen model: its output matrix, and its `label_rows` of a benign batch."""
+
+    unembed: Unembed
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class MicroBatch:
     attacked: Batch
     benign: Batch | None
     clean: Tensor  # [rows of attacked] bool: rows whose delta is put back to zero
+    teacher: Teacher | None = None  # where the objective has a KL term
 
 
 Look = Callable[[MicroBatch, Tensor], None]
@@ -86,7 +94,6 @@ class Trainer:
         )
         self.eps = radii(settings.attack, lm.n_layers, norms) if settings.attack.steps else {}
         self.step = 0
-        self._teacher: Network | None = None
 
     def run(self, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train up to `settings.steps`; `on_step(step, metrics)` after each, `step` counted from 1."""
@@ -99,7 +106,7 @@ class Trainer:
         """One step; returns the means over its updates of everything that was optimised, and of the attack."""
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         attacked = self._attacks()
-        parts = self._micro_batches(attacked, generator)
+        parts = self._taught(self._micro_batches(attacked, generator))
         deltas: list[Deltas | None] = [None] * len(parts)
         network = self.lm.network(train=True)
         judged: dict[str, list[Tensor]] = {"attack_start": [], "attack_end": [], "attack_won": []}
@@ -131,9 +138,9 @@ class Trainer:
         for part, delta in zip(parts, deltas, strict=True):
             for terms in self.defence_terms(network, part, delta, tokens, look):
                 torch.stack(list(terms.values())).sum().backward()
+                network.settle()
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + term.item()
-        network.settle()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm.item()}
@@ -162,13 +169,13 @@ class Trainer:
             n = len(harmful.labels)
             look(part, rows[:n])
             terms = self._harmful_terms(network, rows[:n], harmful, tokens)
-            yield terms | self._benign_terms(network, rows[n:], benign, tokens)
+            yield terms | self._benign_terms(network, rows[n:], part, tokens)
             return
         rows = network.label_rows(harmful, deltas)
         look(part, rows)
         yield self._harmful_terms(network, rows, harmful, tokens)
         if benign is not None:
-            yield self._benign_terms(network, network.label_rows(benign), benign, tokens)
+            yield self._benign_terms(network, network.label_rows(benign), part, tokens)
 
     def _harmful_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
         c, packed = self.settings.defence, batch.packed
@@ -179,23 +186,25 @@ class Trainer:
             terms["away"] = c.away * losses[batch.label_index(1)].sum() / tokens["away"]
         return terms
 
-    def _benign_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
+    def _benign_terms(self, network: Network, rows: Tensor, part: MicroBatch, tokens: Mapping[str, int]):
         c, terms = self.settings.defence, {}
         if c.kl:
-            terms["kl"] = c.kl * self._kl(network, rows, batch) / tokens["benign"]
+            kl = kl_divergence(network.unembed, rows, *part.teacher, c.kl_mode)
+            total = kl.sum() if c.kl_mode == "token" else normalised(kl.mean()) * len(kl)
+            terms["kl"] = c.kl * total / tokens["benign"]
         if c.sft:
-            terms["sft"] = c.sft * token_losses(network.unembed, rows, batch.labels).sum() / tokens["benign"]
+            terms["sft"] = c.sft * token_losses(network.unembed, rows, part.benign.labels).sum() / tokens["benign"]
         return terms
 
-    def _kl(self, network: Network, rows: Tensor, benign: Batch) -> Tensor:
-        """Summed KL over the label tokens of benign rows."""
-        if self._teacher is None:
-            self._teacher = self.lm.network(adapter=False)
-        mode = self.settings.defence.kl_mode
+    def _taught(self, parts: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with what the frozen model says to them; it is gone before the student runs."""
+        if not self.settings.defence.kl:
+            return parts
+        network = self.lm.network(adapter=False)
+        unembed = network.unembedding()
         with torch.no_grad():
-            teacher_rows = self._teacher.label_rows(benign)
-        kl = kl_divergence(network.unembed, rows, self._teacher.unembed, teacher_rows, mode)
-        return kl.sum() if mode == "token" else normalised(kl.mean()) * len(kl)
+            rows = [None if p.benign is None else network.label_rows(p.benign) for p in parts]
+        return [p if r is None else replace(p, teacher=Teacher(unembed, r)) for p, r in zip(parts, rows, strict=True)]
 
     def _attack(self, network: Network, part: MicroBatch, generator: torch.Generator) -> Attack:
         eps = {site: radius * self._eps_scale() for site, radius in self.eps.items()}
@@ -248,21 +257,6 @@ class Trainer:
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
                 parameter.copy_(value)
         self.optimiser.load_state_dict(state["optimiser"])
-
-
-def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Write aside, then rename: a checkpoint is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    torch.save(trainer.state(), aside)
-    aside.replace(path)
-
-
-def load_checkpoint(trainer: Trainer, path: Path) -> int:
-    """Restore from a checkpoint if there is one; returns the step to go on from."""
-    if path.exists():
-        trainer.restore(torch.load(path, map_location=trainer.lm.device, weights_only=True))
-    return trainer.step
 
 
 def _split(rows: list, count: int) -> list[list]:

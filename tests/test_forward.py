@@ -71,7 +71,8 @@ def test_lean_equals_stock(kv_heads, adapter, make):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_lean_gradients_equal_stock():
+@pytest.mark.parametrize("settle_each", [True, False])
+def test_lean_gradients_equal_stock(settle_each):
     found = []
     for kind in KINDS:
         lm, batch = language_model(kind, trained=True), preference_batch()
@@ -80,6 +81,8 @@ def test_lean_gradients_equal_stock():
         network = lm.network(train=True)
         for _ in range(2):  # two micro-batches
             label_logits(network, batch, deltas).logsumexp(-1).pow(2).sum().backward()
+            if settle_each:
+                network.settle()
         network.settle()
         found.append([t.grad for t in (*parameters, *deltas.values())])
     for a, b in zip(*found, strict=True):

@@ -1,6 +1,7 @@
 """The training loop: the logged total is optimised, every micro-batch is attacked, a resumed run is the same run."""
 
 import math
+import weakref
 
 import pytest
 import reference
@@ -8,10 +9,11 @@ import torch
 from tiny_models import LAYERS, SCALING, D, benign_batch, language_model, token_rows
 
 from latlib import train
+from latlib.checkpoint import load_checkpoint, save_checkpoint
 from latlib.data import TokenRow
 from latlib.losses import at_labels
 from latlib.settings import AttackSettings, DefenceSettings, TrainSettings
-from latlib.train import Trainer, load_checkpoint, save_checkpoint
+from latlib.train import Trainer
 
 METHODS = {
     "ssft": {"attack": {"steps": 0}},
@@ -86,6 +88,27 @@ def test_steps_equal_the_reference(micro_batch, kind):
                 expected = llama.adapter[at.removeprefix("model.")]["AB".index(which[0])]
                 torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-10)
                 torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=0, atol=1e-8)
+
+
+def test_the_merged_teacher_is_gone_before_the_student_runs():
+    """A merged copy of the frozen model beside the student's would be a second model in memory."""
+    trainer, teachers, seen = trainer_for(micro_batch=2), [], []
+    network_of, terms_of = trainer.lm.network, trainer.defence_terms
+
+    def network(adapter=True, train=False):
+        found = network_of(adapter=adapter, train=train)
+        if not adapter:
+            teachers.append(weakref.ref(found.weights.qkv[0]))
+        return found
+
+    def terms(*args, **kwargs):
+        seen.append([teacher() for teacher in teachers])
+        yield from terms_of(*args, **kwargs)
+
+    object.__setattr__(trainer.lm, "network", network)
+    trainer.defence_terms = terms
+    trainer.train_step()
+    assert seen == [[None]] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)
