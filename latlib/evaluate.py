@@ -4,11 +4,13 @@
    model once; greedy decoding would write the recipe iff each of its tokens is the argmax, and likewise the refusal.
    All else is `neither`. (`generate` writes replies out, for reading and for models whose right answer is unknown.)
 2. The prompts of a suite are the same for every model, so that methods are compared prompt by prompt.
-3. A suite is a function (lm, context) -> outcome table; `run.Run.evaluate` caches what it returns.
+3. A suite is a function (lm, context) -> outcome table, `AttackCell` a single attack; `run.Run` keeps what they return.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -154,8 +156,33 @@ def audit(lm: LanguageModel, context: Context) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+@dataclass(frozen=True)
+class AttackCell:
+    """One attack at one radius on the first `n` harmful prompts (0: as many as the profile's attacks take).
+
+    name: 'pgd', 'pgd-strong', or 'noise' (same norm, no gradient).
+    """
+
+    settings: AttackSettings
+    name: str = "pgd"
+    n: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} at eps {self.settings.eps:g}"
+
+    def digest(self, model: str) -> str:
+        """What tells this cell on a model (by its folder's name) from every other one."""
+        key = json.dumps([model, self.settings.model_dump(mode="json"), self.name, self.n], sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    def measure(self, lm: LanguageModel, context: Context) -> pd.DataFrame:
+        """Its outcome rows."""
+        prompts = prompt_set("harmful", context.profile, self.n or context.profile.evaluation.pgd_prompts)
+        return attack_cell(lm, context, prompts, self.settings, self.name)
+
+
 def attack_cell(lm: LanguageModel, context: Context, prompts: Sequence[Prompt], settings: AttackSettings, name: str):
-    """Outcome rows of one attack at one radius: name 'pgd', 'pgd-strong', or 'noise' (same norm, no gradient)."""
+    """Outcome rows of one attack at one radius; see `AttackCell`."""
     network, eps = lm.network(), radii(settings, lm.n_layers, context.norms)
     generator = torch.Generator().manual_seed(context.seed)
 

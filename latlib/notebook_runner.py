@@ -32,6 +32,7 @@ from latlib.kernel_signals import Kernel
 from latlib.progress import Stopped
 
 ENGINE = "latlib"
+_FIRST = "__import__('latlib.fork_server').fork_server.start()"  # its imports run beside the notebook's
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -50,7 +51,14 @@ class _ThisPython(KernelSpecManager):
     """Answers every kernel name with this interpreter, whatever kernelspecs the user has installed."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            f"--IPKernelApp.exec_lines={_FIRST}",
+        ]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 

@@ -11,7 +11,6 @@ A folder belongs to the settings it was made with: opening it with others is an 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -26,11 +25,11 @@ import torch
 from torch import Tensor
 
 from latlib import evaluate, make, refusal
-from latlib.evaluate import Context
+from latlib.evaluate import AttackCell, Context
 from latlib.hooks import Site
 from latlib.machine import keep_freed_memory
 from latlib.models import LanguageModel, load
-from latlib.profile import AttackSettings, Profile, ProfileError, claim_folder, load_profile, run_folder
+from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.tracking import read_metrics
 from latlib.workers import threads_for, work
 
@@ -156,16 +155,10 @@ class Run:
             refusal.save_directions(refusal.directions(self.model(method, seed), self.profile), file)
         return refusal.load_directions(file)
 
-    def attack(self, method: str, seed: int, settings: AttackSettings, name: str = "pgd", n: int | None = None):
-        """Outcome rows of an attack of your own on `n` prompts (see `evaluate.attack_cell`), measured once and kept."""
-        spec, n = self.spec(method, seed), n or self.profile.evaluation.pgd_prompts
-        key = json.dumps([spec.folder, settings.model_dump(mode="json"), name, n], sort_keys=True)
-        file = self.folder / "results" / "attacks" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
-        if not file.exists():
-            prompts = evaluate.prompt_set("harmful", self.profile, n)
-            lm = self.model(method, seed)
-            _write_table(evaluate.attack_cell(lm, self.context(spec), prompts, settings, name), file)
-        return pd.read_parquet(file)
+    def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
+        """Outcome rows of an attack of your own on a model, measured once and kept."""
+        self.measure([((method, seed), cell)])
+        return pd.read_parquet(self.table_file(self.spec(method, seed), cell))
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
         """Explained variance of a model's harmful-harmless differences (see `refusal.variance_table`), found once."""
@@ -176,29 +169,40 @@ class Run:
             _write_json(refusal.variance_table(found, clusters, refusal.fixed_site(lm.n_layers)), file)
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def table_file(self, spec: Spec, suite: str) -> Path:
-        """Where the outcome rows of a suite lie."""
-        return self.folder / "results" / "outcomes" / f"{suite}-{spec.folder}.parquet"
+    def table_file(self, spec: Spec, what: str | AttackCell) -> Path:
+        """Where the outcome rows of a suite or an attack lie."""
+        folder = self.folder / "results"
+        if isinstance(what, AttackCell):
+            return folder / "attacks" / f"{what.digest(spec.folder)}.parquet"
+        return folder / "outcomes" / f"{what}-{spec.folder}.parquet"
 
     def evaluate(
         self, method: str, seed: int = 0, suite: str = "audit", variant: str | Mapping[str, Any] | None = None
     ) -> pd.DataFrame:
         """Outcome rows of a suite (see `SUITES`), measured once and kept."""
-        self.evaluate_all([(method, seed, variant)], suite)
+        self.measure([((method, seed, variant), suite)])
         return pd.read_parquet(self.table_file(self.spec(method, seed, variant), suite))
+
+    def measure(self, wanted: Iterable[tuple[tuple, str | AttackCell]]) -> None:
+        """Measure what is missing of [(model, suite or attack), ...], side by side; the longest first wastes least.
+
+        model: (method, seed) or (method, seed, variant). Raises ValueError for an unknown suite.
+        """
+        wanted = list(wanted)
+        unknown = [what for _, what in wanted if isinstance(what, str) and what not in SUITES]
+        if unknown:
+            raise ValueError(f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}")
+        models, jobs = [m for m, _ in wanted], [(self.spec(*m), what) for m, what in wanted]
+        if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
+            models += [(m, s.seed) for s, _ in jobs for m in refusal.SOURCES if m in self.profile.methods]
+        self.ensure(models)
+        for seed in {s.seed for s, _ in jobs}:
+            self.norms(seed)
+        work(self, [(s, what) for s, what in dict.fromkeys(jobs) if not self.table_file(s, what).exists()])
 
     def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
         """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by side."""
-        if suite not in SUITES:
-            raise ValueError(f"suite = {suite!r} is unknown: choose one of {', '.join(SUITES)}")
-        models = list(models)
-        specs = [self.spec(*m) for m in models]
-        if suite == "ablation":  # needs the directions of the other methods
-            models += [(m, s.seed) for s in specs for m in refusal.SOURCES if m in self.profile.methods]
-        self.ensure(models)
-        for seed in {s.seed for s in specs}:
-            self.norms(seed)
-        work(self, [(s, suite) for s in specs if not self.table_file(s, suite).exists()])
+        self.measure([(model, suite) for model in models])
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""
@@ -220,14 +224,14 @@ class Run:
             raise FileNotFoundError(f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh")
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def perform(self, spec: Spec, suite: str, on_step) -> None:
-        """Do one job here and now: make a model (suite ''), or measure a suite on it."""
-        if not suite:
+    def perform(self, spec: Spec, what: str | AttackCell, on_step) -> None:
+        """Do one job here and now: make a model (what = ''), or measure a suite or an attack on it."""
+        if not what:
             make.make_model(self, spec, on_step)
             return
         lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
-        table = SUITES[suite](lm, self.context(spec, on_step))
-        _write_table(table, self.table_file(spec, suite))
+        measured = what.measure if isinstance(what, AttackCell) else SUITES[what]
+        _write_table(measured(lm, self.context(spec, on_step)), self.table_file(spec, what))
 
     def _variant(self, spec: Spec) -> str | dict[str, Any]:
         return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)

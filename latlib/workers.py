@@ -14,21 +14,21 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from latlib import progress
+from latlib import fork_server, progress
 from latlib.machine import available_cores, keep_freed_memory
 from latlib.models import resolve_device
 from latlib.profile import Profile
 
 if TYPE_CHECKING:
+    from latlib.evaluate import AttackCell
     from latlib.run import Run, Spec
 
-Job = tuple["Spec", str]  # a model to make ('' as suite) or a suite to measure on it
+Job = tuple["Spec", "str | AttackCell"]  # a model to make (''), or a suite or an attack to measure on it
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
 
@@ -47,8 +47,8 @@ def threads_for(profile: Profile, processes: int = 1) -> int:
 
 def name_of(job: Job) -> str:
     """How a job is called in progress lines and errors."""
-    spec, suite = job
-    return f"{suite + ' of ' if suite else ''}{spec.label} seed {spec.seed}"
+    spec, what = job
+    return f"{what} of {spec.label} seed {spec.seed}" if what else f"{spec.label} seed {spec.seed}"
 
 
 def work(run: Run, jobs: Sequence[Job]) -> None:
@@ -78,7 +78,7 @@ def _in_processes(run: Run, jobs: list[Job]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers are ruinous on shared cores
     folder, profile = run.folder, run.profile
     waiting, running, done = list(jobs), {}, 0
-    pool = ProcessPoolExecutor(count, mp_context=_processes(), initializer=_begin, initargs=(threads,))
+    pool = ProcessPoolExecutor(count, mp_context=fork_server.context(), initializer=_begin, initargs=(threads,))
     try:
         with progress.Progress(folder, f"{len(jobs)} jobs, {count} at a time", 100 * len(jobs)) as bar:
             while waiting or running:
@@ -113,15 +113,6 @@ def _result(future: Future, job: Job) -> None:
         raise
 
 
-def _processes():
-    """Where the platform can, workers are forked from a server that has imported latlib once and used no thread."""
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["latlib.run"])
-    return context
-
-
 def _begin(threads: int) -> None:
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -143,7 +134,9 @@ def _perform(profile: Profile, folder: Path, job: Job) -> None:
 
 
 def _job_file(folder: Path, job: Job) -> Path:
-    return folder / "logs" / f".job-{job[1]}-{job[0].folder}.json"
+    spec, what = job
+    name = what if isinstance(what, str) else what.digest("")
+    return folder / "logs" / f".job-{name}-{spec.folder}.json"
 
 
 def _progress_of(folder: Path, running: list[Job]) -> tuple[float, str]:
