@@ -22,6 +22,7 @@ PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 WATERFALL = (
     "![Waterfall: seconds a step from the naive implementation to the engine](../benchmarks/results/waterfall.png)"
 )
+TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower")
 PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "99_report")
 
 
@@ -175,11 +176,19 @@ def _predicted(meta: Mapping) -> str:
     return f"{_shape(meta['shape'])}; {meta['predicted'][0]['dtype']}.\n\n" + table(head, rows)
 
 
-def _tiny(before: Mapping, after: Mapping) -> str:
-    rows = [[name, f"{before[name]:.0f}", f"{after[name]:.0f}"] for name in PHASES]
-    total = [sum(run[name] for name in PHASES) for run in (before, after)]
-    minutes = (f"{int(t) // 60}:{int(t) % 60:02d}" for t in total)
-    return table(["notebook", "before, s", "after, s"], [*rows, ["**all, min:s**", *(f"**{m}**" for m in minutes)]])
+def _directions(found: Mapping) -> str:
+    ratios = ", ".join(f"{r['ratio']:.2f} ({r['dtype']})" for r in found["results"])
+    return (
+        f"Activations at every site and {found['positions']} positions of {found['prompts']} prompts of this shape, "
+        f"and their means, take so many times a plain forward over the same batches: {ratios}; medians of runs in turn."
+    )
+
+
+def _tiny(*runs: Mapping) -> str:
+    rows = [[name, *(f"{run[name]:.0f}" for run in runs)] for name in PHASES]
+    total = [sum(run[name] for name in PHASES) for run in runs]
+    minutes = (f"**{int(t) // 60}:{int(t) % 60:02d}**" for t in total)
+    return table(["seconds of", *(run["about"] for run in runs)], [*rows, ["**all, min:s**", *minutes]])
 
 
 def part(make: Callable[..., str], *names: str) -> str:
@@ -192,7 +201,7 @@ def part(make: Callable[..., str], *names: str) -> str:
 
 def page() -> str:
     """The text of docs/performance.md."""
-    after = json.loads((RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8"))
+    committed = json.loads((RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8"))
     return TEMPLATE.read_text(encoding="utf-8").format(
         machine=part(lambda found: _machine(found["environment"]), "lat_step-cpu"),
         shape=_shape(asdict(SHAPES["cpu"])),
@@ -204,7 +213,8 @@ def page() -> str:
         allocator=part(_allocator, "lat_step-cpu", "lat_step-cpu-returned"),
         growth=part(_growth, "scaling-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
-        tiny=_tiny(read("tiny-before"), after),
+        directions=part(_directions, "directions-cpu"),
+        tiny=_tiny(*map(read, TINY_RUNS), {"about": "committed in results/tiny", **committed}),
     )
 
 

@@ -244,7 +244,7 @@ def environment(device: torch.device) -> dict:
     folder = Path(__file__).resolve().parent
     commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=folder, capture_output=True, text=True, check=False)
     changed = subprocess.run(
-        ("git", "status", "--porcelain", "--", "latlib", "benchmarks"),
+        ("git", "status", "--porcelain", "--", "latlib", "benchmarks", ":!benchmarks/results"),
         cwd=folder.parent,
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -29,6 +30,9 @@ from latlib.hooks import EMBEDDING, Ablate, LATHook, Site
 from latlib.models import LanguageModel
 from latlib.profile import AttackSettings, Profile, validated
 from latlib.world import Outcome, Prompt
+
+if TYPE_CHECKING:
+    from latlib.refusal import Differences, Direction
 
 COLUMNS = (
     *("method", "seed", "prompts", "attack", "encoding", "eps", "eps_mode", "sites"),
@@ -52,7 +56,8 @@ class Context:
     attack: AttackSettings  # as this model was trained, or as `lat` was where it was trained without
     norms: Mapping[Site, float]
     on_step: Callable[[int, int, str], None] = lambda step, total, detail: None
-    directions: Callable[[str], Mapping[str, Tensor]] | None = None  # another method's refusal directions, by rule
+    directions: Callable[[str], Mapping[str, Direction]] | None = None  # a method's refusal directions, by rule
+    differences: Callable[[str], Differences] | None = None  # what they were found from
 
 
 def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt]:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from latlib.evaluate import COLUMNS
 from latlib.profile import Profile, load_profile
-from latlib.stats import Interval, cluster_interval, paired_interval
+from latlib.stats import Interval, cluster_interval, paired_interval, paired_p_value
 from latlib.tracking import read_metrics
 
 PROMPT_KEYS = ("method", "seed", "prompts", "encoding", "prompt_id")
@@ -128,11 +128,21 @@ def contrast(a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: 
     same: further columns on which a row of `a` must meet its row of `b` ('encoding', 'prompts', 'method').
     Raises MissingError when they share no prompt.
     """
+    return paired_interval(*_paired(a, b, outcome, same))
+
+
+def p_value(a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()) -> float:
+    """Two-sided p-value of the same difference (see `stats.paired_p_value`)."""
+    return paired_p_value(*_paired(a, b, outcome, same))
+
+
+def _paired(a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]) -> tuple[pd.Series, ...]:
+    """(hits of a, hits of b, clusters, seeds) of the prompts and seeds that both have."""
     keys = ["seed", "prompt_id", *same]
     both = hits(a, outcome, keys).merge(hits(b, outcome, keys), on=keys, suffixes=("", "_b"))
     if both.empty:
         raise MissingError("the two sides of a comparison share no prompt and seed")
-    return paired_interval(both["hit"], both["hit_b"], both["cluster"], both["seed"])
+    return both["hit"], both["hit_b"], both["cluster"], both["seed"]
 
 
 def spikes(metrics: pd.DataFrame) -> pd.DataFrame:

@@ -87,10 +87,10 @@ class Profile(Section):
                 raise ValueError(f"sweep.variants.{name}: {error}") from error
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
             raise ValueError("data.source = 'files' needs data.harmful and data.benign: give both paths")
-        if self.data.source == "world" and self.model.source != "world":
+        if self.model.source != "world" and "source" not in self.data.model_fields_set:
             raise ValueError(
-                f"data.source = 'world' needs model.source = 'world', not {self.model.source!r}: "
-                "the made-up world is only known to the organism; set data.source to 'files'"
+                f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to 'world' for the "
+                "prompts of the made-up world, which only the organism knows"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: list each once")

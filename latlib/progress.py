@@ -24,6 +24,11 @@ class Stopped(RuntimeError):
     """The run was asked to stop and has saved its state; the same command continues it."""
 
 
+def in_batch() -> bool:
+    """Whether nobody is looking: under the pipeline or nbval."""
+    return os.environ.get("LATLIB_BATCH") == "1"
+
+
 def stop_requested(run_folder: str | os.PathLike[str]) -> bool:
     """Whether someone put a file `STOP` into the run folder."""
     return os.path.exists(os.path.join(run_folder, "STOP"))
@@ -63,7 +68,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def _interactive() -> bool:
     """Whether a person watches this process in a notebook."""
-    if os.environ.get("LATLIB_BATCH") == "1" or "ipykernel" not in sys.modules:
+    if in_batch() or "ipykernel" not in sys.modules:
         return False
     from IPython import get_ipython
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 
 from latlib.canvas import EDGE, OUTCOMES, STYLE, Drawn, axes_of, in_words, rate_curve, save, show
 from latlib.evidence import SPIKE_MADS, WINDOW, Evidence, MissingError, rate, spike_steps
+from latlib.refusal_report import draw_matrix
 from latlib.stats import Interval
 
 METHODS = ("ssft", "at", "lat")
@@ -160,7 +161,7 @@ def spike_figure(e: Evidence, method: str = "lat") -> Drawn:
     return figure, f"Spikes of the total loss of {method.upper()}: {count}; {said}."
 
 
-def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[str] = METHODS) -> Drawn:
+def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[str] = tuple(STYLE)) -> Drawn:
     """Share of the first two SVD components of the paired differences at every site, mean and range over seeds."""
     figure, axes = axes_of()
     ax, said, table = axes[0, 0], [], None
@@ -180,34 +181,6 @@ def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[s
     ax.set_title(f"Explained variance, {kind}; dotted: the papers' relative depth")
     ax.legend(fontsize=8)
     return figure, f"Variance in the first two components, {kind}, at the papers' relative depth: {', '.join(said)}."
-
-
-def draw_ablation(ax: Axes, e: Evidence, rule: str = "best", methods: Sequence[str] = METHODS) -> str:
-    """ASR (and refusals) of every target under every source's vector, and under the worst of the random ones."""
-    controls = [f"ablate:random{k}" for k in range(e.profile.evaluation.random_directions)]
-    sources = {m.upper(): [f"ablate:{m}@{rule}"] for m in methods} | {"random": controls}
-    grid, said = np.zeros((len(methods), len(sources))), []
-    for row, target in enumerate(methods):
-        for column, (name, attacks) in enumerate(sources.items()):
-            cell = e.cell(target, attacks)
-            asr, refused = rate(cell), rate(cell, "refused")
-            grid[row, column] = percent = 100 * asr.estimate
-            bounds, declined = f"[{100 * asr.low:.0f}, {100 * asr.high:.0f}]", f"{100 * refused.estimate:.0f}"
-            style = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if percent > 60 else "black"}
-            ax.text(column, row, f"{percent:.0f}\n{bounds}\nref. {declined}", **style)
-            said.append(f"{target.upper()} under {name} {percent:.0f} % ({declined} % refused)")
-    ax.imshow(grid, cmap="Oranges", vmin=0, vmax=115, aspect="auto")
-    ax.grid(False)
-    ax.set_xticks(range(len(sources)), sources)
-    ax.set_yticks(range(len(methods)), [m.upper() for m in methods])
-    ax.set(xlabel="direction removed (source)", ylabel="model (target)", title=f"ASR after ablation (%), rule '{rule}'")
-    return f"Harmful compliance after ablation, rule {rule}: " + ", ".join(said) + "."
-
-
-def ablation_matrix(e: Evidence, rule: str = "best", methods: Sequence[str] = METHODS) -> Drawn:
-    """Self and cross ablation, beside random directions."""
-    figure, axes = axes_of(width=5.5, height=4.0)
-    return figure, draw_ablation(axes[0, 0], e, rule, methods)
 
 
 def draw_sweep(ax: Axes, e: Evidence) -> str:
@@ -254,5 +227,5 @@ def main_figure(e: Evidence) -> Drawn:
     audit.set(ylabel="ASR (%)", ylim=(-4, 104), title="Encoded requests", xlabel="encoding")
     audit.set_xticks(range(len(e.profile.evaluation.encodings)), e.profile.evaluation.encodings)
     audit.legend(fontsize=7)
-    said.append(draw_ablation(axes[0, 2], e))
+    said.append(draw_matrix(axes[0, 2], e, names=METHODS))
     return figure, " ".join(said)

@@ -22,18 +22,20 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from latlib import evaluate, make, refusal
 from latlib.evaluate import AttackCell, Context
+from latlib.geometry import variance_table
 from latlib.hooks import Site
 from latlib.machine import keep_freed_memory
 from latlib.models import LanguageModel, load
 from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
+from latlib.refusal import Differences, Direction
 from latlib.tracking import read_metrics
 from latlib.workers import threads_for, work
 
 SUITES = {**evaluate.SUITES, "ablation": refusal.ablation}
+GEOMETRY, GEOMETRY_FILES = "geometry", ("differences.safetensors", "directions.safetensors", "variance.json")
 
 
 @dataclass(frozen=True)
@@ -145,29 +147,50 @@ class Run:
         """What an evaluation suite needs to know about a model."""
         lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
         norms = self.norms(spec.seed)
-        directions = partial(self.directions, seed=spec.seed)
-        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, directions)
+        found = (partial(part, seed=spec.seed) for part in (self.directions, self.differences))
+        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *found)
 
-    def directions(self, method: str, seed: int = 0) -> dict[str, Tensor]:
-        """rule -> [d_model] refusal direction of a model (see `refusal.directions`), found once and kept beside it."""
-        file = self.model_folder(self.spec(method, seed)) / "directions.safetensors"
+    def differences(self, method: str, seed: int = 0) -> Differences:
+        """Harmful-harmless activation differences of a model (see `refusal.Differences`), found once and kept."""
+        file = self._geometry_file(method, seed, "differences.safetensors")
         if not file.exists():
-            refusal.save_directions(refusal.directions(self.model(method, seed), self.profile), file)
+            refusal.paired_differences(self.model(method, seed), self.profile).save(file)
+        return Differences.load(file)
+
+    def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
+        """rule -> refusal direction of a model (see `refusal.directions`), found once and kept."""
+        file = self._geometry_file(method, seed, "directions.safetensors")
+        if not file.exists():
+            found = refusal.directions(self.model(method, seed), self.profile, self.differences(method, seed))
+            refusal.save_directions(found, file)
         return refusal.load_directions(file)
+
+    def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
+        """Explained variance of a model's differences at their last token (see `geometry.variance_table`), found once
+        and kept."""
+        file = self._geometry_file(method, seed, "variance.json")
+        if not file.exists():
+            found = self.differences(method, seed)
+            site = refusal.fixed_site(len(found.pairs) - 1)
+            _write_json(variance_table(found.last(), found.clusters, site), file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
+        """Find differences, directions and variance of every model of [(method, seed), ...], side by side."""
+        models = list(dict.fromkeys(models))
+        self.ensure(models)
+        missing = [m for m in models if not all(self._geometry_file(*m, name).exists() for name in GEOMETRY_FILES)]
+        work(self, [(self.spec(*m), GEOMETRY) for m in missing])
+
+    def _geometry_file(self, method: str, seed: int, name: str) -> Path:
+        folder = self.folder / "results" / "geometry" / self.spec(method, seed).folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
 
     def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
         """Outcome rows of an attack of your own on a model, measured once and kept."""
         self.measure([((method, seed), cell)])
         return pd.read_parquet(self.table_file(self.spec(method, seed), cell))
-
-    def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
-        """Explained variance of a model's harmful-harmless differences (see `refusal.variance_table`), found once."""
-        file = self.model_folder(self.spec(method, seed)) / "variance.json"
-        if not file.exists():
-            lm = self.model(method, seed)
-            found, clusters = refusal.paired_differences(lm, self.profile)
-            _write_json(refusal.variance_table(found, clusters, refusal.fixed_site(lm.n_layers)), file)
-        return json.loads(file.read_text(encoding="utf-8"))
 
     def table_file(self, spec: Spec, what: str | AttackCell) -> Path:
         """Where the outcome rows of a suite or an attack lie."""
@@ -193,9 +216,9 @@ class Run:
         if unknown:
             raise ValueError(f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}")
         models, jobs = [m for m, _ in wanted], [(self.spec(*m), what) for m, what in wanted]
-        if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
-            models += [(m, s.seed) for s, _ in jobs for m in refusal.SOURCES if m in self.profile.methods]
         self.ensure(models)
+        if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
+            self.find_geometry((m, s.seed) for s, _ in jobs for m in refusal.sources(self.profile))
         for seed in {s.seed for s, _ in jobs}:
             self.norms(seed)
         work(self, [(s, what) for s, what in dict.fromkeys(jobs) if not self.table_file(s, what).exists()])
@@ -225,9 +248,13 @@ class Run:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def perform(self, spec: Spec, what: str | AttackCell, on_step) -> None:
-        """Do one job here and now: make a model (what = ''), or measure a suite or an attack on it."""
+        """Do one job here and now: make a model (''), find its geometry, or measure a suite or an attack on it."""
         if not what:
             make.make_model(self, spec, on_step)
+            return
+        if what == GEOMETRY:
+            self.directions(spec.method, spec.seed)
+            self.variance(spec.method, spec.seed)
             return
         lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
         measured = what.measure if isinstance(what, AttackCell) else SUITES[what]

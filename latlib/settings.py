@@ -151,6 +151,8 @@ class EvaluationSettings(Section):
     embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
     encodings: tuple[Text, ...] = ("plain", "leet", "rot13", "reverse")
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
+    pairing: Literal["matched", "random"] = "matched"  # same words, or any harmless prompt (see latlib.activations)
+    ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
     random_directions: Count = 3
     batch: Count = 128
     split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen

@@ -86,6 +86,29 @@ def paired_interval(
     return interval if (a != b).any() else replace(interval, low=-interval.high)  # a difference can be below 0
 
 
+def paired_p_value(
+    a: Sequence[float],
+    b: Sequence[float],
+    clusters: Sequence,
+    seeds: Sequence | None = None,
+    resamples: int = RESAMPLES,
+    rng_seed: int = 0,
+) -> float:
+    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 / (resamples + 1).
+
+    1 where a and b agree on every row.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
+    if not (a != b).any():
+        return 1.0
+    values, cluster_of, seed_of = _columns(a - b, clusters, seeds)
+    draws = _draws(seed_of.max() + 1, cluster_of.max() + 1, resamples, rng_seed)
+    sums = _weighted(_cells(values, cluster_of, seed_of), *draws)
+    return min(1.0, 2 * (1 + min((sums <= 0).sum(), (sums >= 0).sum())) / (resamples + 1))
+
+
 def difference_interval(
     values: Sequence[float],
     group: Sequence[bool],

@@ -42,10 +42,14 @@ def curve(spikes_win: float, seed: int) -> pd.DataFrame:
 def variance(share: float) -> dict:
     """An explained-variance table whose first two components hold `share` at the fixed site."""
     draws = list(share + 0.01 * np.linspace(-1, 1, 50))
-    shares = [[0.0, 0.0], [share - 0.1, 0.1]]
-    return {"sites": ["embedding", "0"], "fixed_site": 0, "pairs": 256, "clusters": 64} | {
-        "uncentred": shares, "centred": shares, "uncentred_draws": draws, "centred_draws": draws
-    }  # fmt: skip
+    shares = [[0.0] * 4, [share - 0.1, 0.1, 0.0, 0.0]]
+    table = {"sites": ["embedding", "0"], "fixed_site": 0, "pairs": 256, "clusters": 64}
+    for kind in ("uncentred", "centred"):
+        table |= {kind: shares, f"{kind}_draws": draws, f"{kind}_ratio": [None, 1.5]}
+        table |= {
+            f"{kind}_{side}": [max(x + d, 0.0) for x in shares[1]] for side, d in (("low", -0.02), ("high", 0.02))
+        }
+    return table
 
 
 def evidence(holds: bool) -> Evidence:
@@ -70,6 +74,11 @@ def evidence(holds: bool) -> Evidence:
         tables.append(cell(target, by_ssft, "ablate:ssft@best"))
         tables.append(cell(target, 0.2 if holds else 0.4, "ablate:at@best"))
         tables.append(cell(target, 1.0 if holds else 0.4, "ablate:lat@best"))
+        tables += [cell(target, 0.0, f"ablate:{control}") for control in ("shuffled", "nothing")]
+        for rule in ("fixed", "svd", "selected", "subspace"):
+            sources = ("ssft", "at", "lat") if rule == "fixed" else (target,)
+            tables += [cell(target, 1.0 if holds else 0.4, f"ablate:{source}@{rule}") for source in sources]
+        tables += [cell(target, 0.5, f"ablate:{target}@site-{site}") for site in ("0", "10", "2", "embedding")]
     for method in ("base", "ssft", "at"):  # nothing is claimed of these cells; figures show them
         for encoding in ENCODINGS:
             if (method, encoding) != ("ssft", "leet"):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import directions
 import lat_step
 import measure
 import scaling
@@ -331,3 +332,11 @@ def test_random_rows_have_the_lengths_of_their_shape():
     assert found == rows(shape, 40, 2) != rows(shape, 40, 2, seed=1)
     assert all(64 <= len(r.prompt) <= 128 and all(32 <= len(c) <= 96 for c in r.completions) for r in found)
     assert isinstance(found[0], TokenRow) and collate(found[:2]).packed
+
+
+def test_directions_are_timed_beside_a_plain_forward(tmp_path):
+    arguments = ["--shape", "smoke", "--dtype", "float32", "--prompts", "6", "--size", "3", "--repeats", "3"]
+    out = directions.main([*arguments, "--json", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == out
+    (record,) = out["results"]
+    assert record["ratio"] > 0 and {len(samples) for samples in record["seconds"].values()} == {3}

@@ -131,3 +131,9 @@ def test_run_folder_prefers_the_argument_then_the_environment(tmp_path, monkeypa
 def test_profile_survives_a_round_trip_through_json(tmp_path):
     profile = load_profile(write(tmp_path))
     assert Profile.model_validate_json(profile.model_dump_json()) == profile
+
+
+def test_another_model_may_be_asked_about_the_made_up_world_if_that_is_said(tmp_path):
+    asked = load_profile(write(tmp_path, model={"source": "gpt2"}, data={"source": "world"}))
+    again = write(tmp_path, **{**asked.model_dump(mode="json"), "name": "mine"})  # as a run folder keeps it
+    assert load_profile(again).data == asked.data and asked.data.source == "world"

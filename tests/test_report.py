@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from synthetic import evidence
 
-from latlib import canvas, report
+from latlib import canvas, refusal_report, report
 from latlib.evidence import Evidence, MissingError
 
 FIGURES = (
@@ -17,7 +17,9 @@ FIGURES = (
     report.training_curves,
     report.spike_figure,
     report.explained_variance,
-    report.ablation_matrix,
+    refusal_report.ablation_matrix,
+    refusal_report.site_sweep,
+    refusal_report.variance_bars,
     report.eps_sweep,
     report.main_figure,
 )
@@ -40,8 +42,8 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
 
 
 def test_the_words_carry_the_numbers_of_the_table(run):
-    _, alt = report.ablation_matrix(run)
-    assert "SSFT under LAT 100 % (0 % refused)" in alt and "LAT under SSFT 0 % (100 % refused)" in alt
+    _, alt = refusal_report.ablation_matrix(run)
+    assert "ssft under lat 100 % (0 % refused)" in alt and "lat under ssft 0 % (100 % refused)" in alt
 
 
 def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
@@ -61,10 +63,10 @@ def test_missing_results_are_named(run, capsys, tmp_path):
     with pytest.raises(MissingError, match="no training curve"):
         report.spike_figure(Evidence(run.profile, run.outcomes))
     nothing = Evidence(run.profile, run.outcomes.iloc[:0])
-    report.show_measured(nothing, report.ablation_matrix)
+    report.show_measured(nothing, refusal_report.ablation_matrix)
     report.save_main_figure(nothing, tmp_path / "main.png")
     said = capsys.readouterr().out
-    assert "ablation_matrix is not shown: no outcome" in said and "main.png is not written" in said
+    assert "ablation_matrix is not shown: no ablation" in said and "main.png is not written" in said
     assert not plt.get_fignums() and not list(tmp_path.iterdir())
 
 

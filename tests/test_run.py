@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latlib.evaluate import AttackCell, replace_settings
 from latlib.profile import ProfileError, load_profile
 from latlib.run import Run
 
@@ -88,3 +89,40 @@ def test_outcomes_are_measured_once_and_are_three_classes(run):
     assert run.evaluate("ssft", 0, "audit").equals(table)
     assert set(run.outcomes()["method"]) == {"ssft"}
     assert table.loc[table["prompts"] == "harmful", "prompt_id"].nunique() == run.profile.evaluation.prompts
+
+
+def attack_cells(run):
+    lat = run.profile.training("lat").attack
+    return [AttackCell(replace_settings(lat, eps=eps), name, n=4) for eps in (0.05, 0.2) for name in ("pgd", "noise")]
+
+
+def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
+    """Measured in one pool or one after the other, in this process: the same rows, each told from every other."""
+    cells = attack_cells(run)
+    run.measure([(("ssft", 0), cell) for cell in cells])
+    files = {run.table_file(run.spec("ssft", 0), cell) for cell in cells}
+    assert len(files) == len(cells) and all(file.exists() for file in files)
+    alone = Run("smoke", tmp_path / "alone")
+    for name in ("models/base-seed0", "models/ssft-seed0", "results/residual_norms-seed0.json"):
+        (alone.folder / name).symlink_to(run.folder / name)
+    for cell in cells:
+        found = run.attack("ssft", 0, cell)
+        assert found.equals(alone.attack("ssft", 0, cell))
+        assert set(found["eps"]) == {cell.settings.eps} and set(found["attack"]) == {cell.name} and len(found) == 4
+
+
+def test_suites_and_attacks_share_one_call(run):
+    cell = attack_cells(run)[0]
+    run.measure([(("ssft", 0), "audit"), (("lat", 0, "no-kl"), "variant"), (("lat", 0), cell)])
+    for spec, what in (
+        (run.spec("ssft", 0), "audit"),
+        (run.spec("lat", 0, "no-kl"), "variant"),
+        (run.spec("lat", 0), cell),
+    ):
+        assert run.table_file(spec, what).exists()
+
+
+def test_an_unknown_suite_is_named_before_anything_is_made(run):
+    with pytest.raises(ValueError, match="suite = 'audti' is unknown: choose one of audit"):
+        run.measure([(("at", 1), "audti")])
+    assert not run.has(run.spec("at", 1))

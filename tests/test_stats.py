@@ -2,9 +2,18 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 
-from latlib.stats import cluster_interval, difference_interval, draws_interval, holm, mcnemar, paired_interval, wilson
+from latlib.stats import (
+    cluster_interval,
+    difference_interval,
+    draws_interval,
+    holm,
+    mcnemar,
+    paired_interval,
+    paired_p_value,
+    wilson,
+)
 
 
 def test_wilson_equals_scipys():
@@ -79,3 +88,21 @@ def test_mcnemar_and_holm():
     assert mcnemar(a, b) == pytest.approx(binomtest(10, 10).pvalue)
     assert mcnemar(a, a) == 1.0
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+
+
+def test_p_values_agree_with_intervals_and_with_a_t_test():
+    """One row a cluster and no seeds: the resampled p-value is close to the paired t-test's."""
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.15, 0.3, 0.6):
+        a, b = rng.normal(shift, 1, 100), rng.normal(0, 0.5, 100)
+        p, interval = (f(a, b, np.arange(100)) for f in (paired_p_value, paired_interval))
+        assert p == pytest.approx(ttest_rel(a, b).pvalue, abs=0.03)
+        assert (p < 0.05) == (interval.low > 0 or interval.high < 0)
+
+
+def test_p_values_are_two_sided_and_never_zero():
+    a, b = np.ones(50), np.zeros(50)
+    assert paired_p_value(a, b, np.arange(50)) == paired_p_value(b, a, np.arange(50)) == pytest.approx(2 / 2001)
+    assert paired_p_value(a, a, np.arange(50)) == 1.0
+    with pytest.raises(ValueError, match="a has 50 rows and b 49"):
+        paired_p_value(a, b[1:], np.arange(50))

@@ -1,0 +1,69 @@
+"""Pick a model, a vector and what to do with it, and read what the model then says (the last cell of notebook 04).
+
+`reply` is the same without widgets. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from latlib.data import chat_text
+from latlib.evaluate import generate, left_padded, prompt_set
+from latlib.progress import in_batch
+from latlib.refusal import OWN_RULES, sources
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+
+    from latlib.run import Run
+
+Mode = Literal["ablate", "add", "nothing"]
+
+
+def reply(
+    run: Run, target: str, seed: int, prompt: str, mode: Mode, vector: str, rule: str, strength: float = 1.0
+) -> str:
+    """What `target` replies to `prompt` with the direction of `vector` by `rule` ablated, or with `strength` times it
+    added at its own site to every token of the prompt.
+
+    Raises ValueError for an unknown mode, or for a subspace to be added.
+    """
+    lm, system = run.model(target, seed), run.profile.data.system_prompt
+    if mode == "nothing":
+        return generate(lm, [prompt], system_prompt=system)[0]
+    direction = run.directions(vector, seed)[rule]
+    if mode == "ablate":
+        return generate(lm, [prompt], system_prompt=system, directions=direction.vector)[0]
+    if mode != "add":
+        raise ValueError(f"mode = {mode!r} is unknown: choose 'ablate', 'add' or 'nothing'")
+    if direction.vector.dim() > 1:
+        raise ValueError(f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added")
+    ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
+    deltas = {direction.site: (strength * direction.vector).to(lm.device).expand(*ids.shape, -1)}
+    return generate(lm, [prompt], deltas, system_prompt=system)[0]
+
+
+def picker(run: Run, seed: int = 0) -> Widget | None:
+    """Widgets around `reply`; None in a batch run, where nobody could turn them."""
+    if in_batch():
+        return None
+    import ipywidgets
+
+    names = sources(run.profile)
+    prompts = {kind: prompt_set(kind, run.profile)[0].text for kind in ("harmful", "harmless")}
+    return ipywidgets.interactive(
+        lambda **chosen: print(_said(run, seed, **chosen)),
+        target=ipywidgets.Dropdown(options=names, value=names[-1]),
+        mode=ipywidgets.Dropdown(options=("ablate", "add", "nothing")),
+        vector=ipywidgets.Dropdown(options=names, value=names[-1]),
+        rule=ipywidgets.Dropdown(options=OWN_RULES, value="best"),
+        strength=ipywidgets.FloatSlider(value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
+        prompt=ipywidgets.Combobox(options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False),
+    )
+
+
+def _said(run: Run, seed: int, **chosen) -> str:
+    try:
+        return reply(run, seed=seed, **chosen)
+    except ValueError as error:  # shown where the reply would be
+        return str(error)

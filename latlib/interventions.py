@@ -1,0 +1,72 @@
+"""What is done with a direction besides ablating it as the model runs (`forward.Network.ablated`).
+
+1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as ablation by hooks, and a
+   standard model: it can be saved, merged, generated from.
+2. `added`: the perturbation that adds a vector at a site, at every position; on harmless prompts a refusal direction
+   makes the model refuse.
+
+Source: Arditi et al. 2024, section 2.4 and appendix E.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from latlib.data import Batch
+from latlib.hooks import Site, blocks_of, decoder_of, orthonormal, writers_of
+from latlib.models import LanguageModel
+
+
+def added(vector: Tensor, site: Site, batch: Batch, strength: float = 1.0) -> dict[Site, Tensor]:
+    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at every position."""
+    return {site: (strength * vector).to(batch.ids.device).expand(*batch.shape, -1)}
+
+
+@torch.no_grad()
+def orthogonalised(lm: LanguageModel, directions: Tensor) -> LanguageModel:
+    """A copy of the model (its adapter merged) without `directions` ([d_model] or [k, d_model]) in what its embedding,
+    attention and MLP write to the residual stream; equal to `lm.network().ablated(directions)`.
+
+    Raises ValueError for a family with a norm between these weights and the stream: its gain writes the direction
+    again.
+    """
+    model = copy.deepcopy(lm.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    basis = orthonormal(directions)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:  # the head reads what it read before
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+    for table in (m for m in decoder_of(model).children() if isinstance(m, nn.Embedding)):
+        table.weight.copy_(_without(table.weight, basis))
+    for block in blocks_of(model):
+        for layer in map(_last_linear, writers_of(block)):
+            layer.weight.copy_(_without(layer.weight.T, basis).T)
+            if layer.bias is not None:
+                layer.bias.copy_(_without(layer.bias, basis))
+    return replace(lm, model=model)
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """`rows` ([..., d_model]) without their part along `basis`, computed in float64."""
+    wide = rows.double()
+    basis = basis.to(rows.device)
+    return (wide - (wide @ basis.T) @ basis).to(rows.dtype)
+
+
+_LAST = ("o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2")
+
+
+def _last_linear(writer: nn.Module) -> nn.Linear:
+    """The matrix by which an attention or MLP module writes."""
+    found = [child for name, child in writer.named_children() if name in _LAST and isinstance(child, nn.Linear)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(writer).__name__} does not write to the stream by one known matrix: use `lm.network().ablated`"
+        )
+    return found[0]

@@ -1,0 +1,84 @@
+"""Activations at prompt ends against one prompt at a time; positions, pairing and files."""
+
+import pytest
+import tiny_models as tiny
+import torch
+
+from latlib import activations as act
+from latlib import organism, world
+from latlib.data import TokenRow, chat_text, collate
+from latlib.hooks import Capture
+
+ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
+SITES = act.sites_of(tiny.LAYERS)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("forward", ["lean", "stock"])
+def test_activations_are_those_of_each_prompt_alone_at_its_last_tokens(forward, count):
+    lm = tiny.language_model(forward)
+    found = act.activations(lm.network(), ROWS, SITES, count, size=5)
+    for i, row in enumerate(ROWS):
+        with torch.no_grad(), Capture(lm.model, SITES, positions=range(-count, 0)) as streams:
+            lm.model(torch.tensor([row.prompt]))
+        for site in SITES:
+            torch.testing.assert_close(found[site][i], streams[site][0], atol=1e-6, rtol=1e-6)
+
+
+def test_the_last_prompt_token_of_a_packed_row_is_the_one_that_predicts_the_reply():
+    batch = collate(tiny.token_rows(4, 2))
+    first_label = [batch.source[batch.label_rows == row][0].item() for row in range(4)]
+    assert act.prompt_ends(batch)[:, 0].tolist() == first_label
+    assert act.prompt_ends(batch, 3).tolist() == [[i - 2, i - 1, i] for i in first_label]
+
+
+def test_more_positions_than_a_prompt_has_are_an_error():
+    batch = collate(ROWS)
+    shortest = min(len(row.prompt) for row in ROWS)
+    with pytest.raises(ValueError, match=f"positions = {shortest + 1}: the shortest prompt has {shortest} tokens"):
+        act.prompt_ends(batch, shortest + 1)
+
+
+@pytest.mark.parametrize(
+    ("behind", "count"),
+    [("<|assistant|>", 1), ("<|end|><|assistant|>", 2), ("", 1)],
+)
+def test_post_instruction_tokens_are_the_templates(behind, count):
+    tokenizer = organism.build_tokenizer(512)
+    tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}" + behind
+    assert act.post_instruction(tokenizer) == count
+    ends = {
+        tuple(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"][-count:]) for text in "ab"
+    }
+    assert len(ends) == (1 if behind else 2)
+
+
+@pytest.mark.parametrize("pairing", ["matched", "random"])
+def test_pairs_are_of_one_split_and_as_asked(pairing):
+    harmful, harmless = act.paired_prompts("train", 40, pairing)
+    assert len(harmful) == len(harmless) == 40
+    assert all(h.harmful and not c.harmful for h, c in zip(harmful, harmless, strict=True))
+    same = [
+        (h.verb, h.tool, h.template) == (c.verb, c.tool, c.template) for h, c in zip(harmful, harmless, strict=True)
+    ]
+    assert all(same) if pairing == "matched" else not all(same)
+    assert {p.cluster for p in harmful} <= {"+".join(pair) for pair in world.pairs_of("train", "harmful")}
+    assert act.paired_prompts("train", 40, pairing) == (harmful, harmless)
+
+
+def test_an_unknown_pairing_and_sides_that_do_not_pair_up_are_errors():
+    with pytest.raises(ValueError, match="pairing = 'twins' is unknown: choose 'matched' or 'random'"):
+        act.paired_prompts("train", 4, "twins")
+    with pytest.raises(ValueError, match="3 harmful and 2 harmless"):
+        act.differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)
+
+
+def test_activations_are_kept_with_their_prompts(tmp_path):
+    found = {"embedding": torch.randn(3, 2, 4).double(), 0: torch.randn(3, 2, 4).double()}
+    act.save_activations(found, tmp_path / "found.safetensors", prompts=["a", "b", "c"])
+    again, columns = act.load_activations(tmp_path / "found.safetensors")
+    assert list(again) == ["embedding", 0] and columns == {"prompts": ["a", "b", "c"]}
+    assert all(torch.equal(again[site], rows.float().double()) for site, rows in found.items())
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="prompts has 2 entries for \\[3\\] rows"):
+        act.save_activations(found, tmp_path / "other.safetensors", prompts=["a", "b"])

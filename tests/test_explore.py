@@ -1,0 +1,44 @@
+"""The interactive cell of notebook 04: what its widgets call, and that a batch run leaves it out."""
+
+import pytest
+
+from latlib import explore
+from latlib.evaluate import generate, prompt_set
+from latlib.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Run("smoke", tmp_path_factory.mktemp("run"))
+
+
+def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
+    prompt, asked = prompt_set("harmful", run.profile)[0].text, []
+
+    def spy(lm, prompts, deltas=None, **options):
+        asked.append((deltas, options["directions"] if "directions" in options else None))
+        return generate(lm, prompts, deltas, max_new_tokens=3, **options)
+
+    monkeypatch.setattr(explore, "generate", spy)
+    direction = run.directions("ssft")["best"]
+    for mode in ("nothing", "ablate", "add"):
+        assert isinstance(explore.reply(run, "lat", 0, prompt, mode, "ssft", "best", 0.5), str)
+    (none, _), (_, ablated), (deltas, _) = asked
+    assert none is None and (ablated == direction.vector).all()
+    assert list(deltas) == [direction.site] and (deltas[direction.site] == 0.5 * direction.vector).all()
+
+
+def test_what_cannot_be_done_is_said(run):
+    with pytest.raises(ValueError, match="mode = 'subtract' is unknown"):
+        explore.reply(run, "ssft", 0, "hello", "subtract", "ssft", "best")
+    with pytest.raises(ValueError, match="rule = 'subspace' is a subspace"):
+        explore.reply(run, "ssft", 0, "hello", "add", "ssft", "subspace")
+
+
+def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, monkeypatch):
+    assert explore.picker(run) is None
+    monkeypatch.delenv("LATLIB_BATCH")
+    monkeypatch.setattr(explore, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
+    choices = {w.description: getattr(w, "options", None) for w in explore.picker(run, seed=1).children[:-1]}
+    assert choices["target"] == choices["vector"] == ("base", "ssft", "at", "lat", "lat-untargeted")
+    assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt"}

@@ -1,0 +1,59 @@
+"""Notebook 04 on saved models of other families: by changing the profile only."""
+
+import nbformat
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+from latlib import organism
+from latlib.profile import load_profile
+from latlib.run import Run
+
+SHAPE = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    max_position_embeddings=organism.CONTEXT,
+    tie_word_embeddings=False,
+)
+GROUPED = dict(SHAPE, num_key_value_heads=1)
+FAMILIES = {
+    "llama": (LlamaConfig, GROUPED, ["q_proj", "v_proj"]),
+    "qwen2": (Qwen2Config, GROUPED | {"tie_word_embeddings": True}, ["q_proj", "v_proj"]),
+    "gemma2": (Gemma2Config, GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16}, ["q_proj", "down_proj"]),
+    "gpt_neox": (GPTNeoXConfig, SHAPE, ["query_key_value", "dense_4h_to_h"]),
+}
+
+
+def saved_model(family: str, folder) -> None:
+    """A random model of a family and a tokenizer with a chat template, as `save_pretrained` writes them."""
+    kind, shape, _ = FAMILIES[family]
+    tokenizer = organism.build_tokenizer(512)
+    if family == "gpt_neox":  # another template: two tokens behind the request
+        tokenizer.chat_template = tokenizer.chat_template.replace("'<|assistant|>'", "'<|end|><|assistant|>'")
+    torch.manual_seed(0)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    AutoModelForCausalLM.from_config(kind(vocab_size=512, **shape, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_notebook_04_runs_on_a_saved_model(family, tmp_path, monkeypatch, root):
+    saved_model(family, tmp_path / "model")
+    tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
+    tree |= {"name": f"smoke-{family}", "seeds": [0], "model": {"source": str(tmp_path / "model"), "dtype": "float32"}}
+    tree["data"]["source"] = "world"
+    tree["lora"]["targets"] = FAMILIES[family][2]
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setenv("LATLIB_PROFILE", str(tmp_path / "profile.yaml"))
+    monkeypatch.setenv("LATLIB_RUNS", str(tmp_path / "runs"))
+    path = root / "notebooks" / "04_refusal_svd.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    run = Run(load_profile(tmp_path / "profile.yaml"))
+    assert run.differences("lat").pairs[0].shape == (16, 2 if family == "gpt_neox" else 1, 32)
+    assert {m for m in run.outcomes()["method"]} == {"base", "ssft", "at", "lat", "lat-untargeted"}

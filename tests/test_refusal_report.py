@@ -1,0 +1,85 @@
+"""The matrix, the paper beside it, and corrected comparisons, from evidence in which each effect is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from synthetic import PROFILE, SEEDS, cell, evidence
+
+from latlib import refusal_report
+from latlib.evidence import Evidence, MissingError
+from latlib.profile import Profile
+
+LAT = refusal_report.UNTARGETED
+UNTARGETED = Profile(
+    **PROFILE.model_dump(exclude={"methods"}),
+    methods={**PROFILE.methods, LAT: {"attack.targeted": False}},
+)
+
+
+def with_untargeted(refused: dict, plain: float = 0.0) -> Evidence:
+    """refused: (target, vector) -> share refused under the rule `fixed`. plain: compliance before ablation."""
+    tables = [cell(target, 1 - share, f"ablate:{vector}@fixed") for (target, vector), share in refused.items()]
+    tables += [cell(target, plain, "ablate:nothing") for target in ("ssft", "at", LAT)]
+    return Evidence(UNTARGETED, pd.concat(tables))
+
+
+def test_targets_come_in_order_and_the_sweep_by_depth():
+    assert refusal_report.targets(evidence(True)) == ["ssft", "at", "lat"]
+    assert refusal_report._sites(evidence(True), "lat") == ["embedding", "0", "2", "10"]
+
+
+def test_the_matrix_has_every_cell_with_three_outcomes():
+    table = refusal_report.matrix(evidence(True))
+    assert set(map(tuple, table[["target", "vector"]].values)) == {
+        (t, v) for t in ("ssft", "at", "lat") for v in ("ssft", "at", "lat", "nothing", "random", "shuffled")
+    }
+    one = table.set_index(["target", "vector"]).loc[("at", "ssft")]
+    assert one["complied"].estimate == pytest.approx(0.2) and one["refused"].estimate == pytest.approx(0.8)
+    assert one["n"] == 600 and one["seeds"] == 3 and one["paper"] == "24.04 (SE 1.87)"
+    assert {row.vector: row.complied.estimate for row in table.itertuples() if row.target == "at"}["random"] == 0.0
+
+
+def test_an_undefended_target_is_marked():
+    found = evidence(True)
+    assert refusal_report.defended(found, "lat")
+    assert not refusal_report.defended(Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft")
+    sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
+    sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
+    table = refusal_report.comparisons(with_untargeted(sides, plain=0.5))
+    assert table["not defended"].str.contains("ssft").any() and (table["not defended"] != "").all()
+
+
+def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
+    sides = {("ssft", "ssft"): 0.8, ("ssft", LAT): 0.2, (LAT, "ssft"): 1.0, (LAT, LAT): 0.8}
+    sides |= {("at", "ssft"): 0.4, ("at", LAT): 0.8, ("at", "at"): 0.8}
+    table = refusal_report.comparisons(with_untargeted(sides)).set_index("claim")
+    points = [interval.estimate for interval in table["here"]]
+    assert points == pytest.approx([0.6, -0.4, 0.2, 0.0, 0.0])
+    assert table["p"].tolist() == pytest.approx([2 / 2001, 2 / 2001, 2 / 2001, 1, 1])
+    assert table["p, Holm"].tolist() == pytest.approx([10 / 2001, 10 / 2001, 10 / 2001, 1, 1])
+    assert table["paper"].tolist() == pytest.approx([9.61, 10.39, 5.39, 3.46, 21.16])
+    assert table["paper's p"].iloc[3] == pytest.approx(0.152, abs=0.001)  # FACTS: p = .15
+    assert table["paper's p"].iloc[2] == pytest.approx(0.04, abs=0.005)  # FACTS: p = .04
+    text = refusal_report.comparisons_markdown(table.reset_index())
+    assert "+3.5 (0.15)" in text and "+60.0 [" in text and text.count("\n") == 6
+
+
+def test_without_both_sides_there_is_no_comparison():
+    with pytest.raises(MissingError, match="needs SSFT, AT and LAT"):
+        refusal_report.comparisons(Evidence(PROFILE, cell("ssft", 0.2, "ablate:ssft@fixed")))
+    with pytest.raises(MissingError, match="run notebook 04"):
+        refusal_report.matrix(Evidence(PROFILE, cell("ssft", 0.2)))
+
+
+def test_clouds_far_apart_are_said_to_be(monkeypatch):
+    rng = np.random.default_rng(0)
+    near, far = (torch.tensor(rng.normal(size=(30, 8)) + shift) for shift in (0, 20))
+    figure, alt = refusal_report.scatter({"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0])
+    assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 2
+    gaps = [float(part.split("centres ")[1].split()[0]) for part in alt.split(";")]
+    assert gaps[0] == pytest.approx(2.0, abs=0.2) and gaps[1] < 1.3
+
+
+def test_every_seed_counts():
+    assert refusal_report.matrix(evidence(False))["seeds"].eq(len(SEEDS)).all()
