@@ -131,7 +131,7 @@ def draw(results: Sequence[Mapping], path: Path) -> None:
         )
         axis.set(xlabel="seconds a step", title=dtype, xlim=(0, 1.2 * max(seconds)))
         axis.invert_yaxis()
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -145,12 +145,12 @@ def _shares(breakdown: Mapping) -> str:
 
 
 def _allocator(kept: Mapping, returned: Mapping) -> str:
-    seconds = {(r["variant"], r["dtype"]): r["seconds"]["median"] for r in kept["results"] if not r["error"]}
-    rows = [
-        [r["variant"], r["dtype"], f"{r['seconds']['median']:.2f} s", f"{seconds[r['variant'], r['dtype']]:.2f} s"]
-        for r in returned["results"]
-    ]
-    return table(["step", "compute", "memory returned (glibc's default)", "memory kept"], rows)
+    ours = {(r["variant"], r["dtype"]): r for r in kept["results"] if not r["error"]}
+    rows = []
+    for r in returned["results"]:
+        both = (r, ours[r["variant"], r["dtype"]])
+        rows.append([r["variant"], r["dtype"], *(", ".join(_row(step, "step", "best")) for step in both)])
+    return table(["step", "compute", "memory returned (glibc's default): time, of best", "kept: time, of best"], rows)
 
 
 def _growth(scaling: Mapping) -> str:
