@@ -61,8 +61,9 @@ class LanguageModel:
             raise ProfileError(
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this adapter: set it to 'auto'"
             )
-        small = sum(p.numel() for p in self.model.parameters()) <= LEAN_LIMIT
-        return self.settings.forward == "lean" or (self.settings.forward == "auto" and small and fits(self.model))
+        return self.settings.forward == "lean" or (
+            self.settings.forward == "auto" and _small(self.model) and fits(self.model)
+        )
 
     @property
     def n_layers(self) -> int:
@@ -112,16 +113,18 @@ def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str |
     with quietly():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    small = sum(p.numel() for p in model.parameters()) <= LEAN_LIMIT
-    storage = torch.float32 if small and settings.forward != "stock" and dtype == torch.bfloat16 else dtype
-    if not (small and settings.forward != "stock" and fits(model)):
-        storage = dtype
-    model = _cast(model, storage).to(device).eval()
+    lean = settings.forward != "stock" and _small(model) and fits(model)
+    model = _cast(model, torch.float32 if lean and dtype == torch.bfloat16 else dtype).to(device).eval()
     if adapter is not None:
         with quietly():
             model = PeftModel.from_pretrained(model, adapter).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
+
+
+def _small(model: nn.Module) -> bool:
+    """Whether the lean forward pays. An adapter does not count: with and without one a model runs the same way."""
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) <= LEAN_LIMIT
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

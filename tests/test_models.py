@@ -6,6 +6,7 @@ from tiny_models import LORA, SCALING, benign_batch, language_model, model_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import latlib.models
 from latlib.forward import StockNetwork
 from latlib.lean import LeanNetwork
 from latlib.losses import at_labels
@@ -93,6 +94,14 @@ def test_the_teacher_is_no_second_copy():
 @pytest.mark.parametrize("forward, kind", [("auto", LeanNetwork), ("lean", LeanNetwork), ("stock", StockNetwork)])
 def test_which_network_runs_a_llama(folder, forward, kind):
     assert type(load(folder, settings_for(forward=forward)).network()) is kind
+
+
+def test_an_adapter_does_not_change_how_a_model_runs(folder, monkeypatch):
+    base = load(folder, settings_for())
+    monkeypatch.setattr("latlib.models.LEAN_LIMIT", sum(p.numel() for p in base.model.parameters()))
+    assert base.lean and with_adapter(base, LoraSettings(r=4), seed=0).lean
+    monkeypatch.setattr("latlib.models.LEAN_LIMIT", latlib.models.LEAN_LIMIT - 1)
+    assert not base.lean
 
 
 def test_other_families_take_the_stock_network_and_lean_is_refused():
