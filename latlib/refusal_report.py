@@ -131,6 +131,21 @@ def rules_table(e: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["target", "rule"])
 
 
+def seeds_table(e: Evidence) -> pd.DataFrame:
+    """By target and seed: ASR under its own direction by the rule `best`, and under the one direction or subspace, of
+    all that were ablated (any source, rule and site), that made it comply most."""
+    rows = []
+    for target in targets(e):
+        found = e.outcomes[(e.outcomes["method"] == target) & (e.outcomes["prompts"] == "harmful")]
+        found = found[found["attack"].str.startswith("ablate:") & (found["attack"] != NOTHING)]
+        for seed, part in found.groupby("seed"):
+            asr = (part["outcome"] == "complied").groupby(part["attack"]).mean()
+            own, strongest = asr.get(f"ablate:{target}@best"), asr.idxmax()
+            name = strongest.removeprefix("ablate:")
+            rows.append({"target": target, "seed": seed, "own, best": own, "strongest": name, "ASR": asr.max()})
+    return pd.DataFrame(rows).set_index(["target", "seed"])
+
+
 def site_sweep(e: Evidence) -> Drawn:
     """Shares of harmful replies after ablating the model's own difference of means, by the site it was taken at."""
     names = [t for t in targets(e) if _sites(e, t)]

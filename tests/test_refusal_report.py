@@ -83,3 +83,13 @@ def test_clouds_far_apart_are_said_to_be(monkeypatch):
 
 def test_every_seed_counts():
     assert refusal_report.matrix(evidence(False))["seeds"].eq(len(SEEDS)).all()
+
+
+def test_by_seed_the_strongest_of_all_vectors_is_named():
+    tables = [cell("ssft", 0.2, "ablate:ssft@best"), cell("ssft", 1.0, "ablate:nothing")]
+    tables += [cell("ssft", 0.4, "ablate:lat@best", seeds=(0, 2)), cell("ssft", 0.6, "ablate:ssft@site-3", seeds=(2,))]
+    tables += [cell("ssft", 0.8, "none"), cell("ssft", 0.8, "ablate:at@best", prompts="harmless")]
+    table = refusal_report.seeds_table(Evidence(PROFILE, pd.concat(tables)))
+    assert table.loc["ssft", "strongest"].tolist() == ["lat@best", "ssft@best", "ssft@site-3"]
+    assert table["ASR"].tolist() == pytest.approx([0.4, 0.2, 0.6])
+    assert table["own, best"].tolist() == pytest.approx([0.2] * 3)
