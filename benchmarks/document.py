@@ -184,11 +184,16 @@ def _directions(found: Mapping) -> str:
     )
 
 
+def _run(run: Mapping) -> str:
+    rate = f", {run['bfloat16_flop_per_second'] / 1e9:.0f} GFLOP/s in bf16" if "bfloat16_flop_per_second" in run else ""
+    return f"{run['about']} ({run['commit']}{rate})"
+
+
 def _tiny(*runs: Mapping) -> str:
     rows = [[name, *(f"{run[name]:.0f}" for run in runs)] for name in PHASES]
     total = [sum(run[name] for name in PHASES) for run in runs]
     minutes = (f"**{int(t) // 60}:{int(t) % 60:02d}**" for t in total)
-    return table(["seconds of", *(run["about"] for run in runs)], [*rows, ["**all, min:s**", *minutes]])
+    return table(["seconds of", *map(_run, runs)], [*rows, ["**all, min:s**", *minutes]])
 
 
 def part(make: Callable[..., str], *names: str) -> str:
@@ -214,7 +219,7 @@ def page() -> str:
         growth=part(_growth, "scaling-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
-        tiny=_tiny(*map(read, TINY_RUNS), {"about": "committed in results/tiny", **committed}),
+        tiny=_tiny(*map(read, TINY_RUNS), {"about": "committed", "commit": "results/tiny", **committed}),
     )
 
 

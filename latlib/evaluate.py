@@ -182,51 +182,43 @@ class AttackCell:
 
     def measure(self, lm: LanguageModel, context: Context) -> pd.DataFrame:
         """Its outcome rows."""
-        prompts = prompt_set("harmful", context.profile, self.n or context.profile.evaluation.pgd_prompts)
-        return attack_cell(lm, context, prompts, self.settings, self.name)
+        evaluation, settings = context.profile.evaluation, self.settings
+        prompts = prompt_set("harmful", context.profile, self.n or evaluation.pgd_prompts)
+        network, eps = lm.network(), radii(settings, lm.n_layers, context.norms)
+        generator = torch.Generator().manual_seed(context.seed)
 
+        def perturb(batch: Batch) -> Mapping[Site, Tensor]:
+            if self.name == "noise":
+                mask = perturbed_positions(batch, settings.positions)
+                return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
+            return pgd(network, batch, eps, settings, generator, judged=False).deltas
 
-def attack_cell(lm: LanguageModel, context: Context, prompts: Sequence[Prompt], settings: AttackSettings, name: str):
-    """Outcome rows of one attack at one radius; see `AttackCell`."""
-    network, eps = lm.network(), radii(settings, lm.n_layers, context.norms)
-    generator = torch.Generator().manual_seed(context.seed)
-
-    def perturb(batch: Batch) -> Mapping[Site, Tensor]:
-        if name == "noise":
-            mask = perturbed_positions(batch, settings.positions)
-            return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
-        return pgd(network, batch, eps, settings, generator, judged=False).deltas
-
-    size = context.profile.evaluation.batch
-    outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=size)
-    cell = {"attack": name, "eps": settings.eps, "sites": tuple(eps)}
-    return outcome_rows(context, "harmful", prompts, outcomes, **cell)
+        outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=evaluation.batch)
+        cell = {"attack": self.name, "eps": settings.eps, "sites": tuple(eps)}
+        return outcome_rows(context, "harmful", prompts, outcomes, **cell)
 
 
 def robustness(lm: LanguageModel, context: Context) -> pd.DataFrame:
     """Security curves: PGD at `lat`'s sites and at the embedding over the profile's radii, noise of the same norms, and
     one attack with many more steps at `lat`'s radius."""
     evaluation, lat = context.profile.evaluation, context.profile.training("lat").attack
-    prompts = prompt_set("harmful", context.profile, evaluation.pgd_prompts)
     attack = replace_settings(lat, steps=evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr)
-    cells = [(replace_settings(attack, eps=eps), "pgd") for eps in evaluation.eps]
-    cells += [(replace_settings(attack, eps=eps, sites=(EMBEDDING,)), "pgd") for eps in evaluation.embedding_eps]
-    cells += [(replace_settings(attack, eps=eps), "noise") for eps in evaluation.eps]
-    cells.append((replace_settings(attack, eps=lat.eps, steps=evaluation.strong_steps), "pgd-strong"))
+    cells = [AttackCell(replace_settings(attack, eps=eps)) for eps in evaluation.eps]
+    cells += [AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))) for eps in evaluation.embedding_eps]
+    cells += [AttackCell(replace_settings(attack, eps=eps), "noise") for eps in evaluation.eps]
+    cells.append(AttackCell(replace_settings(attack, eps=lat.eps, steps=evaluation.strong_steps), "pgd-strong"))
     tables = []
-    for step, (settings, name) in enumerate(cells, start=1):
-        tables.append(attack_cell(lm, context, prompts, settings, name))
-        context.on_step(step, len(cells), f"{name} eps {settings.eps:g}")
+    for step, cell in enumerate(cells, start=1):
+        tables.append(cell.measure(lm, context))
+        context.on_step(step, len(cells), str(cell))
     return pd.concat(tables, ignore_index=True)
 
 
 def variant(lm: LanguageModel, context: Context) -> pd.DataFrame:
     """The short suite of a sweep: utility, over-refusal and encodings, and the attack at `lat`'s own radius."""
     lat = context.profile.training("lat").attack
-    prompts = prompt_set("harmful", context.profile, context.profile.evaluation.pgd_prompts)
-    settings = replace_settings(lat, steps=context.profile.evaluation.pgd_steps)
-    attacked = attack_cell(lm, context, prompts, settings, "pgd")
-    return pd.concat([audit(lm, context), attacked], ignore_index=True)
+    attack = AttackCell(replace_settings(lat, steps=context.profile.evaluation.pgd_steps))
+    return pd.concat([audit(lm, context), attack.measure(lm, context)], ignore_index=True)
 
 
 def replace_settings(settings: AttackSettings, **changes) -> AttackSettings:

@@ -34,7 +34,7 @@ class MissingError(LookupError):
 @dataclass(frozen=True)
 class Evidence:
     """profile: the run's settings. outcomes: the outcome table. metrics: (label, seed) -> training curve, a row a step.
-    variance: (method, seed) -> `refusal.variance_table`. label: method, or 'lat[variant]'."""
+    variance: (method, seed) -> `geometry.variance_table`. label: method, or 'lat[variant]'."""
 
     profile: Profile
     outcomes: pd.DataFrame

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from latlib.data import chat_text
 from latlib.evaluate import generate, left_padded, prompt_set
+from latlib.interventions import added
 from latlib.progress import in_batch
 from latlib.refusal import OWN_RULES, sources
 
@@ -39,8 +40,7 @@ def reply(
     if direction.vector.dim() > 1:
         raise ValueError(f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added")
     ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
-    deltas = {direction.site: (strength * direction.vector).to(lm.device).expand(*ids.shape, -1)}
-    return generate(lm, [prompt], deltas, system_prompt=system)[0]
+    return generate(lm, [prompt], added(direction.vector, direction.site, ids, strength), system_prompt=system)[0]
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:

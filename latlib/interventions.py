@@ -16,14 +16,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from latlib.data import Batch
-from latlib.hooks import Site, blocks_of, decoder_of, orthonormal, writers_of
+from latlib.hooks import Site, blocks_of, decoder_of, orthonormal, project_out, writers_of
 from latlib.models import LanguageModel
 
 
-def added(vector: Tensor, site: Site, batch: Batch, strength: float = 1.0) -> dict[Site, Tensor]:
-    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at every position."""
-    return {site: (strength * vector).to(batch.ids.device).expand(*batch.shape, -1)}
+def added(vector: Tensor, site: Site, ids: Tensor, strength: float = 1.0) -> dict[Site, Tensor]:
+    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at every position of
+    `ids` ([batch, seq])."""
+    return {site: (strength * vector).to(ids.device).expand(*ids.shape, -1)}
 
 
 @torch.no_grad()
@@ -38,25 +38,22 @@ def orthogonalised(lm: LanguageModel, directions: Tensor) -> LanguageModel:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     basis = orthonormal(directions)
+
+    def without(rows: Tensor) -> Tensor:  # [..., d_model], projected in float64
+        return project_out(rows.double(), basis).to(rows.dtype)
+
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embedding.weight:  # the head reads what it read before
         head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
     for table in (m for m in decoder_of(model).children() if isinstance(m, nn.Embedding)):
-        table.weight.copy_(_without(table.weight, basis))
+        table.weight.copy_(without(table.weight))
     for block in blocks_of(model):
         for layer in map(_last_linear, writers_of(block)):
-            layer.weight.copy_(_without(layer.weight.T, basis).T)
+            layer.weight.copy_(without(layer.weight.T).T)
             if layer.bias is not None:
-                layer.bias.copy_(_without(layer.bias, basis))
+                layer.bias.copy_(without(layer.bias))
     return replace(lm, model=model)
-
-
-def _without(rows: Tensor, basis: Tensor) -> Tensor:
-    """`rows` ([..., d_model]) without their part along `basis`, computed in float64."""
-    wide = rows.double()
-    basis = basis.to(rows.device)
-    return (wide - (wide @ basis.T) @ basis).to(rows.dtype)
 
 
 _LAST = ("o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2")

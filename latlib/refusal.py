@@ -35,8 +35,8 @@ from latlib.activations import (
     save_activations,
     sites_of,
 )
-from latlib.data import Batch
 from latlib.evaluate import Context, forced_outcomes, outcome_rows, prompt_set, token_rows
+from latlib.forward import Network
 from latlib.geometry import top_subspace
 from latlib.hooks import Site
 from latlib.interventions import added
@@ -191,33 +191,31 @@ def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
     'ablate:shuffled' or 'ablate:nothing', on harmful prompts; with nothing and by the rule `best` also on harmless
     ones. 'add:<target>@best' and 'add:random0' add a vector at its site on harmless prompts.
     """
-    profile, own, tables = context.profile, context.method, []
-    network, cells = lm.network(), {NOTHING: None}
-    for source in sources(profile):
+    own, evaluation, network = context.method, context.profile.evaluation, lm.network()
+    by_source, differences = {m: context.directions(m) for m in sources(context.profile)}, context.differences(own)
+    best = by_source[own]["best"]
+    cells = {NOTHING: None}
+    for source, by_rule in by_source.items():
         rules = OWN_RULES if source == own else CROSS_RULES
-        cells |= {f"ablate:{source}@{rule}": context.directions(source)[rule].vector for rule in rules}
-    best, found = context.directions(own)["best"], context.differences(own)
-    sweep = {site: rows[-1] for site, rows in found.means().items()}
+        cells |= {f"ablate:{source}@{rule}": by_rule[rule].vector for rule in rules}
+    sweep = {site: rows[-1] for site, rows in differences.means().items()}
     cells |= {f"ablate:{own}@site-{site}": vector for site, vector in sweep.items() if vector.norm() > 0}
-    randoms = random_directions(network.d_model, profile.evaluation.random_directions, best.vector.norm(), context.seed)
+    randoms = random_directions(network.d_model, evaluation.random_directions, best.vector.norm(), context.seed)
     cells |= {f"ablate:random{k}": vector for k, vector in enumerate(randoms)}
-    cells["ablate:shuffled"] = found.shuffled(best.site, context.seed)
-    plus = {f"add:{own}@best": best.vector, "add:random0": randoms[0]}
-    total = len(cells) + len(plus)
+    cells["ablate:shuffled"] = differences.shuffled(best.site, context.seed)
+
+    def graded(attack: str, prompts_name: str, network: Network, perturb=None) -> pd.DataFrame:
+        prompts = prompt_set(prompts_name, context.profile, evaluation.ablation_prompts)
+        outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=evaluation.batch)
+        return outcome_rows(context, prompts_name, prompts, outcomes, attack=attack)
+
+    tables = []
     for step, (attack, vector) in enumerate(cells.items(), start=1):
         ablated = network if vector is None else network.ablated(vector)
-        for name in ("harmful", "harmless") if attack.endswith("@best") or attack == NOTHING else ("harmful",):
-            prompts = prompt_set(name, profile, profile.evaluation.ablation_prompts)
-            outcomes = forced_outcomes(lm, ablated, prompts, size=profile.evaluation.batch)
-            tables.append(outcome_rows(context, name, prompts, outcomes, attack=attack))
-        context.on_step(step, total, attack)
-    for step, (attack, vector) in enumerate(plus.items(), start=len(cells) + 1):
-        prompts = prompt_set("harmless", profile, profile.evaluation.ablation_prompts)
-
-        def perturb(batch: Batch, vector: Tensor = vector) -> Mapping[Site, Tensor]:
-            return added(vector, best.site, batch)
-
-        outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=profile.evaluation.batch)
-        tables.append(outcome_rows(context, "harmless", prompts, outcomes, attack=attack))
-        context.on_step(step, total, attack)
+        tables.append(graded(attack, "harmful", ablated))
+        if attack == NOTHING or attack.endswith("@best"):
+            tables.append(graded(attack, "harmless", ablated))
+        context.on_step(step, len(cells), attack)
+    for attack, vector in ((f"add:{own}@best", best.vector), ("add:random0", randoms[0])):
+        tables.append(graded(attack, "harmless", network, lambda batch, v=vector: added(v, best.site, batch.ids)))
     return pd.concat(tables, ignore_index=True)

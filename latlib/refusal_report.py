@@ -69,7 +69,7 @@ def matrix(e: Evidence, rule: str = "best", names: Sequence[str] = ()) -> pd.Dat
     if not names:
         raise MissingError("no ablation was measured: run notebook 04")
     for target in names:
-        vectors = {source: [f"ablate:{source}@{rule}"] for source in names} | controls(e)
+        vectors, refuses = {source: [f"ablate:{source}@{rule}"] for source in names} | controls(e), defended(e, target)
         for vector, attacks in vectors.items():
             cell = e.cell(target, attacks)
             shares = {outcome: rate(cell, outcome) for outcome in OUTCOMES}
@@ -78,7 +78,7 @@ def matrix(e: Evidence, rule: str = "best", names: Sequence[str] = ()) -> pd.Dat
                 {
                     **{"target": target, "vector": vector, "n": shares["refused"].n, "seeds": shares["refused"].seeds},
                     **shares,
-                    "defended": defended(e, target),
+                    "defended": refuses,
                     "paper": "" if paper is None else f"{paper[0]:.2f} (SE {paper[1]:.2f})",
                 }
             )
@@ -101,11 +101,11 @@ def draw_matrix(ax: Axes, e: Evidence, rule: str = "best", names: Sequence[str] 
         said.append(f"{cell.target} under {cell.vector} {percent:.0f} % ({100 * cell.refused.estimate:.0f} % refused)")
     ax.imshow(grid, cmap="Oranges", vmin=0, vmax=115, aspect="auto")
     ax.grid(False)
-    marked = {target: "" if defended(e, target) else " (not defended)" for target in rows}
+    undefended = list(dict.fromkeys(table.loc[~table["defended"], "target"]))
     ax.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
-    ax.set_yticks(range(len(rows)), [f"{target}{marked[target].replace(' ', chr(10), 1)}" for target in rows])
+    marks = [f"{target}\n(not defended)" if target in undefended else target for target in rows]
+    ax.set_yticks(range(len(rows)), marks)
     ax.set(xlabel="vector removed", ylabel="target", title=f"ASR after ablation (%), rule '{rule}'")
-    undefended = [target for target in rows if marked[target]]
     gate = f" Not defended before ablation: {', '.join(undefended)}." if undefended else ""
     return f"Harmful compliance after ablation, rule {rule}: " + ", ".join(said) + "." + gate
 
@@ -245,7 +245,7 @@ COMPARED = (
 def comparisons(e: Evidence, rule: str = "fixed") -> pd.DataFrame:
     """The paper's comparisons, for its untargeted LAT and for targeted LAT: difference in refusals in points, positive
     where the claim holds, paired by prompt and seed, with interval and p-value, Holm's for all rows together, and the
-    paper's own difference and unpaired p-value. A comparison with an undefended target is marked."""
+    paper's own difference and its unpaired p-value. A comparison with an undefended target is marked."""
     rows, names = [], targets(e)
     for lat in (UNTARGETED, TARGETED):
         for text, *sides in COMPARED:
@@ -273,16 +273,16 @@ def comparisons(e: Evidence, rule: str = "fixed") -> pd.DataFrame:
 def _papers(a: tuple[str, str], b: tuple[str, str]) -> dict[str, float | None]:
     """The paper's difference in points, and the p-value that its standard errors give, unpaired."""
     if a not in PAPER or b not in PAPER:
-        return {"paper": None, "paper's p": None}
+        return {"paper": None, "paper p": None}
     (x, se_x), (y, se_y) = PAPER[a], PAPER[b]
-    return {"paper": x - y, "paper's p": float(2 * norm.sf(abs(x - y) / np.hypot(se_x, se_y)))}
+    return {"paper": x - y, "paper p": float(2 * norm.sf(abs(x - y) / np.hypot(se_x, se_y)))}
 
 
 def comparisons_markdown(table: pd.DataFrame) -> str:
     """The table of `comparisons` as Markdown."""
     lines = ["| Claim | Paper: points (p) | Here: points [95 %] | p | p, Holm | |", "|---|---|---|---|---|---|"]
     for row in table.to_dict("records"):
-        paper = "" if pd.isna(row["paper"]) else f"{row['paper']:+.1f} ({row['paper' + chr(39) + 's p']:.2g})"
+        paper = "" if pd.isna(row["paper"]) else f"{row['paper']:+.1f} ({row['paper p']:.2g})"
         lines.append(
             f"| {row['claim']} | {paper} | {_points(row['here'])} | {row['p']:.3f} | {row['p, Holm']:.3f} | "
             f"{row['not defended'] and 'not defended: ' + row['not defended']} |"

@@ -84,7 +84,7 @@ def select(
         ablated = network.ablated(vector)
         quiet = last_log_probabilities(ablated, harmless)
         kl = torch.nn.functional.kl_div(quiet, plain, log_target=True, reduction="none").sum(-1)
-        said = last_log_probabilities(network, harmless, lambda batch, v=vector, s=site: added(v, s, batch))
+        said = last_log_probabilities(network, harmless, lambda batch, v=vector, s=site: added(v, s, batch.ids))
         record = {
             "position": p - len(rows),
             "site": str(site),

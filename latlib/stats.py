@@ -79,11 +79,9 @@ def paired_interval(
 
     Where a and b agree on every row the bounds lie as far on both sides as Wilson's upper bound of 0 lies above it.
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
-    interval = cluster_interval(a - b, clusters, seeds, **options)
-    return interval if (a != b).any() else replace(interval, low=-interval.high)  # a difference can be below 0
+    difference = _paired(a, b)
+    interval = cluster_interval(difference, clusters, seeds, **options)
+    return interval if difference.any() else replace(interval, low=-interval.high)  # a difference can be below 0
 
 
 def paired_p_value(
@@ -98,15 +96,20 @@ def paired_p_value(
 
     1 where a and b agree on every row.
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
-    if not (a != b).any():
+    difference = _paired(a, b)
+    if not difference.any():
         return 1.0
-    values, cluster_of, seed_of = _columns(a - b, clusters, seeds)
+    values, cluster_of, seed_of = _columns(difference, clusters, seeds)
     draws = _draws(seed_of.max() + 1, cluster_of.max() + 1, resamples, rng_seed)
     sums = _weighted(_cells(values, cluster_of, seed_of), *draws)
     return min(1.0, 2 * (1 + min((sums <= 0).sum(), (sums >= 0).sum())) / (resamples + 1))
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
+    return a - b
 
 
 def difference_interval(

@@ -73,8 +73,8 @@ def test_an_added_vector_moves_its_site_by_its_length(family, site):
     lm, batch, vector = plain(family, torch.float64), tiny.preference_batch(), basis(1)[0]
     with torch.no_grad(), Capture(lm.model, [site]) as clean:
         lm.model(batch.ids)
-    with torch.no_grad(), LATHook(lm.model, added(vector, site, batch, 0.5)), Capture(lm.model, [site]) as moved:
+    with torch.no_grad(), LATHook(lm.model, added(vector, site, batch.ids, 0.5)), Capture(lm.model, [site]) as moved:
         lm.model(batch.ids)
     torch.testing.assert_close(moved[site] - clean[site], (0.5 * vector).expand_as(clean[site]))
     network = lm.network()
-    assert not torch.allclose(network.hidden(batch, added(vector, site, batch)), network.hidden(batch))
+    assert not torch.allclose(network.hidden(batch, added(vector, site, batch.ids)), network.hidden(batch))

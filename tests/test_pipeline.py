@@ -244,3 +244,14 @@ def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch
         for step in range(1000):
             bar.update(step + 1)
     assert written[0] == 0 and written[-1] == 1000 and len(written) < 20
+
+
+def test_the_process_that_workers_are_forked_from_starts_with_the_kernel(place):
+    """Before the first cell; and what starts it imports nothing heavy, or the two could not run side by side."""
+    first = "import sys\nlight = 'torch' not in sys.modules"
+    second = "from multiprocessing import forkserver\nprint(light, forkserver._forkserver._forkserver_pid is not None)"
+    write_notebook(place / "notebooks", "01_first", first, second)
+    done = run(place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    executed = nbformat.read(place / "run dir" / "notebooks" / "01_first.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "True True\n"
