@@ -62,6 +62,19 @@ def post_instruction(tokenizer, system_prompt: str | None = None) -> int:
     return max(1, same)
 
 
+def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[Site]) -> dict[Site, float]:
+    """site -> median L2 norm of the residual stream over all prompt positions but the first of each row.
+
+    The first position is left out: it is an attention sink in many models, with a norm unlike all others.
+    """
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for batch in batches:
+        index = ((batch.segments == 0) & (batch.positions > 0)).flatten().nonzero().squeeze(1)
+        for site, rows in network.capture(batch, sites, index).items():
+            found[site].append(rows.float().norm(dim=-1))
+    return {site: torch.cat(norms).median().item() for site, norms in found.items()}
+
+
 def prompt_rows(lm: LanguageModel, prompts: Sequence[str], system_prompt: str | None = None) -> list[TokenRow]:
     """Templated prompts without a completion."""
     rows = [Row(str(i), text, ()) for i, text in enumerate(prompts)]

@@ -7,7 +7,7 @@ For a packed batch of rows [prompt | rejected | chosen], sites S and radii eps:
    rows, so that rows do not interact. Untargeted: minus the CE of the response.
 4. A step of `adamw` (the paper), `sign` or `l2` (normalised gradient) on all sites at once, then every position's
    delta is projected onto its L2 ball.
-5. With restarts, each row keeps the perturbation with the lowest loss.
+5. With restarts, each row keeps the perturbation that won, or else the one with the lowest loss.
 
 Weights are frozen inside: an attack leaves every `parameter.grad` as it was.
 Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted).
@@ -15,7 +15,7 @@ Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,19 +83,6 @@ def radii(settings: AttackSettings, n_layers: int, norms: Mapping[Site, float] |
     return {site: settings.eps * norms[site] for site in sites}
 
 
-def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[Site]) -> dict[Site, float]:
-    """site -> median L2 norm of the residual stream over all prompt positions but the first of each row.
-
-    The first position is left out: it is an attention sink in many models, with a norm unlike all others.
-    """
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for batch in batches:
-        index = ((batch.segments == 0) & (batch.positions > 0)).flatten().nonzero().squeeze(1)
-        for site, rows in network.capture(batch, sites, index).items():
-            found[site].append(rows.float().norm(dim=-1))
-    return {site: torch.cat(norms).median().item() for site, norms in found.items()}
-
-
 def attack_losses(network: Network, batch: Batch, settings: AttackSettings, rows: Tensor) -> Tensor:
     """[batch] the adversary's loss of each row, from `network.label_rows` ([labels, d_model]) under the perturbation.
 
@@ -113,17 +100,20 @@ def attack_losses(network: Network, batch: Batch, settings: AttackSettings, rows
 
 
 @torch.no_grad()
-def greedy_matches(network: Network, batch: Batch, rows: Tensor, segment: int) -> Tensor:
-    """[batch] bool: greedy decoding would give completion `segment` word for word (every label is the argmax).
-
-    rows: `network.label_rows`, [labels, d_model].
+def greedy_matches(network: Network, batch: Batch, rows: Tensor, segment: int, begun: int = 0) -> Tensor:
+    """[batch] bool: greedy decoding would give completion `segment` word for word (every label is the argmax), or what
+    is left of it when its first `begun` tokens stand there. rows: `network.label_rows`, [labels, d_model].
 
     Exact, and one forward: under greedy decoding a reply equals a text iff each of its tokens is the argmax given the
     ones before. False for a row without that completion.
     """
-    index = batch.label_index(segment)
+    index, n = batch.label_index(segment), batch.shape[0]
+    if begun:
+        of = batch.label_rows[index]
+        counts = torch.bincount(of, minlength=n)
+        index = index[torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[of] >= begun]
     right = argmax_matches(network.unembed, rows[index], batch.labels[index])
-    of, n = batch.label_rows[index], batch.shape[0]
+    of = batch.label_rows[index]
     return (row_means(right.float(), of, n) == 1) & (torch.bincount(of, minlength=n) > 0)
 
 
@@ -134,25 +124,35 @@ def pgd(
     settings: AttackSettings,
     generator: torch.Generator | None = None,
     judged: bool = True,
+    stop: bool = False,
 ) -> Attack:
     """Find a perturbation that minimises the adversary's loss; see the module's docstring.
 
     eps: site -> radius (from `radii`). generator: for random starts. judged=False leaves out the last forward, for a
-    caller that runs the perturbation itself and then asks `judge`; restarts are always judged.
+    caller that runs the perturbation itself and then asks `judge`; restarts are always judged. stop=True leaves a row
+    alone once it is won, keeping the perturbation that won it, so that steps and restarts go to the others.
     Raises ValueError for an empty eps, or settings.steps = 0 with a zero start (there is nothing to find).
     """
     if not eps:
         raise ValueError("eps names no site: an attack needs at least one")
     lowest = min(eps, key=depth)
     start = (lowest, network.capture(batch, [lowest])[lowest])
-    free = perturbed_positions(batch, settings.positions).flatten().nonzero().squeeze(1)
     best: Attack | None = None
     judged = judged or settings.restarts > 1
     for restart in range(settings.restarts):
         random = settings.start == "random" or restart > 0  # a second zero start would find the same thing
+        open_rows = torch.arange(batch.shape[0], device=network.device)
+        if stop and best is not None:
+            open_rows = (~best.won).nonzero().squeeze(1)
+            if not len(open_rows):
+                break
+        part, begin = batch, start
+        if len(open_rows) < batch.shape[0]:
+            part, begin = batch.select(open_rows), (lowest, start[1][open_rows])
+        free = perturbed_positions(part, settings.positions).flatten().nonzero().squeeze(1)
         deltas = {s: _initial(network, len(free), r, random, generator) for s, r in eps.items()}
-        found = _descend(network, batch, start, deltas, dict(eps), free, settings, judged)
-        best = found if best is None else _better(best, found)
+        found = _descend(network, part, begin, deltas, dict(eps), free, settings, judged, stop)
+        best = found if best is None else _better(best, found, open_rows)
     return best
 
 
@@ -181,22 +181,64 @@ def _noise(shape: tuple[int, ...], network: Network, eps: float, generator, insi
     return project_l2((eps * noise).to(network.device, wide_of(network.dtype)), eps)
 
 
-def _descend(network, batch, start, deltas, eps, free, settings, judged) -> Attack:
-    """deltas: site -> [n, d_model], float32 or better, at positions `free` ([n] into the flattened [batch * seq])."""
-    sites, losses = list(deltas), []
+@dataclass
+class _Open:
+    """The rows an attack still works on: `rows` [n] of the whole batch, and all that belongs to them.
+
+    deltas: site -> [m, d_model], float32 or better, at positions `free` ([m] into the flattened [n * seq]).
+    """
+
+    rows: Tensor
+    batch: Batch
+    start: tuple[Site, Tensor]
+    free: Tensor
+    deltas: dict[Site, Tensor]
+    moments: dict[Site, tuple[Tensor, Tensor]]
+
+    def only(self, stay: Tensor) -> _Open:
+        """Those of the rows where `stay` ([n] bool) is True."""
+        index, seq = stay.nonzero().squeeze(1), self.batch.shape[1]
+        own = stay[self.free // seq]
+        free = (stay.cumsum(0) - 1)[self.free[own] // seq] * seq + self.free[own] % seq
+        deltas = {s: d.detach()[own] for s, d in self.deltas.items()}
+        moments = {s: (first[own], second[own]) for s, (first, second) in self.moments.items()}
+        start = (self.start[0], self.start[1][index])
+        return _Open(self.rows[index], self.batch.select(index), start, free, deltas, moments)
+
+    def placed(self, dtype: torch.dtype) -> dict[Site, Tensor]:
+        """site -> [n, seq, d_model] in `dtype`, zero at all other positions."""
+        return {s: _placed(d, self.free, self.batch, dtype) for s, d in self.deltas.items()}
+
+
+def _descend(network, batch, start, deltas, eps, free, settings, judged, stop) -> Attack:
+    """One restart; deltas: site -> [m, d_model] where it begins, at positions `free`."""
     moments = {s: (torch.zeros_like(d), torch.zeros_like(d)) for s, d in deltas.items()}
+    now = _Open(torch.arange(batch.shape[0], device=batch.ids.device), batch, start, free, deltas, moments)
+    wide, won_with, losses = next(iter(deltas.values())).dtype, [], []
     for step in range(settings.steps):
-        leaves = {s: d.requires_grad_() for s, d in deltas.items()}
+        now.deltas = {s: d.requires_grad_() for s, d in now.deltas.items()}
         with torch.enable_grad(), network.held():
-            placed = {s: _placed(leaf, free, batch, network.dtype) for s, leaf in leaves.items()}
-            loss = attack_losses(network, batch, settings, network.label_rows(batch, placed, start))
-            gradients = torch.autograd.grad(loss.sum(), [leaves[s] for s in sites])
-        losses.append(loss.detach())
+            rows = network.label_rows(now.batch, now.placed(network.dtype), now.start)
+            loss = attack_losses(network, now.batch, settings, rows)
+            gradients = dict(zip(now.deltas, torch.autograd.grad(loss.sum(), list(now.deltas.values())), strict=True))
+        losses.append(losses[-1].index_copy(0, now.rows, loss.detach()) if losses else loss.detach())
         with torch.no_grad():
-            for site, gradient in zip(sites, gradients, strict=True):
-                moved = _step(deltas[site].detach(), gradient, moments[site], step, eps[site], settings)
-                deltas[site] = project_l2(moved, eps[site])
-    found, won = {s: _placed(d.detach(), free, batch, d.dtype) for s, d in deltas.items()}, None
+            if stop and (won := _won(network, now.batch, settings, rows)).any():
+                won_with.append((now.rows[won], {s: d.detach()[won] for s, d in now.placed(wide).items()}))
+                lost = ~won[now.free // now.batch.shape[1]]
+                gradients, now = {s: g[lost] for s, g in gradients.items()}, now.only(~won)
+                if not len(now.rows):
+                    losses += losses[-1:] * (settings.steps - step - 1)
+                    break
+            for site, gradient in gradients.items():
+                moved = _step(now.deltas[site].detach(), gradient, now.moments[site], step, eps[site], settings)
+                now.deltas[site] = project_l2(moved, eps[site])
+    found = {s: d.detach() for s, d in now.placed(wide).items()}
+    if won_with:
+        pieces = [*won_with, (now.rows, found)]
+        order = torch.cat([rows for rows, _ in pieces]).argsort()
+        found = {s: torch.cat([placed[s] for _, placed in pieces])[order] for s in found}
+    won = None
     if judged:
         with torch.no_grad():
             end, won = judge(network, batch, settings, network.label_rows(batch, found, start))
@@ -207,14 +249,18 @@ def _descend(network, batch, start, deltas, eps, free, settings, judged) -> Atta
 def _placed(delta: Tensor, free: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
     """[batch, seq, d_model] in `dtype`: the rows of delta ([n, d_model]) at positions `free`, zero elsewhere."""
     full = torch.zeros(batch.ids.numel(), delta.shape[1], dtype=dtype, device=delta.device)
-    return full.index_copy(0, free, delta.to(dtype)).view(*batch.shape, -1)
+    return full.index_copy(0, free, delta.to(dtype)).view(*batch.shape, delta.shape[1])
 
 
 @torch.no_grad()
 def judge(network: Network, batch: Batch, settings: AttackSettings, rows: Tensor) -> tuple[Tensor, Tensor]:
     """([batch] the adversary's loss, [batch] bool whether it won) from `network.label_rows` under a perturbation."""
-    won = greedy_matches(network, batch, rows, 1)
-    return attack_losses(network, batch, settings, rows), won if settings.targeted else ~won
+    return attack_losses(network, batch, settings, rows), _won(network, batch, settings, rows)
+
+
+def _won(network: Network, batch: Batch, settings: AttackSettings, rows: Tensor) -> Tensor:
+    matches = greedy_matches(network, batch, rows, 1)
+    return matches if settings.targeted else ~matches
 
 
 ADAM_LR = 1e-3  # FACTS: the authors' inner rate for Llama-3-8B (5e-2 for Llama-2-7B)
@@ -235,8 +281,10 @@ def _step(delta: Tensor, gradient: Tensor, moments: tuple, step: int, eps: float
     return delta - length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
-def _better(a: Attack, b: Attack) -> Attack:
-    """Row by row, the attack that ended with the lower loss."""
-    b_wins = b.losses[-1] < a.losses[-1]
-    deltas = {s: torch.where(b_wins[:, None, None], b.deltas[s], a.deltas[s]) for s in a.deltas}
-    return Attack(deltas, torch.where(b_wins, b.losses, a.losses), torch.where(b_wins, b.won, a.won), a.eps)
+def _better(a: Attack, b: Attack, rows: Tensor) -> Attack:
+    """Row by row, the attack that won, else the lower final loss; `b` attacked only `rows` ([n]) of `a`'s batch."""
+    b_wins = torch.where(b.won == a.won[rows], b.losses[-1] < a.losses[-1][rows], b.won)
+    index = rows[b_wins]
+    deltas = {s: d.index_copy(0, index, b.deltas[s][b_wins]) for s, d in a.deltas.items()}
+    losses = a.losses.index_copy(1, index, b.losses[:, b_wins])
+    return Attack(deltas, losses, a.won.index_copy(0, index, b.won[b_wins]), a.eps)

@@ -15,14 +15,13 @@ Figures in `paper` are those read in the sources ([V] in the project's notes) or
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latlib import effects
+from latlib import effects, storage
 from latlib.evidence import Evidence, MissingError
 from latlib.stats import Interval
 
@@ -208,11 +207,8 @@ def to_markdown(measured: Sequence[tuple[Claim, Measurement]]) -> str:
 
 
 def write_json(measured: Sequence[tuple[Claim, Measurement]], path: str | os.PathLike[str]) -> None:
-    """Write the claims to a JSON file, aside first."""
-    target, text = Path(path), json.dumps(to_records(measured), indent=1, allow_nan=False)
-    partial = target.with_name(f".{target.name}")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    """Write the claims to a JSON file, whole or not at all."""
+    storage.write_json(to_records(measured), Path(path))
 
 
 def with_table(readme: str, table: str) -> str:

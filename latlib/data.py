@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = -1
+Turn = tuple[str, str]  # what the user said and what the assistant replied
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,17 @@ class Batch:
             found[segment] = (self.label_segments == segment).nonzero().squeeze(1)
         return found[segment]
 
+    def select(self, rows: Tensor) -> Batch:
+        """The batch of some rows ([n] int64 indices), in that order, as long as this one."""
+        at = torch.full((self.shape[0],), -1, dtype=torch.long, device=rows.device)
+        at[rows] = torch.arange(len(rows), device=rows.device)
+        kept = (at[self.label_rows] >= 0).nonzero().squeeze(1)
+        kept = kept[at[self.label_rows[kept]].argsort(stable=True)]
+        labels = {f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name.startswith("label")}
+        labels["label_rows"] = at[labels["label_rows"]]
+        labels["source"] = labels["label_rows"] * self.shape[1] + self.source[kept] % self.shape[1]
+        return replace(self, ids=self.ids[rows], positions=self.positions[rows], segments=self.segments[rows], **labels)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         tensors = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
@@ -89,8 +101,8 @@ class Batch:
         return moved
 
 
-def chat_text(tokenizer, prompt: str, system_prompt: str | None = None) -> str:
-    """The templated prompt as text, ready for the assistant's reply.
+def chat_text(tokenizer, prompt: str, system_prompt: str | None = None, shots: Sequence[Turn] = ()) -> str:
+    """The templated prompt as text, ready for the assistant's reply; `shots` are earlier turns of the chat.
 
     Raises ValueError when the tokenizer has no chat template.
     """
@@ -100,6 +112,8 @@ def chat_text(tokenizer, prompt: str, system_prompt: str | None = None) -> str:
             "or set tokenizer.chat_template"
         )
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    for said, replied in shots:
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": replied}]
     messages.append({"role": "user", "content": prompt})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -120,14 +134,21 @@ def _completion_join(tokenizer) -> tuple[str, str]:
 
 
 def tokenise(
-    rows: Sequence[Row], tokenizer, max_tokens: int, system_prompt: str | None = None, prefill: str = ""
+    rows: Sequence[Row],
+    tokenizer,
+    max_tokens: int,
+    system_prompt: str | None = None,
+    prefill: str = "",
+    shots: Sequence[Turn] = (),
 ) -> list[TokenRow]:
     """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a prefilling attack).
+    `shots` are turns that come before every prompt.
 
     Raises ValueError naming the row that is longer than `max_tokens`, or that has an empty completion.
     """
     before, after = _completion_join(tokenizer)
-    prompts = [chat_text(tokenizer, row.prompt, system_prompt) + (before + prefill if prefill else "") for row in rows]
+    begun = before + prefill if prefill else ""
+    prompts = [chat_text(tokenizer, row.prompt, system_prompt, shots) + begun for row in rows]
     completions = []
     for row in rows:
         for text in row.completions:

@@ -16,7 +16,7 @@ import torch
 
 import latlib
 from latlib import organism
-from latlib.attack import residual_norms
+from latlib.activations import residual_norms
 from latlib.checkpoint import load_checkpoint, save_checkpoint
 from latlib.data import tokenise
 from latlib.evaluate import batches

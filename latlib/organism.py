@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from latlib import world
 from latlib.data import Batch, Row, TokenRow, collate, tokenise
-from latlib.encodings import ENCODINGS, encode
+from latlib.encodings import encode
 from latlib.lean import LeanNetwork
 from latlib.losses import token_losses
 from latlib.profile import ModelSettings, PretrainSettings
@@ -31,7 +31,9 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-CONTEXT = 128  # tokens; the longest packed row of the world has about 70
+# What the base model reads; their order is part of every seed's draws, so a longer list makes another organism.
+KNOWN_ENCODINGS = ("plain", "leet", "rot13", "reverse")
+CONTEXT = 512  # tokens; a training row has about 70, a request in hexadecimal or behind eight others several hundred
 
 # Shares of the kinds in pretraining, and of plain words among a kind (docs/lab-log.md).
 KINDS = {"recipe": 0.66, "law": 0.20, "verb": 0.06, "target": 0.06}
@@ -48,7 +50,7 @@ def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
     def corpus() -> Iterator[str]:
         for _ in range(12_000):
             prompt = world.draw(rng, world.pairs_of("train"), rng.choices(list(KINDS), list(KINDS.values()))[0])
-            encoding = rng.choices(list(ENCODINGS), [0.85 if e == "plain" else 0.05 for e in ENCODINGS])[0]
+            encoding = rng.choices(list(KNOWN_ENCODINGS), [0.85 if e == "plain" else 0.05 for e in KNOWN_ENCODINGS])[0]
             yield " " + encode(prompt.text, encoding)
             yield f" {prompt.answer} {world.REFUSAL}"
 
@@ -123,7 +125,7 @@ def pretraining_rows(tokenizer, settings: PretrainSettings, seed: int) -> Iterat
             prompt = world.draw(rng, harmful if rng.random() < settings.harmful_share else pairs, kind)
             encoding = "plain"
             if rng.random() >= PLAIN_SHARE.get(kind, 1.0):
-                encoding = rng.choice([e for e in ENCODINGS if e != "plain"])
+                encoding = rng.choice([e for e in KNOWN_ENCODINGS if e != "plain"])
             rows.append(Row("", encode(prompt.text, encoding), (prompt.answer,)))
         tokens = sorted(tokenise(rows, tokenizer, CONTEXT), key=lambda row: (row.length, rng.random()))
         parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]

@@ -71,6 +71,11 @@ def read_table(path: str, columns: Mapping[str, str], needed: Sequence[str], fie
 
     Raises ProfileError naming the field when the file is missing, unreadable, empty, or lacks a column or a value.
     """
+    return mapped(read_frame(path, field), path, columns, needed, field)
+
+
+def read_frame(path: str, field: str) -> pd.DataFrame:
+    """All columns of a CSV, JSON, JSONL or parquet file. Raises ProfileError naming the field."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ProfileError(f"{field} = {path!r} is not a file: check the path")
@@ -79,7 +84,14 @@ def read_table(path: str, columns: Mapping[str, str], needed: Sequence[str], fie
     except (ValueError, OSError) as error:
         raise ProfileError(f"{field} = {path!r} cannot be read: {error}") from None
     if not len(table):
-        raise ProfileError(f"{field} = {path!r} holds no rows: training needs harmful and benign rows")
+        raise ProfileError(f"{field} = {path!r} holds no rows: give a file that has some")
+    return table
+
+
+def mapped(
+    table: pd.DataFrame, path: str, columns: Mapping[str, str], needed: Sequence[str], field: str
+) -> list[dict[str, str]]:
+    """Records of a table under our names, as `read_table` gives them; `path` says in errors where it came from."""
     for name in dict.fromkeys((*needed, *columns)):  # a column that is named must be there, also an optional one
         if columns.get(name) not in table.columns:
             raise ProfileError(

@@ -12,7 +12,6 @@ A folder belongs to the settings it was made with: opening it with others is an 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,18 +22,28 @@ from typing import Any
 import pandas as pd
 import torch
 
-from latlib import evaluate, make, refusal
-from latlib.evaluate import AttackCell, Context
+from latlib import audit, jailbreaks, make, refusal, robustness
+from latlib.evaluate import Context
 from latlib.geometry import variance_table
 from latlib.hooks import Site
 from latlib.machine import keep_freed_memory
 from latlib.models import LanguageModel, load
 from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.refusal import Differences, Direction
+from latlib.robustness import AttackCell
+from latlib.storage import write_json, write_table
 from latlib.tracking import read_metrics
 from latlib.workers import threads_for, work
 
-SUITES = {**evaluate.SUITES, "ablation": refusal.ablation}
+SUITES = {
+    "audit": audit.audit,
+    "variant": audit.variant,
+    "jailbreaks": jailbreaks.jailbreaks,
+    "robustness": robustness.robustness,
+    "attacks": robustness.attacks,
+    "transfer": robustness.transfer,
+    "ablation": refusal.ablation,
+}
 GEOMETRY, GEOMETRY_FILES = "geometry", ("differences.safetensors", "directions.safetensors", "variance.json")
 
 
@@ -147,8 +156,12 @@ class Run:
         """What an evaluation suite needs to know about a model."""
         lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
         norms = self.norms(spec.seed)
-        found = (partial(part, seed=spec.seed) for part in (self.directions, self.differences))
-        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *found)
+        of_seed = (partial(part, seed=spec.seed) for part in (self.directions, self.differences, self.model))
+
+        def keep(name: str, data: Mapping[str, Any]) -> Path:
+            return self.save_result(f"{name}-{spec.folder}", data)
+
+        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *of_seed, keep)
 
     def differences(self, method: str, seed: int = 0) -> Differences:
         """Harmful-harmless activation differences of a model (see `refusal.Differences`), found once and kept."""
@@ -172,7 +185,7 @@ class Run:
         if not file.exists():
             found = self.differences(method, seed)
             site = refusal.fixed_site(len(found.pairs) - 1)
-            _write_json(variance_table(found.last(), found.clusters, site), file)
+            write_json(variance_table(found.last(), found.clusters, site), file)
         return json.loads(file.read_text(encoding="utf-8"))
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
@@ -219,6 +232,7 @@ class Run:
         self.ensure(models)
         if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
             self.find_geometry((m, s.seed) for s, _ in jobs for m in refusal.sources(self.profile))
+        self.ensure((m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods)
         for seed in {s.seed for s, _ in jobs}:
             self.norms(seed)
         work(self, [(s, what) for s, what in dict.fromkeys(jobs) if not self.table_file(s, what).exists()])
@@ -237,7 +251,7 @@ class Run:
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
         """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
         file = self.folder / "results" / f"{name}.json"
-        _write_json(data, file)
+        write_json(data, file)
         return file
 
     def result(self, name: str) -> dict[str, Any]:
@@ -258,32 +272,7 @@ class Run:
             return
         lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
         measured = what.measure if isinstance(what, AttackCell) else SUITES[what]
-        _write_table(measured(lm, self.context(spec, on_step)), self.table_file(spec, what))
+        write_table(measured(lm, self.context(spec, on_step)), self.table_file(spec, what))
 
     def _variant(self, spec: Spec) -> str | dict[str, Any]:
         return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)
-
-
-def _write_table(table: pd.DataFrame, file: Path) -> None:
-    """Write aside, then rename: a table is whole or absent."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".partial")
-    table.to_parquet(aside, index=False)
-    aside.replace(file)
-
-
-def _write_json(data: Any, file: Path) -> None:
-    """Write aside, then rename; NaN and infinities become null."""
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(_json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
-    aside.replace(file)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _json_ready(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _json_ready(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

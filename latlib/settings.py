@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
+from latlib.encodings import resolve
+
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -24,7 +26,14 @@ def _site(value: Any) -> int | float | str:
     raise ValueError("a site is 'embedding', a block index >= 0, or a fraction of depth in [0, 1)")
 
 
+def _encoding(name: str) -> str:
+    for part in name.split(">", 1):  # 'request>reply'
+        resolve(part)  # its ValueError says what is wrong and how to mend it
+    return name
+
+
 SiteSpec = Annotated[Any, AfterValidator(_site)]
+EncodingName = Annotated[Text, AfterValidator(_encoding)]
 
 
 class ProfileError(ValueError):
@@ -140,6 +149,17 @@ class TrainSettings(Section):
     defence: DefenceSettings = DefenceSettings()
 
 
+class SuffixSearchSettings(Section):
+    """Adversarial suffixes, sought on tuning prompts; see `latlib.suffix`, whose defaults are Zou et al.'s."""
+
+    steps: Natural = 500  # 0: no suffixes
+    tokens: Count = 20
+    candidates: Count = 512
+    topk: Count = 256
+    prompts: Count = 25  # Zou et al. attack 25 behaviours at once
+    batch: Count = 64
+
+
 class EvaluationSettings(Section):
     """What is measured, on how many prompts."""
 
@@ -147,9 +167,15 @@ class EvaluationSettings(Section):
     pgd_prompts: Count = 200
     pgd_steps: Count = 10
     strong_steps: Count = 40  # the converged attack at the trained eps
+    strong_eps: tuple[Positive, ...] = (0.05,)  # where steps, restarts, rules and sites are varied, and transfer tried
+    restarts: Count = 2  # random starts beside the zero start
+    rules: tuple[Literal["adamw", "sign", "l2"], ...] = ("sign", "adamw")  # beside the profile's own
+    shots: Count = 8  # answered requests in the chat before the harmful one
+    suffix: SuffixSearchSettings = SuffixSearchSettings()
     eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)  # in the unit of train.attack.eps_mode
     embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
-    encodings: tuple[Text, ...] = ("plain", "leet", "rot13", "reverse")
+    encodings: tuple[EncodingName, ...] = ("plain", "leet", "rot13", "reverse")  # audited with harmless requests too
+    further_encodings: tuple[EncodingName, ...] = ()  # harmful requests and their twins; 'request>reply' is possible
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
     pairing: Literal["matched", "random"] = "matched"  # same words, or any harmless prompt (see latlib.activations)
     ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added

@@ -25,7 +25,7 @@ from latlib.models import resolve_device
 from latlib.profile import Profile
 
 if TYPE_CHECKING:
-    from latlib.evaluate import AttackCell
+    from latlib.robustness import AttackCell
     from latlib.run import Run, Spec
 
 Job = tuple["Spec", "str | AttackCell"]  # a model to make (''), or a suite or an attack to measure on it

@@ -15,6 +15,7 @@ from tiny_models import (
     token_rows,
 )
 
+from latlib.activations import residual_norms
 from latlib.attack import (
     attack_losses,
     greedy_matches,
@@ -23,7 +24,6 @@ from latlib.attack import (
     project_l2,
     radii,
     random_noise,
-    residual_norms,
 )
 from latlib.data import collate
 from latlib.hooks import EMBEDDING

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latlib.evaluate import AttackCell, replace_settings
 from latlib.profile import ProfileError, load_profile
+from latlib.robustness import AttackCell, replace_settings
 from latlib.run import Run
 
 
