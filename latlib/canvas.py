@@ -29,6 +29,7 @@ STYLE = {
 }
 OUTCOMES = {"refused": ("#56B4E9", ""), "complied": ("#D55E00", "///"), "neither": ("#DDDDDD", "...")}
 EDGE = {"edgecolor": "black", "linewidth": 0.4}
+BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}  # behind numbers
 RC = {
     **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True},
     **{"grid.alpha": 0.3, "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True},

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from latlib.canvas import EDGE, OUTCOMES, RC, Drawn
+from latlib.canvas import BOX, EDGE, OUTCOMES, RC, Drawn
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, no yellow
 MARKERS, DASHES = "osD^vPX*<>h", ("-", "--", "-.", ":")
@@ -97,12 +97,9 @@ def outcome_bars(table: pd.DataFrame, rows: Sequence[str], what: str) -> Drawn:
         for at, (name, size) in enumerate(zip(names, width)):
             said[name].append(f"{outcome} {size:.0f} %")
             if size >= 8:
-                ax.text(left[at] + size / 2, at, f"{size:.0f}", ha="center", va="center", fontsize=8, bbox=_BOX)
+                ax.text(left[at] + size / 2, at, f"{size:.0f}", ha="center", va="center", fontsize=8, bbox=BOX)
         left += width
     ax.invert_yaxis()
     ax.set(xlabel="prompts (%)", xlim=(0, 100))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure, f"{what} " + "; ".join(f"{name}: {', '.join(parts)}" for name, parts in said.items()) + "."
-
-
-_BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}

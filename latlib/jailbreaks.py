@@ -39,6 +39,7 @@ def suffix_settings(context: Context) -> SuffixSettings:
         steps=s.steps,
         candidates=s.candidates,
         topk=s.topk,
+        prompts_per_step=s.prompts_per_step,
         batch=s.batch,
     )
 

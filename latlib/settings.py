@@ -157,6 +157,7 @@ class SuffixSearchSettings(Section):
     candidates: Count = 512
     topk: Count = 256
     prompts: Count = 25  # Zou et al. attack 25 behaviours at once
+    prompts_per_step: Natural = 0  # drawn of these for a step; 0: all, as in Zou et al.
     batch: Count = 64
 
 

@@ -207,7 +207,9 @@ def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
 
     def never(self, candidates, prompts):
         found = original(self, candidates, prompts)
-        return [yes and (len(prompts) == 1 or ids == self.initial) for yes, ids in zip(found, candidates, strict=True)]
+        return [
+            yes and (len(prompts) == 1 or ids == objective.initial) for yes, ids in zip(found, candidates, strict=True)
+        ]
 
     monkeypatch.setattr(Objective, "survives", never)
     for search in (gcg, random_search):

@@ -1,0 +1,56 @@
+"""The grid of eps and KL weight: which models belong to it, what is read off them, and a figure that says it."""
+
+import pandas as pd
+import pytest
+from synthetic import PROFILE, cell, evidence
+
+from latlib import post_mortem
+from latlib.evidence import Evidence, MissingError
+
+
+def known(robust: float, answered: float) -> Evidence:
+    """LAT and its variants: the attack wins on 1 - robust of the harmful prompts, `answered` of the harmless are."""
+    first = PROFILE.seeds[:1]
+    tables = []
+    for label in ("lat", "lat[small]", "lat[large]"):
+        tables.append(cell(label, 1 - robust, "pgd", eps=0.05, sites="1,3", seeds=first))
+        for encoding in PROFILE.evaluation.encodings:
+            tables += [cell(label, answered, encoding=encoding, prompts=p, seeds=first) for p in ("harmless", "scary")]
+    return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+
+
+def test_the_grid_holds_lat_and_the_variants_that_change_eps_or_kl_only():
+    assert post_mortem.grid(evidence(holds=True)) == {
+        "lat[small]": (0.01, 0.1),
+        "lat[no-kl]": (0.05, 0.0),
+        "lat": (0.05, 0.1),
+        "lat[large]": (0.2, 0.1),
+    }
+
+
+def test_a_variant_that_changes_something_else_is_left_out():
+    sweep = {"variants": {"short": {"steps": 10}, "both": {"attack.eps": 0.2, "defence.kl": 1.0}}}
+    profile = PROFILE.model_copy(update={"sweep": type(PROFILE.sweep)(**sweep)})
+    assert set(post_mortem.grid(Evidence(profile, evidence(True).outcomes))) == {"lat", "lat[both]"}
+
+
+def test_the_three_numbers_are_those_of_the_table():
+    table = post_mortem.table(known(robust=0.8, answered=0.6)).set_index("label")
+    assert set(table.index) == {"lat", "lat[small]", "lat[large]"}, "what was not measured is left out"
+    for _, row in table.iterrows():
+        assert row["robustness"].estimate == pytest.approx(0.8)
+        assert row["robustness"].low <= 0.8 <= row["robustness"].high
+        assert row["utility"].estimate == pytest.approx(0.6)
+        assert row["over-refusal"].estimate == pytest.approx(0.4)
+
+
+def test_the_figure_says_every_cell():
+    figure, alt = post_mortem.eps_and_kl(known(robust=0.8, answered=0.6))
+    assert len(figure.axes) == 3
+    for eps in ("0.01", "0.05", "0.2"):
+        assert f"eps {eps}, KL 0.1: robustness 80 %" in alt and f"eps {eps}, KL 0.1: over-refusal 40 %" in alt
+
+
+def test_an_empty_run_is_an_error_that_names_the_notebook():
+    with pytest.raises(MissingError, match="run notebook 03"):
+        post_mortem.table(Evidence(PROFILE, evidence(True).outcomes.iloc[:0]))
