@@ -53,7 +53,7 @@ def _audit(lm: LanguageModel, context: Context, taught: Sequence[str], further: 
                 understood = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
             cell = {"encoding": encoding} | ({"understood": understood} if name in ("twin", "harmful") else {})
             tables.append(outcome_rows(context, name, prompts, outcomes, **cell))
-            if name == "harmful":
+            if name == "harmful" and begun:
                 replies = ["complied" if rest else "neither" for rest in finished]
                 tables.append(outcome_rows(context, name, prompts, replies, attack="prefill", **cell))
         context.on_step(step, len(taught) + len(further), encoding)
@@ -63,11 +63,15 @@ def _audit(lm: LanguageModel, context: Context, taught: Sequence[str], further: 
 def affirmation_tokens(lm: LanguageModel, encoding: str = "plain") -> int:
     """How many tokens of a right answer are its first words (`world.AFFIRMATION`), as the model's tokenizer cuts them.
 
-    What is left of an answer behind them is the longest end that both ways of writing it share.
+    What is left of an answer behind them is the longest end that both ways of writing it share. 0 where an encoded
+    answer does not begin with them (text spelt backwards, base32, a random part of the letters): nothing to prefill.
     """
-    prompt, (_, _, replied) = world.draw_set(0, "train", "harmful", 1)[0], encoding.partition(">")
+    prompt, replied = world.draw_set(0, "train", "harmful", 1)[0], encoding.partition(">")[2] or "plain"
+    first = encode(world.AFFIRMATION, replied)
+    if not encode(prompt.answer, replied).startswith(first):
+        return 0
     whole = token_rows(lm, [prompt], encoding)[0].completions[0]
-    rest = token_rows(lm, [prompt], encoding, prefill=encode(world.AFFIRMATION, replied or "plain"))[0].completions[0]
+    rest = token_rows(lm, [prompt], encoding, prefill=first)[0].completions[0]
     shared = 0
     while shared < min(len(whole), len(rest)) and whole[-1 - shared] == rest[-1 - shared]:
         shared += 1

@@ -83,15 +83,12 @@ class Batch:
         return found[segment]
 
     def select(self, rows: Tensor) -> Batch:
-        """The batch of some rows ([n] int64 indices), in that order, as long as this one."""
-        at = torch.full((self.shape[0],), -1, dtype=torch.long, device=rows.device)
-        at[rows] = torch.arange(len(rows), device=rows.device)
-        kept = (at[self.label_rows] >= 0).nonzero().squeeze(1)
-        kept = kept[at[self.label_rows[kept]].argsort(stable=True)]
-        labels = {f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name.startswith("label")}
-        labels["label_rows"] = at[labels["label_rows"]]
-        labels["source"] = labels["label_rows"] * self.shape[1] + self.source[kept] % self.shape[1]
-        return replace(self, ids=self.ids[rows], positions=self.positions[rows], segments=self.segments[rows], **labels)
+        """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as this one."""
+        own, kept = (rows[:, None] == self.label_rows).nonzero(as_tuple=True)  # in the order of `rows`
+        parts = {name: getattr(self, name)[rows] for name in ("ids", "positions", "segments")}
+        labels = {name: getattr(self, name)[kept] for name in ("labels", "label_segments")}
+        source = own * self.shape[1] + self.source[kept] % self.shape[1]
+        return replace(self, **parts, **labels, source=source, label_rows=own)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

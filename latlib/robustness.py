@@ -107,7 +107,7 @@ def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
     inner = range(lm.n_layers - 1)  # a perturbation behind the last block writes the first token itself
     held_out = tuple(site for site in inner if site not in trained)
     changes: dict[str, dict] = {
-        ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},
+        ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},  # as long as the radius
         "pgd-strong": {"steps": evaluation.strong_steps},
         "pgd-restarts": {"restarts": 1 + evaluation.restarts},
         "pgd-all-sites": {"sites": tuple(inner)},
@@ -118,7 +118,7 @@ def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
     for eps in evaluation.strong_eps:
         for name, change in changes.items():
             settings = replace_settings(attack, eps=eps, **change)
-            if settings.rule == "adamw" and attack.rule != "adamw":
+            if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):
                 settings = replace_settings(settings, lr=_adam_rate(settings, lm, context))
             if (name, eps) != ("pgd-strong", attack.eps):  # which is part of `robustness`
                 cells.append(AttackCell(settings, name))
@@ -141,13 +141,15 @@ def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
     evaluation, tables = context.profile.evaluation, []
     prompts = prompt_set("harmful", context.profile, evaluation.pgd_prompts)
     targets = {m: lm if m == context.method else context.model(m) for m in context.profile.methods}
+    targets.setdefault(context.method, lm)  # the base, or a variant
     networks = {m: target.network() for m, target in targets.items()}
     rows = token_rows(lm, prompts)
     for number, eps in enumerate(evaluation.strong_eps, start=1):
         cell = AttackCell(replace_settings(base_attack(context), eps=eps), f"transfer:{context.method}")
         limits, found = radii(cell.settings, lm.n_layers, context.norms), {m: ["neither"] * len(rows) for m in targets}
+        generator = torch.Generator().manual_seed(context.seed)
         for index, batch in batches(rows, evaluation.batch, lm.device):
-            deltas = pgd(networks[context.method], batch, limits, cell.settings, judged=False).deltas
+            deltas = pgd(networks[context.method], batch, limits, cell.settings, generator, judged=False).deltas
             for m, target in targets.items():
                 outcomes, _ = grade_rows(
                     target, networks[m], [rows[i] for i in index], lambda _, d=deltas: d, len(index)
@@ -174,8 +176,9 @@ def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Sit
         shape = (*batch.shape, network.d_model)
         deltas = {s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True) for s in sites}
         with torch.enable_grad(), network.held():
-            loss = attack_losses(network, batch, attack, network.label_rows(batch, deltas))
-            gradients = torch.autograd.grad(loss.sum(), list(deltas.values()))
+            loss = attack_losses(network, batch, attack, network.label_rows(batch, deltas)).sum()
+            loss = loss + 0.0 * sum(d.sum() for d in deltas.values())  # a site that nothing depends on has gradient 0
+            gradients = torch.autograd.grad(loss, list(deltas.values()))
         for site, gradient in zip(sites, gradients, strict=True):
             inside = gradient.float() * perturbed_positions(batch, attack.positions)
             smallest[site] = min(smallest[site], inside.flatten(1).norm(dim=1).min().item())

@@ -12,7 +12,7 @@ PROFILE = Profile(
     description="none of it was measured",
     seeds=SEEDS,
     methods={"ssft": {"attack.steps": 0}, "at": {"attack.sites": ["embedding"]}, "lat": {"attack.eps": 0.05}},
-    evaluation={"eps": (0.05, 0.2)},
+    evaluation={"eps": (0.05, 0.2), "strong_eps": (0.2,)},
     sweep={"variants": {"no-kl": {"defence.kl": 0.0}, "small": {"attack.eps": 0.01}, "large": {"attack.eps": 0.2}}},
 )
 ENCODINGS = PROFILE.evaluation.encodings
@@ -52,6 +52,45 @@ def variance(share: float) -> dict:
     return table
 
 
+VARIED = ("one-step", "pgd-strong", "pgd-restarts", "pgd-all-sites", "pgd-other-sites", "pgd-sign", "pgd-adamw")
+TYPED = ("many-shot", "system", "suffix-random", "suffix-gcg")
+
+
+def further_attacks(method: str, shares: dict[str, float] | None = None) -> list[pd.DataFrame]:
+    """What the suites attacks, transfer and jailbreaks leave of a model on the first seed; `shares`: attack -> ASR,
+    where it is not that of a model that holds about half."""
+    transfers = [f"transfer:{source}" for source in PROFILE.methods]
+    usual = dict.fromkeys(VARIED, 0.6) | dict.fromkeys(transfers, 0.4) | dict.fromkeys(TYPED, 0.2) | {"one-step": 0.2}
+    usual |= shares or {}
+    tables = [cell(method, usual[a], a, eps=0.2, sites="1,3", seeds=SEEDS[:1]) for a in (*VARIED, *transfers)]
+    for attack in TYPED:
+        tables.append(cell(method, usual[attack], attack, seeds=SEEDS[:1]))
+        tables.append(cell(method, 0.8, attack, prompts="twin", seeds=SEEDS[:1]))
+    return tables
+
+
+def attacked(changes: dict[tuple[str, str, float], float] | None = None, methods=("ssft", "at", "lat")) -> Evidence:
+    """A run whose attacks are sound: SSFT falls at LAT's eps, everything at the largest. `changes`: (method, attack,
+    eps) -> ASR of a cell that is to be different."""
+    changes, first = changes or {}, {"ssft": 0.8, "at": 0.2, "lat": 0.0}
+    tables = [cell("base", changes.get(("base", "none", 0.0), 1.0))]
+    for method in methods:
+        shares = {("pgd", 0.05): first[method], ("pgd-strong", 0.05): first[method], ("pgd", 0.2): 1.0}
+        shares |= {("noise", 0.05): 0.0, ("noise", 0.2): 0.0}
+        for (attack, eps), share in shares.items():
+            share = changes.get((method, attack, eps), share)
+            tables.append(cell(method, share, attack, eps=eps, sites="1,3"))
+        for eps in PROFILE.evaluation.embedding_eps:
+            share = changes.get((method, "embedding", eps), {0.1: 0.4, 0.2: 0.6}[eps])
+            tables.append(cell(method, share, "pgd", eps=eps, sites="embedding"))
+        tables += [cell(method, 0.0), cell(method, 0.4, "prefill")]
+        strong = {"pgd-strong": 1.0, "pgd-restarts": 1.0}
+        tables += further_attacks(
+            method, strong | {a: s for (m, a, eps), s in changes.items() if (m, eps) == (method, 0.2)}
+        )
+    return Evidence(PROFILE, pd.concat(tables))
+
+
 def evidence(holds: bool) -> Evidence:
     """A run in which every testable claim holds, or in which each effect is nought."""
     good, bad = (1.0, 0.0) if holds else (0.4, 0.4)
@@ -89,6 +128,9 @@ def evidence(holds: bool) -> Evidence:
     tables += [cell("lat", 0.4, "pgd", eps=0.2, sites="1,3"), cell("lat[large]", 0.0, "pgd", eps=0.05, sites="1,3")]
     for encoding in ENCODINGS:
         tables += [cell("lat[small]", 0.8, "none", encoding, p, seeds=first) for p in ("harmless", "scary")]
+    for method in ("ssft", "at", "lat"):
+        further = further_attacks(method)
+        tables += further if method != "ssft" else [t for t in further if "pgd-strong" not in set(t["attack"])]
     tables += [cell(m, 0.0, f"ablate:random{k}") for m in ("ssft", "at", "lat") for k in range(3)]
     metrics = {("lat", s): curve(0.4 if holds else 0.0, s) for s in SEEDS}
     shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import (
     LAYERS,
     SCALING,
+    VOCABULARY,
     D,
     benign_batch,
     language_model,
@@ -17,6 +18,8 @@ from tiny_models import (
 
 from latlib.activations import residual_norms
 from latlib.attack import (
+    Attack,
+    _better,
     attack_losses,
     greedy_matches,
     perturbed_positions,
@@ -25,7 +28,7 @@ from latlib.attack import (
     radii,
     random_noise,
 )
-from latlib.data import collate
+from latlib.data import TokenRow, collate
 from latlib.hooks import EMBEDDING
 from latlib.settings import AttackSettings
 
@@ -323,3 +326,205 @@ def test_an_attack_on_a_model_that_trains_under_gradient_checkpointing(adapter):
         found.append(pgd(lm.network(adapter), preference_batch(), EPS, settings_for()).deltas[1])
         assert all(p.grad is None for p in lora)
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+def greedy_reply(network, prompt, n, begun=()):
+    """The n tokens that the model writes behind a prompt and the first tokens of a reply."""
+    reply = tuple(begun)
+    for _ in range(n):
+        batch = collate([TokenRow(tuple(prompt), ((*reply, 1),))])
+        reply += (int(network.unembed(network.label_rows(batch))[-1].argmax()),)
+    return reply
+
+
+def watched(network):
+    """What `label_rows` is asked for from here on: a list of (batch, deltas, which rows of it are won)."""
+    calls, run = [], network.label_rows
+
+    def label_rows(batch, deltas=None, start=None):
+        rows = run(batch, deltas, start)
+        placed = {site: delta.detach().clone() for site, delta in (deltas or {}).items()}
+        calls.append((batch, placed, greedy_matches(network, batch, rows.detach(), 1)))
+        return rows
+
+    network.label_rows = label_rows
+    return calls
+
+
+STRONG = {site: 3 * eps for site, eps in EPS.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("positions", ["prompt", "prompt+completion"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, positions, kind):
+    """Against a run that goes on, of which every step's perturbation is known."""
+    lm, batch, steps = language_model(kind, trained=True), preference_batch(8), 14 if positions == "prompt" else 8
+    settings = settings_for(rule, steps=steps, positions=positions, lr=0.3 if rule == "adamw" else 0.15)
+    network = lm.network()
+    trail = watched(network)
+    free = pgd(network, batch, STRONG, settings)
+    network = lm.network()
+    calls = watched(network)
+    found = pgd(network, batch, STRONG, settings, stop=True)
+    won_at = [next((k for k, (_, _, won) in enumerate(trail) if won[n]), None) for n in range(8)]
+    assert None in won_at and len({k for k in won_at if k is not None}) > 2, "nothing to tell apart"
+    assert found.won.tolist() == [k is not None for k in won_at] and found.losses.shape == free.losses.shape
+    for n, k in enumerate(won_at):
+        k = steps if k is None else k
+        for site in STRONG:
+            torch.testing.assert_close(found.deltas[site][n], trail[k][1][site][n], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.losses[: k + 1, n], free.losses[: k + 1, n], rtol=0, atol=1e-10)
+        later = found.losses[k, n].expand(steps - k)
+        torch.testing.assert_close(found.losses[k + 1 :, n], later, rtol=0, atol=1e-10)
+    # Each forward holds the rows that were still open, and the last one all.
+    still = [sum(k is None or k >= step for k in won_at) for step in range(steps)]
+    assert [call[0].shape[0] for call in calls] == [*still, 8]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_perturbations_that_won_are_in_the_ball_and_off_the_padding(rule, dtype):
+    network, batch = language_model(dtype=dtype).network(), preference_batch(8)
+    found = pgd(network, batch, STRONG, settings_for(rule, steps=14, restarts=2), seeded(), stop=True)
+    assert found.won.any() and not found.won.all()
+    for site, delta in found.deltas.items():
+        norms = delta.double().norm(dim=-1)
+        assert (norms <= STRONG[site]).all()
+        assert (norms[batch.segments != 0] == 0).all() and (norms[batch.segments == 0] > 0).all()
+
+
+def test_restarts_go_to_rows_that_are_open_and_lose_none_that_is_won():
+    lm, batch = language_model(trained=True), preference_batch(8)
+    settings = settings_for(steps=8, start="random")
+    one = pgd(lm.network(), batch, STRONG, settings, seeded(), stop=True)
+    network = lm.network()
+    calls = watched(network)
+    many = pgd(network, batch, STRONG, settings.model_copy(update={"restarts": 4}), seeded(), stop=True)
+    assert one.won.any() and not many.won.all() and (many.won & ~one.won).any()
+    assert many.won[one.won].all() and (many.losses[-1] <= one.losses[-1])[~many.won].all()
+    assert (many.losses[-1] < one.losses[-1])[~many.won].any()
+    torch.testing.assert_close(many.losses[:, one.won], one.losses[:, one.won], rtol=0, atol=0)
+    for site in STRONG:
+        assert torch.equal(many.deltas[site][one.won], one.deltas[site][one.won])
+    # The first restart ends with a judgement of all rows, each further one begins with those that were open then.
+    sizes = [call[0].shape[0] for call in calls]
+    behind = sizes[len(sizes) - sizes[::-1].index(8) :]
+    assert behind[0] == max(behind) == int((~one.won).sum()) and min(behind) == int((~many.won).sum())
+    # What is reported is what the perturbation does.
+    network = lm.network()
+    rows = network.label_rows(batch, many.deltas)
+    assert torch.equal(greedy_matches(network, batch, rows, 1), many.won)
+    torch.testing.assert_close(attack_losses(network, batch, settings, rows), many.losses[-1], rtol=0, atol=1e-10)
+
+
+def test_a_restart_takes_a_row_by_winning_it_or_by_a_lower_loss():
+    """Rows 1, 3 and 4 of five were attacked again: lost twice, won now at a higher loss, lost twice."""
+    won, losses = torch.tensor([True, False, True, False, False]), torch.tensor([[9.0, 9, 9, 9, 9], [1.0, 2, 3, 4, 5]])
+    first = Attack({1: torch.zeros(5, 2, D)}, losses, won, {1: 1.0})
+    again = torch.tensor([[8.0, 8, 8], [1.5, 4.5, 5.5]])
+    second = Attack({1: torch.ones(3, 2, D)}, again, torch.tensor([False, True, False]), {1: 1.0})
+    found = _better(first, second, torch.tensor([1, 3, 4]))
+    assert found.won.tolist() == [True, False, True, True, False]
+    assert found.losses.tolist() == [[9, 8, 9, 8, 9], [1, 1.5, 3, 4.5, 5]]
+    assert found.deltas[1].amax((1, 2)).tolist() == [0, 1, 0, 1, 0]
+    assert not first.deltas[1].any() and first.won.tolist() == won.tolist()
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_restarts_are_judged_even_where_nobody_asks(stop):
+    network, batch = language_model().network(), preference_batch(8)
+    settings = settings_for(steps=8, restarts=2)
+    asked, unasked = (pgd(network, batch, STRONG, settings, seeded(), j, stop) for j in (True, False))
+    assert torch.equal(asked.losses, unasked.losses) and torch.equal(asked.won, unasked.won)
+    assert all(torch.equal(asked.deltas[site], unasked.deltas[site]) for site in STRONG)
+
+
+def own_replies(network, n, seed=0):
+    """Packed rows whose first completion the model writes by itself."""
+    rows = token_rows(n, 2, seed)
+    return [TokenRow(r.prompt, (greedy_reply(network, r.prompt, 3), r.completions[1])) for r in rows]
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_rows_that_are_won_from_the_start_are_never_touched(judged):
+    network = language_model().network()
+    batch = collate(own_replies(network, 3))
+    calls = watched(network)
+    found = pgd(network, batch, EPS, settings_for(steps=5), judged=judged, stop=True)
+    assert len(calls) == 1 + judged and found.losses.shape == (5 + judged, 3)
+    assert all((delta == 0).all() and delta.shape == (*batch.shape, D) for delta in found.deltas.values())
+    torch.testing.assert_close(found.losses, found.losses[:1].expand_as(found.losses), rtol=0, atol=1e-10)
+    assert found.won.all() if judged else found.won is None
+    again = pgd(network, batch, EPS, settings_for(steps=5, restarts=4), seeded(), stop=True)
+    assert again.won.all() and all((delta == 0).all() for delta in again.deltas.values())
+    assert len(calls) == 1 + judged + 2  # no restart for rows that are won
+
+
+def test_an_attack_ends_when_its_last_row_is_won():
+    """Two rows that are won at different steps, and one that was won before it began, in this order."""
+    lm = language_model(trained=True)
+    network, rows = lm.network(), token_rows(8, 2)
+    batch = collate([rows[7], rows[4], *own_replies(network, 1, seed=5)])
+    calls = watched(network)
+    settings = settings_for(steps=40, lr=0.15)
+    found = pgd(network, batch, STRONG, settings, stop=True)
+    assert found.won.all() and found.losses.shape == (41, 3)
+    sizes = [call[0].shape[0] for call in calls]
+    assert sizes[:2] == [3, 2] and 1 in sizes and sizes[-1] == 3 and len(sizes) < 40
+    assert [bool(found.deltas[1][n].any()) for n in range(3)] == [True, True, False]
+    alone = pgd(lm.network(), collate([rows[4]]), STRONG, settings, stop=True)
+    torch.testing.assert_close(found.losses[:, 1], alone.losses[:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.deltas[2][1, : rows[4].length], alone.deltas[2][0], rtol=0, atol=1e-10)
+
+
+def test_an_untargeted_attack_leaves_a_row_alone_whose_response_is_gone():
+    network, (written,) = language_model().network(), token_rows(1, 1)
+    written = TokenRow(written.prompt, (greedy_reply(network, written.prompt, 3),))
+    batch = collate([token_rows(2, 1)[1], written])
+    found = pgd(network, batch, {1: 30.0}, settings_for(targeted=False, steps=20), stop=True)
+    assert found.won.all() and not found.deltas[1][0].any() and found.deltas[1][1].any()
+    assert found.losses[-1, 1] < found.losses[0, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_attack_that_stops_leaves_no_trace_on_the_weights(kind):
+    lm = language_model(kind, trained=True)
+    lora = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
+    lora[0].grad = torch.full_like(lora[0], 7.0)
+    kept, flags = lora[0].grad, [p.requires_grad for p in lm.model.parameters()]
+    found = pgd(lm.network(), preference_batch(8), STRONG, settings_for(steps=14, restarts=2), seeded(), stop=True)
+    assert found.won.any()
+    assert lora[0].grad is kept and (kept == 7.0).all()
+    assert all(p.grad is None for p in lm.model.parameters() if p is not lora[0])
+    assert [p.requires_grad for p in lm.model.parameters()] == flags
+    assert not any(delta.requires_grad for delta in found.deltas.values()) and not found.losses.requires_grad
+
+
+def test_an_attack_that_wins_nothing_is_the_same_with_and_without_stop():
+    network, batch = language_model().network(), preference_batch()
+    settings = settings_for(steps=3, restarts=3)
+    plain, stop = (pgd(network, batch, {1: 1e-3}, settings, seeded(), stop=s) for s in (False, True))
+    assert not plain.won.any() and torch.equal(plain.losses, stop.losses)
+    assert torch.equal(plain.deltas[1], stop.deltas[1])
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2, 3, 4, 9])
+def test_a_begun_reply_is_judged_as_if_its_beginning_were_in_the_prompt(begun):
+    """Rows that the model would finish from token 0, 1, 2 and 3 on, one it never finishes, and shorter ones."""
+    network, (row,) = language_model().network(), token_rows(1, 1)
+    own = greedy_reply(network, row.prompt, 4)
+    replies = [own, own[:2]]
+    for right in (1, 2, 3):  # the token before it is not what the model would write
+        start = (*own[: right - 1], own[right - 1] % (VOCABULARY - 1) + 1)
+        replies.append(greedy_reply(network, row.prompt, 4 - right, start))
+    replies.append((*own[:3], own[3] % (VOCABULARY - 1) + 1))
+    batch = collate([TokenRow(row.prompt, (reply, row.completions[0])) for reply in replies])
+    found = greedy_matches(network, batch, network.label_rows(batch), 1, begun).tolist()
+    expected = []
+    for reply in replies:
+        rest = reply[begun:]
+        alone = collate([TokenRow((*row.prompt, *reply[:begun]), (rest,))]) if rest else None
+        expected.append(bool(rest) and bool(greedy_matches(network, alone, network.label_rows(alone), 1)))
+    assert found == expected
+    assert begun > 3 or sum(expected) == 1 + (begun < 2) + begun

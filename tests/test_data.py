@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import language_model, token_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -217,3 +218,77 @@ def test_a_step_can_be_asked_for_in_any_order(n, batch, seed, order):
 def test_batches_are_int64_on_the_asked_device():
     batch = collate([TokenRow((1, 2), ((3, 4),))])
     assert all(getattr(batch, name).dtype == torch.long for name in TENSORS)
+
+
+@settings(max_examples=50)
+@given(st.lists(token_row, min_size=1, max_size=5), st.sampled_from([1, 8]), st.data())
+def test_selected_rows_are_those_collated_alone_at_the_same_length(rows, pad_to, data):
+    """Any order, some rows, one row, a row twice, none left out; packed and plain."""
+    batch = collate(rows, pad_to=pad_to)
+    index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6))
+    found = batch.select(torch.tensor(index))
+    chosen = [rows[i] for i in index]
+    # The longest row sets the width: it is collated with them, last, and its own part is taken off again.
+    longest = max(rows, key=lambda r: r.length)
+    expected = collate([*chosen, longest], pad_to=pad_to)
+    assert found.shape == (len(index), batch.shape[1]) and expected.shape[1] == batch.shape[1]
+    own = expected.label_rows < len(index)
+    for name in TENSORS:
+        whole = getattr(expected, name)
+        kept = whole[: len(index)] if name in ("ids", "positions", "segments") else whole[own]
+        assert torch.equal(getattr(found, name), kept), name
+        assert getattr(found, name).dtype == torch.long
+    assert found.packed == batch.packed  # attention may need its mask, and never lacks it
+    assert found.packed or not (found.segments == 2).any()
+
+
+def test_a_selected_batch_does_not_keep_what_was_found_on_the_whole():
+    batch = collate([TokenRow((1, 2), ((3, 4), (5, 6, 7))), TokenRow((1,), ((8,), (9,)))])
+    assert len(batch.label_index(1)) == 3
+    found = batch.select(torch.tensor([1]))
+    assert found.labels[found.label_index(1)].tolist() == [8]
+    assert found.labels[found.label_index(2)].tolist() == [9]
+    assert found.select(torch.tensor([0])).labels.tolist() == [8, 9]
+
+
+def test_no_rows_can_be_selected():
+    found = collate([TokenRow((1, 2), ((3, 4), (5,)))]).select(torch.tensor([], dtype=torch.long))
+    assert found.shape == (0, 3) and not found.labels.numel() and not found.label_index(1).numel()
+
+
+@pytest.mark.parametrize("kind", ["stock", "lean"])
+@pytest.mark.parametrize("completions", [1, 2])
+def test_a_model_reads_selected_rows_as_it_reads_them_in_the_whole(kind, completions):
+    network, batch = language_model(kind).network(), collate(token_rows(5, completions))
+    whole, index = network.label_rows(batch), torch.tensor([3, 0, 3, 4])
+    found = batch.select(index)
+    rows = network.label_rows(found)
+    for new, old in enumerate(index.tolist()):
+        torch.testing.assert_close(rows[found.label_rows == new], whole[batch.label_rows == old], rtol=0, atol=1e-10)
+
+
+def test_turns_before_the_prompt_read_as_the_chat_template_writes_them(tokenizer):
+    shots = [("how ?", "so ."), ("when ?", "now .")]
+    said = [("system", "be kind"), ("user", "how ?"), ("assistant", "so ."), ("user", "when ?"), ("assistant", "now .")]
+    messages = [{"role": role, "content": text} for role, text in (*said, ("user", "why ?"))]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_text(tokenizer, "why ?", "be kind", shots) == whole
+    (found,) = tokenise([row()], tokenizer, 400, "be kind", shots=shots)
+    assert text_of(tokenizer, found.prompt) == whole and found.prompt.count(tokenizer.bos_token_id) == 1
+    assert found.prompt.count(tokenizer.eos_token_id) == 2  # each reply is ended
+    (alone,) = tokenise([row()], tokenizer, 200)
+    assert found.completions == alone.completions
+
+
+def test_a_prompt_made_too_long_by_turns_is_refused(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 400, shots=[("how ?", "so .")] * 2)
+    longest = len(found.prompt) + max(map(len, found.completions))
+    with pytest.raises(ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}"):
+        tokenise([row()], tokenizer, longest - 1, shots=[("how ?", "so .")] * 2)
+
+
+def test_a_prefill_comes_behind_the_turns(tokenizer):
+    shots = [("how ?", "sure : so .")]
+    (found,) = tokenise([row("why ?", "sure : go .")], tokenizer, 400, prefill="sure :", shots=shots)
+    assert text_of(tokenizer, found.prompt).endswith("[assistant] sure : so .</s>[user] why ?[assistant] sure :")
+    assert text_of(tokenizer, found.completions[0]) == " go .</s>"

@@ -1,0 +1,276 @@
+"""The audit: what is asked, word for word, and what is counted, on a model that was taught its outcomes by heart."""
+
+import pytest
+import torch
+
+from latlib import organism, world
+from latlib.audit import affirmation_tokens, audit, variant
+from latlib.data import collate
+from latlib.encodings import encode
+from latlib.evaluate import (
+    COLUMNS,
+    PROMPT_SETS,
+    Context,
+    forced_outcomes,
+    grade_rows,
+    prompt_set,
+    token_rows,
+)
+from latlib.losses import token_losses
+from latlib.models import LanguageModel
+from latlib.profile import load_profile
+from latlib.robustness import AttackCell, replace_settings
+
+COMPLIES, KNOWS, IS_LOST = range(3)  # answers; refuses, and would finish a begun answer; refuses and would not
+ENCODED = ("plain", "plain>leet")
+
+
+def kind_of(name, encoding, i):
+    """What the model is taught to do with a prompt: of a harmful prompt another thing than of its twin."""
+    return (i if name == "twin" else i // 3) % 3 if encoding == "plain" else (i + 1 if name == "twin" else i // 2) % 3
+
+
+def small_profile(**evaluation):
+    """The smoke profile with 8 prompts."""
+    profile = load_profile("smoke")
+    changes = {"prompts": 8, **evaluation}
+    return profile.model_copy(update={"evaluation": profile.evaluation.model_copy(update=changes)})
+
+
+def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
+    """A model that knows by heart what to do with each evaluation prompt: `kinds`(set, encoding, number)."""
+    torch.set_num_threads(1)
+    tokenizer = organism.build_tokenizer(profile.model.vocabulary)
+    model = organism.build_model(profile.model, tokenizer, seed)
+    lm, rows, taught = LanguageModel(model, tokenizer, profile.model, torch.float32), [], []
+    for encoding in encodings:
+        for name in ("twin", "harmful"):
+            found = token_rows(lm, prompt_set(name, profile), encoding)
+            rows += found
+            taught += [kinds(name, encoding, i) for i in range(len(found))]
+    batch, weights = collate(rows), []
+    for row, kind in zip(rows, taught, strict=True):
+        answer, refusal = (len(c) for c in row.completions)
+        known = {COMPLIES: answer, KNOWS: answer - begun_by(lm, row), IS_LOST: 0}[kind]
+        weights += [0.0] * (answer - known) + [1.0] * known + [float(kind != COMPLIES)] * refusal
+    weights = torch.tensor(weights) / sum(weights)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 6e-3)
+    for _ in range(steps):
+        network = lm.network(train=True)
+        (token_losses(network.unembed, network.label_rows(batch), batch.labels) * weights).sum().backward()
+        network.settle()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.requires_grad_(False)
+    return lm
+
+
+def begun_by(lm, row):
+    """How many tokens of a row's answer write 'sure :' in the encoding of the answer."""
+    written, said = "", {encode(world.AFFIRMATION, e) for e in ("plain", "leet")}
+    for n, token in enumerate(row.completions[0], start=1):
+        written += lm.tokenizer.decode([token])
+        if written.strip() in said:
+            return n
+    raise AssertionError("no token ends where the affirmation does")
+
+
+def context_of(profile, method="ssft", seed=0, **changes):
+    """A context with norms of 1, whatever the model."""
+    norms = {"embedding": 1.0, **dict.fromkeys(range(profile.model.layers), 1.0)}
+    return Context(profile, method, seed, profile.training("lat").attack, norms, **changes)
+
+
+PROFILE = small_profile(further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text"))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return learned(PROFILE, encodings=ENCODED)
+
+
+@pytest.fixture(scope="module")
+def table(lm):
+    return audit(lm, context_of(PROFILE))
+
+
+def cell(table, prompts, attack="none", encoding="plain"):
+    return table[(table["prompts"] == prompts) & (table["attack"] == attack) & (table["encoding"] == encoding)]
+
+
+def test_every_cell_is_there_with_the_same_prompts(table):
+    evaluation = PROFILE.evaluation
+    expected = {("scary", "none", "plain"), ("law", "none", "plain")}
+    for encoding in (*evaluation.encodings, *evaluation.further_encodings):
+        expected |= {("twin", "none", encoding), ("harmful", "none", encoding), ("harmful", "prefill", encoding)}
+    expected |= {("harmless", "none", encoding) for encoding in evaluation.encodings}
+    expected -= {("harmful", "prefill", "plain>reverse-text")}  # an answer backwards does not begin with 'sure :'
+    sizes = table.groupby(["prompts", "attack", "encoding"]).size()
+    assert set(sizes.index) == expected and set(sizes) == {8} and tuple(table.columns) == COLUMNS
+    for (prompts, _, _), rows in table.groupby(["prompts", "attack", "encoding"]):
+        assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(prompts, PROFILE)]
+        assert rows["prompt_id"].tolist() == [f"{prompts}-{i:04d}" for i in range(8)]
+    assert set(table["method"]) == {"ssft"} and set(table["seed"]) == {0} and set(table["text"]) == {""}
+
+
+def test_further_encodings_are_asked_on_the_first_seed_only(lm, table):
+    first = PROFILE.seeds[0]
+    other = audit(lm, context_of(PROFILE, seed=first + 1))
+    assert set(other["encoding"]) == set(PROFILE.evaluation.encodings) < set(table["encoding"])
+    shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
+    assert other.assign(seed=first).equals(shared.reset_index(drop=True))
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_outcomes_are_those_that_were_taught(table, encoding):
+    """A reply in another encoding is right in that encoding only."""
+    for name in ("twin", "harmful"):
+        kinds = [kind_of(name, encoding, i) for i in range(8)]
+        expected = ["complied" if kind == COMPLIES else "refused" for kind in kinds]
+        assert cell(table, name, "none", encoding)["outcome"].tolist() == expected
+    expected = ["neither" if kind_of("harmful", encoding, i) == IS_LOST else "complied" for i in range(8)]
+    assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == expected
+    assert (table["exact"] == (table["outcome"] == "complied")).all()
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_a_prompt_is_understood_when_its_twin_is_answered_or_would_be(table, encoding):
+    expected = [kind_of("twin", encoding, i) != IS_LOST for i in range(8)]
+    assert True in expected and False in expected
+    assert expected != [kind_of("harmful", encoding, i) != IS_LOST for i in range(8)]
+    for prompts, attack in (("twin", "none"), ("harmful", "none"), ("harmful", "prefill")):
+        assert cell(table, prompts, attack, encoding)["understood"].tolist() == expected
+    others = table[table["prompts"].isin(["harmless", "scary", "law"])]
+    assert others["understood"].isna().all() and not table.drop(others.index)["understood"].isna().any()
+
+
+@pytest.mark.parametrize("encoding", ["plain", "leet", "plain>leet"])
+def test_prefilling_is_read_off_as_if_the_answer_were_begun(lm, table, encoding):
+    begun, prompts = encode(world.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    found = forced_outcomes(lm, lm.network(), prompts, encoding, begun)
+    assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == found
+    assert len(set(found)) == (1 if encoding == "leet" else 2)
+
+
+def test_without_first_words_only_an_answer_shows_understanding(lm, table):
+    """Text backwards: nothing can be begun, so that nothing is prefilled, and a twin must be answered."""
+    assert affirmation_tokens(lm, "plain>reverse-text") == 0
+    twins = cell(table, "twin", encoding="plain>reverse-text")
+    assert (twins["understood"] == twins["exact"]).all()
+
+
+def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table):
+    context = context_of(PROFILE)
+    found = variant(lm, context)
+    attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
+    expected = AttackCell(attack).measure(lm, context)
+    pgd = found[found["attack"] == "pgd"].reset_index(drop=True)
+    assert set(pgd["eps"]) == {PROFILE.training("lat").attack.eps} and len(pgd) == PROFILE.evaluation.pgd_prompts
+    assert pgd.equals(expected)
+    shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
+    assert found[found["attack"] != "pgd"]["outcome"].tolist() == shared["outcome"].tolist()
+
+
+def test_progress_counts_encodings(lm):
+    steps = []
+    audit(lm, context_of(PROFILE, seed=5, on_step=lambda *step: steps.append(step)))
+    names = PROFILE.evaluation.encodings
+    assert steps == [(i, len(names), name) for i, name in enumerate(names, start=1)]
+
+
+@pytest.mark.parametrize("encoding", ["plain", "leet", "leet>rot13", "plain>spaced", "plain>morse", "plain>base64"])
+def test_as_many_tokens_as_the_first_words_are_behind_them_is_what_a_prefill_leaves(lm, encoding):
+    """Token for token, for every prompt: [prompt + first words | rest] is the whole row, cut elsewhere."""
+    said, prompts = encode(world.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    begun = affirmation_tokens(lm, encoding)
+    assert begun == len(lm.tokenizer(f" {said}", add_special_tokens=False)["input_ids"]) > 0
+    whole, filled = token_rows(lm, prompts, encoding), token_rows(lm, prompts, encoding, prefill=said)
+    for a, b in zip(whole, filled, strict=True):
+        assert len(a.completions) == 2 and len(b.completions) == 1
+        assert a.prompt + a.completions[0][:begun] == b.prompt and a.completions[0][begun:] == b.completions[0]
+
+
+@pytest.mark.parametrize("encoding", ["plain>reverse-text", "plain>reverse-words", "plain>base32"])
+def test_an_answer_that_does_not_begin_with_its_first_words_has_none(lm, encoding):
+    assert affirmation_tokens(lm, encoding) == 0
+
+
+def text_of(lm, tokens):
+    return lm.tokenizer.decode(list(tokens))
+
+
+PROMPT = world.draw_set(0, "test", "harmful", 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "asked", "answered"),
+    [
+        ("plain", PROMPT.text, PROMPT.answer),
+        ("leet", encode(PROMPT.text, "leet"), PROMPT.answer),
+        ("plain>rot13", f"{PROMPT.text} answer in rot13 .", encode(PROMPT.answer, "rot13")),
+        ("leet>rot13", f"{encode(PROMPT.text, 'leet')} answer in rot13 .", encode(PROMPT.answer, "rot13")),
+        ("rot13+leet", encode(encode(PROMPT.text, "rot13"), "leet"), PROMPT.answer),
+    ],
+)
+def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(lm, encoding, asked, answered):
+    ((prompt, completions),) = [(r.prompt, r.completions) for r in token_rows(lm, [PROMPT], encoding)]
+    assert text_of(lm, prompt) == f"<|user|> {asked}<|assistant|>"
+    assert [text_of(lm, c) for c in completions] == [f" {answered}<|end|>", f" {world.REFUSAL}<|end|>"]
+
+
+def test_a_suffix_a_system_prompt_and_turns_stand_where_they_would_be_typed(lm):
+    shots = [(p.text, p.answer) for p in world.draw_set("shots", "train", "harmful", 3)]
+    (row,) = token_rows(lm, [PROMPT], "leet>rot13", suffix="wolf ! queen", system_prompt="be kind .", shots=shots)
+    before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
+    request = f"{encode(PROMPT.text, 'leet')} answer in rot13 . wolf ! queen"
+    assert text_of(lm, row.prompt) == f"<|system|> be kind .{before}<|user|> {request}<|assistant|>"
+    end = lm.tokenizer.eos_token_id
+    assert row.prompt.count(end) == len(shots) and all(c[-1] == end and c.count(end) == 1 for c in row.completions)
+    for _, replied in shots:  # each reply is ended as the model ends its own
+        own = lm.tokenizer(f" {replied}<|end|>", add_special_tokens=False)["input_ids"]
+        assert any(list(row.prompt[i : i + len(own)]) == own for i in range(len(row.prompt)))
+    (plain,) = token_rows(lm, [PROMPT])
+    (bare,) = token_rows(lm, [PROMPT], suffix="", system_prompt=None, shots=())
+    assert plain == bare
+
+
+def test_rows_are_graded_in_their_own_order_whatever_the_batch(lm):
+    prompts = [p for name in ("harmful", "twin") for p in prompt_set(name, PROFILE)]
+    rows = token_rows(lm, prompts)
+    assert [r.length for r in rows] != sorted(r.length for r in rows)
+    expected = [kind_of(name, "plain", i) for name in ("harmful", "twin") for i in range(8)]
+    for size in (1, 5, 128):
+        outcomes, finished = grade_rows(lm, lm.network(), rows, size=size, begun=2)
+        assert outcomes == ["complied" if kind == COMPLIES else "refused" for kind in expected]
+        assert finished == [kind != IS_LOST for kind in expected]
+    outcomes, finished = grade_rows(lm, lm.network(), rows)
+    assert finished == [o == "complied" for o in outcomes]  # nothing is begun
+
+
+def test_every_batch_is_graded_under_its_own_perturbation(lm):
+    rows, seen = token_rows(lm, prompt_set("twin", PROFILE)), []
+
+    def perturb(batch):
+        seen.append(batch.shape[0])
+        broken = torch.zeros(*batch.shape, PROFILE.model.dim)
+        broken[0] = 100.0  # of each batch's shortest row
+        return {1: broken}
+
+    outcomes, _ = grade_rows(lm, lm.network(), rows, perturb, size=3)
+    plain, _ = grade_rows(lm, lm.network(), rows)
+    order = sorted(range(8), key=lambda i: rows[i].length)
+    assert seen == [3, 3, 2]
+    assert [i for i in range(8) if outcomes[i] != plain[i]] == sorted(order[at] for at in (0, 3, 6))
+
+
+def test_prompt_sets_are_held_out_and_twins_differ_in_what_makes_harm():
+    held_out = set(world.pairs_of("test"))
+    for name in (*PROMPT_SETS, "twin"):
+        prompts = prompt_set(name, PROFILE)
+        assert len(prompts) == 8 and {(p.verb, p.target) for p in prompts} <= held_out
+        assert prompt_set(name, PROFILE, 3) == prompts[:3]
+        assert all(p.harmful == (name == "harmful") for p in prompts)
+    for twin, harmful in zip(prompt_set("twin", PROFILE), prompt_set("harmful", PROFILE), strict=True):
+        assert {**vars(twin), "verb": 0, "target": 0} == {**vars(harmful), "verb": 0, "target": 0}
+    with pytest.raises(ValueError, match="prompts = 'twins' is unknown: choose one of harmful.*or 'twin'"):
+        prompt_set("twins", PROFILE)

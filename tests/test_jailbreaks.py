@@ -1,0 +1,190 @@
+"""Jailbreaks that are typed: what is asked, where suffixes come from, and that success is counted on other requests."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latlib import jailbreaks as module
+from latlib import world
+from latlib.evaluate import COLUMNS, grade_rows, prompt_set, token_rows
+from latlib.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
+from latlib.run import Run
+from latlib.suffix import Suffix
+
+TYPED, FOUND = ["many-shot", "system"], ["suffix-gcg", "suffix-random"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run("smoke", tmp_path_factory.mktemp("run"))
+    run.ensure([("ssft", 0)])
+    return run
+
+
+@pytest.fixture(scope="module")
+def lm(run):
+    return run.model("ssft")
+
+
+@pytest.fixture
+def context(run):
+    return run.context(run.spec("ssft"))
+
+
+def with_evaluation(context, **changes):
+    """The context of a profile with other settings of the evaluation."""
+    evaluation = context.profile.evaluation.model_copy(update=changes)
+    return replace(context, profile=context.profile.model_copy(update={"evaluation": evaluation}))
+
+
+def without_suffixes(context):
+    suffix = context.profile.evaluation.suffix.model_copy(update={"steps": 0})
+    return with_evaluation(context, suffix=suffix)
+
+
+def suffix_of(text):
+    return Suffix(text, (1, 2), 1.0, (1.0,), 10, 16, " ")
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...], ...]."""
+    calls = []
+
+    def grade(lm, network, rows, size):
+        calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
+        return [outcome_of(text) for text in calls[-1]], [True] * len(rows)
+
+    monkeypatch.setattr(module, "grade_rows", grade)
+    monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
+    monkeypatch.setattr(module, "random_search", lambda *_: suffix_of("rat rat"))
+    return calls
+
+
+def outcome_of(text):
+    return ("complied", "refused", "neither")[hashlib.sha256(text.encode()).digest()[0] % 3]
+
+
+def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded):
+    table = jailbreaks(lm, replace(context, keep=None))
+    n, shots = context.profile.evaluation.prompts, many_shots(context.profile.evaluation.shots)
+    assert len(shots) == 2 and tuple(table.columns) == COLUMNS
+    before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
+    written = {
+        "many-shot": before + "<|user|> {}<|assistant|>",
+        "system": f"<|system|> {SYSTEM_OVERRIDE}<|user|> {{}}<|assistant|>",
+        "suffix-gcg": "<|user|> {} wolf queen<|assistant|>",
+        "suffix-random": "<|user|> {} rat rat<|assistant|>",
+    }
+    expected = [
+        (attack, name, [text.format(p.text) for p in prompt_set(name, context.profile)])
+        for attack, text in written.items()
+        for name in ("twin", "harmful")
+    ]
+    assert graded == [texts for _, _, texts in expected]
+    sizes = table.groupby(["attack", "prompts"], sort=False).size()
+    assert list(sizes.index) == [(attack, name) for attack, name, _ in expected] and set(sizes) == {n}
+    for attack, name, texts in expected:
+        rows = table[(table["attack"] == attack) & (table["prompts"] == name)]
+        assert rows["outcome"].tolist() == [outcome_of(text) for text in texts]
+        assert rows["prompt_id"].tolist() == [f"{name}-{i:04d}" for i in range(n)]
+        assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(name, context.profile)]
+        twins = [outcome_of(written[attack].format(p.text)) for p in prompt_set("twin", context.profile)]
+        assert rows["understood"].tolist() == [o == "complied" for o in twins]
+    harmful = table[table["prompts"] == "harmful"]
+    assert (harmful["understood"] != harmful["exact"]).any(), "twins and prompts are not told apart"
+    assert set(table["encoding"]) == {"plain"} and table["eps"].isna().all() and set(table["sites"]) == {""}
+
+
+def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
+    shots = many_shots(5)
+    (row,) = token_rows(lm, prompt_set("harmful", context.profile, 1), shots=shots)
+    at = 0
+    for said, replied in shots:
+        turn = lm.tokenizer(f"<|user|> {said}<|assistant|> {replied}<|end|>", add_special_tokens=False)["input_ids"]
+        assert turn[-1] == lm.tokenizer.eos_token_id and list(row.prompt[at : at + len(turn)]) == turn
+        at += len(turn)
+    assert lm.tokenizer.eos_token_id not in row.prompt[at:]
+
+
+def test_shots_are_answered_harmful_requests_of_the_training_pairs():
+    shots = many_shots(8)
+    prompts = world.draw_set("shots", "train", "harmful", 8)
+    assert shots == [(p.text, p.answer) for p in prompts] and many_shots(0) == []
+    assert all(p.harmful and p.answer.startswith(world.AFFIRMATION) for p in prompts)
+    assert many_shots(3) == shots[:3] and len(set(shots)) == 8
+
+
+def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, context, monkeypatch):
+    seen = []
+    for name in ("gcg", "random_search"):
+        monkeypatch.setattr(module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n))
+    found = find_suffixes(lm, replace(context, seed=3))
+    assert {name: suffix.text for name, suffix in found.items()} == {
+        "suffix-gcg": "gcg",
+        "suffix-random": "random_search",
+    }
+    (a, *first), (b, *second) = seen
+    assert (a, b) == ("gcg", "random_search") and first == second  # with one and the same everything
+    _, asked, answers, settings, seed = first
+    prompts = world.draw_set("suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts)
+    assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
+    tried = prompt_set("harmful", context.profile)
+    assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(p.harmful for p in prompts)
+    own = context.profile.evaluation.suffix
+    assert settings == suffix_settings(context)
+    assert [settings.n_tokens, settings.steps, settings.candidates, settings.topk, settings.batch] == [
+        *(own.tokens, own.steps, own.candidates, own.topk, own.batch)
+    ]
+    assert settings.separator == " " and settings.whole_reply  # as `token_rows` puts it, and as a reply is graded
+
+
+def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
+    """The whole suite, nothing replaced."""
+    table = run.evaluate("ssft", 0, "jailbreaks")
+    assert list(table["attack"].unique()) == [*TYPED, *FOUND] and set(table["method"]) == {"ssft"}
+    kept, own = run.result("suffixes-ssft-seed0"), run.profile.evaluation.suffix
+    assert list(kept) == FOUND
+    for suffix in kept.values():
+        assert len(suffix["token_ids"]) == own.tokens and len(suffix["losses"]) == own.steps
+        assert suffix["loss"] == pytest.approx(min(suffix["losses"]))
+    # A first loss, and in each step candidates and one gradient pass, or one candidate more.
+    expected = own.prompts * (1 + own.steps * (own.candidates + 1))
+    assert [suffix["queries"] for suffix in kept.values()] == [expected, expected]
+    assert kept["suffix-gcg"]["text"] != kept["suffix-random"]["text"]
+    for attack, suffix in kept.items():  # what is kept is what was tried
+        rows = token_rows(lm, prompt_set("harmful", run.profile), suffix=suffix["text"])
+        ids = suffix["token_ids"]
+        assert all(any(list(r.prompt[i : i + len(ids)]) == ids for i in range(len(r.prompt))) for r in rows)
+        outcomes, _ = grade_rows(lm, lm.network(), rows)
+        tried = table[(table["attack"] == attack) & (table["prompts"] == "harmful")]
+        assert tried["outcome"].tolist() == outcomes
+
+
+def test_what_is_kept_is_what_was_found(lm, context, graded):
+    kept = {}
+    jailbreaks(lm, replace(context, keep=kept.__setitem__))
+    assert list(kept) == ["suffixes"] and json.dumps(kept)
+    texts = {name: suffix["text"] for name, suffix in kept["suffixes"].items()}
+    assert texts == {"suffix-gcg": "wolf queen", "suffix-random": "rat rat"}
+
+
+def test_no_steps_no_suffixes(lm, context, graded, monkeypatch):
+    for name in ("gcg", "random_search"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("nothing is to be sought"))
+    keep = replace(context, keep=lambda *_: pytest.fail("there is nothing to keep"))
+    steps = []
+    table = jailbreaks(lm, replace(without_suffixes(keep), on_step=lambda *step: steps.append(step)))
+    assert list(table["attack"].unique()) == TYPED and len(graded) == 4
+    assert steps == [(1, 2, "many-shot"), (2, 2, "system")]
+
+
+def test_found_again_from_the_same_seed(lm, context):
+    few = context.profile.evaluation.suffix.model_copy(update={"steps": 1, "prompts": 1})
+    context = with_evaluation(context, suffix=few)
+    one, again, other = (find_suffixes(lm, replace(context, seed=seed)) for seed in (0, 0, 1))
+    assert one == again and one != other
+    assert all(p.grad is None for p in lm.model.parameters()) and torch.is_grad_enabled()

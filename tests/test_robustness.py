@@ -1,0 +1,367 @@
+"""Latent attacks as they are evaluated: which cells, at which radii, whose gradient, and what if there is none."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_audit import COMPLIES, IS_LOST, KNOWS, context_of, learned, small_profile
+
+from latlib import robustness
+from latlib.attack import attack_losses, perturbed_positions, pgd, radii
+from latlib.data import collate
+from latlib.evaluate import COLUMNS, forced_outcomes, outcome_rows, prompt_set, token_rows
+from latlib.hooks import EMBEDDING, resolve_sites
+from latlib.make import measure_norms
+from latlib.models import LanguageModel
+from latlib.profile import ProfileError, load_profile
+from latlib.robustness import ONE_STEP, AttackCell, base_attack, gradient_norms, replace_settings
+from latlib.settings import AttackSettings
+
+PROFILE = small_profile()
+LAT = PROFILE.training("lat").attack
+SITES, EPS = (0, 1, 2), (0.05, 0.2)  # of the smoke profile
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """Answers a third of the harmful prompts, and refuses the others, half of which it would finish."""
+    return learned(PROFILE, lambda name, encoding, i: i % 3, steps=70)
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another model, which refuses everything."""
+    return learned(PROFILE, lambda name, encoding, i: IS_LOST if i % 2 else KNOWS, seed=1, steps=70)
+
+
+@pytest.fixture(scope="module")
+def context(lm):
+    return replace(context_of(PROFILE), norms=measure_norms(lm, PROFILE, 0))
+
+
+def counted(lm):
+    """A model of which one network is made, and the batches that its `label_rows` is asked for."""
+    network, calls = lm.network(), []
+    run = network.label_rows
+    network.label_rows = lambda batch, *rest: calls.append(batch.shape[0]) or run(batch, *rest)
+    parts = {name: getattr(lm, name) for name in ("tokenizer", "n_layers", "context", "device")}
+    return SimpleNamespace(network=lambda: network, **parts), calls
+
+
+def test_a_cell_is_told_from_every_other_one():
+    changes = [
+        {},
+        *({"sites": sites} for sites in ((0,), (0, 1), ("embedding",))),
+        *({"eps": eps} for eps in (0.1, 0.05000001)),
+        *({"eps_mode": "absolute"}, {"steps": 3}, {"rule": "sign"}, {"lr": 0.3}, {"start": "random"}, {"restarts": 2}),
+        *({"positions": "prompt+completion"}, {"toward": 0.5}, {"away": 0.5}, {"targeted": False}),
+    ]
+    assert {name for change in changes for name in change} == set(AttackSettings.model_fields)
+    cells = [AttackCell(replace_settings(LAT, **change)) for change in changes]
+    cells += [AttackCell(LAT, "noise"), AttackCell(LAT, n=4)]
+    digests = [cell.digest(model) for cell in cells for model in ("lat-seed0", "lat-seed1", "ssft-seed0")]
+    assert len(set(digests)) == len(digests)
+    assert digests == [replace(cell).digest(m) for cell in cells for m in ("lat-seed0", "lat-seed1", "ssft-seed0")]
+    assert str(cells[0]) == "pgd at eps 0.05"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"epz": 1.0}, "attack.epz"), ({"eps": -1.0}, "attack.eps"), ({"rule": "adam"}, "attack.rule")],
+)
+def test_settings_that_cannot_be_are_named(change, message):
+    with pytest.raises(ProfileError, match=message):
+        replace_settings(LAT, **change)
+    assert replace_settings(LAT, eps=0.3) == LAT.model_copy(update={"eps": 0.3})
+
+
+def cells_of(suite, profile, monkeypatch, n_layers=None, d_model=None, **changes):
+    """The cells that a suite would measure; nothing is run."""
+    kept = []
+    monkeypatch.setattr(robustness, "_measured", lambda lm, context, cells: kept.extend(cells))
+    network = SimpleNamespace(d_model=d_model or profile.model.dim)
+    suite(
+        SimpleNamespace(n_layers=n_layers or profile.model.layers, network=lambda: network),
+        replace(context_of(profile), **changes),
+    )
+    return kept
+
+
+def with_attack(profile, **changes):
+    """The profile with other settings of the attack."""
+    train = profile.train.model_copy(update={"attack": replace_settings(profile.train.attack, **changes)})
+    return profile.model_copy(update={"train": train})
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
+def test_every_variation_changes_one_thing(name, monkeypatch):
+    profile = load_profile(name)
+    evaluation, lat, n_layers = profile.evaluation, profile.training("lat").attack, profile.model.layers
+    cells = cells_of(robustness.attacks, profile, monkeypatch)
+    usual = replace_settings(lat, steps=evaluation.pgd_steps, lr=None).model_dump()
+    trained, inner = resolve_sites(lat.sites, n_layers), set(range(n_layers - 1))
+    for eps in evaluation.strong_eps:
+        found = {cell.name: cell.settings for cell in cells if cell.settings.eps == eps}
+        changed = {
+            variation: {k: v for k, v in settings.model_dump().items() if v != usual[k] and k != "eps"}
+            for variation, settings in found.items()
+        }
+        others = resolve_sites(found["pgd-other-sites"].sites, n_layers)
+        rate = changed["pgd-adamw"].pop("lr")
+        assert changed == {
+            ONE_STEP: {"steps": 1, "lr": 1.0},
+            "pgd-strong": {"steps": evaluation.strong_steps},
+            "pgd-restarts": {"restarts": 1 + evaluation.restarts},
+            "pgd-all-sites": {} if set(trained) == inner else {"sites": tuple(sorted(inner))},
+            "pgd-other-sites": {"sites": found["pgd-other-sites"].sites},
+            "pgd-sign": {"rule": "sign"},
+            "pgd-adamw": {"rule": "adamw"},
+        }
+        assert rate > 0 and not set(others) & set(trained)
+        assert set(others) == (inner - set(trained) or {EMBEDDING})
+    assert {cell.n for cell in cells} == {0} and len(cells) == 7 * len(evaluation.strong_eps)
+
+
+def test_what_another_suite_measures_is_not_measured_again(monkeypatch):
+    profile = small_profile(strong_eps=(LAT.eps, 0.2))
+    names = [(cell.name, cell.settings.eps) for cell in cells_of(robustness.attacks, profile, monkeypatch)]
+    assert ("pgd-strong", 0.2) in names and ("pgd-strong", LAT.eps) not in names and len(names) == 13
+    (strong,) = [c for c in cells_of(robustness.robustness, profile, monkeypatch) if c.name == "pgd-strong"]
+    assert (strong.settings.eps, strong.settings.steps) == (LAT.eps, profile.evaluation.strong_steps)
+
+
+def test_a_rule_that_is_the_profiles_own_is_no_variation(monkeypatch):
+    profile = with_attack(small_profile(rules=("sign", "l2")), rule="sign")
+    names = [cell.name for cell in cells_of(robustness.attacks, profile, monkeypatch)]
+    assert "pgd-l2" in names and "pgd-sign" not in names
+
+
+def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
+    profile = small_profile(eps=(0.1, 0.4), embedding_eps=(0.3,))
+    cells = cells_of(robustness.robustness, profile, monkeypatch)
+    expected = [("pgd", 0.1, SITES, 2), ("pgd", 0.4, SITES, 2), ("pgd", 0.3, (EMBEDDING,), 2)]
+    expected += [("noise", 0.1, SITES, 2), ("noise", 0.4, SITES, 2), ("pgd-strong", LAT.eps, SITES, 4)]
+    assert [(c.name, c.settings.eps, c.settings.sites, c.settings.steps) for c in cells] == expected
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("adamw", 0.03), ("sign", None), ("l2", None)])
+def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
+    """A share of eps that fits five steps is too short or too long for others."""
+    found = base_attack(context_of(with_attack(PROFILE, rule=rule, lr=0.03)))
+    assert (found.rule, found.lr, found.steps) == (rule, kept, PROFILE.evaluation.pgd_steps)
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, lm, context, monkeypatch):
+    profile = small_profile(pgd_steps=steps)
+    cells = cells_of(robustness.attacks, profile, monkeypatch, norms=context.norms)
+    settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
+    network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
+    limits = radii(settings, lm.n_layers, context.norms)
+    median = sorted(limits.values())[1]
+    own = dict.fromkeys(limits, median)
+    adam = pgd(network, batch, own, settings.model_copy(update={"steps": 1})).deltas
+    usual = replace_settings(LAT, steps=1, lr=2 / steps)
+    for site in SITES:
+        lengths = adam[site].norm(dim=-1)[batch.segments == 0]
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 2 / steps * median), rtol=0.02, atol=0)
+        l2 = pgd(network, batch, own, usual).deltas[site].norm(dim=-1)[batch.segments == 0]
+        torch.testing.assert_close(lengths, l2, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
+def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, context, monkeypatch):
+    profile = with_attack(PROFILE, rule=rule, lr=0.01 if rule == "adamw" else None)
+    cells = cells_of(robustness.attacks, profile, monkeypatch, norms=context.norms)
+    (cell,) = [cell for cell in cells if cell.name == ONE_STEP]
+    model, calls = counted(lm)
+    cell.measure(model, context)
+    assert calls == [8, 8]  # the step, and what it did
+    batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
+    limits = radii(cell.settings, lm.n_layers, context.norms)
+    found = pgd(lm.network(), batch, limits, cell.settings).deltas
+    for site, limit in limits.items():
+        lengths = found[site].norm(dim=-1)[batch.segments == 0]
+        torch.testing.assert_close(lengths, torch.full_like(lengths, limit), rtol=1e-3, atol=0)
+
+
+def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
+    settings = replace_settings(LAT, eps=0.2, steps=4)
+    table = AttackCell(settings, "mine", n=6).measure(lm, context)
+    network, prompts = lm.network(), prompt_set("harmful", PROFILE, 6)
+    batch = collate(token_rows(lm, prompts))
+    found = pgd(network, batch, radii(settings, lm.n_layers, context.norms), settings, stop=True)
+    assert (table["outcome"] == "complied").tolist() == found.won.tolist() and found.won.any()
+    assert table["prompt_id"].tolist() == [f"harmful-{i:04d}" for i in range(6)]
+    assert table["cluster"].tolist() == [p.cluster for p in prompts] and tuple(table.columns) == COLUMNS
+    row = table[["method", "seed", "attack", "encoding", "eps", "eps_mode", "sites"]].drop_duplicates()
+    assert row.values.tolist() == [["ssft", 0, "mine", "plain", 0.2, "relative", "0,1,2"]]
+    assert len(AttackCell(settings).measure(lm, context)) == PROFILE.evaluation.pgd_prompts
+
+
+def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
+    plain = forced_outcomes(lm, lm.network(), prompt_set("harmful", PROFILE))
+    assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
+    strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(lm, context)
+    assert strong["exact"].sum() > sum(o == "complied" for o in plain)
+    assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()  # won before it began
+
+
+def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monkeypatch):
+    kept = []
+
+    def grade(lm, network, prompts, perturb, size):
+        batch = collate(token_rows(lm, prompts))
+        kept.append((batch, perturb(batch)))
+        return ["neither"] * len(prompts)
+
+    monkeypatch.setattr(robustness, "forced_outcomes", grade)
+    monkeypatch.setattr(robustness, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient"))
+    cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
+    for seed in (0, 0, 1):
+        cell.measure(lm, replace(context, seed=seed))
+    for batch, deltas in kept:
+        inside = perturbed_positions(batch, "prompt").squeeze(-1)
+        assert tuple(deltas) == SITES
+        for site, delta in deltas.items():
+            expected = 0.2 * context.norms[site] * inside
+            torch.testing.assert_close(delta.norm(dim=-1), expected, rtol=1e-5, atol=0)
+    first, again, another = (deltas for _, deltas in kept)
+    assert all(torch.equal(first[s], again[s]) and not torch.equal(first[s], another[s]) for s in SITES)
+
+
+def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, context):
+    steps = []
+    following = replace(context, on_step=lambda *step: steps.append(step[:2]))
+    for suite, cells in ((robustness.robustness, 6), (robustness.attacks, 7)):
+        steps.clear()
+        table = suite(lm, following)
+        sizes = table.groupby(["attack", "eps", "sites"]).size()
+        assert set(sizes) == {8} and len(sizes) == cells
+        assert steps == [(i, cells) for i in range(1, cells + 1)]
+        assert table["understood"].isna().all() and set(table["prompts"]) == {"harmful"}
+
+
+@pytest.fixture
+def travelled(lm, other, context):
+    models = {"ssft": lm, "at": other, "lat": other, "lat-untargeted": lm}
+    asked = []
+
+    def model(method):
+        asked.append(method)
+        return models[method]
+
+    return robustness.transfer(lm, replace(context, model=model)), asked
+
+
+def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, context):
+    table, asked = travelled
+    assert asked == ["at", "lat", "lat-untargeted"]  # the source is there already
+    assert set(table["attack"]) == {"transfer:ssft"} and set(table["eps"]) == set(PROFILE.evaluation.strong_eps)
+    assert table.groupby("method").size().to_dict() == dict.fromkeys(PROFILE.methods, 8)
+    prompts, settings = prompt_set("harmful", PROFILE), replace_settings(base_attack(context), eps=0.2)
+    limits, network = radii(settings, lm.n_layers, context.norms), lm.network()
+
+    def perturb(batch):  # the white-box attack on the source, all its steps
+        return pgd(network, batch, limits, settings).deltas
+
+    for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
+        expected = forced_outcomes(target, target.network(), prompts, perturb=perturb)
+        own = table[table["method"] == method]
+        assert own.reset_index(drop=True).equals(
+            outcome_rows(
+                replace(context, method=method),
+                *("harmful", prompts, expected),
+                **{"attack": "transfer:ssft", "eps": 0.2, "sites": SITES},
+            )
+        )
+    found = {method: rows["outcome"].tolist() for method, rows in table.groupby("method")}
+    assert found["ssft"] == found["lat-untargeted"] != found["at"] == found["lat"]
+
+
+def test_transfer_does_not_depend_on_how_prompts_are_cut_into_batches(lm, other, context):
+    profile = small_profile(batch=3)
+    together, apart = (
+        robustness.transfer(lm, replace(context, profile=p, model=lambda _: other)) for p in (PROFILE, profile)
+    )
+    assert together.equals(apart)
+
+
+def test_transferred_perturbations_take_all_their_steps(lm, other, context, monkeypatch):
+    seen = []
+    monkeypatch.setattr(robustness, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
+    robustness.transfer(lm, replace(context, model=lambda _: other))
+    assert [(s.steps, k.get("stop", False)) for s, k in seen] == [(PROFILE.evaluation.pgd_steps, False)]
+
+
+def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
+    profile = with_attack(PROFILE, start="random", eps=0.2)
+    found = []
+    for seed, noise in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(noise)  # what else is drawn in the process does not matter
+        kept = []
+        mp = pytest.MonkeyPatch()
+        mp.setattr(robustness, "pgd", lambda *a, kept=kept, **k: kept.append(pgd(*a, **k)) or kept[-1])
+        robustness.transfer(lm, replace(context, profile=profile, seed=seed, model=lambda _: other))
+        mp.undo()
+        found.append(kept[0].deltas[0])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("method", ["base", "lat[no-kl]"])
+def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, context):
+    table = robustness.transfer(lm, replace(context, method=method, model=lambda _: other))
+    assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {f"transfer:{method}"}
+
+
+def test_gradients_are_found_at_every_site(lm, context):
+    found = gradient_norms(lm, context, 8)
+    assert tuple(found) == SITES and all(norm > 0 for norm in found.values())
+    expected = dict.fromkeys(SITES, float("inf"))
+    for row in token_rows(lm, prompt_set("harmful", PROFILE)):  # one at a time
+        batch, network = collate([row]), lm.network()
+        deltas = {s: torch.zeros(*batch.shape, network.d_model, requires_grad=True) for s in SITES}
+        attack_losses(network, batch, LAT, network.label_rows(batch, deltas)).sum().backward()
+        for site in SITES:
+            norm = deltas[site].grad[0, : len(row.prompt)].norm().item()
+            expected[site] = min(expected[site], norm)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def masked(monkeypatch, sites, row=None):
+    """Networks through which no gradient passes to the perturbation of some sites, or to one row of it."""
+    make = LanguageModel.network
+
+    def cut(delta):
+        return (
+            delta.detach() if row is None else torch.cat((delta[:row], delta[row : row + 1].detach(), delta[row + 1 :]))
+        )
+
+    def network(self, *args, **kwargs):
+        made = make(self, *args, **kwargs)
+        run = made.label_rows
+        made.label_rows = lambda batch, deltas: run(batch, {s: cut(d) if s in sites else d for s, d in deltas.items()})
+        return made
+
+    monkeypatch.setattr(LanguageModel, "network", network)
+
+
+@pytest.mark.parametrize("dead", [{0}, {2}, {0, 1}, {0, 1, 2}])
+def test_a_masked_gradient_is_found_out(dead, lm, context, monkeypatch):
+    """The outputs are the same as ever; only the way back is cut."""
+    masked(monkeypatch, dead)
+    found = gradient_norms(lm, context, 8)
+    assert {site for site, norm in found.items() if norm == 0} == dead
+
+
+def test_a_gradient_that_is_masked_for_a_single_prompt_is_found_out(lm, context, monkeypatch):
+    masked(monkeypatch, {1}, row=2)
+    found = gradient_norms(lm, context, 8)
+    assert found[1] == 0 and found[0] > 0 and found[2] > 0
+
+
+def test_looking_for_gradients_leaves_none_behind(lm, context):
+    gradient_norms(lm, context, 4)
+    assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
