@@ -15,6 +15,7 @@ import directions
 import lat_step
 import measure
 import scaling
+import suffixes
 from measure import MatrixRate, Measurement, Rate, StorageTracker, count, flop_counter
 from naive import NaiveTrainer
 from predicted import predict
@@ -26,7 +27,9 @@ from latlib import losses
 from latlib.attack import attack_losses, radii
 from latlib.data import TokenRow, collate
 from latlib.hooks import depth
+from latlib.run import Run
 from latlib.settings import AttackSettings, DefenceSettings, TrainSettings
+from latlib.suffix import SuffixSettings
 from latlib.train import Trainer
 
 KINDS = ("stock", "lean")
@@ -341,3 +344,17 @@ def test_directions_are_timed_beside_a_plain_forward(tmp_path):
     (record,) = out["results"]
     plain, found = record["seconds"]["plain"], record["seconds"]["directions"]
     assert len(plain) == len(found) == 3 and record["ratio"] == sorted(f / p for f, p in zip(found, plain))[1]
+
+
+def test_both_suffix_searches_ask_the_same_prompts_as_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(suffixes, "BUDGETS", (1,))
+    monkeypatch.setattr(suffixes, "SETTINGS", SuffixSettings(n_tokens=2, candidates=3, topk=4))
+    Run("smoke", tmp_path / "run")  # claims the folder; models are made on first use
+    arguments = ["--run", str(tmp_path / "run"), "--prompts", "4", "--json", str(tmp_path / "out.json")]
+    out = suffixes.main(arguments)
+    assert json.loads((tmp_path / "out.json").read_text()) == out
+    (record,) = out["results"]
+    assert record["queries"] == 1 + 1 * (3 + 1) and record["n"] == 4
+    assert record["asr"]["gcg"]["n"] == record["asr"]["random"]["n"] == record["difference"]["n"] == 4
+    gap = record["asr"]["gcg"]["estimate"] - record["asr"]["random"]["estimate"]
+    assert record["difference"]["estimate"] == pytest.approx(gap)
