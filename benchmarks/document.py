@@ -22,8 +22,9 @@ PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 WATERFALL = (
     "![Waterfall: seconds a step from the naive implementation to the engine](../benchmarks/results/waterfall.png)"
 )
-TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower")
-PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "99_report")
+TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower", "tiny-main-job")
+PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "06_robustness")
+PHASES += ("99_report",)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -190,8 +191,8 @@ def _run(run: Mapping) -> str:
 
 
 def _tiny(*runs: Mapping) -> str:
-    rows = [[name, *(f"{run[name]:.0f}" for run in runs)] for name in PHASES]
-    total = [sum(run[name] for name in PHASES) for run in runs]
+    rows = [[name, *(f"{run[name]:.0f}" if name in run else "" for run in runs)] for name in PHASES]
+    total = [sum(run.get(name, 0.0) for name in PHASES) for run in runs]
     minutes = (f"**{int(t) // 60}:{int(t) % 60:02d}**" for t in total)
     return table(["seconds of", *map(_run, runs)], [*rows, ["**all, min:s**", *minutes]])
 

@@ -133,7 +133,7 @@ CLAIMS = (
     Claim(
         *("leet-gap", SEED),
         "After LAT, leetspeak still gets through where the direct request does not.",
-        "LAT's ASR in leetspeak minus direct, over prompts whose harmless twin it understood in leetspeak.",
+        "LAT's ASR in leetspeak minus direct, over prompts whose harmless twin the base understood in leetspeak.",
         *(None, effects.leet_gap),
     ),
     Claim(

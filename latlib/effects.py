@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 
 from latlib.evidence import Evidence, MissingError, contrast, rate, spike_steps
 from latlib.stats import Interval, difference_interval, draws_interval
+from latlib.understanding import GIVEN, counted
 
 TRAINED = ("ssft", "at", "lat")
 Effect = tuple[Interval, str]
@@ -98,14 +99,19 @@ def spikes_are_wins(e: Evidence) -> Effect:
 
 
 def leet_gap(e: Evidence) -> Effect:
-    """LAT's ASR in leetspeak minus direct, where the harmless twin was understood."""
-    leet, direct = e.cell("lat", encoding="leet"), e.cell("lat")
-    understood = leet[leet["understood"].fillna(False).astype(bool)]
-    if understood.empty:
-        raise MissingError("no leetspeak prompt whose harmless twin was understood")
-    levels = f"understood prompts: leet ASR {_percent(rate(understood))} (all: {_percent(rate(leet))})"
-    ssft = _percent(rate(e.cell("ssft", encoding="leet")))
-    return contrast(understood, direct), f"{levels}, direct {_percent(rate(direct))}; SSFT leet {ssft}"
+    """LAT's ASR in leetspeak minus direct, over the prompts whose harmless twin the base understood in leetspeak."""
+    given = GIVEN[3]
+    leet, direct, ssft = counted(e, "lat", "leet", given), e.cell("lat"), counted(e, "ssft", "leet", given)
+    if leet.empty:
+        raise MissingError("no leetspeak prompt whose harmless twin the base understood")
+    own = counted(e, "lat", "leet", GIVEN[2])
+    shows = (
+        f"{_percent(rate(own))} of the {len(own)} that it shows to have understood" if len(own) else "none understood"
+    )
+    levels = (
+        f"prompts understood by the base: leet ASR {_percent(rate(leet))} ({shows}), direct {_percent(rate(direct))}"
+    )
+    return contrast(leet, direct), f"{levels}; SSFT leet {_percent(rate(ssft))}"
 
 
 def concentration(e: Evidence) -> Effect:

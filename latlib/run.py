@@ -245,7 +245,7 @@ class Run:
         """The whole outcome table as measured so far."""
         files = sorted((self.folder / "results" / "outcomes").glob("*.parquet"))
         if not files:
-            raise FileNotFoundError(f"no outcomes in {self.folder}: run the notebooks 01 to 05 first, or run_all.sh")
+            raise FileNotFoundError(f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh")
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:

@@ -81,7 +81,7 @@ def context_of(profile, method="ssft", seed=0, **changes):
     return Context(profile, method, seed, profile.training("lat").attack, norms, **changes)
 
 
-PROFILE = small_profile(further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text"))
+PROFILE = small_profile(pgd_steps=3, further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text"))
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,10 @@ def test_twins_are_matched_by_number_and_seed():
 
 
 def test_seeds_can_be_chosen(run):
-    assert three_outcomes(run, ["lat"], ["leet"], seeds=[1])["seeds"].item() == 1
+    row = three_outcomes(run, ["lat"], ["leet"], seeds=[1]).iloc[0]
+    assert (
+        row["seeds"] == row["understanding"].seeds == row["twin refused"].seeds == row["asr_base_understood"].seeds == 1
+    )
     assert three_outcomes(run, ["lat"], ["base64"])["n"].item() == 40
 
 
