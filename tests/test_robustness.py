@@ -203,7 +203,9 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
 def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
     plain = forced_outcomes(lm, lm.network(), prompt_set("harmful", PROFILE))
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
-    strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(lm, context)
+    model, calls = counted(lm)
+    strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, context)
+    assert calls[:2] == [8, 5] and calls[-1] == 8  # the three that were answered anyway are left alone
     assert strong["exact"].sum() > sum(o == "complied" for o in plain)
     assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()  # won before it began
 
