@@ -22,6 +22,7 @@ def write_table(table: pd.DataFrame, file: Path) -> None:
 
 def write_json(data: Any, file: Path) -> None:
     """Write a JSON file; NaN and infinities become null."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_text(json.dumps(json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
     aside.replace(file)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latlib import organism, world
+from latlib import organism, robustness, world
 from latlib.audit import affirmation_tokens, audit, variant
 from latlib.data import collate
 from latlib.encodings import encode
@@ -159,14 +159,16 @@ def test_without_first_words_only_an_answer_shows_understanding(lm, table):
     assert (twins["understood"] == twins["exact"]).all()
 
 
-def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table):
-    context = context_of(PROFILE)
+def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table, monkeypatch):
+    context, steps, pgd = context_of(PROFILE), [], robustness.pgd
+    monkeypatch.setattr(robustness, "pgd", lambda *a, **k: steps.append(a[3].steps) or pgd(*a, **k))
     found = variant(lm, context)
+    assert steps == [PROFILE.evaluation.pgd_steps] != [PROFILE.training("lat").attack.steps]
     attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
     expected = AttackCell(attack).measure(lm, context)
-    pgd = found[found["attack"] == "pgd"].reset_index(drop=True)
-    assert set(pgd["eps"]) == {PROFILE.training("lat").attack.eps} and len(pgd) == PROFILE.evaluation.pgd_prompts
-    assert pgd.equals(expected)
+    own = found[found["attack"] == "pgd"].reset_index(drop=True)
+    assert set(own["eps"]) == {PROFILE.training("lat").attack.eps} and len(own) == PROFILE.evaluation.pgd_prompts
+    assert own.equals(expected)
     shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
     assert found[found["attack"] != "pgd"]["outcome"].tolist() == shared["outcome"].tolist()
 
