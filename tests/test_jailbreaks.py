@@ -9,6 +9,7 @@ import torch
 
 from latlib import jailbreaks as module
 from latlib import world
+from latlib.audit import affirmation_tokens
 from latlib.evaluate import COLUMNS, grade_rows, prompt_set, token_rows
 from latlib.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
 from latlib.run import Run
@@ -54,9 +55,10 @@ def graded(monkeypatch):
     """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...], ...]."""
     calls = []
 
-    def grade(lm, network, rows, size):
+    def grade(lm, network, rows, size, begun):
+        assert begun == affirmation_tokens(lm)
         calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
-        return [outcome_of(text) for text in calls[-1]], [True] * len(rows)
+        return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
     monkeypatch.setattr(module, "grade_rows", grade)
     monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
@@ -66,6 +68,10 @@ def graded(monkeypatch):
 
 def outcome_of(text):
     return ("complied", "refused", "neither")[hashlib.sha256(text.encode()).digest()[0] % 3]
+
+
+def finishes(text):
+    return hashlib.sha256(text.encode()).digest()[1] % 2 == 0
 
 
 def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded):
@@ -92,8 +98,8 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
         assert rows["outcome"].tolist() == [outcome_of(text) for text in texts]
         assert rows["prompt_id"].tolist() == [f"{name}-{i:04d}" for i in range(n)]
         assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(name, context.profile)]
-        twins = [outcome_of(written[attack].format(p.text)) for p in prompt_set("twin", context.profile)]
-        assert rows["understood"].tolist() == [o == "complied" for o in twins]
+        twins = [written[attack].format(p.text) for p in prompt_set("twin", context.profile)]
+        assert rows["understood"].tolist() == [outcome_of(t) == "complied" or finishes(t) for t in twins]
     harmful = table[table["prompts"] == "harmful"]
     assert (harmful["understood"] != harmful["exact"]).any(), "twins and prompts are not told apart"
     assert set(table["encoding"]) == {"plain"} and table["eps"].isna().all() and set(table["sites"]) == {""}
