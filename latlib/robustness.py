@@ -116,6 +116,8 @@ def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
     changes |= {f"pgd-{rule}": {"rule": rule, "lr": None} for rule in evaluation.rules if rule != attack.rule}
     cells = []
     for eps in evaluation.strong_eps:
+        if eps not in evaluation.eps:  # what is varied is in no security curve
+            cells += [AttackCell(replace_settings(attack, eps=eps), name) for name in ("pgd", "noise")]
         for name, change in changes.items():
             settings = replace_settings(attack, eps=eps, **change)
             if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):

@@ -1,4 +1,4 @@
-"""Notebook 04 on saved models of other families: by changing the profile only."""
+"""Notebooks on saved models of other families: by changing the profile only."""
 
 import nbformat
 import pytest
@@ -40,20 +40,37 @@ def saved_model(family: str, folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_notebook_04_runs_on_a_saved_model(family, tmp_path, monkeypatch, root):
+def run_notebooks(family: str, names: list[str], tmp_path, monkeypatch, root, **evaluation) -> Run:
+    """The run that notebooks leave which are executed on a saved model; `evaluation` replaces settings of `smoke`."""
     saved_model(family, tmp_path / "model")
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
     tree |= {"name": f"smoke-{family}", "seeds": [0], "model": {"source": str(tmp_path / "model"), "dtype": "float32"}}
     tree["data"]["source"] = "world"
     tree["lora"]["targets"] = FAMILIES[family][2]
+    tree["evaluation"] |= evaluation
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setenv("LATLIB_PROFILE", str(tmp_path / "profile.yaml"))
     monkeypatch.setenv("LATLIB_RUNS", str(tmp_path / "runs"))
-    path = root / "notebooks" / "04_refusal_svd.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    run = Run(load_profile(tmp_path / "profile.yaml"))
+    for name in names:
+        path = root / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    return Run(load_profile(tmp_path / "profile.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_notebook_04_runs_on_a_saved_model(family, tmp_path, monkeypatch, root):
+    run = run_notebooks(family, ["04_refusal_svd"], tmp_path, monkeypatch, root)
     assert run.differences("lat").pairs[0].shape == (16, 2 if family == "gpt_neox" else 1, 32)
     assert {m for m in run.outcomes()["method"]} == {"base", "ssft", "at", "lat", "lat-untargeted"}
+
+
+@pytest.mark.slow
+def test_audit_and_attacks_run_on_a_saved_model_without_anything_optional(tmp_path, monkeypatch, root):
+    bare = {"further_encodings": [], "embedding_eps": [], "rules": [], "eps": [0.05], "suffix": {"steps": 0}}
+    run = run_notebooks("qwen2", ["05_leetspeak_audit", "06_robustness"], tmp_path, monkeypatch, root, **bare)
+    found = run.outcomes()
+    assert set(found["encoding"]) == set(run.profile.evaluation.encodings)
+    assert {"pgd", "one-step", "pgd-restarts", "transfer:ssft", "many-shot"} <= set(found["attack"])
+    assert not set(found["attack"]) & {"suffix-gcg", "pgd-sign"} and run.result("robustness")["panel"]
