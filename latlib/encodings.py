@@ -41,7 +41,7 @@ Recode = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Encoding:
-    """One encoding; calling it encodes.
+    """One encoding.
 
     decode: the inverse on the domain that `about` states (ValueError for broken base64 and the like); None where
     encoding loses information. reply: how an answer in it is asked for, as in 'answer in leetspeak'.
@@ -52,10 +52,6 @@ class Encoding:
     decode: Recode | None
     about: str
     reply: str
-
-    def __call__(self, text: str) -> str:
-        """`text`, encoded."""
-        return self.encode(text)
 
 
 def _both_cases(letters: str, symbols: str) -> dict[str, str]:
