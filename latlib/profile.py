@@ -20,12 +20,14 @@ from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
 
 from latlib.settings import (
     AttackSettings,
+    BudgetSettings,
     DataSettings,
     DefenceSettings,
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
     Natural,
+    ParallelSettings,
     PretrainSettings,
     ProfileError,
     Section,
@@ -37,12 +39,14 @@ from latlib.settings import (
 
 __all__ = [
     "AttackSettings",
+    "BudgetSettings",
     "DataSettings",
     "DefenceSettings",
     "EvaluationSettings",
     "FREE_FIELDS",
     "LoraSettings",
     "ModelSettings",
+    "ParallelSettings",
     "PretrainSettings",
     "Profile",
     "ProfileError",
@@ -71,9 +75,12 @@ class Profile(Section):
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     methods: Annotated[dict[Text, dict[str, Any]], Field(min_length=1)]
+    released: dict[Text, Text] = {}  # method -> folder or hub id of somebody's model or adapter, which is not trained
     evaluation: EvaluationSettings = EvaluationSettings()
     sweep: SweepSettings = SweepSettings()
     tracking: TrackingSettings = TrackingSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    budget: BudgetSettings = BudgetSettings()
     workers: Natural = 0  # processes that train or evaluate side by side; 0: one per core on a CPU, one on a GPU
 
     @model_validator(mode="after")
@@ -85,6 +92,9 @@ class Profile(Section):
                 self.training("lat", variant)
             except ProfileError as error:
                 raise ValueError(f"sweep.variants.{name}: {error}") from error
+        unknown = sorted(set(self.released) - set(self.methods))
+        if unknown:
+            raise ValueError(f"released.{unknown[0]} is no method of this profile: add it to methods")
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
             raise ValueError("data.source = 'files' needs data.harmful and data.benign: give both paths")
         if self.model.source != "world" and "source" not in self.data.model_fields_set:
@@ -111,7 +121,7 @@ class Profile(Section):
 
 
 # Fields that may differ between two visits to the same run folder: they change no result.
-FREE_FIELDS = ("description", "tracking", "workers")
+FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
 NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
 
 

@@ -50,6 +50,9 @@ class ModelSettings(Section):
     """Which model, and how it is run."""
 
     source: Text = "world"  # 'world' builds the tiny organism; otherwise a model folder or hub id
+    revision: Text | None = None  # of a hub model: a commit, branch or tag
+    allow_pickle: Flag = False  # read weights that exist only as pickles, which can run any code when they are opened
+    trust_remote_code: Flag = False  # run the Python files of a model's folder
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # compute dtype; master weights stay float32
     device: Text = "auto"
     forward: Literal["auto", "stock", "lean"] = "auto"  # 'lean' is the fast Llama path of latlib.lean
@@ -81,13 +84,28 @@ class DataSettings(Section):
 
     source: Literal["world", "files"] = "world"
     rows: Count = 4096  # world: how many training prompts of each kind are drawn; files: the most that are read
-    harmful: Text | None = None  # files: CSV, JSON or JSONL of harmful prompts
+    harmful: Text | None = None  # files: a CSV, JSON, JSONL or parquet file, a data set's folder, or its hub id
     benign: Text | None = None
+    # our name -> a column, or a format string over them: "{instruction}\n{input}", "{messages[1][content]}"
     harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}  # AdvBench's names
     benign_columns: dict[str, str] = {"prompt": "instruction"}
+    harmful_config: Text | None = None  # of a hub data set that has several configurations
+    benign_config: Text | None = None
+    harmful_split: Text = "train"  # of a hub data set or a data set's folder
+    benign_split: Text = "train"
+    streaming: Flag = False  # read a hub data set row by row instead of downloading it whole
+    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.3  # of the prompts: half for choosing (tune), half for results
+    test_harmful: Text | None = None  # prompts that results are measured on; None: held out of `harmful`
+    test_harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
+    test_benign: Text | None = None
+    test_benign_columns: dict[str, str] = {"prompt": "instruction"}
+    test_borderline: Text | None = None  # prompts that merely sound harmful, as in XSTest: a refusal is one too many
+    test_borderline_columns: dict[str, str] = {"prompt": "prompt"}
+    near_duplicate: Share = 0.7  # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
     refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)  # chosen, where the file has none
     benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)  # where the file has none: say so in the data
-    max_tokens: Count = 512  # a row longer than this (or than the model's context) is an error
+    max_tokens: Count = 512  # of a row's prompt and either completion; never more than the model's context
+    too_long: Literal["error", "drop", "truncate"] = "error"  # truncate: cut a completion, drop a row whose prompt is
     system_prompt: Text | None = None
 
 
@@ -144,7 +162,12 @@ class TrainSettings(Section):
     lr_decay_share: Share = 0.3
     weight_decay: NonNegative = 0.0
     clip: Positive = 1.0
-    checkpoint_every: Count = 50
+    checkpoint_every: Count = 50  # steps
+    checkpoint_minutes: Positive = 10.0  # and at least as often as this
+    checkpoints_kept: Count = 2
+    evaluate_every: Natural = 0  # steps between looks at held-out tuning prompts; 0: none
+    evaluate_prompts: Count = 16  # of each kind
+    keep: Literal["last", "best"] = "last"  # best: of the looks, see latlib.watch
     attack: AttackSettings = AttackSettings()
     defence: DefenceSettings = DefenceSettings()
 
@@ -159,6 +182,16 @@ class SuffixSearchSettings(Section):
     prompts: Count = 25  # Zou et al. attack 25 behaviours at once
     prompts_per_step: Natural = 0  # drawn of these for a step; 0: all, as in Zou et al.
     batch: Count = 64
+
+
+class GraderSettings(Section):
+    """What tells refused, complied and neither where the right answer is unknown; see `latlib.graders`."""
+
+    name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"  # Arditi et al. 2024
+    source: Text | None = None  # folder or hub id of a grader that is a model; None: the published one
+    base: Text | None = None  # under a grader that is an adapter
+    template: Text | None = None  # text file with the grader's prompt
+    device: Text = "auto"
 
 
 class EvaluationSettings(Section):
@@ -183,12 +216,28 @@ class EvaluationSettings(Section):
     random_directions: Count = 3
     batch: Count = 128
     split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen
+    grader: GraderSettings = GraderSettings()  # unused in the made-up world, whose answers are known
+    max_new_tokens: Count = 64  # of a reply that is written out and graded
 
 
 class SweepSettings(Section):
     """Variants of `lat` trained on the first seed: name -> field of `train` -> value."""
 
     variants: dict[Text, dict[str, Any]] = {}
+    grid: dict[Text, tuple[Any, ...]] = {}  # for latlib.sweep: field of `train` -> values, crossed, on every seed
+
+
+class ParallelSettings(Section):
+    """Several processes that train one model, a GPU each."""
+
+    processes: Count = 1
+    mode: Literal["ddp", "fsdp2"] = "ddp"  # fsdp2: the weights are spread over the GPUs, for models too big for one
+
+
+class BudgetSettings(Section):
+    """What a GPU costs, for the estimate of `--check`."""
+
+    usd_per_hour: Positive = 3.0  # a round figure for an H100 on a pod; put your provider's price here
 
 
 class TrackingSettings(Section):
