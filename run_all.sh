@@ -11,6 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
 usage() {
   cat <<'HELP'
 usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh]
+       ./run_all.sh --check [--json] [--profile NAME|FILE] [--out DIR]
        ./run_all.sh --test [-- PYTEST_ARGUMENTS]
 
 Runs the notebooks in order and leaves runs/<profile>/report.html. The first time it makes an environment in .venv (or
@@ -20,11 +21,13 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --only 03            run only this notebook, by number or name; repeat it, or separate several by commas
   --out DIR            run folder (default: runs/<profile>)
   --fresh              delete what the run folder holds and start anew
+  --check              say what the run needs and whether it is here: model, data, disk, memory, hours, cost; runs nothing
+  --json               with --check: as JSON
   --test               lint, tests and every notebook on the smoke profile; arguments after -- go to pytest
   --help               this text
 
 Exit status: 0 done, 1 something failed (the last lines say what, and where the log is), 2 wrong option or setting,
-75 stopped by a signal with everything saved.
+3 --check found something missing, 75 stopped by a signal with everything saved.
 HELP
 }
 
@@ -57,7 +60,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     --profile=* | --only=* | --out=*) pipeline_options+=("${1%%=*}" "${1#*=}") ;;
-    --fresh) pipeline_options+=("$1") ;;
+    --fresh | --check | --json) pipeline_options+=("$1") ;;
     --test) testing=yes ;;
     --help | -h)
       usage
@@ -107,7 +110,7 @@ PYTHON
 has_test_tools() {
   "$1" -I - >/dev/null 2>&1 <<'PYTHON'
 import importlib.util, sys
-tools = ("pytest", "pytest_timeout", "hypothesis", "nbval", "sklearn")
+tools = ("pytest", "pytest_timeout", "hypothesis", "nbval", "sklearn", "ray", "datasets")
 sys.exit(any(importlib.util.find_spec(name) is None for name in tools) or importlib.util.find_spec("ruff") is None)
 PYTHON
 }

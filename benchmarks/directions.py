@@ -17,8 +17,8 @@ from variants import ENGINE, Bench
 
 from latlib.activations import activations, sites_of
 from latlib.data import TokenRow
-from latlib.evaluate import batches
 from latlib.machine import keep_freed_memory
+from latlib.replies import batches
 
 POSITIONS = 5  # FACTS: Llama-3's template puts five tokens behind the request
 

@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,11 +23,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from latlib.counters import StorageTracker, flop_counter
+from latlib.counters import bytes_of as bytes_of  # with the others it was here before
 from latlib.machine import available_cores
 
 SQUARE = {"cpu": 1024, "cuda": 8192}  # large enough for the best rate, short enough to be timed between runs
@@ -84,81 +81,6 @@ class MatrixRate:
         while sum(times) < self.seconds or len(times) < 3:
             times.append(seconds_of(lambda: torch.mm(a, b.T, out=out), self.device))
         return min(times)
-
-
-class StorageTracker(TorchDispatchMode):
-    """Follows the storages that operators allocate inside the context, until each is freed.
-
-    live, peak: bytes now and at most. largest: (elements, operator) of the largest single allocation. What operators
-    allocate and free within themselves is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.largest: tuple[int, str] = (0, "nothing")
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if made:
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            for tensor in made:
-                self._note(tensor, given, func)
-        return out
-
-    def _note(self, tensor: Tensor, given: set[int], operator) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:  # followed already, or a view or in-place change of something older
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        if size // tensor.element_size() > self.largest[0]:
-            self.largest = (size // tensor.element_size(), str(operator))
-        weakref.finalize(storage, self._freed, key, size).atexit = False
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def _attention(queries, keys, values, *args, **kwargs) -> int:
-    (n, heads, seq, width), value_width = queries, values[-1]
-    return 2 * n * heads * seq * keys[-2] * (width + value_width)
-
-
-def _attention_backward(grad, queries, keys, values, *args, **kwargs) -> int:
-    (n, heads, seq, width), value_width = queries, values[-1]
-    return 2 * n * heads * seq * keys[-2] * (3 * width + 2 * value_width)  # the scores again, and four gradients
-
-
-# torch counts the GPU's fused attention but not the CPU's: these are torch's own formulas for the others.
-_UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class _NoModules:
-    """In place of the FLOP counter's module tracker, whose hooks fail where a forward takes gradients of its own."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_) -> None:
-        pass
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's FLOP counter, for the total alone."""
-    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
-    counter.mod_tracker = _NoModules()
-    return counter
 
 
 @dataclass(frozen=True)
@@ -220,12 +142,6 @@ class Measurement:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a run failed because the device or the machine has too little memory."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def bytes_of(tensors) -> int:
-    """Bytes of tensors, each storage once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def write(results: dict, path: Path | None) -> None:

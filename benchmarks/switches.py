@@ -236,9 +236,9 @@ class SwitchedTrainer(Trainer):
         super().__init__(Switched(lm, off), harmful, benign, settings, seed, norms)
         self.off = frozenset(off)
 
-    def _attack(self, network, part, generator):
+    def _attack(self, network, part):
         with _gradients_too(network.trained()) if "frozen" in self.off else nullcontext():
-            return super()._attack(network, part, generator)
+            return super()._attack(network, part)
 
     def _micro_batches(self, attacked, generator):
         unsorted = patch("latlib.train.sorted", lambda rows, key: list(rows), create=True)

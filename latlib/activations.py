@@ -4,31 +4,28 @@
    the user's words (`post_instruction`, Arditi et al. 2024).
 2. One pass takes every site; the blocks above the deepest one are not run. Values are kept in float64.
 3. Prompts are paired **matched** (the same words, the verb turned on a foe) or at **random** (any harmless prompt of
-   the same split); `differences` subtracts within pairs.
+   the same split, as with all real data); `differences` subtracts within pairs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latlib import world
 from latlib.data import Batch, Row, TokenRow, chat_text, tokenise
-from latlib.evaluate import batches
 from latlib.forward import Network
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel
-
-Pairing = Literal["matched", "random"]
+from latlib.profile import Profile
+from latlib.questions import Prompt, ask, counterparts
+from latlib.replies import batches
 
 
 def sites_of(n_layers: int) -> tuple[Site, ...]:
@@ -114,15 +111,11 @@ def differences(
     return {site: rows[: len(harmful)] - rows[len(harmful) :] for site, rows in both.items()}
 
 
-def paired_prompts(split: str, n: int, pairing: Pairing = "matched") -> tuple[list[world.Prompt], list[world.Prompt]]:
-    """n harmful prompts of a split of the made-up world and a harmless one for each; see the module's docstring."""
-    harmful = world.draw_set("directions", split, "harmful", n)
-    if pairing == "random":
-        return harmful, world.draw_set("directions", split, "harmless", n)
-    if pairing != "matched":
-        raise ValueError(f"pairing = {pairing!r} is unknown: choose 'matched' or 'random'")
-    rng = random.Random(f"directions/{split}")
-    return harmful, [world.twin(p, rng, split) for p in harmful]
+def paired_prompts(profile: Profile, split: str, n: int) -> tuple[list[Prompt], list[Prompt]]:
+    """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each; see the module's
+    docstring."""
+    harmful = ask(profile, "directions", split, "harmful", n)
+    return harmful, counterparts(profile, harmful, "directions", split, profile.evaluation.pairing == "matched")
 
 
 def save_activations(found: Mapping[Site, Tensor], path: Path, **columns: Sequence[str]) -> None:

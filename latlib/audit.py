@@ -6,19 +6,21 @@
 3. A harmful request carries whether its twin was understood: what a model does not understand it cannot be made to
    betray, and its silence is no safety. The success rate *given understanding* is over the others.
 4. An encoding 'request>reply' asks for the answer in an encoding too; the right answer is then the encoded one.
-5. Prefilling puts the first words of the right answer into the model's mouth. It is read off the same forward.
+5. Prefilling puts the first words of the right answer into the model's mouth.
+6. Real data has no twins: a harmful request's counterpart is any harmless one, and whether a request was understood is
+   measured on itself, by its answer's likelihood (`evaluate`). Prefilled replies are then written out and graded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
-from latlib import world
-from latlib.encodings import encode
-from latlib.evaluate import PROMPT_SETS, Context, grade_rows, outcome_rows, prompt_set, token_rows
+from latlib.evaluate import Context, examine, outcome_rows, prompt_set
 from latlib.models import LanguageModel
+from latlib.questions import in_the_world, kinds
 from latlib.robustness import AttackCell, replace_settings
 
 
@@ -39,40 +41,25 @@ def variant(lm: LanguageModel, context: Context) -> pd.DataFrame:
 
 
 def _audit(lm: LanguageModel, context: Context, taught: Sequence[str], further: Sequence[str]) -> pd.DataFrame:
-    network, tables, size = lm.network(), [], context.profile.evaluation.batch
+    profile, network, tables = context.profile, lm.network(), []
+    world, twins = in_the_world(profile), prompt_set("twin", profile)
+    if not all(p.answer for p in twins):  # data without responses: what the model says in plain words is the answer
+        said = examine(lm, profile, twins, network=network).texts
+        twins = [replace(p, answer=p.answer or reply) for p, reply in zip(twins, said, strict=True)]
     for step, encoding in enumerate((*taught, *further), start=1):
         names = ["twin", "harmful", *(["harmless"] if encoding in taught else [])]
         if encoding == "plain":
-            names += [name for name in PROMPT_SETS if name not in names]
-        begun, understood = affirmation_tokens(lm, encoding), []
+            names += [name for name in kinds(profile) if name not in names]
+        understood = None
         for name in names:
-            prompts = prompt_set(name, context.profile)
-            rows = token_rows(lm, prompts, encoding)
-            outcomes, finished = grade_rows(lm, network, rows, size=size, begun=begun)
-            if name == "twin":
-                understood = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
-            cell = {"encoding": encoding} | ({"understood": understood} if name in ("twin", "harmful") else {})
-            tables.append(outcome_rows(context, name, prompts, outcomes, **cell))
-            if name == "harmful" and begun:
-                replies = ["complied" if rest else "neither" for rest in finished]
-                tables.append(outcome_rows(context, name, prompts, replies, attack="prefill", **cell))
+            prompts = twins if name == "twin" else prompt_set(name, profile)
+            deep = name in ("twin", "harmful")
+            found = examine(lm, profile, prompts, network=network, encoding=encoding, deep=deep)
+            if name == "twin" or not world:  # of real data each prompt itself says whether it was understood
+                understood = found.understood
+            cell = {"encoding": encoding} | ({"understood": understood} if deep else {})
+            tables.append(outcome_rows(context, name, prompts, found.outcomes, texts=found.texts, **cell))
+            if name == "harmful" and found.prefilled:
+                tables.append(outcome_rows(context, name, prompts, found.prefilled, attack="prefill", **cell))
         context.on_step(step, len(taught) + len(further), encoding)
     return pd.concat(tables, ignore_index=True)
-
-
-def affirmation_tokens(lm: LanguageModel, encoding: str = "plain") -> int:
-    """How many tokens of a right answer are its first words (`world.AFFIRMATION`), as the model's tokenizer cuts them.
-
-    What is left of an answer behind them is the longest end that both ways of writing it share. 0 where an encoded
-    answer does not begin with them (text spelt backwards, base32, a random part of the letters): nothing to prefill.
-    """
-    prompt, replied = world.draw_set(0, "train", "harmful", 1)[0], encoding.partition(">")[2] or "plain"
-    first = encode(world.AFFIRMATION, replied)
-    if not encode(prompt.answer, replied).startswith(first):
-        return 0
-    whole = token_rows(lm, [prompt], encoding)[0].completions[0]
-    rest = token_rows(lm, [prompt], encoding, prefill=first)[0].completions[0]
-    shared = 0
-    while shared < min(len(whole), len(rest)) and whole[-1 - shared] == rest[-1 - shared]:
-        shared += 1
-    return len(whole) - shared

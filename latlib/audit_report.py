@@ -32,7 +32,7 @@ from latlib.canvas import RC, Drawn
 from latlib.evidence import Evidence, MissingError, contrast, hits, p_value, rate
 from latlib.organism import KNOWN_ENCODINGS
 from latlib.stats import Interval, cluster_interval, holm
-from latlib.understanding import GIVEN, Seeds, counted, numbers, understood
+from latlib.understanding import GIVEN, Seeds, counted, numbers, understood, ways
 
 Names = Sequence[str]
 CATEGORIES = ("refused", "complied", "not understood", "neither")
@@ -187,13 +187,13 @@ def twin_check(e: Evidence, encodings: Names, method: str = "base") -> pd.DataFr
 def leet_gap_table(e: Evidence, methods: Names = (), encoding: str = "leet") -> pd.DataFrame:
     """The gap of every method (default: all of the profile): ASR in an encoding minus direct, prompt by prompt.
 
-    One row for each way of counting (GIVEN; *answered* is the strict one, *understood* the wide one) and method: n,
+    One row for each way of counting (`ways`; *answered* is the strict one, *understood* the wide one) and method: n,
     seeds, asr and direct over the same prompts; gap, with its paired interval; narrowed: ASR of `ssft` in the encoding
     minus this method's, over the prompts that count for both; of both, p and Holm's correction of p over the methods
     counted that way. None over fewer than MINIMUM prompts.
     """
     e, rows = _audited(e), []
-    for given, method in itertools.product(GIVEN, methods or e.profile.methods):
+    for given, method in itertools.product(ways(e), methods or e.profile.methods):
         coded, direct = counted(e, method, encoding, given), e.cell(method)
         same = direct.merge(coded[["seed", "prompt_id"]], on=["seed", "prompt_id"])
         row = {"given": given, "method": method, "n": len(coded), "seeds": coded["seed"].nunique()}

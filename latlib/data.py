@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -42,6 +43,11 @@ class TokenRow:
     def length(self) -> int:
         """Tokens fed to the model: everything but the last token of each completion, which is only predicted."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longer completion, its last token included."""
+        return len(self.prompt) + max((len(c) for c in self.completions), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +143,13 @@ def tokenise(
     system_prompt: str | None = None,
     prefill: str = "",
     shots: Sequence[Turn] = (),
+    too_long: str = "error",
 ) -> list[TokenRow]:
     """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a prefilling attack).
-    `shots` are turns that come before every prompt.
+    `shots` are turns that come before every prompt. too_long: what to do with a row whose prompt and either completion
+    have more than `max_tokens` tokens, 'error', or 'drop' or 'truncate' (see `fitted`) with one warning that counts.
 
-    Raises ValueError naming the row that is longer than `max_tokens`, or that has an empty completion.
+    Raises ValueError naming the row that is too long or that has an empty completion, or if no row is left.
     """
     before, after = _completion_join(tokenizer)
     begun = before + prefill if prefill else ""
@@ -157,16 +165,39 @@ def tokenise(
             completions.append((body if prefill else before + body) + after)
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
     ids = iter(tokenizer(completions, add_special_tokens=False)["input_ids"] if completions else [])
-    out = []
-    for row, prompt in zip(rows, prompt_ids, strict=True):
-        out.append(TokenRow(tuple(prompt), tuple(tuple(next(ids)) for _ in row.completions)))
-        longest = len(prompt) + max((len(c) for c in out[-1].completions), default=0)
-        if longest > max_tokens:
-            raise ValueError(
-                f"row {row.row_id!r} has {longest} tokens, more than max_tokens = {max_tokens}: shorten it or raise "
-                "data.max_tokens (not beyond the model's context)"
-            )
-    return out
+    whole = [TokenRow(tuple(p), tuple(tuple(next(ids)) for _ in row.completions)) for row, p in zip(rows, prompt_ids)]
+    if too_long == "error":
+        for row, found in zip(rows, whole):
+            if found.longest > max_tokens:
+                raise ValueError(
+                    f"row {row.row_id!r} has {found.longest} tokens, more than max_tokens = {max_tokens}: shorten it, "
+                    "raise data.max_tokens (not beyond the model's context), or set data.too_long"
+                )
+        return whole
+    kept = [found for row in whole if (found := fitted(row, max_tokens, too_long)) is not None]
+    dropped = len(whole) - len(kept)
+    cut = sum(row.longest > max_tokens for row in whole) - dropped
+    if whole and not kept:
+        raise ValueError(f"all {dropped} rows have more than max_tokens = {max_tokens} tokens: raise data.max_tokens")
+    if dropped or cut:
+        warnings.warn(
+            f"data.too_long = {too_long!r}: of {len(whole)} rows, {dropped} are left out and {cut} are cut, because "
+            f"they have more than {max_tokens} tokens",
+            stacklevel=2,
+        )
+    return kept
+
+
+def fitted(row: TokenRow, max_tokens: int, too_long: str) -> TokenRow | None:
+    """The row if it has at most `max_tokens` tokens with either completion; else None for 'drop', and for 'truncate'
+    the row with its completions cut, without an end-of-turn token where one is cut, or None if its prompt leaves no
+    room for one."""
+    if row.longest <= max_tokens:
+        return row
+    room = max_tokens - len(row.prompt)
+    if too_long == "drop" or room < 1:
+        return None
+    return TokenRow(row.prompt, tuple(c[:room] for c in row.completions))
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: torch.device | str = "cpu") -> Batch:

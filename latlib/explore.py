@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from latlib.data import chat_text
-from latlib.evaluate import generate, left_padded, prompt_set
+from latlib.evaluate import prompt_set
 from latlib.interventions import added
 from latlib.progress import in_batch
+from latlib.questions import in_the_world
 from latlib.refusal import OWN_RULES, sources
+from latlib.replies import generate, left_padded
+from latlib.verdicts import redacted
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -44,7 +47,8 @@ def reply(
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:
-    """Widgets around `reply`; None in a batch run, where nobody could turn them."""
+    """Widgets around `reply`, whose text is redacted for real models until it is asked for; None in a batch run, where
+    nobody could turn them."""
     if in_batch():
         return None
     import ipywidgets
@@ -59,11 +63,12 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
         rule=ipywidgets.Dropdown(options=OWN_RULES, value="best"),
         strength=ipywidgets.FloatSlider(value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
         prompt=ipywidgets.Combobox(options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False),
+        show=ipywidgets.Checkbox(value=in_the_world(run.profile), description="show text"),
     )
 
 
-def _said(run: Run, seed: int, **chosen) -> str:
+def _said(run: Run, seed: int, show: bool, **chosen) -> str:
     try:
-        return reply(run, seed=seed, **chosen)
+        return redacted(reply(run, seed=seed, **chosen), show)
     except ValueError as error:  # shown where the reply would be
         return str(error)

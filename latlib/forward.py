@@ -11,13 +11,14 @@ A `Network` is what attack, losses, training and evaluation call. There are two,
 2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs everything.
 3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only others need.
 4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
+5. Where several processes train the model, `capture` and `hidden` run its blocks inside `Processes.through`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,6 +39,10 @@ from latlib.hooks import (
     resolve_sites,
 )
 from latlib.losses import Unembed, at_labels
+from latlib.modes import adapter_off, forwards_replaced, frozen
+
+if TYPE_CHECKING:
+    from latlib.processes import Processes
 
 Start = tuple[Site, Tensor]
 
@@ -84,41 +89,12 @@ class Network(Protocol):
         passes, or after each, which takes a little longer and holds less memory."""
 
 
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as it was."""
-    if not hasattr(model, "disable_adapter"):
-        yield
-        return
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can leave none behind."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, flag in flags:
-            if flag:
-                parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 class StockNetwork:
     """Any Hugging Face decoder, through its own modules.
 
     adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the weights while it runs.
     compiled: run the blocks through `torch.compile`, one compilation for all of them (not under ablation hooks or
-    gradient checkpointing, which need the modules' own calls).
+    gradient checkpointing, which need the modules' own calls). processes: those that train the model together.
     """
 
     def __init__(
@@ -128,8 +104,10 @@ class StockNetwork:
         train: bool = False,
         directions: Tensor | None = None,
         compiled: bool = False,
+        processes: Processes | None = None,
     ):
         self.model, self.adapter, self.train, self.directions = model, adapter, train, directions
+        self.processes = processes
         self.decoder, self.blocks, self.compiled = decoder_of(model), blocks_of(model), compiled
         self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
         weight = model.get_input_embeddings().weight
@@ -149,6 +127,9 @@ class StockNetwork:
         """See `Network`."""
         return self._mode()
 
+    def _through(self, call: Callable):
+        return call() if self.processes is None else self.processes.through(self.train, call)
+
     def _forward_inputs(self, batch: Batch) -> dict:
         mask = torch.ones_like(batch.ids)  # plain rows are padded on the right, where causal attention never looks
         if batch.packed:
@@ -167,20 +148,22 @@ class StockNetwork:
                 seen.append((args, kwargs))
                 return stream
 
-            with torch.no_grad(), _forwards_replaced(self.blocks, note):
+            with torch.no_grad(), forwards_replaced(self.blocks, note, hooks=False):
                 self.decoder(batch.ids, **self._forward_inputs(batch))
             self._calls[batch] = seen
         return self._calls[batch]
 
     def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
         """See `Network`."""
-        sites = resolve_sites(sites, self.n_layers)
-        run = depth(sites[-1])  # so many blocks
-        with self._mode(), torch.no_grad(), Capture(self.model, sites) as streams:
-            if run:
-                stop = self.blocks[run - 1].register_forward_hook(_raise_enough)
-            else:
-                stop = self.blocks[0].register_forward_pre_hook(_raise_enough)
+        with self._mode():
+            return self._through(lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index))
+
+    @torch.no_grad()
+    def _capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+        run = depth(sites[-1])  # so many blocks; at the embedding the first is passed by, not left half-way
+        passed = nullcontext() if run else forwards_replaced(self.blocks[:1], lambda stream, *_, **__: stream)
+        with passed, Capture(self.model, sites) as streams:
+            stop = self.blocks[max(run - 1, 0)].register_forward_hook(_raise_enough)
             try:
                 self.decoder(batch.ids, **self._forward_inputs(batch))
             except _EnoughError:
@@ -191,18 +174,22 @@ class StockNetwork:
 
     def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
         """See `Network`."""
-        site, stream = start or (EMBEDDING, self.capture(batch, [EMBEDDING])[EMBEDDING])
-        check_start(site, deltas)
+        if start is not None:
+            check_start(start[0], deltas)
         if deltas and self.directions is not None:
             basis = orthonormal(self.directions)
             deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
         with self._mode():
-            calls = self._calls_of_blocks(batch)
-            stream = _perturb(site, stream, deltas)
-            for i in range(depth(site), self.n_layers):
-                args, kwargs = calls[i]
-                stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
-            return self._final_norm()(stream)
+            return self._through(lambda: self._hidden(batch, deltas, start))
+
+    def _hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None) -> Tensor:
+        site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
+        calls = self._calls_of_blocks(batch)
+        stream = _perturb(site, stream, deltas)
+        for i in range(depth(site), self.n_layers):
+            args, kwargs = calls[i]
+            stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
+        return self._final_norm()(stream)
 
     def label_rows(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
@@ -245,7 +232,7 @@ class StockNetwork:
         """See `Network`: gradients are with the parameters already."""
 
     def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:
-        other = StockNetwork(self.model, self.adapter, train, directions, self.compiled)
+        other = StockNetwork(self.model, self.adapter, train, directions, self.compiled, self.processes)
         other._calls = self._calls  # the same whatever the weights do
         return other
 
@@ -268,22 +255,6 @@ def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -
         return stream
     check_delta(site, deltas[site], stream)
     return stream + deltas[site].to(stream.dtype)
-
-
-@contextmanager
-def _forwards_replaced(modules: Sequence[nn.Module], forward: Callable) -> Iterator[None]:
-    """Modules whose `forward` is another function inside, whatever wrapped it before."""
-    own = [(module, module.__dict__.get("forward")) for module in modules]
-    try:
-        for module in modules:
-            module.forward = forward
-        yield
-    finally:
-        for module, before in own:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
 
 
 class _EnoughError(Exception):

@@ -147,7 +147,7 @@ class LeanNetwork:
         self.head_dim, self.eps = head_dim(config), config.rms_norm_eps
         self._rotary = decoder_of(model).rotary_emb
         self._trained = [_trained_rows(block.mlp) for block in decoder_of(model).layers]
-        self._ablated: Tensor | None = None  # [k, d_model] orthonormal
+        self.directions: Tensor | None = None  # [k, d_model] orthonormal, ablated
         self._tables_of: WeakKeyDictionary[Batch, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
 
     def frozen(self) -> LeanNetwork:
@@ -212,8 +212,8 @@ class LeanNetwork:
 
     def _run(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None, rows: Tensor | None):
         deltas = {} if deltas is None else deltas
-        if self._ablated is not None:
-            deltas = {s: project_out(delta, self._ablated) for s, delta in deltas.items()}
+        if self.directions is not None:
+            deltas = {s: project_out(delta, self.directions) for s, delta in deltas.items()}
         site, stream = start or (EMBEDDING, F.embedding(batch.ids, self.weights.embed))
         check_start(site, deltas)
         for at in range(depth(site), self.n_layers + 1):
@@ -243,8 +243,8 @@ class LeanNetwork:
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
         """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al. 2024)."""
-        if self._ablated is not None:
-            directions = torch.cat((self._ablated, torch.atleast_2d(directions.detach()).to(self._ablated)))
+        if self.directions is not None:
+            directions = torch.cat((self.directions, torch.atleast_2d(directions.detach()).to(self.directions)))
         basis = orthonormal(directions).to(self.device)
 
         def writes(matrix: Tensor) -> Tensor:  # [d_model, in]
@@ -253,7 +253,7 @@ class LeanNetwork:
 
         w = self.weights
         clean = replace(w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down)))
-        return self._with(clean, _ablated=basis)
+        return self._with(clean, directions=basis)
 
     def _with(self, weights: Weights, **changes) -> LeanNetwork:
         """This network over other weights."""

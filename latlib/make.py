@@ -1,37 +1,60 @@
 """Make one model of a run: the organism's base, or an adapter trained on it. Called by `run.Run`, one at a time.
 
-Training goes on from its checkpoint if there is one, logs every step, looks for a request to stop, and moves the
-finished adapter with its model card into place as the last thing it does.
+1. Before anything is loaded, test prompts are looked for among the training prompts (`overlap`).
+2. Training goes on from its last good checkpoint (`checkpoint`), or from the plain steps that another method has done.
+3. After each step: a look at tuning prompts where one is due (`watch`), a line of metrics, a checkpoint where one is
+   due, and a look for a request to stop.
+4. The finished adapter moves into place whole, with its model card, its record (`latlib.json`) and the profile it was
+   made with, none of which names a path of this machine. Then its checkpoints go.
+
+Where several processes train it together (`parallel`), all do all of this and the first one writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 import latlib
-from latlib import organism
+from latlib import organism, parallel
 from latlib.activations import residual_norms
-from latlib.checkpoint import load_checkpoint, save_checkpoint
+from latlib.checkpoint import (
+    WHEN,
+    Due,
+    load_checkpoint,
+    read_checked,
+    save_checkpoint,
+    sync,
+    sync_tree,
+    write_checked,
+)
 from latlib.data import tokenise
 from latlib.evaluate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel, load, quietly, resolve_device, resolve_dtype, save_folder, with_adapter
+from latlib.overlap import check_overlap
+from latlib.processes import adapter_state, agreed, first, inside, load_settings, wrap
 from latlib.profile import Profile, TrainSettings
 from latlib.progress import Stopped, stop_requested
-from latlib.rows import benign_rows, preference_rows
+from latlib.rows import benign_rows, benign_sample, preference_rows
+from latlib.storage import json_ready
 from latlib.tracking import Tracker, read_metrics
 from latlib.train import Trainer
+from latlib.watch import Watch, card
 
 if TYPE_CHECKING:
     from latlib.run import Run, Spec
 
 RECORD = "latlib.json"  # in every model folder: how it was made
+PROFILE = "profile.yaml"  # beside it
 NORM_PROMPTS = 128
 
 
@@ -64,15 +87,16 @@ def _make_base(run: Run, spec: Spec, on_step) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
-        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_record(folder, record, profile)
 
     save_folder(run.model_folder(spec), write)
 
 
 def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site, float]:
     """site -> median residual norm of the base model on harmless training prompts."""
-    rows = benign_rows(profile.data.model_copy(update={"rows": NORM_PROMPTS}), seed)
-    tokens = tokenise(rows, base.tokenizer, _limit(base, profile), profile.data.system_prompt)
+    rows = benign_sample(profile.data, seed, NORM_PROMPTS)
+    limit, data = _limit(base, profile), profile.data
+    tokens = tokenise(rows, base.tokenizer, limit, data.system_prompt, too_long=data.too_long)
     parts = [batch for _, batch in batches(tokens, 32, base.device)]
     return residual_norms(base.network(adapter=False), parts, (EMBEDDING, *range(base.n_layers)))
 
@@ -82,60 +106,106 @@ def _limit(lm: LanguageModel, profile: Profile) -> int:
 
 
 def make_trainer(run: Run, spec: Spec) -> Trainer:
-    """The trainer of an adapter, at step 0."""
+    """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test prompt, too."""
     profile, settings = run.profile, run.profile.training(spec.method, dict(spec.changes))
-    base = load(run.model_folder(run.spec("base", spec.seed)), profile.model)
-    limit, system = _limit(base, profile), profile.data.system_prompt
-    harmful = tokenise(preference_rows(profile.data, spec.seed), base.tokenizer, limit, system)
-    benign = tokenise(benign_rows(profile.data, spec.seed), base.tokenizer, limit, system)
-    lm = with_adapter(base, profile.lora, spec.seed)
-    return Trainer(lm, harmful, benign, settings, spec.seed, run.norms(spec.seed))
+    check_overlap(profile)
+    mode = profile.parallel.mode
+    base = load(run.model_folder(run.spec("base", spec.seed)), load_settings(profile.model, mode))
+    limit, data = _limit(base, profile), profile.data
+    harmful, benign = (
+        tokenise(rows(data, spec.seed), base.tokenizer, limit, data.system_prompt, too_long=data.too_long)
+        for rows in (preference_rows, benign_rows)
+    )
+    lm = wrap(with_adapter(base, profile.lora, spec.seed), mode, resolve_device(profile.model.device))
+    return Trainer(lm, harmful, benign, settings, spec.seed, parallel.norms(run, spec.seed, lm))
 
 
 def _make_adapter(run: Run, spec: Spec, on_step) -> None:
+    if run.profile.parallel.processes > 1 and not inside():
+        parallel.launch(run, spec, on_step)
+        return
     trainer = make_trainer(run, spec)
-    settings, checkpoint = trainer.settings, run.folder / "models" / f".{spec.folder}.checkpoint.pt"
-    done = load_checkpoint(trainer, checkpoint) or _take_plain_steps(run, spec, trainer)
+    watch, checkpoints = Watch(trainer, run.profile, spec.folder), run.folder / "models" / f".{spec.folder}.checkpoints"
+    done = load_checkpoint(trainer, checkpoints, watch) or _take_plain_steps(run, spec, trainer)
+    _train(run, spec, trainer, watch, checkpoints, done, on_step)
+    kept, adapter = watch.keep(), adapter_state(trainer.lm)
+    if not first():
+        return
+    record = _record(run, spec, trainer, watch.record(kept))
+
+    def write(folder: Path) -> None:
+        trainer.lm.model.save_pretrained(folder, state_dict=adapter)
+        _name_base(folder, run, spec)
+        write_record(folder, record, run.profile)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        sync_tree(folder)
+
+    target = save_folder(run.model_folder(spec), write)
+    sync(target.parent)  # the adapter is on the disk before its checkpoints go
+    for left in (checkpoints, *target.parent.glob(f".{spec.folder}-????????")):  # the second: of killed writers
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _train(run: Run, spec: Spec, trainer: Trainer, watch: Watch, checkpoints: Path, done: int, on_step) -> None:
+    """Train from step `done` to the end, or raise `Stopped` with everything saved."""
+    settings, file, due = trainer.settings, run.metrics_file(spec), Due(trainer.settings)
     shared = _plain_steps_files(run, spec, settings)
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
-    file = run.metrics_file(spec)
     tracker = Tracker(file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1)
-    with tracker:
+    with tracker if first() else nullcontext():
 
         def step_done(step: int, metrics: dict[str, float]) -> None:
-            tracker.log(step, **metrics)
-            on_step(step, settings.steps, f"loss {metrics['total']:.3f}")
-            if step in shared and not shared[step].exists():
+            metrics |= watch.after(step)
+            if first():
+                tracker.log(step, **metrics)
+            on_step(step, settings.steps, f"loss {metrics['total']:.3f}{watch.said()}")
+            if step in shared and agreed(not shared[step].exists()):
                 _share_plain_steps(trainer, file, shared[step])
-            stop = stop_requested(run.folder)
-            if step < settings.steps and (stop or step % settings.checkpoint_every == 0):
-                save_checkpoint(trainer, checkpoint)
+            stop = agreed(stop_requested(run.folder))
+            if step < settings.steps and (due.after(step) or stop):
+                save_checkpoint(trainer, checkpoints, watch, logs=[file])
+                due.done()
             if stop and step < settings.steps:
                 raise Stopped(f"{spec.folder}: stopped after step {step} with everything saved")
 
         trainer.run(step_done)
-    metrics = read_metrics(file)
+
+
+def _record(run: Run, spec: Spec, trainer: Trainer, watched: dict[str, Any] | None) -> dict[str, Any]:
+    """How an adapter was made."""
+    metrics = read_metrics(run.metrics_file(spec))
+    kept = metrics[metrics["step"] == (watched["kept_step"] if watched else trainer.step)].iloc[-1]
     record = {
         "latlib": latlib.__version__,
         "torch": torch.__version__,
         "profile": run.profile.name,
+        "base": base_name(run, spec),
+        "revision": run.profile.model.revision,
         "method": spec.label,
         "seed": spec.seed,
-        "training": settings.model_dump(mode="json"),
+        "training": trainer.settings.model_dump(mode="json"),
         "lora": run.profile.lora.model_dump(mode="json"),
         "eps": {str(site): radius for site, radius in trainer.eps.items()},
         "seconds": float(metrics["seconds"].sum()),
-        "last": {k: v for k, v in metrics.iloc[-1].to_dict().items() if k != "seconds"},
+        "last": {k: v for k, v in kept.to_dict().items() if k != "seconds"},
     }
+    return record | ({"watch": watched} if watched else {})
 
-    def write(folder: Path) -> None:
-        trainer.lm.model.save_pretrained(folder)
-        _name_base(folder, run, spec)
-        (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
 
-    save_folder(run.model_folder(spec), write)
-    checkpoint.unlink(missing_ok=True)
+def write_record(folder: Path, record: dict[str, Any], profile: Profile) -> None:
+    """Write how a model was made, and the whole profile, into its folder."""
+    (folder / RECORD).write_text(json.dumps(json_ready(record), indent=1), encoding="utf-8")
+    tree = portable(profile.model_dump(mode="json"))
+    (folder / PROFILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def portable(value: Any) -> Any:
+    """Settings without paths of this machine: of an absolute one, or one of someone's home, the last part is left."""
+    if isinstance(value, Mapping):
+        return {k: portable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(v) for v in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[int, Path]:
@@ -147,7 +217,9 @@ def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[in
     if settings.defence.away and not settings.attack.steps:
         return {}  # its plain steps have an away term, which the others' have not
     tree = settings.model_dump(mode="json", exclude={"attack", "attack_after", "eps_ramp", "clean_share"})
-    del tree["defence"]["away"], tree["checkpoint_every"]
+    del tree["defence"]["away"]
+    for name in (*WHEN, "keep", *(("evaluate_prompts",) if not settings.evaluate_every else ())):
+        del tree[name]  # they change no weight and no line of the log
     digest = hashlib.sha256(json.dumps([tree, spec.seed], sort_keys=True).encode()).hexdigest()[:12]
     starts = {run.profile.training(method).attack_after for method in run.profile.methods} | {settings.attack_after}
     last = settings.attack_after if settings.attack.steps else settings.steps
@@ -155,32 +227,41 @@ def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[in
 
 
 def _share_plain_steps(trainer: Trainer, metrics: Path, file: Path) -> None:
-    aside = file.with_suffix(f".{os.getpid()}")
-    torch.save({"state": trainer.state(), "metrics": metrics.read_text(encoding="utf-8")}, aside)
-    aside.replace(file)
+    state = trainer.state()
+    if first():
+        write_checked({"state": state, "metrics": metrics.read_text(encoding="utf-8")}, file)
 
 
 def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
     """Take over the plain steps that another model of this seed has done; returns how many."""
     file = _plain_steps_files(run, spec, trainer.settings).get(trainer.settings.attack_after)
-    if not trainer.settings.attack.steps or file is None or not file.exists():
+    if not trainer.settings.attack.steps or file is None or not agreed(file.exists()):
         return 0
-    found = torch.load(file, map_location=trainer.lm.device, weights_only=True)
+    found, _ = read_checked(file)
+    if found is None:  # damaged: they are done again
+        return 0
     trainer.restore(found["state"])
-    metrics = run.metrics_file(spec)
-    aside = metrics.with_suffix(".partial")
-    aside.write_text(found["metrics"], encoding="utf-8")
-    aside.replace(metrics)
+    if first():
+        metrics = run.metrics_file(spec)
+        aside = metrics.with_suffix(".partial")
+        aside.write_text(found["metrics"], encoding="utf-8")
+        aside.replace(metrics)
     return trainer.step
 
 
 def _name_base(folder: Path, run: Run, spec: Spec) -> None:
-    """Let the adapter name its base by its place in the run folder, not by this machine's path."""
+    """Let the adapter name its base by its place in the run folder or its id, not by this machine's path."""
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    source = run.profile.model.source
-    config["base_model_name_or_path"] = f"../base-seed{spec.seed}" if source == "world" else source
+    config["base_model_name_or_path"] = base_name(run, spec)
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def base_name(run: Run, spec: Spec) -> str:
+    """How a model's folder calls the base: by its place beside it, its hub id, or its own folder's name."""
+    source = run.profile.model.source
+    return f"../base-seed{spec.seed}" if source == "world" else portable(source)
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -206,10 +287,12 @@ with torch {record["torch"]}: {training["steps"]} steps of {training["batch"]} h
 **Attack in training:** {attack["steps"]} steps of PGD ({attack["rule"]}), eps {attack["eps"]:g}
 ({attack["eps_mode"]}), at sites {sites}.
 
+**Base model:** {record["base"]}{" at " + revision if (revision := record.get("revision")) else ""}
+{card(record.get("watch"))}
 **Intended use:** research on the robustness of refusals. The run's report says what it withstands;
 it is no safe assistant.
 
-| last step | value (nats) |
+| step {record["last"]["step"]:.0f} | value (nats) |
 |---|---|
 {losses}
 """

@@ -8,22 +8,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from latlib.forward import Network, StockNetwork
 from latlib.lean import LEAN_LIMIT, LeanNetwork, fits
 from latlib.machine import can_compile
 from latlib.profile import LoraSettings, ModelSettings, ProfileError
+from latlib.sources import Allowed, is_adapter, located, open_adapter, open_config, open_model, open_tokenizer, quietly
+
+if TYPE_CHECKING:
+    from latlib.processes import Processes
 
 
 def resolve_device(device: str) -> torch.device:
@@ -53,6 +54,7 @@ class LanguageModel:
     tokenizer: object
     settings: ModelSettings
     dtype: torch.dtype
+    processes: Processes | None = None  # those that train it together; see `latlib.processes.wrap`
 
     @property
     def lean(self) -> bool:
@@ -61,8 +63,9 @@ class LanguageModel:
             raise ProfileError(
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this adapter: set it to 'auto'"
             )
-        return self.settings.forward == "lean" or (
-            self.settings.forward == "auto" and _small(self.model) and fits(self.model)
+        return self.processes is None and (
+            self.settings.forward == "lean"
+            or (self.settings.forward == "auto" and _small(self.model) and fits(self.model))
         )
 
     @property
@@ -84,42 +87,65 @@ class LanguageModel:
         """A view of the weights as they are now. adapter=False is the frozen teacher; train=True keeps the graph."""
         if self.lean:
             return LeanNetwork(self.model, adapter, train, self.dtype)
-        compiled = self.settings.compile and can_compile(self.device.type)
-        return StockNetwork(self.model, adapter, train, compiled=compiled)
+        spread = self.processes is not None and self.processes.mode == "fsdp2"  # a compiled block would not be gathered
+        compiled = self.settings.compile and not spread and can_compile(self.device.type)
+        return StockNetwork(self.model, adapter, train, compiled=compiled, processes=self.processes)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the libraries' bars over files and their announcements, which would fill a notebook's output."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def load(folder: str | os.PathLike[str], settings: ModelSettings, adapter: str | os.PathLike[str] | None = None):
+def load(
+    folder: str | os.PathLike[str],
+    settings: ModelSettings,
+    adapter: str | os.PathLike[str] | None = None,
+    field: str = "model.source",
+) -> LanguageModel:
     """A `LanguageModel` from a model folder or hub id, with an adapter folder on top if given.
 
     A model small enough for the lean forward keeps float32 weights and computes in `settings.dtype`; a large one is
-    loaded in that dtype.
+    loaded in that dtype. model.revision is that of model.source and of no other folder or id. Raises ProfileError
+    naming `field` (or 'adapter') for what is missing, gated or broken, and for pickles and foreign code that
+    model.allow_pickle and model.trust_remote_code do not allow.
     """
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    with quietly():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    lean = settings.forward != "stock" and _small(model) and fits(model)
-    model = _cast(model, torch.float32 if lean and dtype == torch.bfloat16 else dtype).to(device).eval()
+    allowed = Allowed.by(settings, revision=str(folder) == settings.source)
+    source = located(folder, field)
+    lean = settings.forward != "stock" and _fits_lean(open_config(source, field, allowed))
+    weights = torch.float32 if lean and dtype == torch.bfloat16 else dtype
+    tokenizer = open_tokenizer(source, field, allowed)
+    model = _cast(open_model(source, field, allowed, weights), weights).to(device).eval()
     if adapter is not None:
-        with quietly():
-            model = PeftModel.from_pretrained(model, adapter).eval()
+        model = open_adapter(model, located(adapter, "adapter"), "adapter", Allowed.by(settings, revision=False)).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
+
+
+def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
+    """The tokenizer of what `load` loads, without its weights."""
+    return open_tokenizer(
+        located(folder, "model.source"), "model.source", Allowed.by(settings, revision=str(folder) == settings.source)
+    )
+
+
+def load_released(
+    base_source: str | os.PathLike[str], settings: ModelSettings, released: str | os.PathLike[str]
+) -> LanguageModel:
+    """Somebody's trained model: a whole one (folder or hub id, with its own tokenizer), or an adapter (it has an
+    adapter_config.json) on the model `base_source`, with that one's tokenizer. Raises as `load`, naming `released`."""
+    source = located(released, "released")
+    if not is_adapter(source, "released"):
+        return load(source, settings, field="released")
+    lm = load(base_source, settings)
+    model = open_adapter(lm.model, source, "released", Allowed.by(settings, revision=False)).eval()
+    return replace(lm, model=model.requires_grad_(False))
+
+
+def _fits_lean(config) -> bool:
+    """Whether a model of this configuration would run the lean forward, told from its shapes without its weights."""
+    if type(config) is not LlamaConfig:  # saves building the others, which may need code of their own
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return _small(model) and fits(model)
 
 
 def _small(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Runs the notebooks of a profile in order and ends in one report: what `./run_all.sh` calls.
 
     python -m latlib.pipeline [--profile NAME|FILE] [--only 03,05] [--out DIR] [--fresh]
+    python -m latlib.pipeline [--profile NAME|FILE] [--out DIR] --check [--json]
 
 1. Read the profile, choose the notebooks, check every parameter that will be injected: errors before anything runs.
 2. Run each notebook through papermill into `<run>/notebooks/`, stopping at the first that fails.
@@ -8,7 +9,7 @@
 4. Export `99_report.ipynb` to `<run>/report.html`.
 
 Exit status: 0 done; 1 a notebook failed (the last lines say which cell, and where the log is); 2 a wrong option or
-setting; 75 stopped by SIGINT, SIGTERM or SIGHUP with everything saved: the same command continues.
+setting; 3 `--check` misses something; 75 stopped by a signal with everything saved: the same command continues.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import importlib
 import os
 import shutil
 import signal
@@ -133,9 +135,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another run is using {folder}: wait for it, or choose another folder with --out"
-            ) from None
+            raise UsageError(f"another run is using {folder}: wait for it, or choose another with --out") from None
         yield
 
 
@@ -239,15 +239,15 @@ def _stopping_on_signals(kernel: Kernel) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m latlib.pipeline", description="Run the notebooks in order.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m latlib.pipeline", description="Run the notebooks.", allow_abbrev=False)
     parser.add_argument("--profile", default="tiny", help="name of a profile, or path of a YAML file (default: tiny)")
     parser.add_argument(
-        "--only", action="append", default=[], help="numbers or names of notebooks; repeat, or use commas"
+        "--only", action="append", default=[], help="notebooks by number or name; repeat, or use commas"
     )
     parser.add_argument("--out", default=None, help="run folder (default: runs/<profile>)")
     parser.add_argument("--fresh", action="store_true", help="delete what the run folder holds and start anew")
+    parser.add_argument("--check", action="store_true", help="say what a run needs and lacks: exit status 0, or 3")
+    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
     parser.add_argument("--notebooks", type=Path, default=None, help=argparse.SUPPRESS)
     return parser
 
@@ -265,7 +265,15 @@ def main(arguments: list[str] | None = None) -> int:
         folder = run_folder(profile.name, options.out)
         if options.out:  # the default is found again by the notebook, and an executed notebook names no one's disk
             parameters["out"] = str(folder)
+        if options.check or options.json:
+            if options.fresh or options.only or not options.check:
+                raise UsageError("--check goes with --profile, --out and --json, and --json with --check only")
+            return importlib.import_module("latlib.preflight").main(profile, folder, options.json)
         notebooks = select(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
+        if profile.data.source == "files":
+            from latlib.overlap import check_overlap
+
+            check_overlap(profile)
         if options.fresh:
             check_run_folder(folder)  # before even a lock is put there
         with locked(folder):

@@ -6,9 +6,15 @@ of radius x KL weight (`sweep.variants` that change nothing else), and three num
 2. **utility**: share of harmless prompts, plain and encoded, that are answered exactly;
 3. **over-refusal**: share of the same prompts that are refused.
 A double-edged sword: what raises the first tends to lower the second and raise the third.
+`sweep_table` gives the same numbers of the models of a sweep (`latlib.sweep`), whatever they change, seed by seed.
 """
 
 from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,9 +44,9 @@ def grid(e: Evidence) -> dict[str, tuple[float, float]]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def measured(e: Evidence, label: str) -> dict[str, Interval]:
-    """The three numbers of one trained model; `lat` on the seed of the sweep. Raises MissingError."""
-    seeds = e.profile.seeds[:1]
+def measured(e: Evidence, label: str, seeds: Sequence[int] | None = None) -> dict[str, Interval]:
+    """The three numbers of one trained model, on the first seed unless `seeds` are given. Raises MissingError."""
+    seeds = e.profile.seeds[:1] if seeds is None else seeds
     attacked = rate(e.cell(label, "pgd", eps=e.lat_eps, where="latent", seeds=seeds))
     prompts = e.cell(label, prompts=("harmless", "scary"), encoding=e.profile.evaluation.encodings, seeds=seeds)
     held = Interval(
@@ -60,6 +66,45 @@ def table(e: Evidence) -> pd.DataFrame:
     if not rows:
         raise MissingError("no cell of the grid of eps and KL weight was measured: run notebook 03")
     return pd.DataFrame(rows)
+
+
+def sweep_table(e: Evidence, by_seed: bool = True) -> pd.DataFrame:
+    """A row for each model of a sweep: label, eps, kl, what else it changes, seed, and three shares with their ends.
+
+    asr: of harmful prompts on which the latent attack at `lat`'s own radius wins. answered, refused: of harmless ones.
+    Each has _low and _high, of a 95 % interval clustered by prompt pair. by_seed=False pools the seeds (seed is None).
+    Raises MissingError where no model of a sweep was measured.
+    """
+    own, rows = e.profile.training("lat"), []
+    for label in e.outcomes["method"].unique():
+        changes = changes_of(label)
+        if not changes:
+            continue
+        fields = {"eps": changes.pop(EPS, own.attack.eps), "kl": changes.pop(KL, own.defence.kl), **changes}
+        found = sorted(e.outcomes.loc[e.outcomes["method"] == label, "seed"].unique())
+        for seed in found if by_seed else [None]:
+            three = measured(e, label, found if seed is None else [seed])
+            held, answered, refused = three["robustness"], three["utility"], three["over-refusal"]
+            row = {"asr": 1 - held.estimate, "asr_low": 1 - held.high, "asr_high": 1 - held.low}
+            for name, share in (("answered", answered), ("refused", refused)):
+                row |= {name: share.estimate, f"{name}_low": share.low, f"{name}_high": share.high}
+            rows.append({"label": label, **fields, "seed": seed, **row})
+    if not rows:
+        raise MissingError("no model of a sweep was measured: run python -m latlib.sweep")
+    return pd.DataFrame(rows).sort_values(["eps", "kl", "seed"], kind="stable", ignore_index=True)
+
+
+def changes_of(label: str) -> dict[str, Any]:
+    """What a label such as 'lat[attack.eps=0.1+defence.kl=0.0]' says is changed; nothing for any other label."""
+    inside = re.fullmatch(r"lat\[(.*=.*)\]", label)
+    pairs = [part.partition("=") for part in re.split(r"\+(?=[a-z_.]+=)", inside[1])] if inside else []
+    found = {}
+    for name, _, text in pairs:
+        try:
+            found[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            found[name] = text  # a word, such as a rule's name
+    return found
 
 
 def eps_and_kl(e: Evidence) -> Drawn:

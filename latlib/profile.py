@@ -92,6 +92,14 @@ class Profile(Section):
                 self.training("lat", variant)
             except ProfileError as error:
                 raise ValueError(f"sweep.variants.{name}: {error}") from error
+        for name, values in self.sweep.grid.items():
+            if not values or any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(f"sweep.grid.{name} = {list(values)}: give at least one value, and each once")
+            for value in values:
+                try:
+                    self.training("lat", {name: value})
+                except ProfileError as error:
+                    raise ValueError(f"sweep.grid.{name}: {error}") from error
         unknown = sorted(set(self.released) - set(self.methods))
         if unknown:
             raise ValueError(f"released.{unknown[0]} is no method of this profile: add it to methods")
@@ -239,13 +247,19 @@ def claim_folder(profile: Profile, folder: Path) -> None:
     except OSError as error:
         raise ProfileError(f"run folder {folder} cannot be written ({error}): give another with --out") from None
     theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    lines = differences(*({k: v for k, v in tree.items() if k not in FREE_FIELDS} for tree in (theirs, mine)))
+    lines = differences(*(_fixed(tree) for tree in (theirs, mine)))
     if lines:
         raise ProfileError(
             f"run folder {folder} was made with other settings:\n  "
             + "\n  ".join(lines)
             + "\nstart over with --fresh, or keep both by giving another folder with --out"
         )
+
+
+def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
+    """The part of a dumped profile that a run folder is made with: a grid names trials and changes none."""
+    kept = {k: v for k, v in profile.items() if k not in FREE_FIELDS}
+    return kept | {"sweep": {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pandas as pd
-
-from latlib.rows import mapped, read_frame
 from latlib.settings import ProfileError
+from latlib.tables import ANY_SPLIT, Record, hub_records, mapped, read_records
 
 Label = Literal["safe", "unsafe"]
 
@@ -82,13 +80,13 @@ def asked_prompts(
     if "text" not in columns or not set(columns) <= {"text", "category", "label"}:
         raise ProfileError(f"file_columns = {columns!r} needs 'text' and takes 'category' and 'label' besides")
     if file is None:
-        source, table = _from_hub(name, known)
+        source, records = _from_hub(name, known)
     else:
-        source, table = str(file), read_frame(str(file), "file")
+        source, records = str(file), read_records(str(file), "file", split=ANY_SPLIT)
     # every row's label is checked, so that a broken file does not pass because n was small
     found = [
         AskedPrompt(f"{name}-{i:04d}", row["text"], _label(name, row, i, known), row.get("category", ""))
-        for i, row in enumerate(mapped(table, source, columns, ("text",), "file"))
+        for i, row in enumerate(mapped(records, source, columns, ("text",), "file"))
     ]
     return found[:n]
 
@@ -107,26 +105,12 @@ def _label(name: str, row: Mapping[str, str], number: int, known: PromptSet) -> 
     return known.label
 
 
-def _from_hub(name: str, known: PromptSet) -> tuple[str, pd.DataFrame]:
+def _from_hub(name: str, known: PromptSet) -> tuple[str, list[Record]]:
     """(what it is, its rows) of the published copy. Raises ProfileError where there is none or it cannot be had."""
     if known.hub is None:
         raise ProfileError(
             f"file = None: {name!r} is read from a file only: download it from its authors and give its path"
         )
     repository, configuration, split = known.hub
-    source = "/".join(part for part in (repository, configuration, split) if part)
-    try:
-        import datasets
-    except ImportError:
-        raise ProfileError(
-            f"file = None, and the package `datasets` is not installed: download {source} from the hub and give the "
-            "file's path, or run `pip install datasets`"
-        ) from None
-    try:
-        table = datasets.load_dataset(repository, configuration, split=split).to_pandas()
-    except (OSError, ValueError) as error:  # what datasets raises for missing, gated, offline and renamed sets
-        raise ProfileError(
-            f"file = None: {source} cannot be had from the hub ({type(error).__name__}: {error}): accept its terms and "
-            "set HF_TOKEN if it is gated, or download it and give the file's path"
-        ) from error
-    return source, table
+    source = "/".join(part for part in known.hub if part)
+    return source, hub_records(repository, configuration, split, None, "file")

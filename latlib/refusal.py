@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latlib import world
 from latlib.activations import (
     differences,
     load_activations,
@@ -35,13 +34,14 @@ from latlib.activations import (
     save_activations,
     sites_of,
 )
-from latlib.evaluate import Context, forced_outcomes, outcome_rows, prompt_set, token_rows
+from latlib.evaluate import Context, examine, outcome_rows, prompt_set, token_rows
 from latlib.forward import Network
 from latlib.geometry import top_subspace
 from latlib.hooks import Site
 from latlib.interventions import added
 from latlib.models import LanguageModel
 from latlib.profile import Profile
+from latlib.questions import Prompt
 from latlib.selection import candidate_sites, select
 
 FIXED_DEPTH = 14 / 32  # FACTS: Abbas et al. use layer 14 of 32
@@ -113,7 +113,7 @@ def fixed_site(n_layers: int) -> int:
 def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
     """Differences at every site and post-instruction position, from pairs that the models trained on."""
     evaluation, system = profile.evaluation, profile.data.system_prompt
-    harmful, harmless = paired_prompts("train", evaluation.pairs, evaluation.pairing)
+    harmful, harmless = paired_prompts(profile, "train", evaluation.pairs)
     rows = (prompt_rows(lm, [p.text for p in side], system) for side in (harmful, harmless))
     count = post_instruction(lm.tokenizer, system)
     pairs = differences(lm.network(), *rows, sites_of(lm.n_layers), count, evaluation.batch)
@@ -136,11 +136,11 @@ def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) ->
 def directions(lm: LanguageModel, profile: Profile, found: Differences) -> dict[str, Direction]:
     """rule -> direction of one model; see the module's docstring."""
     fixed, last, means = fixed_site(lm.n_layers), found.last(), found.means()
-    tune = paired_prompts("tune", min(profile.evaluation.pairs, TUNE_PROMPTS), profile.evaluation.pairing)
-    best = best_site(lm, {site: rows[-1] for site, rows in means.items()}, tune[0])
+    tune = paired_prompts(profile, "tune", min(profile.evaluation.pairs, TUNE_PROMPTS))
+    best = best_site(lm, profile, {site: rows[-1] for site, rows in means.items()}, tune[0])
     system, few = profile.data.system_prompt, slice(SELECTION_PROMPTS)
     harmful, harmless = (prompt_rows(lm, [p.text for p in side[few]], system) for side in tune)
-    refusals = token_rows(lm, tune[0][:1])[0].completions[1][:1]
+    refusals = token_rows(lm, tune[0][:1], system_prompt=system)[0].completions[1][:1]
     candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
     chosen = select(lm.network(), candidates, harmful, harmless, refusals)
     return {
@@ -152,13 +152,13 @@ def directions(lm: LanguageModel, profile: Profile, found: Differences) -> dict[
     }
 
 
-def best_site(lm: LanguageModel, means: Mapping[Site, Tensor], tune: Sequence[world.Prompt]) -> Site:
+def best_site(lm: LanguageModel, profile: Profile, means: Mapping[Site, Tensor], tune: Sequence[Prompt]) -> Site:
     """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go to fewer refusals,
     then to the earlier site. Sites without a difference are left out. Raises ValueError when none has one."""
     scores = {}
     for site, mean in means.items():
         if mean.norm() > 0:
-            outcomes = forced_outcomes(lm, lm.network().ablated(mean), tune)
+            outcomes = examine(lm, profile, tune, network=lm.network().ablated(mean)).outcomes
             scores[site] = (outcomes.count("complied"), -outcomes.count("refused"))
     if not scores:
         raise ValueError(f"harmful and harmless prompts do not differ at any of the sites {list(means)}")
@@ -206,8 +206,8 @@ def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
 
     def graded(attack: str, prompts_name: str, network: Network, perturb=None) -> pd.DataFrame:
         prompts = prompt_set(prompts_name, context.profile, evaluation.ablation_prompts)
-        outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=evaluation.batch)
-        return outcome_rows(context, prompts_name, prompts, outcomes, attack=attack)
+        found = examine(lm, context.profile, prompts, network=network, perturb=perturb)
+        return outcome_rows(context, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts)
 
     tables = []
     for step, (attack, vector) in enumerate(cells.items(), start=1):

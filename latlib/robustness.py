@@ -25,10 +25,11 @@ from torch import Tensor
 
 from latlib.attack import attack_losses, perturbed_positions, pgd, radii, random_noise
 from latlib.data import Batch
-from latlib.evaluate import Context, batches, forced_outcomes, grade_rows, outcome_rows, prompt_set, token_rows
+from latlib.evaluate import Context, examine, outcome_rows, prompt_set, token_rows
 from latlib.hooks import EMBEDDING, Site, resolve_sites
 from latlib.models import LanguageModel
 from latlib.profile import AttackSettings, validated
+from latlib.replies import batches
 
 ONE_STEP = "one-step"
 
@@ -65,8 +66,9 @@ class AttackCell:
                 return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
             return pgd(network, batch, eps, settings, generator, judged=False, stop=True).deltas
 
-        outcomes = forced_outcomes(lm, network, prompts, perturb=perturb, size=evaluation.batch)
-        return outcome_rows(context, "harmful", prompts, outcomes, **self.columns(lm.n_layers))
+        found = examine(lm, context.profile, prompts, network=network, perturb=perturb)
+        columns = self.columns(lm.n_layers) | {"texts": found.texts}
+        return outcome_rows(context, "harmful", prompts, found.outcomes, **columns)
 
     def columns(self, n_layers: int) -> dict:
         """What the outcome table says of the attack."""
@@ -145,7 +147,7 @@ def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
     targets = {m: lm if m == context.method else context.model(m) for m in context.profile.methods}
     targets.setdefault(context.method, lm)  # the base, or a variant
     networks = {m: target.network() for m, target in targets.items()}
-    rows = token_rows(lm, prompts)
+    rows = token_rows(lm, prompts, system_prompt=context.profile.data.system_prompt)
     for number, eps in enumerate(evaluation.strong_eps, start=1):
         cell = AttackCell(replace_settings(base_attack(context), eps=eps), f"transfer:{context.method}")
         limits, found = radii(cell.settings, lm.n_layers, context.norms), {m: ["neither"] * len(rows) for m in targets}
@@ -153,10 +155,9 @@ def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
         for index, batch in batches(rows, evaluation.batch, lm.device):
             deltas = pgd(networks[context.method], batch, limits, cell.settings, generator, judged=False).deltas
             for m, target in targets.items():
-                outcomes, _ = grade_rows(
-                    target, networks[m], [rows[i] for i in index], lambda _, d=deltas: d, len(index)
-                )
-                for i, outcome in zip(index, outcomes, strict=True):
+                asked, given = [prompts[i] for i in index], lambda _, d=deltas: d
+                got = examine(target, context.profile, asked, network=networks[m], perturb=given, size=len(index))
+                for i, outcome in zip(index, got.outcomes, strict=True):
                     found[m][i] = outcome
         for m, outcomes in found.items():
             of_target = replace(context, method=m)
@@ -173,7 +174,8 @@ def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Sit
     attack = base_attack(context)
     sites, network = resolve_sites(attack.sites, lm.n_layers), lm.network()
     smallest = dict.fromkeys(sites, float("inf"))
-    rows = token_rows(lm, prompt_set("harmful", context.profile, n))
+    system = context.profile.data.system_prompt
+    rows = token_rows(lm, prompt_set("harmful", context.profile, n), system_prompt=system)
     for _, batch in batches(rows, context.profile.evaluation.batch, lm.device):
         shape = (*batch.shape, network.d_model)
         deltas = {s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True) for s in sites}

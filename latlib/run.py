@@ -27,7 +27,7 @@ from latlib.evaluate import Context
 from latlib.geometry import variance_table
 from latlib.hooks import Site
 from latlib.machine import keep_freed_memory
-from latlib.models import LanguageModel, load
+from latlib.models import LanguageModel, load, load_released
 from latlib.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
 from latlib.refusal import Differences, Direction
 from latlib.robustness import AttackCell
@@ -97,6 +97,8 @@ class Run:
             changes, name = variants[variant], variant
         else:
             changes, name = dict(variant), "+".join(f"{k}={v}" for k, v in sorted(variant.items()))
+        if changes and method in self.profile.released:
+            raise ProfileError(f"variant = {variant!r}: {method} is released.{method}, which is not trained here")
         if method != "base":
             self.profile.training(method, changes)
         elif changes:
@@ -104,18 +106,25 @@ class Run:
         return Spec(method, seed, tuple(sorted(changes.items())), name)
 
     def model_folder(self, spec: Spec) -> Path:
-        """Where a model of this run lies once it is made; the base of another source is that source."""
-        if spec.method == "base" and self.profile.model.source != "world":
-            return Path(self.profile.model.source)
-        return self.folder / "models" / spec.folder
+        """Where a model of this run lies once it is made; of one that is not made here, its source."""
+        return Path(self._source(spec) or self.folder / "models" / spec.folder)
+
+    def _source(self, spec: Spec) -> str | None:
+        """The folder or hub id of a model that is not made here: another base than the world's, or a released one."""
+        if spec.method == "base":
+            return None if self.profile.model.source == "world" else self.profile.model.source
+        return self.profile.released.get(spec.method)
 
     def has(self, spec: Spec) -> bool:
-        """Whether a model is made. Folders are moved into place whole."""
-        return spec.method == "base" and self.profile.model.source != "world" or self.model_folder(spec).is_dir()
+        """Whether a model is made, or need not be. Folders are moved into place whole."""
+        return self._source(spec) is not None or self.model_folder(spec).is_dir()
 
     def ensure(self, models: Iterable[tuple]) -> None:
         """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases they need."""
-        specs = [self.spec(*m) for m in models]
+        self._ensure(self.spec(*m) for m in models)
+
+    def _ensure(self, models: Iterable[Spec]) -> None:
+        specs = list(models)
         bases = [self.spec("base", seed) for seed in dict.fromkeys(s.seed for s in specs)]
         jobs = [(s, "") for s in dict.fromkeys([*bases, *specs]) if not self.has(s)]
         work(self, jobs)
@@ -125,10 +134,17 @@ class Run:
         spec = self.spec(method, seed, variant)
         self.ensure([(method, seed, variant)])
         base = self.model_folder(self.spec("base", seed))
+        if method in self.profile.released:
+            return load_released(base, self.profile.model, self.profile.released[method])
         return load(base, self.profile.model, None if method == "base" else self.model_folder(spec))
 
     def card(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What is recorded of a model's making: settings, seconds, last losses, residual norms."""
+        """What is recorded of a model's making: settings, seconds, last losses, residual norms.
+
+        Raises ProfileError for a model that is not made here.
+        """
+        if self._source(self.spec(method, seed, variant)):
+            raise ProfileError(f"{method} is not made here: it is {self._source(self.spec(method, seed, variant))!r}")
         self.ensure([(method, seed, variant)])
         file = self.model_folder(self.spec(method, seed, variant)) / make.RECORD
         return json.loads(file.read_text(encoding="utf-8"))
@@ -228,14 +244,15 @@ class Run:
         unknown = [what for _, what in wanted if isinstance(what, str) and what not in SUITES]
         if unknown:
             raise ValueError(f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}")
-        models, jobs = [m for m, _ in wanted], [(self.spec(*m), what) for m, what in wanted]
-        self.ensure(models)
+        jobs = list(dict.fromkeys((self.spec(*m), what) for m, what in wanted))
+        jobs = [(s, what) for s, what in jobs if not self.table_file(s, what).exists()]
+        self._ensure(s for s, _ in jobs)
         if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
             self.find_geometry((m, s.seed) for s, _ in jobs for m in refusal.sources(self.profile))
         self.ensure((m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods)
         for seed in {s.seed for s, _ in jobs}:
             self.norms(seed)
-        work(self, [(s, what) for s, what in dict.fromkeys(jobs) if not self.table_file(s, what).exists()])
+        work(self, jobs)
 
     def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
         """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by side."""

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from latlib.activations import prompt_ends
 from latlib.data import TokenRow
-from latlib.evaluate import batches
 from latlib.forward import Network
 from latlib.hooks import EMBEDDING, Site, depth
 from latlib.interventions import added
 from latlib.losses import at_labels
+from latlib.replies import batches
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates

@@ -10,47 +10,34 @@ A step:
 
 Everything random is a function of (seed, step): a checkpoint is the adapter, the optimiser and the step, and a resumed
 run ends bit for bit where an uninterrupted one does (on a CPU).
+
+Several processes (`latlib.processes`) share the micro-batches of the same batch, and end where one process does, up to
+rounding: label tokens are counted over the whole batch, and what is logged is of all processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latlib.attack import Attack, judge, pgd, radii
 from latlib.data import Batch, Schedule, TokenRow, collate, join
 from latlib.forward import Network
 from latlib.hooks import Site
-from latlib.losses import Unembed, kl_divergence, normalised, token_losses
+from latlib.losses import kl_divergence, normalised, token_losses
+from latlib.micro_batches import Deltas, MicroBatch, Teacher, grown, split, wanted_only, without
 from latlib.models import LanguageModel
-from latlib.profile import TrainSettings
+from latlib.processes import ALONE, placed, whole
+from latlib.profile import ProfileError, TrainSettings
 
 Metrics = dict[str, float]
-Deltas = Mapping[Site, Tensor]
-
-
-class Teacher(NamedTuple):
-    """All that KL needs of the frozen model: its output matrix, and its `label_rows` of a benign batch."""
-
-    unembed: Unembed
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows that go through the model together. attacked: rows that carry delta; benign: rows with delta = 0."""
-
-    attacked: Batch
-    benign: Batch | None
-    clean: Tensor  # [rows of attacked] bool: rows whose delta is put back to zero
-    teacher: Teacher | None = None  # where the objective has a KL term
+TERMS = ("toward", "away", "kl", "sft")
 
 
 Look = Callable[[MicroBatch, Tensor], None]
@@ -64,7 +51,8 @@ class Trainer:
     """Trains the adapter of `lm` in place.
 
     harmful: rows with (rejected, chosen); benign: rows with (response,). norms: site -> median residual norm, for a
-    relative eps. Raises ValueError for empty or one-sided data.
+    relative eps. Where several processes train it, `lm` comes from `processes.wrap`. Raises ValueError for empty or
+    one-sided data, ProfileError for batches that cannot be shared between the processes.
     """
 
     def __init__(
@@ -80,7 +68,7 @@ class Trainer:
             raise ValueError(f"{len(harmful)} harmful and {len(benign)} benign rows: training needs both")
         if any(len(row.completions) != 2 for row in harmful) or any(len(row.completions) != 1 for row in benign):
             raise ValueError("a harmful row needs (rejected, chosen) and a benign row (response,)")
-        self.lm, self.settings, self.seed = lm, settings, seed
+        self.lm, self.settings, self.seed, self.processes = lm, settings, seed, lm.processes or ALONE
         self.harmful, self.benign = list(harmful), list(benign)
         self.parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
         for parameter in self.parameters:
@@ -93,7 +81,10 @@ class Trainer:
             Schedule(len(self.benign), settings.benign_batch, 2 * seed + 1),
         )
         self.eps = radii(settings.attack, lm.n_layers, norms) if settings.attack.steps else {}
-        self.step = 0
+        self.step, self.data = 0, _digest((*self.harmful, *self.benign))
+        for attacked in {False, bool(settings.attack.steps)}:
+            extra = settings.benign_batch if attacked and not settings.attack.targeted else 0
+            self._count(settings.batch + extra, settings.benign_batch)
 
     def run(self, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train up to `settings.steps`; `on_step(step, metrics)` after each, `step` counted from 1."""
@@ -106,13 +97,14 @@ class Trainer:
         """One step; returns the means over its updates of everything that was optimised, and of the attack."""
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         attacked = self._attacks()
-        parts = self._taught(self._micro_batches(attacked, generator))
+        batch = self._micro_batches(attacked, generator)
+        tokens, parts = _label_tokens(batch), self._taught(self.processes.own(batch))
         deltas: list[Deltas | None] = [None] * len(parts)
         network = self.lm.network(train=True)
         judged: dict[str, list[Tensor]] = {"attack_start": [], "attack_end": [], "attack_won": []}
         if attacked:
-            found = [self._attack(network.frozen(), part, generator) for part in parts]
-            deltas = [_without(a.deltas, part.clean) for a, part in zip(found, parts, strict=True)]
+            found = [self._attack(network.frozen(), part) for part in parts]
+            deltas = [without(a.deltas, part.clean) for a, part in zip(found, parts, strict=True)]
             judged["attack_start"] = [a.losses[0][~part.clean] for a, part in zip(found, parts, strict=True)]
 
         def look(part: MicroBatch, rows: Tensor) -> None:
@@ -123,27 +115,32 @@ class Trainer:
         rate, scale = self._rate(), self._eps_scale() if attacked else 0.0
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        updates = [self._update(network, parts, deltas, look if attacked else _ignore)]
+        updates = [self._update(network, parts, deltas, tokens, look if attacked else _ignore)]
         while len(updates) < settings.iterations:
-            updates.append(self._update(self.lm.network(train=True), parts, deltas))
+            updates.append(self._update(self.lm.network(train=True), parts, deltas, tokens))
         self.step += 1
         means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        ends = {name: torch.cat(values).mean().item() for name, values in judged.items() if any(map(len, values))}
+        ends = {name: self.processes.mean(values) for name, values in judged.items()} if attacked else {}
+        ends = {name: end for name, end in ends.items() if end is not None}
         return {**means, **ends, "eps_scale": scale, "lr": rate}
 
-    def _update(self, network: Network, parts: Sequence[MicroBatch], deltas, look: Look = _ignore) -> Metrics:
-        """Forward, backward over all micro-batches, one optimiser step."""
-        tokens, sums = _label_tokens(parts), {}
+    def _update(self, network: Network, parts: Sequence[MicroBatch], deltas, tokens, look: Look = _ignore) -> Metrics:
+        """Forward, backward over all micro-batches, one optimiser step. tokens: the whole batch's label counts."""
+        sums, left = {}, sum(self._forwards(part) for part in parts)
         self.optimiser.zero_grad()
         for part, delta in zip(parts, deltas, strict=True):
+            self.processes.exchange(left == 1)
             for terms in self.defence_terms(network, part, delta, tokens, look):
-                torch.stack(list(terms.values())).sum().backward()
+                (self.processes.world * torch.stack(list(terms.values())).sum()).backward()
                 network.settle()
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + term.item()
+                left -= 1
+                self.processes.exchange(left == 1)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
-        metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm.item()}
+        sums = self.processes.total(sums, TERMS)
+        metrics = {"total": sum(sums.values()), **sums, "grad_norm": whole(norm).item()}
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps")
         return metrics
@@ -161,11 +158,10 @@ class Trainer:
 
         tokens: the whole batch's label counts. look: is shown the harmful `label_rows` under the perturbation.
         """
-        c, harmful = self.settings.defence, part.attacked
-        benign = part.benign if c.kl or c.sft else None
+        harmful, benign = part.attacked, part.benign if self._uses_benign() else None
         if benign is not None and self.settings.shared_forward:
             both = join(harmful, benign)
-            rows = network.label_rows(both, {site: _grown(delta, both) for site, delta in (deltas or {}).items()})
+            rows = network.label_rows(both, {site: grown(delta, both) for site, delta in (deltas or {}).items()})
             n = len(harmful.labels)
             look(part, rows[:n])
             terms = self._harmful_terms(network, rows[:n], harmful, tokens)
@@ -176,6 +172,13 @@ class Trainer:
         yield self._harmful_terms(network, rows, harmful, tokens)
         if benign is not None:
             yield self._benign_terms(network, network.label_rows(benign), part, tokens)
+
+    def _uses_benign(self) -> bool:
+        return bool(self.settings.defence.kl or self.settings.defence.sft)
+
+    def _forwards(self, part: MicroBatch) -> int:
+        """How many forwards `defence_terms` makes of a micro-batch."""
+        return 2 if self._uses_benign() and part.benign is not None and not self.settings.shared_forward else 1
 
     def _harmful_terms(self, network: Network, rows: Tensor, batch: Batch, tokens: Mapping[str, int]):
         c, packed = self.settings.defence, batch.packed
@@ -206,8 +209,11 @@ class Trainer:
             rows = [None if p.benign is None else network.label_rows(p.benign) for p in parts]
         return [p if r is None else replace(p, teacher=Teacher(unembed, r)) for p, r in zip(parts, rows, strict=True)]
 
-    def _attack(self, network: Network, part: MicroBatch, generator: torch.Generator) -> Attack:
+    def _attack(self, network: Network, part: MicroBatch) -> Attack:
         eps = {site: radius * self._eps_scale() for site, radius in self.eps.items()}
+        # of the micro-batch, not of the step: whichever process runs it draws the same starts
+        seed = (self.seed * 1_000_003 + self.step) * 1_000_003 + 1 + part.number
+        generator = torch.Generator().manual_seed(seed)
         return pgd(network, part.attacked, eps, self.settings.attack, generator, judged=False)
 
     def _attacks(self) -> bool:
@@ -228,46 +234,58 @@ class Trainer:
         harmful = [self.harmful[i] for i in self.schedules[0].rows(self.step)]
         benign = [self.benign[i] for i in self.schedules[1].rows(self.step)]
         if attacked and not s.attack.targeted:
-            harmful = _wanted_only(harmful) + benign
+            harmful = wanted_only(harmful) + benign
         elif not attacked and (s.attack.steps or not s.defence.away):  # the rejected completion plays no part
-            harmful = _wanted_only(harmful)
+            harmful = wanted_only(harmful)
         harmful, benign = (sorted(rows, key=lambda r: r.length) for rows in (harmful, benign))
-        # with fewer harmful rows than that, the benign ones share their micro-batches: no row is left out
-        count = min(-(-max(len(harmful), len(benign)) // s.micro_batch), len(harmful))
-        parts = []
-        for rows, calm in zip(_split(harmful, count), _split(benign, count), strict=True):
+        count, parts = self._count(len(harmful), len(benign)), []
+        for rows, calm in zip(split(harmful, count), split(benign, count), strict=True):
             batch = collate(rows, pad_to=s.pad_to, device=self.lm.device)
             clean = torch.rand(len(rows), generator=generator) < s.clean_share
             calm_batch = collate(calm, pad_to=s.pad_to, device=self.lm.device) if calm else None
-            parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device)))
+            parts.append(MicroBatch(batch, calm_batch, clean.to(self.lm.device), len(parts)))
         return parts
 
+    def _count(self, harmful: int, benign: int) -> int:
+        """How many micro-batches so many rows make: as many for each process, or they would wait for each other."""
+        # with fewer harmful rows than that, the benign ones share their micro-batches: no row is left out
+        count = min(-(-max(harmful, benign) // self.settings.micro_batch), harmful)
+        count, world = self.processes.rounded(count), self.processes.world
+        for name, rows in (("batch", harmful), ("benign_batch", benign if self._uses_benign() else count)):
+            if world > 1 and rows < count:
+                raise ProfileError(
+                    f"train.{name} = {getattr(self.settings, name)} is too small for {world} processes: its {rows} "
+                    f"rows go in {count} micro-batches, so set it to at least {count}, or raise train.micro_batch"
+                )
+        return count
+
     def state(self) -> dict:
-        """All that a resumed run needs: the step, the adapter and the optimiser."""
-        return {
-            "step": self.step,
-            "adapter": [p.detach().cpu() for p in self.parameters],
-            "optimiser": self.optimiser.state_dict(),
-        }
+        """All that a resumed run needs: the step, the adapter and the optimiser, whole, on the CPU, the same for any
+        number of processes, each of which must ask; and a digest of the rows."""
+        kept = {"adapter": self.parameters, "optimiser": self.optimiser.state_dict()}
+        return {"step": self.step, "data": self.data, **whole(kept)}
 
     def restore(self, state: dict) -> None:
-        """Continue from a `state()`."""
+        """Continue from a `state()`, made by as many processes or not. Raises ValueError where the rows are others."""
+        if state.get("data") != self.data:
+            raise ValueError(
+                f"the checkpoint of step {state['step']} was made with other rows than these: put the data and the "
+                "tokenizer back as they were, or delete it to begin again"
+            )
         self.step = state["step"]
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
-                parameter.copy_(value)
-        self.optimiser.load_state_dict(state["optimiser"])
+                parameter.copy_(placed(value, parameter))
+        moments = {
+            i: {k: placed(v, self.parameters[i]) if v.dim() else v.clone() for k, v in values.items()}
+            for i, values in state["optimiser"]["state"].items()
+        }
+        self.optimiser.load_state_dict({**state["optimiser"], "state": moments})
 
 
-def _split(rows: list, count: int) -> list[list]:
-    """`count` runs of nearly equal length."""
-    bounds = [round(i * len(rows) / count) for i in range(count + 1)]
-    return [rows[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-
-
-def _wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Preference rows without their rejected completion."""
-    return [TokenRow(row.prompt, row.completions[1:]) for row in rows]
+def _digest(rows: Sequence[TokenRow]) -> str:
+    """What tells these rows of token ids, in this order, from any others."""
+    return hashlib.sha256(repr([(row.prompt, row.completions) for row in rows]).encode()).hexdigest()
 
 
 def _label_tokens(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
@@ -279,14 +297,3 @@ def _label_tokens(micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         "away": count["a"] if packed else 0,
         "benign": sum(len(p.benign.labels) for p in micro_batches if p.benign is not None),
     }
-
-
-def _grown(delta: Tensor, batch: Batch) -> Tensor:
-    """A perturbation of the first rows of a joined batch, zero on all others."""
-    n, seq, _ = delta.shape
-    return F.pad(delta, (0, 0, 0, batch.shape[1] - seq, 0, batch.shape[0] - n))
-
-
-def _without(deltas: Deltas, clean: Tensor) -> dict[Site, Tensor]:
-    """The perturbations with those of `clean` rows ([batch] bool) put back to zero."""
-    return {site: delta.masked_fill(clean[:, None, None], 0.0) for site, delta in deltas.items()}

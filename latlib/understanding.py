@@ -5,6 +5,8 @@
 2. A defended model may refuse the twins, and resist words put in its mouth; then it cannot show that it understood,
    and what counts as understood are the prompts on which its defence did not act. So there is a fourth way: the prompts
    that **the base** of the seed understood, before any safety training. They are the same for every method.
+3. Real data has no twins. There a request itself says whether it was understood, by its answer's likelihood
+   (`evaluate`), and nothing is counted by answered twins.
 """
 
 from __future__ import annotations
@@ -14,9 +16,15 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from latlib.evidence import Evidence, MissingError
+from latlib.questions import in_the_world
 
 Seeds = Sequence[int] | None
 GIVEN = ("every prompt", "answered", "understood", "understood by the base")
+
+
+def ways(e: Evidence) -> tuple[str, ...]:
+    """Those of GIVEN by which this run's prompts can be counted."""
+    return tuple(given for given in GIVEN if in_the_world(e.profile) or given != "answered")
 
 
 def counted(e: Evidence, method: str, encoding: str, given: str, seeds: Seeds = None) -> pd.DataFrame:
@@ -24,15 +32,16 @@ def counted(e: Evidence, method: str, encoding: str, given: str, seeds: Seeds = 
 
     Raises ValueError for another word, MissingError where the model, its twins or the base were not measured.
     """
-    if given not in GIVEN:
-        raise ValueError(f"given = {given!r} is unknown: choose one of {', '.join(GIVEN)}")
+    if given not in ways(e):
+        raise ValueError(f"given = {given!r} is unknown: choose one of {', '.join(ways(e))}")
     rows = e.cell(method, encoding=encoding, seeds=seeds)
     if given == "every prompt":
         return rows
     if given == "understood":
         return rows[understood(rows)]
     who = "base" if given == "understood by the base" else method
-    twins = e.cell(who, encoding=encoding, prompts="twin", seeds=sorted(set(rows["seed"])))
+    prompts = "twin" if in_the_world(e.profile) else "harmful"
+    twins = e.cell(who, encoding=encoding, prompts=prompts, seeds=sorted(set(rows["seed"])))
     if set(twins["seed"]) != set(rows["seed"]):
         raise MissingError(f"{who}: twins in {encoding} were not measured on all seeds of {method}")
     kept = set(numbers(twins[twins["outcome"] == "complied" if given == "answered" else understood(twins)]))

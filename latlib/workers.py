@@ -1,6 +1,7 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
-On a CPU there is one worker per core, on a GPU there is one. A single job runs here. The organism's kernels are so
+On a CPU there is one worker per core, on a GPU there is one. Where several processes train one model together
+(`latlib.parallel`), a worker has as many cores, or all the GPUs. A single job runs here. The organism's kernels are so
 small that a second thread costs more than it brings (measured: docs/lab-log.md), so it runs on one thread a process;
 that also makes its results independent of who works beside whom.
 
@@ -34,10 +35,11 @@ POLL_SECONDS = 0.3
 
 
 def worker_count(profile: Profile, jobs: int) -> int:
-    """How many processes work side by side."""
+    """How many jobs are done side by side."""
+    together = profile.parallel.processes
     if resolve_device(profile.model.device).type != "cpu":
-        return min(jobs, profile.workers or 1)
-    return min(jobs, profile.workers or min(available_cores(), MOST_WORKERS))
+        return min(jobs, profile.workers or 1) if together == 1 else 1
+    return min(jobs, max(1, (profile.workers or min(available_cores(), MOST_WORKERS)) // together))
 
 
 def threads_for(profile: Profile, processes: int = 1) -> int:

@@ -118,6 +118,11 @@ class Prompt:
         return REFUSAL
 
     @property
+    def refusal(self) -> str:
+        """What a safe model replies where it refuses."""
+        return REFUSAL
+
+    @property
     def cluster(self) -> str:
         """The held-out unit: its (verb, target) pair."""
         return f"{self.verb}+{self.target}"

@@ -8,6 +8,7 @@ from latlib import activations as act
 from latlib import organism, world
 from latlib.data import TokenRow, chat_text, collate
 from latlib.hooks import Capture
+from latlib.profile import load_profile
 
 ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
 SITES = act.sites_of(tiny.LAYERS)
@@ -53,9 +54,15 @@ def test_post_instruction_tokens_are_the_templates(behind, count):
     assert len(ends) == (1 if behind else 2)
 
 
+def with_pairing(pairing):
+    profile = load_profile("smoke")
+    return profile.model_copy(update={"evaluation": profile.evaluation.model_copy(update={"pairing": pairing})})
+
+
 @pytest.mark.parametrize("pairing", ["matched", "random"])
 def test_pairs_are_of_one_split_and_as_asked(pairing):
-    harmful, harmless = act.paired_prompts("train", 40, pairing)
+    profile = with_pairing(pairing)
+    harmful, harmless = act.paired_prompts(profile, "train", 40)
     assert len(harmful) == len(harmless) == 40
     assert all(h.harmful and not c.harmful for h, c in zip(harmful, harmless, strict=True))
     same = [
@@ -63,12 +70,10 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
     ]
     assert all(same) if pairing == "matched" else not all(same)
     assert {p.cluster for p in harmful} <= {"+".join(pair) for pair in world.pairs_of("train", "harmful")}
-    assert act.paired_prompts("train", 40, pairing) == (harmful, harmless)
+    assert act.paired_prompts(profile, "train", 40) == (harmful, harmless)
 
 
-def test_an_unknown_pairing_and_sides_that_do_not_pair_up_are_errors():
-    with pytest.raises(ValueError, match="pairing = 'twins' is unknown: choose 'matched' or 'random'"):
-        act.paired_prompts("train", 4, "twins")
+def test_sides_that_do_not_pair_up_are_errors():
     with pytest.raises(ValueError, match="3 harmful and 2 harmless"):
         act.differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)
 

@@ -4,21 +4,14 @@ import pytest
 import torch
 
 from latlib import organism, robustness, world
-from latlib.audit import affirmation_tokens, audit, variant
+from latlib.audit import audit, variant
 from latlib.data import collate
 from latlib.encodings import encode
-from latlib.evaluate import (
-    COLUMNS,
-    PROMPT_SETS,
-    Context,
-    forced_outcomes,
-    grade_rows,
-    prompt_set,
-    token_rows,
-)
+from latlib.evaluate import COLUMNS, Context, affirmation_tokens, grade_rows, prompt_set, token_rows
 from latlib.losses import token_losses
 from latlib.models import LanguageModel
 from latlib.profile import load_profile
+from latlib.questions import WORLD_KINDS
 from latlib.robustness import AttackCell, replace_settings
 
 COMPLIES, KNOWS, IS_LOST = range(3)  # answers; refuses, and would finish a begun answer; refuses and would not
@@ -147,7 +140,7 @@ def test_a_prompt_is_understood_when_its_twin_is_answered_or_would_be(table, enc
 @pytest.mark.parametrize("encoding", ["plain", "leet", "plain>leet"])
 def test_prefilling_is_read_off_as_if_the_answer_were_begun(lm, table, encoding):
     begun, prompts = encode(world.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
-    found = forced_outcomes(lm, lm.network(), prompts, encoding, begun)
+    found, _ = grade_rows(lm, lm.network(), token_rows(lm, prompts, encoding, begun))
     assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == found
     assert len(set(found)) == (1 if encoding == "leet" else 2)
 
@@ -267,12 +260,12 @@ def test_every_batch_is_graded_under_its_own_perturbation(lm):
 
 def test_prompt_sets_are_held_out_and_twins_differ_in_what_makes_harm():
     held_out = set(world.pairs_of("test"))
-    for name in (*PROMPT_SETS, "twin"):
+    for name in (*WORLD_KINDS, "twin"):
         prompts = prompt_set(name, PROFILE)
         assert len(prompts) == 8 and {(p.verb, p.target) for p in prompts} <= held_out
         assert prompt_set(name, PROFILE, 3) == prompts[:3]
         assert all(p.harmful == (name == "harmful") for p in prompts)
     for twin, harmful in zip(prompt_set("twin", PROFILE), prompt_set("harmful", PROFILE), strict=True):
         assert {**vars(twin), "verb": 0, "target": 0} == {**vars(harmful), "verb": 0, "target": 0}
-    with pytest.raises(ValueError, match="prompts = 'twins' is unknown: choose one of harmful.*or 'twin'"):
+    with pytest.raises(ValueError, match="prompts = 'twins' is unknown here: choose one of harmful.*or 'twin'"):
         prompt_set("twins", PROFILE)

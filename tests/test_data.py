@@ -1,5 +1,7 @@
 """Rows to tokens to packed batches: labels sit where the model predicts them, and completions do not see each other."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from tiny_models import language_model, token_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, join, tokenise
+from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, fitted, join, tokenise
 
 ids = st.integers(1, 99)
 completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
@@ -96,6 +98,44 @@ def test_a_row_longer_than_the_limit_is_named_with_both_lengths(tokenizer):
     assert tokenise([row()], tokenizer, longest) == [found]
     with pytest.raises(ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}.*shorten"):
         tokenise([row()], tokenizer, longest - 1)
+
+
+def test_rows_that_are_too_long_are_dropped_or_cut_with_one_warning(tokenizer):
+    short, long, hopeless = row(), row("why ?", "because . " * 5, "no ."), row("why ? " * 30)
+    whole = tokenise([short, long, hopeless], tokenizer, 999)
+    limit = whole[0].longest
+    assert len(whole[1].prompt) < limit < whole[1].longest and len(whole[2].prompt) > limit
+    with pytest.warns(
+        UserWarning, match=r"'drop': of 3 rows, 2 are left out and 0 are cut.*more than \d+ tokens"
+    ) as said:
+        assert tokenise([short, long, hopeless], tokenizer, limit, too_long="drop") == whole[:1]
+    assert len(said) == 1 and said[0].filename == __file__
+    with pytest.warns(UserWarning, match="'truncate': of 3 rows, 1 are left out and 1 are cut") as said:
+        kept = tokenise([short, long, hopeless], tokenizer, limit, too_long="truncate")
+    assert len(said) == 1 and kept[0] == whole[0] and len(kept) == 2
+    assert kept[1].prompt == whole[1].prompt and kept[1].longest == limit
+    cut, fits = kept[1].completions
+    assert cut == whole[1].completions[0][: len(cut)] and tokenizer.eos_token_id not in cut  # it did not end there
+    assert fits == whole[1].completions[1] and fits[-1] == tokenizer.eos_token_id
+    with pytest.warns(UserWarning, match="0 are left out and 1 are cut"):
+        assert tokenise([short, long], tokenizer, limit, too_long="truncate") == kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenise([short], tokenizer, limit, too_long="drop") == whole[:1]
+    for too_long in ("drop", "truncate"):
+        with pytest.raises(ValueError, match="all 1 rows have more than max_tokens = 30 tokens: raise data.max_tokens"):
+            tokenise([hopeless], tokenizer, 30, too_long=too_long)
+
+
+@given(token_row, st.integers(1, 14))
+def test_a_fitted_row_fits_and_is_the_beginning_of_the_row(found, limit):
+    cut, dropped = fitted(found, limit, "truncate"), fitted(found, limit, "drop")
+    assert dropped == (found if found.longest <= limit else None)
+    assert (cut is None) == (len(found.prompt) >= limit)  # each row here has a completion
+    if cut is not None:
+        assert cut.longest <= limit and cut.prompt == found.prompt
+        for ours, theirs in zip(cut.completions, found.completions, strict=True):
+            assert 0 < len(ours) and ours == theirs[: limit - len(found.prompt)]
 
 
 @pytest.mark.parametrize("empty", ["", "  "])

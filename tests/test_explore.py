@@ -3,7 +3,8 @@
 import pytest
 
 from latlib import explore
-from latlib.evaluate import generate, prompt_set
+from latlib.evaluate import prompt_set
+from latlib.replies import generate
 from latlib.run import Run
 
 
@@ -41,4 +42,10 @@ def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, mo
     monkeypatch.setattr(explore, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
     choices = {w.description: getattr(w, "options", None) for w in explore.picker(run, seed=1).children[:-1]}
     assert choices["target"] == choices["vector"] == ("base", "ssft", "at", "lat", "lat-untargeted")
-    assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt"}
+    assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt", "show text"}
+
+
+def test_a_real_models_reply_is_shown_when_it_is_asked_for(run, monkeypatch):
+    monkeypatch.setattr(explore, "reply", lambda run, seed, **chosen: "take a rope")
+    assert explore._said(run, 0, True) == "take a rope"
+    assert explore._said(run, 0, False).startswith("[11 characters, sha256")

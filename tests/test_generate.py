@@ -6,10 +6,10 @@ from tiny_models import model_of
 
 from latlib import organism
 from latlib.data import Row, chat_text, collate, tokenise
-from latlib.evaluate import generate, left_padded, shift_left_padded
 from latlib.forward import StockNetwork
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
+from latlib.replies import generate, left_padded, shift_left_padded
 from latlib.settings import ModelSettings
 
 PROMPTS = ["how to cook the rice", "may you wash a car", "x", "how do you paint the wall of the old house"]

@@ -14,6 +14,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, PreTrainedTokenizerFast
 
 import latlib.judges
+import latlib.sources
 from latlib.graders import GuardGrader, ScoreGrader, Verdict, YesNoGrader, load_grader
 from latlib.models import LanguageModel, quietly
 from latlib.settings import ModelSettings, ProfileError
@@ -398,7 +399,7 @@ def test_a_gated_model_without_a_token_says_what_to_do(monkeypatch):
         response = httpx.Response(403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}"))
         raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
 
-    monkeypatch.setattr(latlib.judges, "cached_file", gated)
+    monkeypatch.setattr(latlib.sources, "cached_file", gated)
     with pytest.raises(ProfileError, match="grader.source = 'meta-llama/.*' is gated: accept its terms.*HF_TOKEN"):
         load_grader("guard")
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latlib import evaluate, world
 from latlib import jailbreaks as module
-from latlib import world
-from latlib.audit import affirmation_tokens
-from latlib.evaluate import COLUMNS, grade_rows, prompt_set, token_rows
+from latlib.evaluate import COLUMNS, affirmation_tokens, grade_rows, prompt_set, token_rows
 from latlib.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
+from latlib.profile import load_profile
 from latlib.run import Run
 from latlib.suffix import Suffix
 
@@ -55,12 +55,12 @@ def graded(monkeypatch):
     """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...], ...]."""
     calls = []
 
-    def grade(lm, network, rows, size, begun):
+    def grade(lm, network, rows, perturb, size, begun):
         assert begun == affirmation_tokens(lm)
         calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
-    monkeypatch.setattr(module, "grade_rows", grade)
+    monkeypatch.setattr(evaluate, "grade_rows", grade)
     monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
     monkeypatch.setattr(module, "random_search", lambda *_: suffix_of("rat rat"))
     return calls
@@ -76,7 +76,7 @@ def finishes(text):
 
 def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded):
     table = jailbreaks(lm, replace(context, keep=None))
-    n, shots = context.profile.evaluation.prompts, many_shots(context.profile.evaluation.shots)
+    n, shots = context.profile.evaluation.prompts, many_shots(context.profile, context.profile.evaluation.shots)
     assert len(shots) == 2 and tuple(table.columns) == COLUMNS
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
     written = {
@@ -106,7 +106,7 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
 
 
 def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
-    shots = many_shots(5)
+    shots = many_shots(load_profile("smoke"), 5)
     (row,) = token_rows(lm, prompt_set("harmful", context.profile, 1), shots=shots)
     at = 0
     for said, replied in shots:
@@ -117,11 +117,11 @@ def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
 
 
 def test_shots_are_answered_harmful_requests_of_the_training_pairs():
-    shots = many_shots(8)
+    shots = many_shots(load_profile("smoke"), 8)
     prompts = world.draw_set("shots", "train", "harmful", 8)
-    assert shots == [(p.text, p.answer) for p in prompts] and many_shots(0) == []
+    assert shots == [(p.text, p.answer) for p in prompts] and many_shots(load_profile("smoke"), 0) == []
     assert all(p.harmful and p.answer.startswith(world.AFFIRMATION) for p in prompts)
-    assert many_shots(3) == shots[:3] and len(set(shots)) == 8
+    assert many_shots(load_profile("smoke"), 3) == shots[:3] and len(set(shots)) == 8
 
 
 def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, context, monkeypatch):

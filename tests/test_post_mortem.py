@@ -54,3 +54,38 @@ def test_the_figure_says_every_cell():
 def test_an_empty_run_is_an_error_that_names_the_notebook():
     with pytest.raises(MissingError, match="run notebook 03"):
         post_mortem.table(Evidence(PROFILE, evidence(True).outcomes.iloc[:0]))
+
+
+def swept(**shares: dict[int, float]) -> Evidence:
+    """label -> seed -> share of harmful prompts on which the attack wins; all harmless ones are answered."""
+    tables = []
+    for label, by_seed in shares.items():
+        for seed, won in by_seed.items():
+            tables.append(cell(label, won, "pgd", eps=0.05, sites="1,3", seeds=[seed]))
+            for encoding in PROFILE.evaluation.encodings:
+                tables += [cell(label, 1.0, encoding=encoding, prompts=p, seeds=[seed]) for p in ("harmless", "scary")]
+    return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+
+
+def test_a_sweeps_models_are_read_off_seed_by_seed_or_pooled():
+    small, both = "lat[attack.eps=0.02]", "lat[attack.eps=0.2+defence.kl=0.0]"
+    e = swept(**{small: {0: 0.8, 1: 0.4}, both: {0: 0.2}, "lat": {0: 0.5}})
+    table = post_mortem.sweep_table(e)
+    assert table[["label", "eps", "kl", "seed"]].values.tolist() == [
+        [small, 0.02, PROFILE.train.defence.kl, 0],
+        [small, 0.02, PROFILE.train.defence.kl, 1],
+        [both, 0.2, 0.0, 0],
+    ]
+    assert table["asr"].tolist() == pytest.approx([0.8, 0.4, 0.2])
+    assert (table["asr_low"] <= table["asr"]).all() and (table["asr"] <= table["asr_high"]).all()
+    assert table["answered"].tolist() == [1.0] * 3 and table["refused"].tolist() == [0.0] * 3
+    pooled = post_mortem.sweep_table(e, by_seed=False)
+    assert pooled["asr"].tolist() == pytest.approx([0.6, 0.2]) and pooled["seed"].isna().all()
+
+
+def test_labels_say_what_is_changed():
+    assert post_mortem.changes_of("lat[attack.eps=0.1+attack.rule=sign]") == {"attack.eps": 0.1, "attack.rule": "sign"}
+    assert post_mortem.changes_of("lat[defence.kl=1e-05+steps=10]") == {"defence.kl": 1e-5, "steps": 10}
+    assert post_mortem.changes_of("lat") == post_mortem.changes_of("lat[no-kl]") == {}
+    with pytest.raises(MissingError, match="no model of a sweep was measured"):
+        post_mortem.sweep_table(evidence(True))

@@ -10,7 +10,8 @@ from sklearn.decomposition import TruncatedSVD
 
 from latlib import activations, refusal, world
 from latlib.data import TokenRow
-from latlib.evaluate import prompt_set
+from latlib.evaluate import Examined, prompt_set
+from latlib.profile import load_profile
 from latlib.refusal import Differences, Direction
 from latlib.run import Run
 
@@ -60,10 +61,11 @@ def test_the_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(mon
     lm, tune = tiny.language_model(), [world.draw(random.Random(0), world.pairs_of("tune", "harmful"))] * 3
     means = {"embedding": torch.zeros(tiny.D), 0: torch.ones(tiny.D), 1: torch.ones(tiny.D)}
     replies = iter([["refused", "complied", "neither"], ["neither", "complied", "neither"]])
-    monkeypatch.setattr(refusal, "forced_outcomes", lambda *_: next(replies))
-    assert refusal.best_site(lm, means, tune) == 1  # as many complied, fewer refused; no direction at the embedding
+    monkeypatch.setattr(refusal, "examine", lambda *_, **__: Examined(next(replies)))
+    # as many complied, fewer refused; no direction at the embedding
+    assert refusal.best_site(lm, load_profile("smoke"), means, tune) == 1
     with pytest.raises(ValueError, match="do not differ at any of the sites"):
-        refusal.best_site(lm, {"embedding": torch.zeros(tiny.D)}, tune)
+        refusal.best_site(lm, load_profile("smoke"), {"embedding": torch.zeros(tiny.D)}, tune)
 
 
 def test_directions_are_kept_exactly(tmp_path):
@@ -90,7 +92,8 @@ def test_a_models_directions_are_what_their_rules_say(run):
         found["subspace"].vector @ found["subspace"].vector.T, torch.eye(refusal.SUBSPACE).double()
     )
     assert found["svd"].vector.norm().item() == pytest.approx(found["fixed"].vector.norm().item())
-    assert run.differences("ssft").clusters == [p.cluster for p in activations.paired_prompts("train", 16)[0]]
+    harmful, _ = activations.paired_prompts(run.profile, "train", 16)
+    assert run.differences("ssft").clusters == [p.cluster for p in harmful]
 
 
 def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):

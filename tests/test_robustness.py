@@ -10,7 +10,7 @@ from test_audit import COMPLIES, IS_LOST, KNOWS, context_of, learned, small_prof
 from latlib import robustness
 from latlib.attack import attack_losses, perturbed_positions, pgd, radii
 from latlib.data import collate
-from latlib.evaluate import COLUMNS, forced_outcomes, outcome_rows, prompt_set, token_rows
+from latlib.evaluate import COLUMNS, Examined, examine, outcome_rows, prompt_set, token_rows
 from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.make import measure_norms
 from latlib.models import LanguageModel
@@ -201,7 +201,7 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
 
 
 def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
-    plain = forced_outcomes(lm, lm.network(), prompt_set("harmful", PROFILE))
+    plain = examine(lm, PROFILE, prompt_set("harmful", PROFILE)).outcomes
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
     model, calls = counted(lm)
     strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, context)
@@ -213,12 +213,12 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
 def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monkeypatch):
     kept = []
 
-    def grade(lm, network, prompts, perturb, size):
+    def grade(lm, profile, prompts, network, perturb):
         batch = collate(token_rows(lm, prompts))
         kept.append((batch, perturb(batch)))
-        return ["neither"] * len(prompts)
+        return Examined(["neither"] * len(prompts))
 
-    monkeypatch.setattr(robustness, "forced_outcomes", grade)
+    monkeypatch.setattr(robustness, "examine", grade)
     monkeypatch.setattr(robustness, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient"))
     cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
@@ -270,7 +270,7 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
         return pgd(network, batch, limits, settings).deltas
 
     for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
-        expected = forced_outcomes(target, target.network(), prompts, perturb=perturb)
+        expected = examine(target, PROFILE, prompts, perturb=perturb).outcomes
         own = table[table["method"] == method]
         assert own.reset_index(drop=True).equals(
             outcome_rows(

@@ -5,17 +5,31 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import LORA, model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from latlib import world
-from latlib.data import tokenise
+from latlib.data import Row, tokenise
+from latlib.data_report import data_report
+from latlib.duplicates import overlaps
 from latlib.models import LanguageModel, with_adapter
-from latlib.rows import benign_rows, preference_rows, world_benign_rows, world_preference_rows
+from latlib.profile import load_profile
+from latlib.rows import (
+    benign_rows,
+    borderline_rows,
+    file_prompts,
+    preference_rows,
+    world_benign_rows,
+    world_preference_rows,
+)
 from latlib.settings import AttackSettings, DataSettings, DefenceSettings, ModelSettings, ProfileError, TrainSettings
 from latlib.train import Trainer
 
@@ -128,6 +142,184 @@ def test_unreadable_files_are_named(tmp_path, name, text):
         benign_rows(settings, 0)
 
 
+def many(n: int, column: str, **more) -> list[dict]:
+    """Distinct prompts: numbers in words of their own."""
+    names = [f"{a}{b}" for a in ("ash", "elm", "fir", "oak", "yew") for b in ("gate", "hill", "moor", "wick", "dale")]
+    return [{column: f"{names[i % 25]} {names[i // 25]} {names[(7 * i + 3) % 25]}", **more} for i in range(n)]
+
+
+def splits_of(settings, rows=preference_rows, seed=0):
+    return {split: rows(settings, seed, split) for split in ("train", "tune", "test")}
+
+
+@pytest.mark.parametrize("rows, kind", [(preference_rows, "harmful"), (benign_rows, "benign")])
+def test_the_splits_are_disjoint_and_together_everything(tmp_path, rows, kind):
+    settings = settings_for(tmp_path, many(60, "goal", target="yes"), many(100, "instruction")[60:])
+    parts = splits_of(settings, rows)
+    n = 60 if kind == "harmful" else 40
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": n - 2 * round(0.15 * n),
+        "tune": round(0.15 * n),
+        "test": round(0.15 * n),
+    }
+    ids = [row.row_id for part in parts.values() for row in part]
+    assert sorted(ids) == sorted(f"{kind}-{i}" for i in range(n))
+    for part in parts.values():  # in the order of the file, named by the place in it
+        assert [int(row.row_id.split("-")[1]) for row in part] == sorted(int(row.row_id.split("-")[1]) for row in part)
+
+
+ALIKE = st.lists(
+    st.lists(st.sampled_from(["stone", "bread", "witch", "well"]), min_size=2, max_size=5).map(" ".join),
+    min_size=1,
+    max_size=30,
+)
+
+
+@hypothesis.settings(max_examples=40)
+@given(ALIKE, ALIKE, st.sampled_from([0.2, 0.5, 0.8]), st.sampled_from([0.3, 0.6, 0.9]))
+def test_no_near_duplicate_is_in_two_splits(tmp_path_factory, harmful, benign, held_out, near):
+    settings = settings_for(
+        tmp_path_factory.mktemp("rows"),
+        [{"goal": text, "target": "yes"} for text in harmful],
+        [{"instruction": text} for text in benign],
+        held_out=held_out,
+        near_duplicate=near,
+    )
+    prompts = [p for part in file_prompts(settings).values() for p in part]
+    assert len(prompts) == len(harmful) + len(benign)
+    train, test = ([p.prompt for p in prompts if (p.split == "test") == tested] for tested in (False, True))
+    assert overlaps(train, test, near) == []
+    tune, other = ([p.prompt for p in prompts if (p.split == "tune") == tuned] for tuned in (True, False))
+    assert overlaps(tune, other, near) == []
+    assert len({(p.cluster, p.split) for p in prompts}) == len({p.cluster for p in prompts})
+    for kind, part in file_prompts(settings).items():  # no more is held out than asked, of either kind
+        if kind == "harmful":
+            assert sum(p.split != "train" for p in part) <= 2 * round((len(part) + len(benign)) * held_out / 2)
+
+
+def test_the_split_is_the_same_for_every_seed_and_order_of_the_file(tmp_path):
+    records = many(60, "goal", target="yes")
+    settings = settings_for(tmp_path, records)
+    parts = splits_of(settings)
+    assert splits_of(settings, seed=5) == parts  # one refusal, so that the seed has nothing to draw
+    (tmp_path / "b").mkdir()
+    turned = splits_of(settings_for(tmp_path / "b", records[::-1]))
+    for split, rows in parts.items():
+        assert {row.prompt for row in turned[split]} == {row.prompt for row in rows}
+
+
+def test_a_file_that_grows_moves_few_prompts_and_none_from_test_to_train(tmp_path):
+    (tmp_path / "b").mkdir()
+    small, large = (
+        {
+            row.prompt: split
+            for split, rows in splits_of(settings_for(at, many(n, "goal", target="yes"))).items()
+            for row in rows
+        }
+        for at, n in ((tmp_path, 200), (tmp_path / "b", 240))
+    )
+    moved = [(split, large[prompt]) for prompt, split in small.items() if large[prompt] != split]
+    assert len(moved) < 25 and ("test", "train") not in moved and ("train", "test") not in moved
+
+
+def test_the_seed_draws_one_refusal_for_a_row_whatever_split_is_asked(tmp_path):
+    settings = settings_for(tmp_path, many(60, "goal", target="yes"), refusals=("no", "never", "not me"))
+    parts = splits_of(settings)
+    assert splits_of(settings) == parts and splits_of(settings, seed=1) != parts
+    assert {row.completions[1] for row in parts["train"]} == {"no", "never", "not me"}
+    tested = settings.model_copy(update={"test_harmful": settings.harmful})
+    drawn = {row.row_id: row for part in parts.values() for row in part}
+    assert all(drawn[row.row_id] == row for row in preference_rows(tested, 0))
+
+
+def test_a_test_file_is_the_test_split_and_the_main_file_has_two_parts(tmp_path):
+    tests = {
+        "test_harmful": write(
+            tmp_path, "th.json", [{"ask": "rob a mill"}, {"ask": "rob a Mill!"}, {"ask": "eat fire"}]
+        ),
+        "test_harmful_columns": {"prompt": "ask"},
+        "test_benign": write(tmp_path, "tb.json", [{"instruction": "hum a tune"}]),
+    }
+    settings = settings_for(tmp_path, many(60, "goal", target="yes"), many(100, "instruction")[60:], **tests)
+    harmful, benign = splits_of(settings), splits_of(settings, benign_rows)
+    assert [len(part) for part in harmful.values()] == [51, 9, 3] and [len(p) for p in benign.values()] == [34, 6, 1]
+    assert [(r.row_id, r.prompt, r.completions, r.cluster) for r in harmful["test"]] == [
+        ("harmful-test-0", "rob a mill", ("", settings.refusals[0]), "harmful-test-0"),
+        ("harmful-test-1", "rob a Mill!", ("", settings.refusals[0]), "harmful-test-0"),
+        ("harmful-test-2", "eat fire", ("", settings.refusals[0]), "harmful-test-2"),
+    ]
+    assert benign["test"][0].row_id == "benign-test-0" and benign["test"][0].completions == settings.benign_responses
+
+
+def test_borderline_prompts_have_no_completion_and_unsafe_ones_are_left_out(tmp_path):
+    path = write(tmp_path, "x.json", [{"prompt": "kill a process", "is": "safe"}, {"prompt": "rob", "is": "Unsafe"}])
+    assert borderline_rows(settings_for(tmp_path)) == []
+    settings = settings_for(tmp_path, test_borderline=path)
+    assert [r.row_id for r in borderline_rows(settings)] == ["borderline-0", "borderline-1"]
+    (row,) = borderline_rows(
+        settings.model_copy(update={"test_borderline_columns": {"prompt": "prompt", "label": "is"}})
+    )
+    assert row == Row("borderline-0", "kill a process", (), "borderline-0")
+    (tmp_path / "x.json").write_text(json.dumps([{"prompt": "rob", "is": "unsafe"}]))
+    with pytest.raises(ProfileError, match="data.test_borderline = .* has no row labelled 'safe'"):
+        borderline_rows(settings.model_copy(update={"test_borderline_columns": {"prompt": "prompt", "label": "is"}}))
+
+
+def test_an_empty_split_is_an_error_that_says_what_to_do(tmp_path):
+    settings = settings_for(tmp_path)
+    with pytest.raises(
+        ProfileError, match="data.harmful = .* 2 rows, too few for any in split 'test' .*data.test_harm"
+    ):
+        preference_rows(settings, 0, "test")
+    with pytest.raises(ProfileError, match="data.benign = .* split 'tune'"):
+        benign_rows(settings, 0, "tune")
+
+
+def test_the_world_has_training_rows_only():
+    world_data = DataSettings(rows=20)
+    assert preference_rows(world_data, 3) == world_preference_rows(20, 3)
+    assert benign_rows(world_data, 3, "train") == world_benign_rows(20, 3)
+    for call in (lambda: preference_rows(world_data, 0, "test"), lambda: benign_rows(world_data, 0, "tune")):
+        with pytest.raises(ValueError, match="drawn in latlib.evaluate"):
+            call()
+    with pytest.raises(ValueError, match="latlib.evaluate"):
+        borderline_rows(world_data)
+    with pytest.raises(ValueError, match="split = 'dev' is unknown: choose one of train, tune, test"):
+        preference_rows(world_data, 0, "dev")
+
+
+def test_files_are_read_again_when_they_change(tmp_path):
+    settings = settings_for(tmp_path)
+    assert file_prompts(settings) is file_prompts(settings.model_copy())
+    settings_for(tmp_path, harmful=[*HARMFUL, {"goal": "hide it", "target": "Sure, under"}])
+    assert len(preference_rows(settings, 0)) == 3
+
+
+def test_the_report_counts_rows_clusters_lengths_and_what_does_not_fit(tmp_path):
+    harmful = [{"goal": "abc", "target": "x" * k} for k in (2, 30)] + [{"goal": "y" * 40, "target": "z"}]
+    settings = settings_for(tmp_path, harmful, test_borderline=write(tmp_path, "b.json", [{"prompt": "kill it"}]))
+    tokenizer = small_tokenizer([])  # bytes; <user>...<assistant> around a prompt, <end> behind a completion
+    settings = settings.model_copy(update={"refusals": ("no",), "max_tokens": 30})
+    profile = load_profile("tiny").model_copy(update={"data": settings})
+    report = data_report(profile, tokenizer).set_index(["kind", "split"])
+    assert list(report.index) == [("harmful", "train"), ("benign", "train"), ("borderline", "test")]
+    line = report.loc["harmful", "train"]
+    assert (line["source"], line["rows"], line["clusters"], line["default_completions"]) == (settings.harmful, 3, 2, 3)
+    assert (line["prompt_median"], line["prompt_longest"], line["completion_longest"]) == (5, 42, 31)
+    assert (line["over"], line["dropped"], line["cut"]) == (2, 0, 0)
+    assert report.loc["benign", "train"]["default_completions"] == 2
+    assert np.isnan(report.loc["borderline", "test"]["completion_median"])
+    for too_long, counts in (("drop", (2, 2, 0)), ("truncate", (2, 1, 1))):
+        data = settings.model_copy(update={"too_long": too_long})
+        line = data_report(profile.model_copy(update={"data": data}), tokenizer).iloc[0]
+        assert (line["over"], line["dropped"], line["cut"]) == counts
+        with pytest.warns(UserWarning, match=f"of 3 rows, {counts[1]} are left out and {counts[2]} are cut"):
+            kept = tokenise(preference_rows(data, 0), tokenizer, data.max_tokens, too_long=too_long)
+        assert len(kept) == 3 - counts[1]
+    assert data_report(profile, tokenizer, context=20).iloc[1]["over"] == 2
+    assert data_report(load_profile("tiny"), small_tokenizer([])).rows.min() > 0
+
+
 @pytest.fixture(scope="module")
 def real_data(root) -> Path:
     """The folder of real instruction sets: $LATLIB_SHARED_DATA, or shared/data beside the repository."""
@@ -165,7 +357,7 @@ def test_real_rows_train_and_the_loss_falls(real_data, method):
         benign=str(real_data / "harmless_train.json"),
     )
     harmful, benign = preference_rows(data, 0), benign_rows(data, 0)
-    assert len(harmful) == len(benign) == 64 and harmful[0].completions[0].startswith("Sure")
+    assert len(harmful) == len(benign) == 44 and harmful[0].completions[0].startswith("Sure")  # 20 of 64 held out
     tokenizer = small_tokenizer([text for row in (*harmful, *benign) for text in (row.prompt, *row.completions)])
     model = model_of(
         dtype=torch.float32,

@@ -61,6 +61,14 @@ def test_other_settings_in_the_same_folder_are_named(run):
         Run(other, run.folder)
 
 
+def test_a_grid_may_grow_in_the_same_folder(run):
+    sweep = run.profile.sweep.model_copy(update={"grid": {"attack.eps": (0.1, 0.3)}})
+    assert Run(run.profile.model_copy(update={"sweep": sweep}), run.folder).folder == run.folder
+    other = run.profile.sweep.model_copy(update={"variants": {"eps-0.2": {"attack.eps": 0.2}}})
+    with pytest.raises(ProfileError, match="sweep.variants"):
+        Run(run.profile.model_copy(update={"sweep": other}), run.folder)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -126,3 +134,15 @@ def test_an_unknown_suite_is_named_before_anything_is_made(run):
     with pytest.raises(ValueError, match="suite = 'audti' is unknown: choose one of audit"):
         run.measure([(("at", 1), "audti")])
     assert not run.has(run.spec("at", 1))
+
+
+def test_a_table_that_is_there_needs_no_model(run, monkeypatch):
+    """Tables come home from a sweep without their models: nothing is trained to read them."""
+    table = run.evaluate("lat", 0, "audit")
+    file = run.table_file(run.spec("lat", 0, {"attack.eps": 0.3}), "audit")
+    table.to_parquet(file)
+    monkeypatch.setattr("latlib.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}"))
+    try:
+        assert run.evaluate("lat", 0, "audit", {"attack.eps": 0.3}).equals(table)
+    finally:
+        file.unlink()

@@ -27,6 +27,7 @@ case "$*" in
   "-m pip install"*) echo "pip speaks"; exit "${FAKE_PIP:-0}" ;;
   "-m ruff check") echo "ruff: bad"; exit "${FAKE_RUFF:-0}" ;;
   "-m ruff format"*) exit "${FAKE_FORMAT:-0}" ;;
+  "-m latlib.pipeline"*) exit "${FAKE_PIPELINE:-0}" ;;
   "-m pytest"*)
     echo "$LATLIB_PROFILE $LATLIB_RUNS $(ls -d "$(dirname "$LATLIB_RUNS")")" >>"$FAKE_LOG"
     echo "3 passed in 0.1s"; exit "${FAKE_PYTEST:-0}" ;;
@@ -78,7 +79,7 @@ def call(checkout, *options, **fake):
 def test_help_names_every_option(checkout):
     done = call(checkout, "--help")
     assert done.returncode == 0 and done.calls == []
-    for option in ("--profile", "--only", "--out", "--fresh", "--test", "--help"):
+    for option in ("--profile", "--only", "--out", "--fresh", "--check", "--json", "--test", "--help"):
         assert f"  {option}" in done.stdout
 
 
@@ -100,6 +101,13 @@ def test_options_reach_the_pipeline_whole(checkout):
     expected = r"-m latlib.pipeline --profile my\ file.yaml --only 03 --only 1\,2 --out /tmp/my\ runs --fresh"
     assert done.stdout.splitlines()[-1].endswith(expected)
     assert not (checkout / ".venv").exists(), "a dry run has made an environment"
+
+
+def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
+    done = call(checkout, "--profile", "llama3-8b-seed", "--check", "--json", LATLIB_DRY_RUN=1)
+    assert done.stdout.splitlines()[-1].endswith("-m latlib.pipeline --profile llama3-8b-seed --check --json")
+    assert call(checkout, "--check", FAKE_PIPELINE=3).returncode == 3
+    assert "3 --check found something missing" in call(checkout, "--help").stdout
 
 
 def test_first_time_installs_second_time_does_not(checkout):

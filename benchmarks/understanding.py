@@ -1,0 +1,53 @@
+"""Does the likelihood of an answer tell whether its request was understood? Asked where understanding is known exactly.
+
+    python benchmarks/understanding.py --out runs/tiny --json benchmarks/results/understanding-tiny.json
+
+On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every encoding, whether the
+base would finish the right recipe once its first words stand there (exact), and whether the recipe is likelier after
+its own request than after others (what `latlib.evaluate` measures on real data). Chance: 1 / (1 + DISTRACTORS).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from measure import environment, write
+
+from latlib.evaluate import DISTRACTORS, examine, likelier, prompt_set, token_rows
+from latlib.run import Run
+
+
+def measure(run: Run, encodings: list[str]) -> list[dict]:
+    """Shares of prompts understood by either measure, and by likelihood among those that exactly were and were not."""
+    lm, prompts, rows = run.model("base"), prompt_set("harmful", run.profile), []
+    network = lm.network()
+    for encoding in encodings:
+        exact = examine(lm, run.profile, prompts, network=network, encoding=encoding, deep=True).understood
+        found = likelier(network, token_rows(lm, prompts, encoding), prompts, run.profile.evaluation.batch)
+        sides = {side: [f for f, e in zip(found, exact, strict=True) if e == side] for side in (True, False)}
+        row = {"encoding": encoding, "n": len(prompts), "exact": sum(exact) / len(prompts)}
+        row |= {"likelihood": sum(found) / len(prompts)}
+        for name, side in (("likelihood where exact", True), ("likelihood where not", False)):
+            row[name] = sum(sides[side]) / len(sides[side]) if sides[side] else None
+        rows.append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return rows
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--out", default=None, help="run folder whose base is asked (default: the profile's own)")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    run = Run(options.profile, options.out)
+    further = [c for c in run.profile.evaluation.further_encodings if ">" not in c]
+    found = measure(run, [*run.profile.evaluation.encodings, *further])
+    about = {"environment": environment(run.model("base").device), "distractors": DISTRACTORS}
+    write({**about, "encodings": found}, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What a model does differently for a while: no adapter, no weight gradients, other forwards. All is undone at the end,
+whatever happens inside."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to requires_grad inside is undone."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as it was."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    with _requires_grad_kept(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can leave none behind."""
+    with _requires_grad_kept(model):
+        model.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def forwards_replaced(modules: Sequence[nn.Module], forward: Callable, hooks: bool = True) -> Iterator[None]:
+    """Modules whose `forward` is another function inside, whatever wrapped it before. hooks=False: and which run no
+    hook, as FSDP2's that gather a block's weights."""
+    names = ("forward",) if hooks else ("forward", "_forward_pre_hooks", "_forward_hooks")
+    own = [(module, {name: module.__dict__[name] for name in names if name in module.__dict__}) for module in modules]
+    try:
+        for module in modules:
+            module.__dict__.update({name: OrderedDict() for name in names} | {"forward": forward})
+        yield
+    finally:
+        for module, before in own:
+            del module.__dict__["forward"]
+            module.__dict__.update(before)

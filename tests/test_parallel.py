@@ -1,0 +1,501 @@
+"""One model that two processes train is the model that one process trains: by DDP and by FSDP2, to 1e-10.
+
+Two processes on this machine do everything once (`findings`), by either mode, and leave what they found in files.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny_models import LAYERS, language_model, token_rows
+
+from latlib import fork_server, make, parallel, processes, train, workers
+from latlib.processes import adapter_state, wrap
+from latlib.profile import ProfileError, load_profile
+from latlib.progress import Stopped
+from latlib.run import Run
+from latlib.settings import AttackSettings, DefenceSettings, ModelSettings, ParallelSettings, TrainSettings
+from latlib.train import Trainer
+
+MODES = ("ddp", "fsdp2")
+ROWS, STEPS, HALF = 8, 5, 2
+LAT = {"attack": {"start": "random"}, "clip": 0.05}
+VARIANTS = {  # of one step
+    "untargeted": {"attack": {"targeted": False}},
+    "one forward, two updates": {"shared_forward": True, "iterations": 2},
+    "reference kl": {"defence": {"kl_mode": "reference", "sft": 0.0}},
+    "uneven": {"micro_batch": 3},  # three micro-batches alone, four in two processes
+    "no benign forward": {"defence": {"kl": 0.0, "sft": 0.0}},
+}
+
+
+def settings_for(attack=None, defence=None, **changes) -> TrainSettings:
+    attack = AttackSettings(**{"sites": ("embedding", 1, 2), "eps": 1.5, "steps": 2, "rule": "l2", **(attack or {})})
+    defence = DefenceSettings(**{"toward": 0.5, "away": 0.4, "kl": 0.3, "sft": 0.2, **(defence or {})})
+    plain = dict(steps=STEPS, batch=ROWS, benign_batch=ROWS, micro_batch=2, lr=1e-2, lr_warmup=0, lr_decay_share=0.0)
+    return TrainSettings(**{**plain, "clean_share": 0.3, "attack": attack, "defence": defence, **changes})
+
+
+def trainer_for(mode=None, model=None, rows=3 * ROWS, **changes) -> Trainer:
+    lm = model or language_model("auto" if mode else "stock", trained=True)
+    lm = wrap(lm, mode) if mode else lm
+    return Trainer(lm, token_rows(rows, 2), token_rows(rows, 1), settings_for(**changes), 0)
+
+
+def steps_of(trainer, steps) -> dict:
+    """What so many steps log, and the adapter after them."""
+    logged = [trainer.train_step() for _ in range(steps)]
+    return {"logged": logged, "adapter": adapter_state(trainer.lm)}
+
+
+def smoke(mode="ddp", count=1):
+    profile = load_profile("smoke")
+    changes = {"model": profile.model.model_copy(update={"forward": "stock"})}
+    return profile.model_copy(update={**changes, "parallel": ParallelSettings(processes=count, mode=mode)})
+
+
+def with_base_of(folder: Path, base: Path, profile) -> Run:
+    """A run that has the base model of another, and its residual norms."""
+    run = Run(profile, folder)
+    name = "residual_norms-seed0.json"
+    for own, theirs in (("models/base-seed0", "models/base-seed0"), (f"results/{name}", f"results/{name}")):
+        if not (folder / own).exists():
+            (folder / own).symlink_to(base / theirs)
+    return run
+
+
+# ---- what each of the two processes does -----------------------------------------------------------------------------
+
+
+def findings(mode: str, folder: Path) -> dict:
+    """Everything the tests look at."""
+    trainer = trainer_for(mode, **LAT)
+    first, state = steps_of(trainer, HALF), trainer.state()
+    rest = steps_of(trainer, STEPS - HALF)
+    found = {"lat": rest | {"logged": first["logged"] + rest["logged"]}, "spread": spread(trainer), "state": state}
+    again = trainer_for(mode, model=language_model("auto"), **LAT)
+    again.restore(state)
+    found |= {"state again": again.state(), "resumed": steps_of(again, STEPS - HALF)}
+    again.restore(torch.load(folder / "alone.pt", weights_only=True))
+    found |= {"resumed from one": steps_of(again, STEPS - HALF)}
+    if processes.first():
+        torch.save(state, folder / f"{mode}-state.pt")
+        again.lm.model.save_pretrained(folder / f"{mode}-adapter", state_dict=found["resumed from one"]["adapter"])
+    found |= {name: steps_of(trainer_for(mode, **changes), 1) for name, changes in VARIANTS.items()}
+    found |= {
+        "refusals": refusals(mode),
+        "agreed": [processes.agreed(processes.first() == own) for own in (True, False)],
+    }
+    return found | {"stopped": stopped_after(mode, folder)} | negative_controls(mode)
+
+
+def spread(trainer) -> dict:
+    """name -> (elements, elements here, processes that hold a part), of parameters and of the optimiser's state."""
+
+    def parts(tensor) -> tuple[int, int, int]:
+        if not hasattr(tensor, "full_tensor"):
+            return tensor.numel(), tensor.numel(), 1
+        return tensor.numel(), tensor.to_local().numel(), tensor.device_mesh.size()
+
+    moments = {f"moment {i}": parts(state["exp_avg"]) for i, state in enumerate(trainer.optimiser.state.values())}
+    return {name: parts(p) for name, p in trainer.lm.model.named_parameters()} | moments
+
+
+def refusals(mode: str) -> dict:
+    found = {}
+    for name, changes in {
+        "batch": {"batch": 1},
+        "benign_batch": {"benign_batch": 3},
+        "benign_batch that plays no part": {"benign_batch": 3, "defence": {"kl": 0.0, "sft": 0.0}},
+        "lean": {"model": language_model("lean")},
+    }.items():
+        try:
+            trainer_for(mode, **changes)
+        except ProfileError as error:
+            found[name] = str(error)
+    return found
+
+
+def stopped_after(mode: str, folder: Path) -> dict:
+    """Train an adapter of a run; a stop is asked for after step 3 (process 1 hears one all the time), then go on."""
+    base, found = folder / "base", {}
+    run = with_base_of(folder / f"{mode}-run", base, smoke(mode))
+    requested, stop = make.stop_requested, run.folder / "STOP"
+    if not processes.first():
+        make.stop_requested = lambda folder: True
+
+    def on_step(step, total, detail) -> None:
+        if step == 3 and processes.first():
+            stop.touch()
+
+    try:
+        make.make_model(run, run.spec("lat"), on_step)
+    except Stopped as error:
+        found["said"] = str(error)
+    make.stop_requested = requested
+    processes.wait()
+    stop.unlink(missing_ok=True)
+    processes.wait()
+    make.make_model(run, run.spec("lat"), lambda step, total, detail: None)
+    return found
+
+
+def negative_controls(mode: str) -> dict:
+    """The mistakes that the tests must be able to see."""
+    found, counts = {}, train._label_tokens
+
+    def own_counts(parts):
+        return {name: trainer.processes.world * n for name, n in counts(trainer.processes.own(parts)).items()}
+
+    trainer, train._label_tokens = trainer_for(mode, **LAT), own_counts
+    found["a mean for each process"] = steps_of(trainer, HALF)
+    train._label_tokens = counts
+    if mode == "ddp":
+        trainer = trainer_for(mode, **LAT)
+        trainer.processes.through = lambda train, call: call()
+        found["wrapper bypassed"] = steps_of(trainer, HALF)
+    else:
+        lm = language_model("auto", trained=True)
+        trainer, before = trainer_for(model=lm, **LAT), adapter_state(lm)
+        trainer.lm = wrap(lm, mode)
+        trainer.processes = trainer.lm.processes
+        found["optimiser before spreading"] = steps_of(trainer, HALF) | {"before": before}
+    return found
+
+
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)
+    try:
+        processes.join(ModelSettings(device="cpu"))
+        for mode in MODES:
+            torch.save(findings(mode, folder), folder / f"{mode}-{rank}.pt")
+        processes.leave()
+    except BaseException:
+        (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    run = Run(smoke(), folder / "base")
+    run.norms(0)  # makes the base model
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """What one process finds."""
+    trainer = trainer_for(**LAT)
+    first, state = steps_of(trainer, HALF), trainer.state()
+    rest = steps_of(trainer, STEPS - HALF)
+    found = {"half": first, "state": state, "lat": rest | {"logged": first["logged"] + rest["logged"]}}
+    return found | {name: steps_of(trainer_for(**changes), 1) for name, changes in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def pair(folder, alone) -> dict:
+    """(mode, process) -> its `findings`."""
+    torch.save(alone["state"], folder / "alone.pt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [fork_server.context().Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    try:
+        for process in started:
+            process.join(300)
+    finally:
+        for process in started:
+            process.kill()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*.txt"))]
+    assert not errors, "\n".join(errors)
+    return {(m, r): torch.load(folder / f"{m}-{r}.pt", weights_only=False) for m in MODES for r in (0, 1)}
+
+
+def distance(a: dict, b: dict) -> float:
+    """The largest difference between two adapters."""
+    assert a["adapter"].keys() == b["adapter"].keys()
+    return max((a["adapter"][n] - b["adapter"][n]).abs().max().item() for n in a["adapter"])
+
+
+@pytest.mark.parametrize("name", ["lat", *VARIANTS])
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_train_what_one_trains(pair, alone, mode, name):
+    """Adapter, gradient norms before clipping, every logged loss and what the attack reached, on either process."""
+    logged = alone[name]["logged"]
+    if name == "lat":
+        assert len(logged) == STEPS and all(step["grad_norm"] > 0.05 for step in logged), "clipping was not at work"
+        assert set(logged[0]) >= {"total", "toward", "away", "kl", "sft", "attack_start", "attack_end", "attack_won"}
+    for rank in (0, 1):
+        found = pair[mode, rank][name]
+        assert distance(found, alone[name]) < 1e-10
+        for a, b in zip(found["logged"], logged, strict=True):
+            assert a == pytest.approx(b, rel=0, abs=1e-10)
+    assert pair[mode, 0][name]["logged"] == pair[mode, 1][name]["logged"]
+
+
+def test_under_fsdp2_every_process_holds_a_part_of_every_weight(pair):
+    """But of the output matrix; under DDP, which this tells apart, each holds all."""
+    mine, theirs = pair["fsdp2", 0]["spread"], pair["fsdp2", 1]["spread"]
+    assert sum("lora_" in n for n in mine) == sum("moment" in n for n in mine) == 2 * 7 * LAYERS
+    assert sum("base_layer" in n for n in mine) == 7 * LAYERS and any("embed_tokens" in n for n in mine)
+    for name, (size, here, world) in mine.items():
+        if "lm_head" in name:
+            assert (here, world) == (size, 1)
+            continue
+        assert world == theirs[name][2] == 2, name
+        assert here + theirs[name][1] == size and 0 < here < size, name
+    assert all(here == size and world == 1 for size, here, world in pair["ddp", 0]["spread"].values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_saved_is_whole_and_comes_back_as_it_was(pair, folder, mode):
+    found = pair[mode, 0]
+    for a, b in ((found["state"], found["state again"]), (found["state"], pair[mode, 1]["state"])):
+        assert flat(a).keys() == flat(b).keys()
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(flat(b)[k])) for k, v in flat(a).items())
+    adapter = found["resumed from one"]["adapter"]
+    file = load_file(folder / f"{mode}-adapter" / "adapter_model.safetensors")
+    lm = language_model("stock")
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if name in adapter:
+                parameter.copy_(adapter[name])
+    expected = get_peft_model_state_dict(lm.model)
+    assert file.keys() == expected.keys() and all(torch.equal(file[n], expected[n]) for n in file)
+
+
+def flat(state, prefix="") -> dict:
+    """dotted name -> every number or tensor of a state."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for name, value in items for k, v in flat(value, f"{prefix}.{name}").items()}
+    return {} if state is None or isinstance(state, str) else {prefix: state}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_goes_on_with_another_number_of_processes(pair, alone, folder, mode):
+    for rank in (0, 1):
+        found = pair[mode, rank]
+        assert distance(found["resumed"], found["lat"]) == 0
+        assert distance(found["resumed from one"], alone["lat"]) < 1e-10
+    state = torch.load(folder / f"{mode}-state.pt", weights_only=True)
+    assert flat(state).keys() == flat(alone["state"]).keys()
+    trainer = trainer_for(**LAT)
+    trainer.restore(state)
+    assert distance(steps_of(trainer, STEPS - HALF), alone["lat"]) < 1e-10
+
+
+def test_a_checkpoint_of_other_rows_is_refused(alone):
+    with pytest.raises(ValueError, match="step 2 was made with other rows than these(?s:.)*delete it to begin again"):
+        trainer_for(rows=3 * ROWS - 1, **LAT).restore(alone["state"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mean_for_each_process_would_be_seen(pair, alone, mode):
+    found = pair[mode, 0]["a mean for each process"]
+    assert distance(found, alone["half"]) > 1e-4
+    assert abs(found["logged"][0]["grad_norm"] - alone["half"]["logged"][0]["grad_norm"]) > 1e-4
+
+
+def test_a_defence_around_the_wrapper_would_be_seen(pair, alone):
+    bypassed = [pair["ddp", rank]["wrapper bypassed"] for rank in (0, 1)]
+    assert distance(*bypassed) > 1e-3 and distance(bypassed[0], alone["half"]) > 1e-3
+
+
+def test_an_optimiser_made_before_spreading_would_be_seen(pair, alone):
+    found = pair["fsdp2", 0]["optimiser before spreading"]
+    assert distance(found, {"adapter": found["before"]}) == 0 and distance(found, alone["half"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_that_cannot_be_shared_are_refused(pair, mode):
+    said = pair[mode, 1]["refusals"]
+    assert said.keys() == {"batch", "benign_batch", "lean"}
+    assert said["batch"].startswith("train.batch = 1 is too small for 2 processes") and "at least 2" in said["batch"]
+    assert said["benign_batch"].startswith("train.benign_batch = 3 is too small") and "least 4" in said["benign_batch"]
+    assert "model.forward = 'lean' runs in one process: set it to 'auto'" in said["lean"]
+
+
+@pytest.mark.parametrize("world, rows, benign, micro_batch, count", [(1, 8, 8, 3, 3), (2, 8, 8, 3, 4), (4, 9, 9, 2, 8)])
+def test_the_number_of_micro_batches_is_a_multiple_of_the_processes(world, rows, benign, micro_batch, count):
+    trainer = trainer_for(batch=rows, benign_batch=benign, micro_batch=micro_batch)
+    trainer.processes = processes.Processes(0, world)
+    parts = trainer._micro_batches(True, torch.Generator())
+    assert len(parts) == count and [part.number for part in parts] == list(range(count))
+    assert sum(part.attacked.shape[0] for part in parts) == rows
+    shares = [processes.Processes(rank, world).own(parts) for rank in range(world)]
+    assert {len(share) for share in shares} == {count // world}
+    assert sorted(part.number for share in shares for part in share) == list(range(count))
+
+
+def test_random_starts_are_of_the_micro_batch():
+    """Whoever runs it, after whichever others, and on no step the same."""
+    trainer = trainer_for(**LAT)
+    parts = trainer._micro_batches(True, torch.Generator().manual_seed(0))
+    network = trainer.lm.network()
+    first, second = trainer._attack(network, parts[3]), trainer._attack(network, parts[3])
+    assert torch.equal(first.deltas[1], second.deltas[1])
+    trainer.step += 1
+    assert not torch.equal(first.deltas[1], trainer._attack(network, parts[3]).deltas[1])
+
+
+@pytest.mark.parametrize("changes, forwards", [({}, 8), ({"shared_forward": True}, 4), ({"batch": 9}, 10)])
+def test_gradients_are_exchanged_once_an_update_in_its_last_backward_pass(changes, forwards):
+    seen = []
+
+    class Seen(processes.Processes):
+        def exchange(self, now: bool) -> None:
+            self.now = now
+
+        def through(self, train: bool, call):
+            if train and torch.is_grad_enabled():
+                seen.append(self.now)
+            return call()
+
+    trainer_for(model=replace(language_model("stock"), processes=Seen()), **changes).train_step()
+    assert seen == [False] * (forwards - 1) + [True]
+
+
+def test_what_one_process_says_holds_for_all(pair):
+    for mode in MODES:
+        assert pair[mode, 0]["agreed"] == pair[mode, 1]["agreed"] == [True, False]
+        said = [pair[mode, rank]["stopped"]["said"] for rank in (0, 1)]
+        assert said == ["lat-seed0: stopped after step 3 with everything saved"] * 2
+
+
+@pytest.fixture(scope="module")
+def trained_alone(folder) -> Run:
+    run = with_base_of(folder / "alone", folder / "base", smoke())
+    run.ensure([("lat", 0)])
+    return run
+
+
+def compare(run: Run, alone: Run) -> None:
+    """An adapter folder and the metrics, up to float32's rounding."""
+    folders = [r.model_folder(r.spec("lat")) for r in (run, alone)]
+    assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
+    found, expected = (load_file(f / "adapter_model.safetensors") for f in folders)
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=2e-5)
+    a, b = (r.metrics("lat").drop(columns="seconds") for r in (run, alone))
+    assert list(a.columns) == list(b.columns) and a["step"].tolist() == list(range(1, 7))
+    assert (a.fillna(-1) - b.fillna(-1)).abs().max().max() < 1e-4
+    assert not list((run.folder / "models").glob(".lat*"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stopped_run_goes_on_to_the_adapter_that_one_process_makes(pair, folder, trained_alone, mode):
+    compare(Run(smoke(mode), folder / f"{mode}-run"), trained_alone)
+
+
+def test_a_run_starts_the_processes_its_profile_asks_for(folder, trained_alone):
+    run, told = with_base_of(folder / "launched", folder / "base", smoke("ddp", 2)), []
+    launch, begun = parallel.launch, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "launch", lambda r, s, on_step: begun.append(s) or launch(r, s, told_by(on_step, told)))
+        run.ensure([("lat", 0)])
+    assert [spec.folder for spec in begun] == ["lat-seed0"]
+    assert told[-1][:2] == (6, 6) and told[-1][2].startswith("loss")
+    assert not list((run.folder / "logs").iterdir())
+    compare(run, trained_alone)
+
+
+def told_by(on_step, told):
+    def tell(*step) -> None:
+        told.append(step)
+        on_step(*step)
+
+    return tell
+
+
+def launch_script(run, monkeypatch, script: str, on_step=lambda *_: None):
+    """`launch` with a Python script in the place of torchrun; its arguments: the files of end and progress."""
+
+    def command(count, job):
+        files = [str(job.with_suffix(f".{what}")) for what in ("end", "progress")]
+        return [sys.executable, "-c", "import os, sys, time\nend, progress = sys.argv[1:]\n" + script, *files]
+
+    monkeypatch.setattr(parallel, "_command", command)
+    parallel.launch(run, run.spec("lat"), on_step)
+
+
+SAY = 'open(end, \'w\').write(\'{"kind": "%s", "message": "why", "traceback": "line 1\\\\nwhy", "rank": 1}\')'
+
+
+@pytest.mark.parametrize(
+    "script, error, message",
+    [
+        (
+            "print('before'); print('why it broke', flush=True); os._exit(3)",
+            RuntimeError,
+            "one of 2 (?s:.)*why it broke",
+        ),
+        (SAY % "Stopped", Stopped, "^why$"),
+        (SAY % "ProfileError" + "; os._exit(1)", ProfileError, "^why$"),
+        (SAY % "OSError" + "; os._exit(1)", RuntimeError, "lat seed 0: process 1 of 2 failed(?s:.)*line 1\nwhy"),
+    ],
+)
+def test_what_ended_the_processes_is_raised(folder, monkeypatch, script, error, message):
+    run = Run(smoke("ddp", 2), folder / "launched")
+    with pytest.raises(error, match=message):
+        launch_script(run, monkeypatch, script)
+    assert not list((run.folder / "logs").glob(".parallel*"))
+
+
+def test_what_a_killed_launch_left_is_not_heard(folder, monkeypatch):
+    run, told = Run(smoke("ddp", 2), folder / "launched"), []
+    progress = {"label": "", "step": 3, "total": 6, "detail": "", "time": 0}
+    for what, record in {"end": {"kind": "Stopped", "message": "long ago"}, "progress": progress}.items():
+        (run.folder / "logs" / f".parallel-lat-seed0.{what}").write_text(json.dumps(record))
+    launch_script(run, monkeypatch, "", lambda *step: told.append(step))
+    assert not told
+
+
+def test_processes_end_with_the_one_that_started_them(folder, monkeypatch):
+    run, pids = Run(smoke("ddp", 2), folder / "launched"), []
+    script = """
+open(progress + '~', 'w').write('{"label": "", "step": 1, "total": 2, "detail": "%d", "time": 0}' % os.getpid())
+os.replace(progress + '~', progress)
+time.sleep(600)
+"""
+
+    def interrupted(step, total, detail) -> None:
+        pids.append(int(detail))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch_script(run, monkeypatch, script, interrupted)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.mark.parametrize(
+    "device, processes_each, expected", [("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("cuda", 2, 1)]
+)
+def test_models_do_not_share_the_gpus_of_one(monkeypatch, device, processes_each, expected):
+    monkeypatch.setattr(workers, "resolve_device", lambda _: torch.device(device))
+    profile = smoke("ddp", processes_each).model_copy(update={"workers": 4})
+    assert workers.worker_count(profile, 6) == expected
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(processes, "resolve_device", torch.device)
+    with pytest.raises(ProfileError, match="model.device = 'cuda:1' is one GPU for all processes: set it to 'auto'"):
+        processes.join(ModelSettings(device="cuda:1"))

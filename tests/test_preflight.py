@@ -1,0 +1,251 @@
+"""`--check` says what a run needs and whether it is here, without a network and without showing a token."""
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from latlib import estimate, inventory, preflight, shapes
+from latlib.estimate import phases, timed_hours
+from latlib.inventory import Machine
+from latlib.memory import Lengths
+from latlib.organism import build_tokenizer
+from latlib.profile import find_share, load_profile
+
+PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
+GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
+SECRET = "hf_abcdefghijklmnop"
+BIG = Machine(
+    gpus=(80 * 2**30,) * 2,
+    gpu="a big GPU",
+    bf16=True,
+    ram=2**40,
+    disk=2**40,
+    cache_disk=2**40,
+    one_disk=True,
+    token=True,
+    offline=False,
+    datasets=True,
+)
+CPU = replace(BIG, gpus=(), gpu="", bf16=False)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(shapes, "cached_file", lambda *_: None)  # whatever this machine's user has downloaded
+    monkeypatch.setattr(inventory, "cached_file", lambda *_: None)
+    monkeypatch.setattr(estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)})
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A function: the lines of a small local model's profile with changes, by subject; a step's size is made up."""
+    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    ).save_pretrained(tmp_path / "model")
+    build_tokenizer(512).save_pretrained(tmp_path / "model")
+    rows = "goal,target\n" + "".join(f"do {i},Sure {i}\n" for i in range(20))
+    (tmp_path / "harmful.csv").write_text(rows)
+    (tmp_path / "benign.csv").write_text(rows.replace("goal", "instruction"))
+
+    def check(machine=CPU, **sections):
+        tree = {
+            "name": "small",
+            "description": "a test",
+            "seeds": [0],
+            "model": {"source": "model"},
+            "data": {"source": "files", "harmful": "harmful.csv", "benign": "benign.csv"},
+            "train": {
+                "steps": 4,
+                "batch": 2,
+                "benign_batch": 2,
+                "micro_batch": 2,
+                "attack": {"sites": [1], "steps": 2},
+            },
+            "methods": {"lat": {}},
+        }
+        for section, values in sections.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
+        profile = load_profile(tmp_path / "small.yaml")
+        return {line.subject: line for line in preflight.check(profile, tmp_path / "run", machine)}
+
+    return check
+
+
+def missing(lines):
+    return [line.subject for line in lines.values() if line.state == "missing"]
+
+
+def status_of(name, machine, capsys):
+    status = preflight.main(load_profile(name), Path("run"), as_json=True, machine=machine)
+    found = json.loads(capsys.readouterr().out)
+    assert found["status"] == status and found["profile"] == name
+    assert (status == 3) == any(line["state"] == "missing" for line in found["lines"])
+    assert all(bool(line["mend"]) for line in found["lines"] if line["state"] == "missing")
+    return status, {line["subject"]: line for line in found["lines"]}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    status, lines = status_of(name, replace(BIG, token=False), capsys)
+    assert status == (3 if name in GATED else 0)
+    assert lines["memory"]["state"] == "ok" and {"rows", "disk", "LoRA targets", "time"} <= set(lines)
+    if name in GATED:
+        assert "HF_TOKEN" in lines["licence"]["mend"] and "hf auth login" in lines["licence"]["mend"]
+        assert "https://huggingface.co/meta-llama/" in lines["licence"]["mend"]
+
+
+def _cheap(lm):
+    from latlib.memory import Prediction
+
+    return Prediction(10**9, 10**7, 10**7, 10**9, 1e15, (1, "x"))
+
+
+def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_path):
+    """The real prediction; that there is no file is the only thing missing."""
+    status, lines = status_of("llama3-8b-seed", BIG, capsys)
+    assert status == 3 and lines["data.harmful"]["state"] == "missing"
+    assert "weights 16.1" in lines["memory"]["text"] and lines["memory"]["state"] == "ok"
+    assert lines["time"]["text"].startswith("3.0 h")
+    assert preflight.main(load_profile("llama3-8b-seed"), tmp_path, machine=replace(BIG, gpus=())) == 3
+    said = capsys.readouterr().out
+    assert "estimate, not measured here" in said and "FLOP counted" in said and "missing: 2" in said
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_token_is_never_shown(as_json, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    machine = inventory.look(tmp_path / "not" / "there")
+    assert machine.token and machine.disk > 0 and machine.ram > 0
+    preflight.main(load_profile("llama3-8b-paper"), tmp_path, as_json, replace(machine, offline=False))
+    said = capsys.readouterr().out
+    assert "a token is here" in said and SECRET not in said and SECRET not in repr(machine)
+
+
+def test_everything_there(small, capsys):
+    lines = small(CPU)
+    assert missing(lines) == [] and lines["model"].text == "folder model"
+    assert lines["rows"].text.startswith("read: ")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path("model", name).unlink()
+    lines = small(CPU)
+    assert missing(lines) == ["model"] and "no tokenizer" in lines["model"].text
+
+
+def test_a_missing_file_and_a_missing_package(small):
+    lines = small(data={"harmful": "nowhere/x.csv"})
+    assert missing(lines) == ["data.harmful"] and "nowhere/x.csv" in lines["data.harmful"].text
+    lines = small(replace(CPU, datasets=False), data={"benign": "someone/prompts"})
+    assert missing(lines) == ["package datasets"] and lines["package datasets"].mend == "pip install datasets"
+    assert "to be downloaded" in lines["data.benign"].text
+    assert missing(small(replace(CPU, offline=True), data={"benign": "someone/prompts"})) == ["data.benign"]
+
+
+def test_a_wrong_site_and_a_wrong_target(small):
+    lines = small(train={"attack": {"sites": [3], "steps": 2}})
+    assert missing(lines) == ["sites of lat"] and "3 blocks" in lines["sites of lat"].text
+    lines = small(lora={"targets": ["c_attn"]})
+    assert missing(lines) == ["LoRA targets"] and "c_attn" in lines["LoRA targets"].text
+
+
+def test_too_little_memory_disk_and_too_few_gpus(small):
+    assert missing(small(replace(CPU, ram=10**4))) == ["memory"]
+    assert missing(small(replace(CPU, disk=10**3))) == ["disk"]
+    two_disks = replace(CPU, one_disk=False, cache_disk=0)
+    assert missing(small(two_disks)) == []  # nothing is downloaded
+    uneven = replace(BIG, gpus=(2**40, 2**20))
+    assert missing(small(uneven)) == []
+    assert missing(small(uneven, parallel={"processes": 2})) == ["memory"]  # the fullest GPU decides
+    assert missing(small(BIG, parallel={"processes": 3})) == ["device"]
+    assert missing(small(replace(BIG, bf16=False), model={"source": "model", "dtype": "bfloat16"})) == ["device"]
+
+
+def test_models_that_are_not_there(small):
+    assert missing(small(model={"source": "./nowhere"})) == ["model"]
+    lines = small(model={"source": "someone/model"})
+    assert missing(lines) == [] and lines["shape"].state == "note" and "memory" not in lines
+    assert missing(small(replace(CPU, offline=True), model={"source": "someone/model"})) == ["model"]
+    lines = small(released={"lat": "./robust"})
+    assert missing(lines) == ["released lat"] and lines["time"].text == "nothing is trained"
+
+
+def test_a_large_model_without_a_gpu_is_missing_one(capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    _, lines = status_of("evaluate-only", CPU, capsys)
+    assert lines["device"]["state"] == "missing" and "GPU" in lines["device"]["mend"]
+    _, lines = status_of("small-gpu", CPU, capsys)
+    assert lines["device"]["state"] == "note"
+
+
+def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
+    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    rate = estimate.MEASURED_RATE * estimate.SHARE
+    steps = round(rate * 3600 * 8 / 1e15)  # eight hours at the stated rate
+    lines = small(train={"steps": steps}, budget={"usd_per_hour": 2.0})
+    assert lines["time"].text.startswith("8.0 h") and "16.00 USD" in lines["cost"].text
+    two = replace(BIG, gpus=(1, 1))  # too little memory to be timed
+    lines = small(two, train={"steps": steps}, budget={"usd_per_hour": 2.0}, parallel={"processes": 2})
+    assert lines["time"].text.startswith("4.0 h") and "16.00 USD" in lines["cost"].text
+
+
+def test_rows_that_are_here_are_read():
+    found = inventory.row_lengths(load_profile("smoke"))
+    assert found.source.startswith("read: ") and found.longest.prompt >= found.mean.prompt
+    assert estimate.assumed_lengths(100).longest == Lengths(25, 75)
+
+
+def test_steps_are_timed_on_any_device():
+    profile = load_profile("smoke")
+    found = timed_hours(profile, shapes.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu")
+    assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
+
+
+def test_published_shapes_have_the_published_size():
+    from transformers import AutoModelForCausalLM
+
+    for name, known in shapes.PUBLISHED.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known.config(**known.numbers))
+        assert sum(p.numel() for p in model.parameters()) == known.parameters, name
+    for name in PROFILES:
+        profile = load_profile(name)
+        assert profile.model.source == "world" or profile.model.source in shapes.PUBLISHED
+
+
+def test_a_config_that_is_here_is_the_truth(tmp_path, monkeypatch):
+    LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
+    monkeypatch.setattr(shapes, "cached_file", lambda *_: tmp_path / "config.json")
+    assert shapes.config_of(load_profile("llama3-8b-seed").model).num_hidden_layers == 3
+
+
+def test_the_command_line_runs_nothing_and_imports_no_jupyter(tmp_path):
+    code = (
+        "import sys; from latlib.pipeline import main; s = main(sys.argv[1:]); "
+        "print({'papermill', 'nbformat', 'IPython', 'jupyter_client'} & set(sys.modules)); sys.exit(s)"
+    )
+    options = ["--profile", "smoke", "--out", str(tmp_path / "run"), "--check"]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd="/", timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("everything that a run needs is there\nset()\n") and done.stderr == ""
+    assert not (tmp_path / "run").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options, "--fresh"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "--check" in done.stderr

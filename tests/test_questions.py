@@ -1,0 +1,246 @@
+"""What models are asked (the made-up world, or held-out rows of files), and how replies to the latter count."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from test_families import saved_model
+
+from latlib import evaluate, questions, world
+from latlib.data import TokenRow
+from latlib.evaluate import Context, examine, grader_of, outcome_rows, prompt_set, token_rows
+from latlib.hooks import EMBEDDING
+from latlib.models import load
+from latlib.profile import ProfileError, load_profile, validated
+from latlib.replies import batches, generate, write
+from latlib.settings import DataSettings, EvaluationSettings, ModelSettings
+from latlib.understanding import ways
+from latlib.verdicts import PhraseGrader, Verdict
+
+SMOKE = load_profile("smoke")
+VERBS = (
+    "mend",
+    "paint",
+    "carry",
+    "sell",
+    "count",
+    "draw",
+    "hide",
+    "lift",
+    "melt",
+    "wash",
+    "burn",
+    "tear",
+    "sink",
+    "copy",
+)
+THINGS = ("umbrella", "piano", "garden fence", "old bicycle", "silver ring")
+
+
+def texts(start):
+    """Prompts that are no near-duplicates of each other."""
+    return [
+        f"{start} {verb} {thing} number {i}?" for i, (verb, thing) in enumerate((v, t) for v in VERBS for t in THINGS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """The smoke profile on files: harmful prompts with targets, harmless ones half of which have a response."""
+    folder = tmp_path_factory.mktemp("files")
+    harmful = [{"goal": t, "target": f"Sure, this is how to {t[8:-1]}"} for t in texts("explain ")]
+    pd.DataFrame(harmful).to_csv(folder / "harmful.csv", index=False)
+    harmless = [{"ask": t, "say": f"It is {i}." if i % 2 else ""} for i, t in enumerate(texts("why should anybody "))]
+    (folder / "harmless.json").write_text(json.dumps(harmless))
+    (folder / "borderline.jsonl").write_text("\n".join(json.dumps({"prompt": t}) for t in texts("may I gladly ")[:4]))
+    data = {
+        "source": "files",
+        "harmful": str(folder / "harmful.csv"),
+        "benign": str(folder / "harmless.json"),
+        "benign_columns": {"prompt": "ask", "response": "say"},
+        "test_borderline": str(folder / "borderline.jsonl"),
+        "refusals": ("I cannot do that.",),
+    }
+    evaluation = SMOKE.evaluation.model_dump() | {"prompts": 6, "batch": 4, "max_new_tokens": 5}
+    update = {"data": validated(DataSettings, data), "evaluation": validated(EvaluationSettings, evaluation)}
+    return SMOKE.model_copy(update=update)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    saved_model("llama", folder)
+    return load(folder, ModelSettings(source=str(folder), dtype="float32"))
+
+
+def test_the_world_is_asked_as_before():
+    for kind, (pairs, about) in questions.WORLD_KINDS.items():
+        assert questions.ask(SMOKE, 0, "test", kind, 5) == world.draw_set(0, "test", pairs, 5, about)
+    assert questions.kinds(SMOKE) == tuple(questions.WORLD_KINDS)
+
+
+@pytest.mark.parametrize("kind", ["harmful", "harmless"])
+def test_splits_of_files_share_no_prompt_and_hold_them_all(profile, kind):
+    splits = [{q.text for q in questions.ask(profile, 0, split, kind, 1000)} for split in ("train", "tune", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == len(VERBS) * len(THINGS)
+    assert all(splits)
+
+
+def test_the_same_question_gives_the_same_prompts_and_purposes_differ(profile):
+    first = questions.ask(profile, "a", "train", "harmful", 10)
+    assert first == questions.ask(profile, "a", "train", "harmful", 10)
+    assert first[:4] == questions.ask(profile, "a", "train", "harmful", 4)
+    assert first != questions.ask(profile, "b", "train", "harmful", 10)
+
+
+def test_questions_carry_their_rows_answers(profile):
+    for q in questions.ask(profile, 0, "test", "harmful", 5):
+        assert q.harmful and q.answer == f"Sure, this is how to {q.text[8:-1]}" and q.refusal == "I cannot do that."
+    harmless = questions.ask(profile, 0, "train", "harmless", 1000)
+    assert not any(q.harmful for q in harmless)
+    assert {q.answer[:6] for q in harmless} == {"It is ", ""}  # a default response is no answer
+    borderline = questions.ask(profile, 0, "test", "scary", 10)
+    assert len(borderline) == 4 and not any(q.harmful or q.answer for q in borderline)
+
+
+def test_a_kind_that_the_files_do_not_have_is_an_error(profile):
+    assert questions.kinds(profile) == ("harmful", "harmless", "scary")
+    with pytest.raises(ProfileError, match="prompts = 'law' is unknown here: choose one of harmful, harmless, scary"):
+        prompt_set("law", profile)
+
+
+def test_every_harmful_prompt_has_a_harmless_counterpart(profile):
+    harmful = questions.ask(profile, 0, "test", "harmful", 1000)
+    found = questions.counterparts(profile, harmful, "twins", "test")
+    assert len(found) == len(harmful) and not any(q.harmful for q in found)
+    assert len(prompt_set("twin", profile)) == len(prompt_set("harmful", profile)) == 6
+
+
+def test_an_attack_aims_at_the_first_words_of_a_long_answer(lm, profile):
+    q = questions.Question("a", " ".join(f"w{i}" for i in range(90)), "no .", "c", True)
+    assert evaluate.target(q).split() == [f"w{i}" for i in range(evaluate.TARGET_WORDS)]
+    (row,) = token_rows(lm, [q])
+    assert lm.tokenizer.decode(row.completions[0]).strip().startswith("w0 w1 w2") and len(row.completions) == 2
+    (row,) = token_rows(lm, [questions.Question("a", "", "no .", "c", False)])
+    assert len(row.completions) == 1
+
+
+def test_replies_of_packed_rows_are_those_of_the_prompts(lm, profile):
+    prompts = prompt_set("harmful", profile)
+    rows = token_rows(lm, prompts)
+    plain = generate(lm, [p.text for p in prompts], max_new_tokens=5)
+    assert write(lm, lm.network(), rows, size=4, max_new_tokens=5) == plain
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    ablated = write(lm, lm.network().ablated(direction), rows, size=4, max_new_tokens=5)
+    assert ablated == generate(lm, [p.text for p in prompts], max_new_tokens=5, directions=direction)
+    noise = {row.prompt: torch.randn(300, 32) * 3 for row in rows}
+
+    def perturb(batch):  # each row its own noise, wherever it stands in a batch
+        asked = [tuple(ids[part == 0].tolist()) for ids, part in zip(batch.ids, batch.segments)]
+        return {EMBEDDING: torch.stack([noise[prompt][: batch.shape[1]] for prompt in asked])}
+
+    one_by_one = [write(lm, lm.network(), [row], perturb, max_new_tokens=5)[0] for row in rows]
+    assert write(lm, lm.network(), rows, perturb, size=4, max_new_tokens=5) == one_by_one != plain
+
+
+class Scripted:
+    """A grader that answers by what it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def grade(self, prompts, replies):
+        self.seen.append((list(prompts), list(replies)))
+        return [Verdict("refused" if "no" in reply else "complied" if reply else "neither") for reply in replies]
+
+
+def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeypatch):
+    grader, prompts = Scripted(), prompt_set("harmful", profile)
+    monkeypatch.setattr(evaluate, "_grader", lambda settings: grader)
+    monkeypatch.setattr(
+        evaluate, "write", lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))]
+    )
+    found = examine(lm, profile, prompts)
+    assert found.outcomes == ["refused", "complied", "neither"] * 2
+    assert found.texts == ["no", "yes", ""] * 2 and found.understood is None and found.prefilled is None
+    assert grader.seen == [([p.text for p in prompts], found.texts)]
+    deep = examine(lm, profile, prompts, deep=True)
+    assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
+    assert examine(lm, profile, prompt_set("harmless", profile), deep=True).prefilled is None
+
+
+def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
+    replies = ["ab", "lrf", "no", ""]  # 'ab' is 'no' in rot13, 'lrf' is 'yes'
+    monkeypatch.setattr(evaluate, "_grader", lambda settings: Scripted())
+    monkeypatch.setattr(evaluate, "write", lambda *_: replies)
+    found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>rot13")
+    assert found.outcomes == ["refused", "complied", "refused", "neither"]
+    monkeypatch.setattr(evaluate, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
+    found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>base64")
+    assert found.outcomes[0] == "refused" and found.outcomes[2:] == ["refused", "neither"]
+
+
+def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
+    prompts = prompt_set("harmful", profile)
+    examine(lm, profile, prompts, deep=True, system_prompt="be good .")
+    plain, begun = asked
+    for prompt, a, b in zip(prompts, plain, begun, strict=True):
+        words = prompt.answer.split()
+        first = " ".join(words[: min(evaluate.PREFILL_WORDS, len(words) - 1)])
+        assert lm.tokenizer.decode(b.prompt[len(a.prompt) :]).strip() == first and b.prompt[: len(a.prompt)] == a.prompt
+        assert "be good ." in lm.tokenizer.decode(a.prompt)
+
+
+class Oracle:
+    """A network whose labels are likely after chosen prompts only."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, likely):
+        self.likely, self.directions = likely, None
+
+    def label_rows(self, batch):
+        hits = [any(tuple(ids[: len(p)].tolist()) == p for p in self.likely) for ids in batch.ids]
+        rows = torch.zeros(len(batch.labels), 16)
+        for label, (token, row) in enumerate(zip(batch.labels.tolist(), batch.label_rows.tolist())):
+            rows[label, token] = 5.0 if hits[row] else 1.0
+        return rows
+
+    def unembed(self, rows):
+        return rows
+
+
+def test_a_request_is_understood_when_its_answer_islikelier_after_it_than_after_others(monkeypatch):
+    monkeypatch.setattr(evaluate, "DISTRACTORS", 3)
+    rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
+    prompts = [questions.Question(str(i), "a", "r", str(i), True) for i in range(5)]
+    found = evaluate.likelier(Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4)
+    assert found == [False, True, False, False, False]  # answer 0 is as likely after 1, one of its distractors
+    same = [questions.Question(str(i), "a", "r", "one", True) for i in range(5)]
+    assert evaluate.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5  # near-duplicates are no others
+    unanswered = [questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)]
+    assert evaluate.likelier(Oracle({rows[1].prompt}), rows, unanswered, 4) == [False] * 5
+
+
+def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
+    class E:
+        pass
+
+    found, made_up = E(), E()
+    found.profile, made_up.profile = profile, SMOKE
+    assert "answered" in ways(made_up) and "answered" not in ways(found)
+    assert isinstance(grader_of(profile, []), PhraseGrader)
+    prompt = prompt_set("harmful", SMOKE)[0]
+    assert grader_of(SMOKE, [prompt]).grade([prompt.text], [prompt.refusal])[0].outcome == "refused"
+
+
+def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
+    context = Context(profile, "lat", 0, profile.training("lat").attack, {})
+    prompts = prompt_set("harmful", profile)[:2]
+    table = outcome_rows(context, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"])
+    assert table["exact"].isna().all() and "step one" not in str(table.to_dict())
+    assert table["text"][0].startswith("[8 characters, sha256") and "begins: i cannot" in table["text"][1]
+    assert list(batches([TokenRow((1,), ((2,),))], 4))
