@@ -157,7 +157,7 @@ def test_an_attack_with_weight_gradients_computes_them_and_leaves_none():
         network = trainer.lm.network(train=True)
         part = trainer._micro_batches(True, generator)[0]
         with flop_counter() as counter:
-            trainer._attack(network.frozen(), part, generator)
+            trainer._attack(network.frozen(), part)
         flops.append(counter.get_total_flops())
         assert all(p.grad is None for p in trainer.parameters)
     asked = other.lm.network(train=True).trained()
