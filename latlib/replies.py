@@ -18,6 +18,7 @@ from latlib.data import Batch, Row, TokenRow, collate, tokenise
 from latlib.forward import Network
 from latlib.hooks import Ablate, LATHook, Site
 from latlib.models import LanguageModel
+from latlib.processes import ALONE
 
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
 
@@ -84,16 +85,15 @@ def _decode(
     # in this order, so that what a perturbation writes is ablated too
     ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
     pad = lm.tokenizer.pad_token_id
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        **dict.fromkeys(("temperature", "top_p", "top_k")),  # a chat model's own would only make a greedy one warn
+        "pad_token_id": lm.tokenizer.eos_token_id if pad is None else pad,
+    }
     with LATHook(lm.model, deltas, decoding=True), ablation:
-        out = lm.model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,  # what a chat model samples with by default would only make a greedy one warn
-            top_p=None,
-            top_k=None,
-            pad_token_id=lm.tokenizer.eos_token_id if pad is None else pad,
-        )
+        # through the processes, if several hold the model between them: each writes all replies
+        out = (lm.processes or ALONE).through(False, lambda: lm.model.generate(**inputs, **options))
     new = out[:, inputs["input_ids"].shape[1] :]
     return [reply.strip() for reply in lm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

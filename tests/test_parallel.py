@@ -15,12 +15,13 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import LAYERS, language_model, token_rows
+from tiny_models import LAYERS, language_model, noise_like, token_rows
 
 from latlib import fork_server, make, parallel, processes, train, workers
 from latlib.processes import adapter_state, wrap
 from latlib.profile import ProfileError, load_profile
 from latlib.progress import Stopped
+from latlib.replies import write
 from latlib.run import Run
 from latlib.settings import AttackSettings, DefenceSettings, ModelSettings, ParallelSettings, TrainSettings
 from latlib.train import Trainer
@@ -56,6 +57,25 @@ def steps_of(trainer, steps) -> dict:
     return {"logged": logged, "adapter": adapter_state(trainer.lm)}
 
 
+class Numbers:
+    """A tokenizer whose words are token ids."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def batch_decode(self, ids, skip_special_tokens):
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
+def replies_of(trainer) -> list[str]:
+    """What the model writes under a perturbation of its prompts."""
+    lm = replace(trainer.lm, tokenizer=Numbers())
+
+    def perturb(batch):
+        return noise_like(batch, (1,), size=3.0)
+
+    return write(lm, lm.network(), token_rows(4, 1), perturb, size=4, max_new_tokens=3)
+
+
 def smoke(mode="ddp", count=1):
     profile = load_profile("smoke")
     changes = {"model": profile.model.model_copy(update={"forward": "stock"})}
@@ -79,8 +99,13 @@ def findings(mode: str, folder: Path) -> dict:
     """Everything the tests look at."""
     trainer = trainer_for(mode, **LAT)
     first, state = steps_of(trainer, HALF), trainer.state()
-    rest = steps_of(trainer, STEPS - HALF)
-    found = {"lat": rest | {"logged": first["logged"] + rest["logged"]}, "spread": spread(trainer), "state": state}
+    rest, said = steps_of(trainer, STEPS - HALF), replies_of(trainer)
+    found = {
+        "replies": said,
+        "lat": rest | {"logged": first["logged"] + rest["logged"]},
+        "spread": spread(trainer),
+        "state": state,
+    }
     again = trainer_for(mode, model=language_model("auto"), **LAT)
     again.restore(state)
     found |= {"state again": again.state(), "resumed": steps_of(again, STEPS - HALF)}
@@ -201,8 +226,8 @@ def alone() -> dict:
     """What one process finds."""
     trainer = trainer_for(**LAT)
     first, state = steps_of(trainer, HALF), trainer.state()
-    rest = steps_of(trainer, STEPS - HALF)
-    found = {"half": first, "state": state, "lat": rest | {"logged": first["logged"] + rest["logged"]}}
+    rest, said = steps_of(trainer, STEPS - HALF), replies_of(trainer)
+    found = {"replies": said, "half": first, "state": state, "lat": rest | {"logged": first["logged"] + rest["logged"]}}
     return found | {name: steps_of(trainer_for(**changes), 1) for name, changes in VARIANTS.items()}
 
 
@@ -247,6 +272,12 @@ def test_two_processes_train_what_one_trains(pair, alone, mode, name):
         for a, b in zip(found["logged"], logged, strict=True):
             assert a == pytest.approx(b, rel=0, abs=1e-10)
     assert pair[mode, 0][name]["logged"] == pair[mode, 1][name]["logged"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_process_writes_the_replies_that_one_writes(pair, alone, mode):
+    assert len(set(alone["replies"])) > 1
+    assert pair[mode, 0]["replies"] == pair[mode, 1]["replies"] == alone["replies"]
 
 
 def test_under_fsdp2_every_process_holds_a_part_of_every_weight(pair):
