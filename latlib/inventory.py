@@ -22,7 +22,8 @@ import torch
 from latlib import estimate
 from latlib.data import tokenise
 from latlib.estimate import RowLengths
-from latlib.profile import Profile
+from latlib.overlap import check_overlap
+from latlib.profile import Profile, ProfileError
 from latlib.rows import benign_rows, preference_rows
 from latlib.shapes import PUBLISHED, cached_file
 from latlib.tables import is_hub_id
@@ -151,16 +152,18 @@ def _weights_cached(source: str, revision: str | None) -> bool:
     return all(cached_file(source, shard, revision) for shard in shards)
 
 
+_SOURCES = ("harmful", "benign", "test_harmful", "test_benign", "test_borderline")
+
+
 def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
+    """Lines of every source of prompts, of the package that reads some, and of overlap where all of them are files."""
     data = profile.data
     if data.source == "world":
         yield Line("data", OK, "drawn from the made-up world")
         return
     needs_package = data.streaming
-    for name in ("harmful", "benign", "test_harmful", "test_benign", "test_borderline"):
-        source = getattr(data, name)
-        if source is None:
-            continue
+    sources = {name: source for name in _SOURCES if (source := getattr(data, name)) is not None}
+    for name, source in sources.items():
         place, subject = Path(source).expanduser(), f"data.{name}"
         if place.exists():
             needs_package |= place.is_dir()
@@ -178,6 +181,13 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     if needs_package:
         state, text = (OK, "installed") if machine.datasets else (MISSING, "not installed; the data needs it")
         yield Line("package datasets", state, text, "" if machine.datasets else "pip install datasets")
+    if all(Path(source).expanduser().is_file() for source in sources.values()):
+        try:
+            check_overlap(profile)
+            yield Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
+        except ProfileError as error:
+            text, _, mend = str(error).rpartition(": ")
+            yield Line("overlap", MISSING, text, mend)
 
 
 def _dataset_cached(source: str) -> bool:

@@ -149,6 +149,15 @@ def test_everything_there(small, capsys):
     assert missing(lines) == ["model"] and "no tokenizer" in lines["model"].text
 
 
+def test_a_prompt_that_is_trained_and_tested_on_is_missing_its_mend(small):
+    assert small()["overlap"].state == "ok"
+    Path("test.csv").write_text("goal,target\nDO 7 !,Sure\nsomething else entirely,Sure\n")
+    line = small(data={"test_harmful": "test.csv"})["overlap"]
+    assert line.state == "missing" and "equal to a test prompt" in line.text
+    assert line.mend.startswith("remove those rows from the training or the test file")
+    assert "overlap" not in small(data={"benign": "someone/prompts"})  # not before it is here
+
+
 def test_a_missing_file_and_a_missing_package(small):
     lines = small(data={"harmful": "nowhere/x.csv"})
     assert missing(lines) == ["data.harmful"] and "nowhere/x.csv" in lines["data.harmful"].text

@@ -244,3 +244,13 @@ def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
     assert table["exact"].isna().all() and "step one" not in str(table.to_dict())
     assert table["text"][0].startswith("[8 characters, sha256") and "begins: i cannot" in table["text"][1]
     assert list(batches([TokenRow((1,), ((2,),))], 4))
+
+
+def test_a_run_says_how_to_read_it(profile):
+    assert "the one right recipe" in questions.about(SMOKE)
+    said = questions.about(profile)
+    assert "graded by `phrases`" in said and "Replies of 5 tokens" in said and "held out of the same data" in said
+    assert (
+        f"after {('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')[evaluate.DISTRACTORS]} others"
+        in said
+    )
