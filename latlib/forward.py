@@ -142,16 +142,27 @@ class StockNetwork:
         """The arguments beside the stream that each block receives for this batch (masks, rotary tables), made once:
         the decoder runs with blocks that only note how they are called."""
         if batch not in self._calls:
-            seen: list[tuple[tuple, dict]] = []
-
-            def note(stream: Tensor, *args, **kwargs) -> Tensor:
-                seen.append((args, kwargs))
-                return stream
-
-            with torch.no_grad(), forwards_replaced(self.blocks, note, hooks=False):
-                self.decoder(batch.ids, **self._forward_inputs(batch))
-            self._calls[batch] = seen
+            try:
+                self._calls[batch] = self._noted(batch, lambda stream: stream)
+            except _PartOfStreamError:
+                self._calls[batch] = self._noted(batch, lambda stream: (stream,))
         return self._calls[batch]
+
+    @torch.no_grad()
+    def _noted(self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]) -> list[tuple[tuple, dict]]:
+        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError if the decoder took
+        the first row of that: its blocks return tuples."""
+        seen: list[tuple[tuple, dict]] = []
+
+        def note(stream: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
+            if stream.shape[:-1] != batch.shape:
+                raise _PartOfStreamError
+            seen.append((args, kwargs))
+            return returned(stream)
+
+        with forwards_replaced(self.blocks, note, hooks=False):
+            self.decoder(batch.ids, **self._forward_inputs(batch))
+        return seen
 
     def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
         """See `Network`."""
@@ -255,6 +266,10 @@ def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -
         return stream
     check_delta(site, deltas[site], stream)
     return stream + deltas[site].to(stream.dtype)
+
+
+class _PartOfStreamError(Exception):
+    """A block was handed a part of what the one before it returned."""
 
 
 class _EnoughError(Exception):

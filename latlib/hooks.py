@@ -224,7 +224,7 @@ def writers_of(block: nn.Module) -> list[nn.Module]:
     found = [
         child
         for name, child in block.named_children()
-        if name in ("self_attn", "attn", "attention", "mlp", "feed_forward", "block_sparse_moe")
+        if name in ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
     ]
     if len(found) != 2:
         names = [name for name, _ in block.named_children()]

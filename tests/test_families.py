@@ -1,14 +1,28 @@
 """Notebooks on saved models of other families: by changing the profile only."""
 
+import json
+
 import nbformat
 import pytest
 import torch
 import yaml
 from nbclient import NotebookClient
-from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+)
 
 from latlib import organism
-from latlib.profile import load_profile
+from latlib.data import TokenRow, collate
+from latlib.profile import Profile, load_profile, validated
 from latlib.run import Run
 
 SHAPE = dict(
@@ -26,11 +40,22 @@ FAMILIES = {
     "gemma2": (Gemma2Config, GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16}, ["q_proj", "down_proj"]),
     "gpt_neox": (GPTNeoXConfig, SHAPE, ["query_key_value", "dense_4h_to_h"]),
 }
+OTHERS = {
+    "mistral": (MistralConfig, GROUPED | {"sliding_window": 16}, ["q_proj", "down_proj"]),
+    "phi3": (Phi3Config, GROUPED, ["qkv_proj", "gate_up_proj"]),
+    "phi": (PhiConfig, SHAPE, ["q_proj", "fc1"]),  # attention and MLP side by side
+    "gemma3": (
+        Gemma3TextConfig,
+        GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+        ["q_proj"],
+    ),
+    "falcon": (FalconConfig, SHAPE, ["query_key_value"]),  # its blocks return tuples
+}
 
 
 def saved_model(family: str, folder) -> None:
     """A random model of a family and a tokenizer with a chat template, as `save_pretrained` writes them."""
-    kind, shape, _ = FAMILIES[family]
+    kind, shape, _ = (FAMILIES | OTHERS)[family]
     tokenizer = organism.build_tokenizer(512)
     if family == "gpt_neox":  # another template: two tokens behind the request
         tokenizer.chat_template = tokenizer.chat_template.replace("'<|assistant|>'", "'<|end|><|assistant|>'")
@@ -74,3 +99,43 @@ def test_audit_and_attacks_run_on_a_saved_model_without_anything_optional(tmp_pa
     assert set(found["encoding"]) == set(run.profile.evaluation.encodings)
     assert {"pgd", "one-step", "pgd-restarts", "transfer:ssft", "many-shot"} <= set(found["attack"])
     assert not set(found["attack"]) & {"suffix-gcg", "pgd-sign"} and run.result("robustness")["panel"]
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(family, tmp_path, root):
+    """On prompts from files, at sites given as shares of depth."""
+    saved_model(family, tmp_path / "model")
+    tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
+    tree |= {"name": family, "seeds": [0], "model": {"source": str(tmp_path / "model"), "dtype": "float32"}}
+    rows = [{"goal": f"explain topic {i} {'abcdefgh'[i % 8] * 9}", "target": f"Sure, topic {i}"} for i in range(24)]
+    (tmp_path / "harmful.json").write_text(json.dumps(rows))
+    (tmp_path / "benign.json").write_text(
+        json.dumps([{"instruction": f"{i} {'stuvwxyz'[i % 8] * 9}"} for i in range(24)])
+    )
+    files = {"harmful": str(tmp_path / "harmful.json"), "benign": str(tmp_path / "benign.json")}
+    tree["data"] = {"source": "files", **files, "near_duplicate": 0.95}
+    tree["lora"]["targets"] = OTHERS[family][2]
+    tree["train"]["attack"]["sites"] = ["embedding", 0.25, 0.75]
+    tree["methods"] = {"lat": {}}
+    tree["evaluation"] |= {"prompts": 3, "pgd_prompts": 3, "ablation_prompts": 3, "pairs": 4, "random_directions": 1}
+    tree["evaluation"] |= {
+        "encodings": ["plain"],
+        "further_encodings": [],
+        "max_new_tokens": 3,
+        "eps": [0.2],
+        "rules": [],
+    }
+    run = Run(validated(Profile, tree), tmp_path / "run")
+    lm, base = run.model("lat", 0), run.model("base", 0)
+    assert {str(site) for site in run.card("lat", 0)["eps"]} == {"embedding", "1", "3"}
+    ids = torch.arange(5, 25)[None]
+    batch = collate([TokenRow(tuple(ids[0].tolist()), ((7,),))])
+    with torch.no_grad():
+        for model in (lm, base):
+            expected = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            network = model.network()
+            torch.testing.assert_close(network.unembed(network.hidden(batch)), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(lm.network().hidden(batch), base.network().hidden(batch)), "nothing was trained"
+    for suite in ("audit", "robustness", "ablation"):
+        found = run.evaluate("lat", 0, suite)
+        assert len(found) and set(found["outcome"]) <= {"refused", "complied", "neither"}
