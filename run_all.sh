@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
 
 usage() {
   cat <<'HELP'
-usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh]
+usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--unchecked]
        ./run_all.sh --check [--json] [--profile NAME|FILE] [--out DIR]
        ./run_all.sh --test [-- PYTEST_ARGUMENTS]
 
@@ -23,11 +23,12 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --fresh              delete what the run folder holds and start anew
   --check              say what the run needs and whether it is here: model, data, disk, memory, hours, cost; runs nothing
   --json               with --check: as JSON
+  --unchecked          run a real model although --check finds something missing, which otherwise stops it
   --test               lint, tests and every notebook on the smoke profile; arguments after -- go to pytest
   --help               this text
 
 Exit status: 0 done, 1 something failed (the last lines say what, and where the log is), 2 wrong option or setting,
-3 --check found something missing, 75 stopped by a signal with everything saved.
+3 something that the run needs is missing, 75 stopped by a signal with everything saved.
 HELP
 }
 
@@ -60,7 +61,7 @@ while [ $# -gt 0 ]; do
       shift
       ;;
     --profile=* | --only=* | --out=*) pipeline_options+=("${1%%=*}" "${1#*=}") ;;
-    --fresh | --check | --json) pipeline_options+=("$1") ;;
+    --fresh | --check | --json | --unchecked) pipeline_options+=("$1") ;;
     --test) testing=yes ;;
     --help | -h)
       usage

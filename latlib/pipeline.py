@@ -1,15 +1,16 @@
 """Runs the notebooks of a profile in order and ends in one report: what `./run_all.sh` calls.
 
-    python -m latlib.pipeline [--profile NAME|FILE] [--only 03,05] [--out DIR] [--fresh]
+    python -m latlib.pipeline [--profile NAME|FILE] [--only 03,05] [--out DIR] [--fresh] [--unchecked]
     python -m latlib.pipeline [--profile NAME|FILE] [--out DIR] --check [--json]
 
-1. Read the profile, choose the notebooks, check every parameter that will be injected: errors before anything runs.
+1. Read the profile, choose the notebooks, check every parameter that will be injected, and for a real model whether all
+   it needs is there (`preflight`): errors before anything runs.
 2. Run each notebook through papermill into `<run>/notebooks/`, stopping at the first that fails.
 3. Meanwhile draw one line from `<run>/progress.json`: live on a terminal, every ten seconds elsewhere.
 4. Export `99_report.ipynb` to `<run>/report.html`.
 
 Exit status: 0 done; 1 a notebook failed (the last lines say which cell, and where the log is); 2 a wrong option or
-setting; 3 `--check` misses something; 75 stopped by a signal with everything saved: the same command continues.
+setting; 3 something a run needs is missing; 75 stopped by a signal with everything saved: the same command continues.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from latlib.profile import ProfileError, claim_folder, find_share, load_profile,
 if TYPE_CHECKING:
     from latlib.notebook_runner import Failure
 
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+DONE, FAILED, USAGE, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
 REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
 # What a run folder may hold; `--fresh` empties no folder that holds anything else and no profile.yaml.
 RUN_ENTRIES = {"STOP", ".lock", "profile.yaml", "progress.json", "report.html", ".report.html"}
@@ -241,12 +242,11 @@ def _stopping_on_signals(kernel: Kernel) -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m latlib.pipeline", description="Run the notebooks.", allow_abbrev=False)
     parser.add_argument("--profile", default="tiny", help="name of a profile, or path of a YAML file (default: tiny)")
-    parser.add_argument(
-        "--only", action="append", default=[], help="notebooks by number or name; repeat, or use commas"
-    )
+    parser.add_argument("--only", action="append", default=[], help="notebooks by number or name, with commas")
     parser.add_argument("--out", default=None, help="run folder (default: runs/<profile>)")
     parser.add_argument("--fresh", action="store_true", help="delete what the run folder holds and start anew")
     parser.add_argument("--check", action="store_true", help="say what a run needs and lacks: exit status 0, or 3")
+    parser.add_argument("--unchecked", action="store_true", help="run a real model although --check misses something")
     parser.add_argument("--json", action="store_true", help="with --check: print JSON")
     parser.add_argument("--notebooks", type=Path, default=None, help=argparse.SUPPRESS)
     return parser
@@ -270,10 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UsageError("--check goes with --profile, --out and --json, and --json with --check only")
             return importlib.import_module("latlib.preflight").main(profile, folder, options.json)
         notebooks = select(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
-        if profile.data.source == "files":
-            from latlib.overlap import check_overlap
-
-            check_overlap(profile)
+        if profile.model.source != "world" and not options.unchecked:
+            if lacks := importlib.import_module("latlib.preflight").lacking(profile, folder):
+                print(f"{lacks}\nmend that, or run anyway with --unchecked", file=sys.stderr)
+                return INCOMPLETE
         if options.fresh:
             check_run_folder(folder)  # before even a lock is put there
         with locked(folder):

@@ -30,12 +30,18 @@ COMPLETE, INCOMPLETE = 0, 3  # exit status
 LARGE = 1_000_000_000  # parameters above which we do not train on a CPU: our choice
 
 
-def check(profile: Profile, folder: Path, machine: Machine | None = None) -> list[Line]:
-    """Every line for a run of `profile` in `folder`. machine: instead of this one."""
-    return list(_lines(profile, machine or look(folder)))
+def check(profile: Profile, folder: Path, machine: Machine | None = None, hours: bool = True) -> list[Line]:
+    """Every line for a run of `profile` in `folder`. machine: instead of this one. hours: also how long it takes."""
+    return list(_lines(profile, machine or look(folder), hours))
 
 
-def _lines(profile: Profile, machine: Machine) -> Iterator[Line]:
+def lacking(profile: Profile, folder: Path, machine: Machine | None = None) -> str:
+    """What is missing of all that a run needs, each with its mend; '' where nothing is."""
+    missing = [line for line in check(profile, folder, machine, hours=False) if line.state == MISSING]
+    return "\n".join(f"missing: {line.subject}: {line.text}\n  {line.mend}" for line in missing)
+
+
+def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     download = yield from model_lines(profile, machine)
     yield from data_lines(profile, machine)
     try:
@@ -70,6 +76,8 @@ def _lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     yield from _disk(profile, machine, download, lm, parameters)
     yield _device_line(profile, machine, device, parameters)
     fits = yield from _memory(profile, machine, device, found, 2 * parameters)
+    if not hours:
+        return
     small = profile.model.source == "world"  # and timed in seconds on whatever it runs on
     timed = device if fits and (small or device == "cuda") else None
     yield from _time(profile, machine, config, lm, lengths, torch.float32 if device == "cpu" else dtype, timed)

@@ -139,6 +139,17 @@ def test_a_token_is_never_shown(as_json, capsys, monkeypatch, tmp_path):
     assert "a token is here" in said and SECRET not in said and SECRET not in repr(machine)
 
 
+def test_what_is_lacking_is_said_without_timing_anything(small, tmp_path, monkeypatch):
+    said = []
+    for changes in ({"data": {"benign": "nowhere/x.csv"}}, {}):
+        small(**changes)
+        with monkeypatch.context() as patched:
+            patched.setattr(preflight, "_time", lambda *_: pytest.fail("timed"))
+            said.append(preflight.lacking(load_profile(tmp_path / "small.yaml"), tmp_path / "run", CPU))
+    assert said[0].startswith("missing: data.benign: nowhere/x.csv: no such file") and said[1] == ""
+    assert "\n  download it there, or set data.benign to where it is" in said[0]
+
+
 def test_everything_there(small, capsys):
     lines = small(CPU)
     assert missing(lines) == [] and lines["model"].text == "folder model"

@@ -123,8 +123,9 @@ def test_a_prompt_that_is_trained_and_tested_on_stops_the_run_before_anything_is
     changed = {**tree, "data": {**tree["data"], "rows": 4000, "test_harmful": str(tmp_path / "test.csv")}}
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(changed))
     stopped = pipeline(tmp_path / "real.yaml", tmp_path / "out")
-    assert stopped.returncode == 2, stopped.stdout + stopped.stderr
-    assert "equal to a test" in stopped.stderr and "remove those rows" in stopped.stderr
+    assert stopped.returncode == 3, stopped.stdout + stopped.stderr
+    assert "missing: overlap" in stopped.stderr and "equal to a test" in stopped.stderr
+    assert "remove those rows" in stopped.stderr and "--unchecked" in stopped.stderr
     assert not list((tmp_path / "out").rglob("*.ipynb")) and not list((tmp_path / "out").rglob("*.safetensors"))
     goal = shared["goal"].iloc[-1]
     near = pd.concat([fresh, pd.DataFrame({"goal": [f"  {goal.upper()} !!"], "target": "Sure"})])

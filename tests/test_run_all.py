@@ -79,7 +79,7 @@ def call(checkout, *options, **fake):
 def test_help_names_every_option(checkout):
     done = call(checkout, "--help")
     assert done.returncode == 0 and done.calls == []
-    for option in ("--profile", "--only", "--out", "--fresh", "--check", "--json", "--test", "--help"):
+    for option in ("--profile", "--only", "--out", "--fresh", "--check", "--json", "--unchecked", "--test", "--help"):
         assert f"  {option}" in done.stdout
 
 
@@ -107,7 +107,7 @@ def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
     done = call(checkout, "--profile", "llama3-8b-seed", "--check", "--json", LATLIB_DRY_RUN=1)
     assert done.stdout.splitlines()[-1].endswith("-m latlib.pipeline --profile llama3-8b-seed --check --json")
     assert call(checkout, "--check", FAKE_PIPELINE=3).returncode == 3
-    assert "3 --check found something missing" in call(checkout, "--help").stdout
+    assert "3 something that the run needs is missing" in call(checkout, "--help").stdout
 
 
 def test_first_time_installs_second_time_does_not(checkout):
