@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def with_base_of(folder: Path, base: Path, profile) -> Run:
     run = Run(profile, folder)
     name = "residual_norms-seed0.json"
     for own, theirs in (("models/base-seed0", "models/base-seed0"), (f"results/{name}", f"results/{name}")):
-        if not (folder / own).exists():
+        with suppress(FileExistsError):  # the other process may have been faster
             (folder / own).symlink_to(base / theirs)
     return run
 
