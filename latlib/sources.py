@@ -73,7 +73,7 @@ def located(source: str | os.PathLike[str], field: str) -> str:
     folder = Path(text).expanduser()
     if text and folder.is_dir():  # '' would be the working folder
         return str(folder)
-    if isinstance(source, Path) or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise ProfileError(f"{field} = {text!r} is not a folder: give a model folder or a hub id such as owner/name")
     return text
 

@@ -5,8 +5,10 @@ The files are the real ones where `shared/data` lies beside the checkout, and ma
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -154,3 +156,35 @@ def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path
         here.card("lat")
     with pytest.raises(ProfileError, match="released.lat, which is not trained here"):
         here.model("lat", 0, {"attack.eps": 0.2})
+
+
+def test_a_model_of_the_hub_is_named_by_its_id_everywhere(tree, tmp_path):
+    """From a hub cache without a network: loaded, trained on, put beside a released one, and merged."""
+    source, snapshot = Path(tree["model"]["source"]), tmp_path / "hub" / "models--someone--chat" / "snapshots" / "abc"
+    shutil.copytree(source, snapshot)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    changed = {**tree, "model": {**tree["model"], "source": "someone/chat"}, "sweep": {"variants": {}}}
+    changed |= {"methods": {"ssft": {}, "lat": tree["methods"]["lat"]}, "released": {"ssft": "someone/chat"}}
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump(changed))
+    script = f"""
+import torch
+from latlib.merge import merge
+from latlib.models import load_tokenizer
+from latlib.run import Run
+run = Run({str(tmp_path / "hub.yaml")!r}, {str(tmp_path / "out")!r})
+base, ssft, lat = (run.model(method) for method in ("base", "ssft", "lat"))
+ids = torch.tensor([[5, 6, 7]])
+assert torch.equal(base.model(input_ids=ids).logits, ssft.model(input_ids=ids).logits)
+assert not torch.equal(base.model(input_ids=ids).logits, lat.model(input_ids=ids).logits)
+assert load_tokenizer(run.model_folder(run.spec("base")), run.profile.model).chat_template
+merge(run, "lat", 0, {str(tmp_path / "merged")!r})
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    adapter = json.loads((tmp_path / "out" / "models" / "lat-seed0" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "someone/chat"
+    assert "`someone/chat`" in (tmp_path / "merged" / "README.md").read_text()
