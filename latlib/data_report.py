@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from latlib.data import Row, fitted, tokenise
+from latlib.places import portable
 from latlib.profile import Profile
 from latlib.rows import SPLITS, benign_rows, file_prompts, preference_rows
 
@@ -22,11 +23,11 @@ _UNBOUNDED = 1 << 60
 def data_report(profile: Profile, tokenizer, context: int | None = None) -> pd.DataFrame:
     """One row for each kind and split that has rows.
 
-    Columns: kind, split, source (file, folder, hub id or 'world'), rows, clusters (of near-duplicate prompts, or of the
-    world's pairs), prompt_median, prompt_95, prompt_longest, completion_median, completion_95, completion_longest
-    (tokens; NaN without completions), over (rows longer than data.max_tokens and `context`), dropped, cut (of those, by
-    data.too_long; both 0 for 'error', which would stop), default_completions (rows whose refusal or response is one of
-    the profile's, because the file has none). Raises ProfileError for unusable files.
+    Columns: kind, split, source (name of a file or folder, hub id or 'world'), rows, clusters (of near-duplicate
+    prompts, or of the world's pairs), prompt_median, prompt_95, prompt_longest, completion_median, completion_95,
+    completion_longest (tokens; NaN without completions), over (rows longer than data.max_tokens and `context`),
+    dropped, cut (of those, by data.too_long; both 0 for 'error', which would stop), default_completions (rows whose
+    refusal or response is one of the profile's, because the file has none). Raises ProfileError for unusable files.
     """
     limit = min(profile.data.max_tokens, context or _UNBOUNDED)
     return pd.DataFrame([_line(profile, tokenizer, limit, *part) for part in _parts(profile)])
@@ -53,7 +54,7 @@ def _parts(profile: Profile) -> list[tuple[str, str, str, list[Row], int]]:
                 second = (p.chosen or default,) if kind == "harmful" else ()
                 first = p.completion or (default if kind == "benign" else "")
                 rows.append(Row(p.row_id, p.prompt, tuple(text for text in (first, *second) if text), p.cluster))
-            parts.append((kind, split, own[0].file, rows, sum(not filled(p) for p in own)))
+            parts.append((kind, split, portable(own[0].file), rows, sum(not filled(p) for p in own)))
     return parts
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +40,7 @@ from latlib.evaluate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel, load, quietly, resolve_device, resolve_dtype, save_folder, with_adapter
 from latlib.overlap import check_overlap
+from latlib.places import portable
 from latlib.processes import adapter_state, agreed, first, inside, load_settings, wrap
 from latlib.profile import Profile, TrainSettings
 from latlib.progress import Stopped, stop_requested
@@ -197,15 +197,6 @@ def write_record(folder: Path, record: dict[str, Any], profile: Profile) -> None
     (folder / RECORD).write_text(json.dumps(json_ready(record), indent=1), encoding="utf-8")
     tree = portable(profile.model_dump(mode="json"))
     (folder / PROFILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def portable(value: Any) -> Any:
-    """Settings without paths of this machine: of an absolute one, or one of someone's home, the last part is left."""
-    if isinstance(value, Mapping):
-        return {k: portable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(v) for v in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[int, Path]:

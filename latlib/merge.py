@@ -22,8 +22,9 @@ from torch import nn
 
 import latlib
 from latlib.checkpoint import sync, sync_tree
-from latlib.make import RECORD, model_card, portable, write_record
+from latlib.make import RECORD, model_card, write_record
 from latlib.models import load, save_folder
+from latlib.places import portable
 from latlib.profile import ModelSettings, ProfileError
 from latlib.run import Run, Spec
 from latlib.sources import Allowed, located, open_config, quietly

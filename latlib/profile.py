@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
 
+from latlib.places import absolute, portable
 from latlib.settings import (
     AttackSettings,
     BudgetSettings,
@@ -213,7 +214,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
-    return validated(Profile, tree)
+    return validated(Profile, absolute(tree, (path.resolve().parent, find_share("profiles").parent)))
 
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:
@@ -257,8 +258,9 @@ def claim_folder(profile: Profile, folder: Path) -> None:
 
 
 def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
-    """The part of a dumped profile that a run folder is made with: a grid names trials and changes none."""
-    kept = {k: v for k, v in profile.items() if k not in FREE_FIELDS}
+    """The part of a dumped profile that a run folder is made with: a grid names trials and changes none, and a file
+    stays the same wherever it lies."""
+    kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
     return kept | {"sweep": {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}}
 
 

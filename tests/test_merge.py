@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import latlib
-from latlib import make, merge
+from latlib import merge
 from latlib.models import load
+from latlib.places import portable
 from latlib.profile import Profile, ProfileError, load_profile, validated
 from latlib.run import Run
 
@@ -103,11 +104,11 @@ def test_paths_in_settings_leave_their_last_part():
     smoke = load_profile("smoke")
     data = {"source": "files", "harmful": "/home/me/secret/advbench.csv", "benign": "~/alpaca.json"}
     profile = validated(Profile, smoke.model_dump() | {"data": data, "released": {"lat": "/data/models/lat"}})
-    found = make.portable(profile.model_dump(mode="json"))
+    found = portable(profile.model_dump(mode="json"))
     assert (found["data"]["harmful"], found["data"]["benign"]) == ("advbench.csv", "alpaca.json")
     assert found["released"] == {"lat": "lat"}
     assert found["model"] == profile.model_dump(mode="json")["model"]
-    assert make.portable({"a": ["owner/name", 1, None]}) == {"a": ["owner/name", 1, None]}
+    assert portable({"a": ["owner/name", 1, None]}) == {"a": ["owner/name", 1, None]}
 
 
 def test_a_folder_that_holds_something_is_refused_and_left(run, tmp_path):

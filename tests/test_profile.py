@@ -4,7 +4,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from latlib.profile import Profile, ProfileError, differences, find_share, load_profile, run_folder
+from latlib.profile import (
+    Profile,
+    ProfileError,
+    claim_folder,
+    differences,
+    find_share,
+    load_profile,
+    run_folder,
+    validated,
+)
 
 MINIMAL = {
     "description": "a test",
@@ -137,3 +146,36 @@ def test_another_model_may_be_asked_about_the_made_up_world_if_that_is_said(tmp_
     asked = load_profile(write(tmp_path, model={"source": "gpt2"}, data={"source": "world"}))
     again = write(tmp_path, **{**asked.model_dump(mode="json"), "name": "mine"})  # as a run folder keeps it
     assert load_profile(again).data == asked.data and asked.data.source == "world"
+
+
+def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(tmp_path, monkeypatch, root):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "bad.csv").write_text("goal,target\n")
+    (tmp_path / "mine" / "judge").mkdir()
+    tree = {
+        "name": "mine",
+        "description": "a test",
+        "model": {"source": "tests"},  # a folder of the repository
+        "data": {"source": "files", "harmful": "bad.csv", "benign": "owner/good", "test_benign": "nowhere.csv"},
+        "methods": {"lat": {}},
+        "released": {"lat": "judge"},
+        "evaluation": {"grader": {"name": "guard", "source": "judge"}},
+    }
+    file = tmp_path / "mine" / "p.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    profile, mine = load_profile("mine/p.yaml"), tmp_path / "mine"
+    assert profile.model.source == str(root / "tests") and profile.data.harmful == str(mine / "bad.csv")
+    assert (profile.data.benign, profile.data.test_benign) == ("owner/good", "nowhere.csv")
+    assert profile.released == {"lat": str(mine / "judge")} and profile.evaluation.grader.source == str(mine / "judge")
+    assert load_profile(root / "profiles" / "tiny.yaml").model.source == "world"
+
+
+def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
+    tree = {"name": "mine", "description": "a test", "model": {"source": "owner/chat"}, "methods": {"lat": {}}}
+    tree["data"] = {"source": "files", "harmful": "/here/bad.csv", "benign": "owner/good"}
+    claim_folder(validated(Profile, tree), tmp_path)
+    moved = tree | {"data": tree["data"] | {"harmful": "/there/bad.csv"}}
+    claim_folder(validated(Profile, moved), tmp_path)
+    with pytest.raises(ProfileError, match="data.harmful: 'bad.csv' -> 'worse.csv'"):
+        claim_folder(validated(Profile, tree | {"data": tree["data"] | {"harmful": "/here/worse.csv"}}), tmp_path)

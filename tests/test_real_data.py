@@ -69,7 +69,9 @@ def pipeline(profile_file, out, *more):
 def finished(tree, tmp_path_factory):
     """(what the pipeline printed, the run) of all notebooks."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "real.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "model").symlink_to(tree["model"]["source"])  # named as it lies beside the profile
+    beside = {**tree, "model": {**tree["model"], "source": "model"}}
+    (folder / "real.yaml").write_text(yaml.safe_dump(beside))
     done = pipeline(folder / "real.yaml", folder / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, Run(load_profile(folder / "real.yaml"), folder / "out")

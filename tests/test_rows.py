@@ -304,7 +304,8 @@ def test_the_report_counts_rows_clusters_lengths_and_what_does_not_fit(tmp_path)
     report = data_report(profile, tokenizer).set_index(["kind", "split"])
     assert list(report.index) == [("harmful", "train"), ("benign", "train"), ("borderline", "test")]
     line = report.loc["harmful", "train"]
-    assert (line["source"], line["rows"], line["clusters"], line["default_completions"]) == (settings.harmful, 3, 2, 3)
+    assert line["source"] == Path(settings.harmful).name  # a notebook shows it: no path of this machine
+    assert (line["rows"], line["clusters"], line["default_completions"]) == (3, 2, 3)
     assert (line["prompt_median"], line["prompt_longest"], line["completion_longest"]) == (5, 42, 31)
     assert (line["over"], line["dropped"], line["cut"]) == (2, 0, 0)
     assert report.loc["benign", "train"]["default_completions"] == 2
