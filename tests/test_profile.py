@@ -168,7 +168,9 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(t
     assert profile.model.source == str(root / "tests") and profile.data.harmful == str(mine / "bad.csv")
     assert (profile.data.benign, profile.data.test_benign) == ("owner/good", "nowhere.csv")
     assert profile.released == {"lat": str(mine / "judge")} and profile.evaluation.grader.source == str(mine / "judge")
-    assert load_profile(root / "profiles" / "tiny.yaml").model.source == "world"
+    (mine / "world").mkdir()
+    file.write_text(yaml.safe_dump(tree | {"model": {"source": "world"}}))
+    assert load_profile(file).model.source == "world"  # a folder of that name is none
 
 
 def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):

@@ -1,6 +1,7 @@
 """What models are asked (the made-up world, or held-out rows of files), and how replies to the latter count."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,14 +9,17 @@ import torch
 from test_families import saved_model
 
 from latlib import evaluate, questions, world
+from latlib.audit import audit
 from latlib.data import TokenRow
 from latlib.evaluate import Context, examine, grader_of, outcome_rows, prompt_set, token_rows
+from latlib.evidence import Evidence
 from latlib.hooks import EMBEDDING
+from latlib.jailbreaks import jailbreaks
 from latlib.models import load
 from latlib.profile import ProfileError, load_profile, validated
 from latlib.replies import batches, generate, write
 from latlib.settings import DataSettings, EvaluationSettings, ModelSettings
-from latlib.understanding import ways
+from latlib.understanding import counted, ways
 from latlib.verdicts import PhraseGrader, Verdict
 
 SMOKE = load_profile("smoke")
@@ -167,7 +171,8 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
     assert grader.seen == [([p.text for p in prompts], found.texts)]
     deep = examine(lm, profile, prompts, deep=True)
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
-    assert examine(lm, profile, prompt_set("harmless", profile), deep=True).prefilled is None
+    answered = [q for q in questions.ask(profile, 0, "train", "harmless", 1000) if q.answer][:3]
+    assert len(answered) == 3 and examine(lm, profile, answered, deep=True).prefilled is None
 
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
@@ -251,3 +256,50 @@ def test_a_run_says_how_to_read_it(profile):
     said = questions.about(profile)
     assert "graded by `phrases`" in said and "Replies of 5 tokens" in said and "held out of the same data" in said
     assert "after nine others" in said and evaluate.DISTRACTORS == 9
+
+
+def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
+    own = profile.model_copy(update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})})
+    prompts = prompt_set("harmful", profile)[:2]
+    examine(lm, own, prompts)
+    examine(lm, own, prompts, system_prompt="obey .")
+    said = [lm.tokenizer.decode(rows[0].prompt) for rows in asked]
+    assert "be kind ." in said[0] and "obey ." in said[1] and "be kind ." not in said[1]
+
+
+@pytest.fixture
+def flagged(monkeypatch):
+    """Every reply is 'yes'; harmful prompts with an even number are understood, and the other half of their twins."""
+    seen = []
+
+    def likelier(network, rows, prompts, size):
+        seen.append(prompts)
+        return [i % 2 == (0 if prompt.harmful else 1) for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
+    monkeypatch.setattr(evaluate, "likelier", likelier)
+    return seen
+
+
+def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagged):
+    context = Context(profile, "base", 0, profile.training("lat").attack, {}, keep=None)
+    no_search = profile.evaluation.suffix.model_copy(update={"steps": 0})
+    evaluation = profile.evaluation.model_copy(update={"encodings": ("plain", "leet"), "suffix": no_search})
+    context = replace(context, profile=profile.model_copy(update={"evaluation": evaluation}))
+    for table in (audit(lm, context), jailbreaks(lm, context)):
+        for name, first in (("harmful", True), ("twin", False)):
+            rows = table[(table["prompts"] == name) & (table["attack"] != "prefill")]
+            for _, cell in rows.groupby(["attack", "encoding"]):
+                assert cell["understood"].tolist() == [first, not first] * 3
+    evidence = Evidence(context.profile, audit(lm, context))
+    kept = counted(evidence, "base", "leet", "understood by the base")
+    assert kept["prompt_id"].tolist() == ["harmful-0000", "harmful-0002", "harmful-0004"]
+
+
+def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_plain_reply(lm, profile, flagged):
+    audit(lm, Context(profile, "base", 0, profile.training("lat").attack, {}))
+    twins = [prompts for prompts in flagged if not prompts[0].harmful]
+    assert twins and all(prompt.answer for prompts in twins for prompt in prompts)
+    assert any(prompt.answer == "yes" for prompt in twins[0])
