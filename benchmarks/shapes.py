@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from latlib.data import TokenRow
 from latlib.models import LanguageModel, with_adapter
 from latlib.settings import AttackSettings, LoraSettings, ModelSettings, TrainSettings
+from latlib.shapes import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,19 @@ class Shape:
         )
 
 
+def _published(model: str) -> tuple[int, ...]:
+    """d_model, layers, heads, kv_heads, ffn, vocabulary of a model that latlib knows."""
+    numbers = PUBLISHED[model].numbers
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return tuple(numbers[name] for name in (*names, "vocab_size"))
+
+
+_LLAMA_3, _LLAMA_2 = _published("meta-llama/Meta-Llama-3-8B-Instruct"), _published("meta-llama/Llama-2-7b-chat-hf")
 # The CPU measure of the engine; the real shapes of two models with the data of the authors' notebooks; a test's.
 SHAPES = {
     "cpu": Shape(256, 16, 8, 4, 704, 8000, 8, 4, (64, 128), (32, 96), (4, 8, 12, 15)),
-    "llama3-8b": Shape(4096, 32, 32, 8, 14336, 128256, 16, 8, (100, 200), (100, 200), (8, 16, 24, 30)),
-    "llama2-7b": Shape(4096, 32, 32, 32, 11008, 32000, 16, 8, (100, 200), (100, 200), (8, 16, 24, 30)),
+    "llama3-8b": Shape(*_LLAMA_3, 16, 8, (100, 200), (100, 200), (8, 16, 24, 30)),
+    "llama2-7b": Shape(*_LLAMA_2, 16, 8, (100, 200), (100, 200), (8, 16, 24, 30)),
     "smoke": Shape(16, 4, 4, 2, 24, 61, 4, 2, (5, 9), (3, 6), (1, 2), steps=2, r=3, alpha=6.0),
 }
 

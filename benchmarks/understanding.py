@@ -23,7 +23,7 @@ def measure(run: Run, encodings: list[str]) -> list[dict]:
     lm, prompts, rows = run.model("base"), prompt_set("harmful", run.profile), []
     network = lm.network()
     for encoding in encodings:
-        exact = examine(lm, run.profile, prompts, network=network, encoding=encoding, deep=True).understood
+        exact = examine(lm, run.profile, prompts, network=network, encoding=encoding, understanding=True).understood
         found = likelier(network, token_rows(lm, prompts, encoding), prompts, run.profile.evaluation.batch)
         sides = {side: [f for f, e in zip(found, exact, strict=True) if e == side] for side in (True, False)}
         row = {"encoding": encoding, "n": len(prompts), "exact": sum(exact) / len(prompts)}

@@ -8,7 +8,8 @@
 4. An encoding 'request>reply' asks for the answer in an encoding too; the right answer is then the encoded one.
 5. Prefilling puts the first words of the right answer into the model's mouth.
 6. Real data has no twins: a harmful request's counterpart is any harmless one, and whether a request was understood is
-   measured on itself, by its answer's likelihood (`evaluate`). Prefilled replies are then written out and graded.
+   measured on itself, by its answer's likelihood (`evaluate`). Prefilled replies are then written out and graded, in
+   the encodings that are audited in full.
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def _audit(lm: LanguageModel, context: Context, taught: Sequence[str], further: 
         for name in names:
             prompts = twins if name == "twin" else prompt_set(name, profile)
             deep = name in ("twin", "harmful")
-            found = examine(lm, profile, prompts, network=network, encoding=encoding, deep=deep)
+            # a real model writes every prefilled reply anew: not in further encodings
+            begun = name == "harmful" and (world or encoding in taught)
+            asked = {"encoding": encoding, "understanding": deep, "prefilling": begun}
+            found = examine(lm, profile, prompts, network=network, **asked)
             if name == "twin" or not world:  # of real data each prompt itself says whether it was understood
                 understood = found.understood
             cell = {"encoding": encoding} | ({"understood": understood} if deep else {})
             tables.append(outcome_rows(context, name, prompts, found.outcomes, texts=found.texts, **cell))
-            if name == "harmful" and found.prefilled:
+            if found.prefilled:
                 tables.append(outcome_rows(context, name, prompts, found.prefilled, attack="prefill", **cell))
         context.on_step(step, len(taught) + len(further), encoding)
     return pd.concat(tables, ignore_index=True)

@@ -169,32 +169,33 @@ def examine(
     network: Network | None = None,
     encoding: str = "plain",
     perturb: Perturb | None = None,
-    deep: bool = False,
+    understanding: bool = False,
+    prefilling: bool = False,
     size: int | None = None,
     **around,
 ) -> Examined:
     """Ask a model and grade what it replies; see the module's docstring.
 
-    network: of `lm`, perhaps ablated. perturb: makes the perturbation of a batch. deep: also say whether prompts were
-    understood, and try prefilling on harmful ones. size: rows at a time, by default the profile's. around: suffix,
-    shots, system_prompt (by default the profile's), see `token_rows`.
+    network: of `lm`, perhaps ablated. perturb: makes the perturbation of a batch. understanding: also say whether
+    prompts were understood. prefilling: also put the first words of every answer into the model's mouth; real prompts
+    need one for it. size: rows at a time, by default the profile's. around: suffix, shots, system_prompt (by default
+    the profile's), see `token_rows`.
     """
     network, size = network or lm.network(), size or profile.evaluation.batch
     around = {"system_prompt": profile.data.system_prompt} | around
     rows = token_rows(lm, prompts, encoding, **around)
     if questions.in_the_world(profile):
-        begun = affirmation_tokens(lm, encoding) if deep else 0
+        begun = affirmation_tokens(lm, encoding) if understanding or prefilling else 0
         outcomes, finished = grade_rows(lm, network, rows, perturb, size, begun)
-        understood = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)] if deep else None
-        prefilled = ["complied" if rest else "neither" for rest in finished] if begun else None
-        return Examined(outcomes, understood, prefilled)
+        understood = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
+        prefilled = ["complied" if rest else "neither" for rest in finished]
+        return Examined(outcomes, understood if understanding else None, prefilled if prefilling and begun else None)
     grader, new_tokens = grader_of(profile, prompts), profile.evaluation.max_new_tokens
     texts = write(lm, network, rows, perturb, size, new_tokens)
     outcomes = _graded(grader, prompts, texts, encoding)
-    if not deep:
-        return Examined(outcomes, texts=texts)
-    understood, prefilled = likelier(network, rows, prompts, size), None
-    if all(p.harmful and target(p) for p in prompts):
+    understood = likelier(network, rows, prompts, size) if understanding else None
+    prefilled = None
+    if prefilling:
         begun = [_begun(lm, prompt, encoding, around) for prompt in prompts]
         prefilled = _graded(grader, prompts, write(lm, network, begun, None, size, new_tokens), encoding)
     return Examined(outcomes, understood, prefilled, texts)

@@ -69,7 +69,7 @@ def jailbreaks(lm: LanguageModel, context: Context) -> pd.DataFrame:
         understood = None
         for name in ("twin", "harmful"):
             prompts = prompt_set(name, profile)
-            got = examine(lm, profile, prompts, network=network, deep=True, **extra)
+            got = examine(lm, profile, prompts, network=network, understanding=True, **extra)
             if name == "twin" or not in_the_world(profile):
                 understood = got.understood
             cell = {"attack": attack, "understood": understood, "texts": got.texts}

@@ -7,7 +7,9 @@
 3. Every harmful prompt has a harmless counterpart: in the world its twin (the same words, the verb turned on a foe), or
    any harmless prompt; with real data always any.
 4. The world knows the one right answer of every prompt. Of a real prompt the answer is its row's: what an attack is
-   aimed at and what understanding is measured by, never what a reply must be word for word.
+   aimed at and what understanding is measured by, never what a reply must be word for word. Harmful prompts need one.
+5. Real prompts of more than LETTERS_A_TOKEN * data.max_tokens letters are not asked: in an encoding that spells every
+   letter they would outgrow the model.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from latlib import world
+from latlib.data import Row
 from latlib.profile import Profile, ProfileError
 from latlib.rows import benign_rows, borderline_rows, preference_rows
+from latlib.settings import DataSettings
 
+LETTERS_A_TOKEN = 2  # a token of plain text has about four
 WORLD_KINDS = {  # kind -> (pairs of the split, what is asked about them)
     "harmful": ("harmful", "recipe"),
     "harmless": ("harmless", "recipe"),
@@ -81,13 +86,29 @@ def ask(profile: Profile, purpose: str | int, split: str, kind: str, n: int) -> 
 def _questions(profile: Profile, split: str, kind: str) -> list[Prompt]:
     data = profile.data
     if kind == "harmful":
-        rows = preference_rows(data, 0, split)
+        rows = _short(preference_rows(data, 0, split), data, kind, split)
+        if any(not row.completions[0] for row in rows):
+            test = "test_" if split == "test" and data.test_harmful else ""
+            raise ProfileError(
+                f"data.{test}harmful_columns = {getattr(data, f'{test}harmful_columns')!r} names no target for every "
+                "prompt, and an attack needs one: set 'rejected' to a column, or to words such as 'Sure: {goal}'"
+            )
         return [Question(r.prompt, r.completions[0], r.completions[1], r.cluster, True) for r in rows]
-    rows = borderline_rows(data) if kind == "scary" else benign_rows(data, 0, split)
+    rows = _short(borderline_rows(data) if kind == "scary" else benign_rows(data, 0, split), data, kind, split)
     made_up = {"", *data.benign_responses}  # put there where the file has no response
     answers = ["" if set(r.completions) <= made_up else r.completions[0] for r in rows]
     pairs = zip(rows, answers, strict=True)
     return [Question(r.prompt, answer, data.refusals[0], r.cluster, False) for r, answer in pairs]
+
+
+def _short(rows: list[Row], data: DataSettings, kind: str, split: str) -> list[Row]:
+    most = LETTERS_A_TOKEN * data.max_tokens
+    found = [row for row in rows if len(row.prompt) <= most]
+    if rows and not found:
+        raise ProfileError(
+            f"data.max_tokens = {data.max_tokens}: no {kind} prompt of {split!r} has {most} letters or less"
+        )
+    return found
 
 
 def counterparts(
@@ -111,8 +132,9 @@ def about(profile: Profile) -> str:
     data, evaluation = profile.data, profile.evaluation
     tested = "held out of the same data" if data.test_harmful is None else "from a file of their own"
     return (
-        f"**This run asks real prompts**, {tested}. Replies of {evaluation.max_new_tokens} tokens are graded by "
-        f"`{evaluation.grader.name}`: *complied* is what that calls compliance, and phrases call everything compliance "
+        f"**This run asks real prompts**, {tested}, of at most {LETTERS_A_TOKEN * data.max_tokens} letters. Replies of "
+        f"{evaluation.max_new_tokens} tokens are graded by `{evaluation.grader.name}`: *complied* is what that calls "
+        "compliance, and phrases call everything compliance "
         "that is no refusal, junk too. A *twin* is any harmless prompt. A request counts as *understood* when its "
         "answer is likelier after it than after nine others; guessing reaches one in ten, and a few words can be "
         "enough. Where intervals are over pairs or clusters, these are groups of near-duplicate prompts. Words about "

@@ -26,15 +26,11 @@ _LLAMA_3_8B = dict(
     max_position_embeddings=8192,
     tie_word_embeddings=False,
 )
-_LLAMA_2_7B = dict(
+_LLAMA_2_7B = _LLAMA_3_8B | dict(
     vocab_size=32_000,
-    hidden_size=4096,
     intermediate_size=11_008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
     num_key_value_heads=32,
     max_position_embeddings=4096,
-    tie_word_embeddings=False,
 )
 _QWEN2_5_HALF_B = dict(
     vocab_size=151_936,

@@ -418,7 +418,7 @@ def trained_alone(folder) -> Run:
     return run
 
 
-def compare(run: Run, alone: Run) -> None:
+def assert_equal_runs(run: Run, alone: Run) -> None:
     """An adapter folder and the metrics, up to float32's rounding."""
     folders = [r.model_folder(r.spec("lat")) for r in (run, alone)]
     assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
@@ -434,7 +434,7 @@ def compare(run: Run, alone: Run) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stopped_run_goes_on_to_the_adapter_that_one_process_makes(pair, folder, trained_alone, mode):
-    compare(Run(smoke(mode), folder / f"{mode}-run"), trained_alone)
+    assert_equal_runs(Run(smoke(mode), folder / f"{mode}-run"), trained_alone)
 
 
 def test_a_run_starts_the_processes_its_profile_asks_for(folder, trained_alone):
@@ -446,7 +446,7 @@ def test_a_run_starts_the_processes_its_profile_asks_for(folder, trained_alone):
     assert [spec.folder for spec in begun] == ["lat-seed0"]
     assert told[-1][:2] == (6, 6) and told[-1][2].startswith("loss")
     assert not list((run.folder / "logs").iterdir())
-    compare(run, trained_alone)
+    assert_equal_runs(run, trained_alone)
 
 
 def told_by(on_step, told):

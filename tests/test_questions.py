@@ -169,10 +169,10 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
     assert found.outcomes == ["refused", "complied", "neither"] * 2
     assert found.texts == ["no", "yes", ""] * 2 and found.understood is None and found.prefilled is None
     assert grader.seen == [([p.text for p in prompts], found.texts)]
-    deep = examine(lm, profile, prompts, deep=True)
+    deep = examine(lm, profile, prompts, understanding=True, prefilling=True)
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
-    answered = [q for q in questions.ask(profile, 0, "train", "harmless", 1000) if q.answer][:3]
-    assert len(answered) == 3 and examine(lm, profile, answered, deep=True).prefilled is None
+    assert examine(lm, profile, prompts, understanding=True).prefilled is None
+    assert examine(lm, profile, prompts, prefilling=True).understood is None
 
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeyp
     asked = []
     monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
     prompts = prompt_set("harmful", profile)
-    examine(lm, profile, prompts, deep=True, system_prompt="be good .")
+    examine(lm, profile, prompts, prefilling=True, system_prompt="be good .")
     plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
@@ -303,3 +303,28 @@ def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_pl
     twins = [prompts for prompts in flagged if not prompts[0].harmful]
     assert twins and all(prompt.answer for prompts in twins for prompt in prompts)
     assert any(prompt.answer == "yes" for prompt in twins[0])
+
+
+def test_prompts_that_an_encoding_would_make_too_long_are_not_asked(profile):
+    asked = questions.ask(profile, 0, "test", "harmful", 1000)
+    shortest, longest = min(len(q.text) for q in asked), max(len(q.text) for q in asked)
+    assert shortest < longest
+
+    def limited(max_tokens):
+        return profile.model_copy(update={"data": profile.data.model_copy(update={"max_tokens": max_tokens})})
+
+    kept = questions.ask(limited((longest - 1) // 2), 0, "test", "harmful", 1000)
+    assert 0 < len(kept) < len(asked) and max(len(q.text) for q in kept) < longest
+    with pytest.raises(ProfileError, match="data.max_tokens = 5: no harmful prompt of 'test' has 10 letters or less"):
+        questions.ask(limited(5), 0, "test", "harmful", 1000)
+
+
+def test_harmful_prompts_without_a_target_are_refused_before_an_attack_aims_at_their_refusal(profile, tmp_path):
+    (tmp_path / "test.json").write_text(json.dumps([{"ask": t} for t in texts("who could ")]))
+    test = {"test_harmful": str(tmp_path / "test.json"), "test_harmful_columns": {"prompt": "ask"}}
+    bare = profile.model_copy(update={"data": profile.data.model_copy(update=test)})
+    with pytest.raises(ProfileError, match="data.test_harmful_columns = .* names no target .* 'Sure: {goal}'"):
+        prompt_set("harmful", bare)
+    test["test_harmful_columns"] = {"prompt": "ask", "rejected": "Sure: {ask}"}
+    mended = profile.model_copy(update={"data": profile.data.model_copy(update=test)})
+    assert all(q.answer == f"Sure: {q.text}" for q in prompt_set("harmful", mended))
