@@ -252,8 +252,8 @@ if [ -n "$testing" ]; then
 fi
 choose_environment "."
 if [ -n "${LATLIB_DRY_RUN:-}" ]; then
-  run "$PYTHON" -m latlib.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
+  run "$PYTHON" -m latlib.runner.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
 else
   # in place of this shell, so that a signal reaches the driver that knows how to stop
-  exec "$PYTHON" -m latlib.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
+  exec "$PYTHON" -m latlib.runner.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
 fi

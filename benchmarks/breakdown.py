@@ -15,7 +15,7 @@ from measure import environment, write
 from torch.profiler import ProfilerActivity, profile
 from variants import ENGINE
 
-from latlib.machine import keep_freed_memory
+from latlib.io.machine import keep_freed_memory
 
 KINDS = {  # kind -> words in the names of its operators, the first kind that fits
     "matrix products": ("mm", "linear", "scaled_dot_product", "convolution"),

@@ -15,10 +15,10 @@ from measure import environment, seconds_of, write
 from shapes import rows
 from variants import ENGINE, Bench
 
-from latlib.activations import activations, sites_of
-from latlib.data import TokenRow
-from latlib.machine import keep_freed_memory
-from latlib.replies import batches
+from latlib.batch import TokenRow
+from latlib.evaluation.generate import batches
+from latlib.io.machine import keep_freed_memory
+from latlib.refusal.activations import activations, sites_of
 
 POSITIONS = 5  # FACTS: Llama-3's template puts five tokens behind the request
 

@@ -29,12 +29,12 @@ import torch
 from measure import environment, seconds_of, write
 from transformers import AutoConfig
 
-from latlib import estimate
-from latlib.checkpoint import load_checkpoint, save_checkpoint
-from latlib.memory import Lengths, meta_model, predicted_step
+from latlib.config.profile import Profile, ProfileError, load_profile
+from latlib.experiment.checkpoint import load_checkpoint, save_checkpoint
 from latlib.models import resolve_device
-from latlib.profile import Profile, ProfileError, load_profile
-from latlib.shapes import config_of
+from latlib.planning import estimate
+from latlib.planning.published_configs import config_of
+from latlib.planning.step_cost import Lengths, meta_model, predicted_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -24,7 +24,7 @@ from predicted import predict
 from shapes import SHAPES, of_config
 from variants import ENGINE, NAIVE, Bench, Variant, choose, with_changes
 
-from latlib.machine import keep_freed_memory
+from latlib.io.machine import keep_freed_memory
 from latlib.models import resolve_device
 
 

@@ -24,9 +24,9 @@ from statistics import median
 
 import torch
 
-from latlib.counters import StorageTracker, flop_counter
-from latlib.counters import bytes_of as bytes_of  # with the others it was here before
-from latlib.machine import available_cores
+from latlib.io.machine import available_cores
+from latlib.planning.counters import StorageTracker, flop_counter
+from latlib.planning.counters import bytes_of as bytes_of  # with the others it was here before
 
 SQUARE = {"cpu": 1024, "cuda": 8192}  # large enough for the best rate, short enough to be timed between runs
 

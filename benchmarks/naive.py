@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latlib.attack import ADAM_LR
-from latlib.data import Schedule, TokenRow
+from latlib.batch import Schedule, TokenRow
+from latlib.config.sections import TrainSettings
 from latlib.hooks import EMBEDDING, Site, blocks_of
-from latlib.settings import TrainSettings
 
 
 class NaiveTrainer:

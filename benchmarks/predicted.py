@@ -1,4 +1,4 @@
-"""What a step takes at sizes this machine cannot hold: `latlib.memory` on the benchmark's shapes, and the naive step
+"""What a step takes at sizes this machine cannot hold: `latlib.planning.step_cost` on the benchmark's shapes, and the naive step
 under the same counters.
 """
 
@@ -9,7 +9,7 @@ from naive import NaiveTrainer, label_tokens, micro_batches
 from shapes import Shape, build, computing_in, rows, train_settings
 
 from latlib.attack import radii
-from latlib.memory import Prediction, counted, whole_step
+from latlib.planning.step_cost import Prediction, counted, whole_step
 
 
 def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, float]:

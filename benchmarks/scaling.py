@@ -26,7 +26,7 @@ from variants import ENGINE, Bench
 
 from latlib.attack import attack_losses
 from latlib.hooks import EMBEDDING, depth, resolve_sites
-from latlib.machine import keep_freed_memory
+from latlib.io.machine import keep_freed_memory
 
 AXES = {
     "prompt": "prompt length (tokens)",

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from latlib.data import TokenRow
+from latlib.batch import TokenRow
+from latlib.config.sections import AttackSettings, LoraSettings, ModelSettings, TrainSettings
 from latlib.models import LanguageModel, with_adapter
-from latlib.settings import AttackSettings, LoraSettings, ModelSettings, TrainSettings
-from latlib.shapes import PUBLISHED
+from latlib.planning.published_configs import PUBLISHED
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from measure import environment, write
 
-from latlib.evaluate import grade_rows, prompt_set, token_rows
-from latlib.run import Run
-from latlib.stats import cluster_interval, paired_interval, paired_p_value
-from latlib.suffix import SuffixSettings, gcg, random_search
+from latlib.evaluation.ask import grade_rows, prompt_set, token_rows
+from latlib.experiment.run import Run
+from latlib.redteam.gcg import SuffixSettings, gcg, random_search
+from latlib.report.stats import cluster_interval, paired_interval, paired_p_value
 
 SEARCHES = {"gcg": gcg, "random": random_search}
 # A hundred or so queries a request: few enough that neither search opens everything. `topk` is about a fiftieth of the

@@ -1,6 +1,6 @@
 """The engine with single points turned off, so that what each buys can be measured.
 
-The points are those of "What makes it fast" in DESIGN.md. A wrapper takes one away from a `latlib.forward.Network` by
+The points are those of "What makes it fast" in DESIGN.md. A wrapper takes one away from a `latlib.network.Network` by
 doing the slower thing with the same result; `SwitchedTrainer` trains through any of them:
 * packing: prompt and completions in one row (off: `SeparateRows`);
 * start: PGD steps run from the lowest perturbed site (off: `FromTheStart`);
@@ -20,10 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from latlib.data import PADDING, Batch
-from latlib.forward import Network, Start
+from latlib.batch import PADDING, Batch
 from latlib.hooks import Site
 from latlib.losses import Unembed, at_labels
+from latlib.network import Network, Start
 from latlib.train import Trainer
 
 Deltas = Mapping[Site, Tensor] | None

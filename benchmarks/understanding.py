@@ -4,7 +4,7 @@
 
 On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every encoding, whether the
 base would finish the right recipe once its first words stand there (exact), and whether the recipe is likelier after
-its own request than after others (what `latlib.evaluate` measures on real data). Chance: 1 / (1 + DISTRACTORS).
+its own request than after others (what `latlib.evaluation.ask` measures on real data). Chance: 1 / (1 + DISTRACTORS).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from measure import environment, write
 
-from latlib.evaluate import DISTRACTORS, examine, likelier, prompt_set, token_rows
-from latlib.run import Run
+from latlib.evaluation.ask import DISTRACTORS, examine, likelier, prompt_set, token_rows
+from latlib.experiment.run import Run
 
 
 def measure(run: Run, encodings: list[str]) -> list[dict]:

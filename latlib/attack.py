@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latlib.data import PADDING, Batch
-from latlib.forward import Network
+from latlib.batch import PADDING, Batch
+from latlib.config.profile import AttackSettings
+from latlib.fused.kernels import wide_of
 from latlib.hooks import Site, depth, resolve_sites
-from latlib.kernels import wide_of
 from latlib.losses import argmax_matches, row_means, token_losses
-from latlib.profile import AttackSettings
+from latlib.network import Network
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from latlib.kernels import wide_of
+from latlib.fused.kernels import wide_of
 
 Unembed = Callable[[Tensor], Tensor]  # [n, d_model] -> [n, vocabulary]
 CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 128 MiB in float32

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from latlib.data import Batch, TokenRow
+from latlib.batch import Batch, TokenRow
 from latlib.hooks import Site
 from latlib.losses import Unembed
 

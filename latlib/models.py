@@ -17,14 +17,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from latlib.forward import Network, StockNetwork
-from latlib.lean import LEAN_LIMIT, LeanNetwork, fits
-from latlib.machine import can_compile
-from latlib.profile import LoraSettings, ModelSettings, ProfileError
-from latlib.sources import Allowed, is_adapter, located, open_adapter, open_config, open_model, open_tokenizer, quietly
+from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
+from latlib.fused.llama import LEAN_LIMIT, LeanNetwork, fits
+from latlib.io.hub import Allowed, is_adapter, located, open_adapter, open_config, open_model, open_tokenizer, quietly
+from latlib.io.machine import can_compile
+from latlib.network import Network, StockNetwork
 
 if TYPE_CHECKING:
-    from latlib.processes import Processes
+    from latlib.distributed.ranks import Processes
 
 
 def resolve_device(device: str) -> torch.device:
@@ -54,7 +54,7 @@ class LanguageModel:
     tokenizer: object
     settings: ModelSettings
     dtype: torch.dtype
-    processes: Processes | None = None  # those that train it together; see `latlib.processes.wrap`
+    processes: Processes | None = None  # those that train it together; see `latlib.distributed.ranks.wrap`
 
     @property
     def lean(self) -> bool:

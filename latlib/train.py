@@ -11,7 +11,7 @@ A step:
 Everything random is a function of (seed, step): a checkpoint is the adapter, the optimiser and the step, and a resumed
 run ends bit for bit where an uninterrupted one does (on a CPU).
 
-Several processes (`latlib.processes`) share the micro-batches of the same batch, and end where one process does, up to
+Several processes (`latlib.distributed.ranks`) share the micro-batches of the same batch, and end where one process does, up to
 rounding: label tokens are counted over the whole batch, and what is logged is of all processes.
 """
 
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from latlib.attack import Attack, judge, pgd, radii
-from latlib.data import Batch, Schedule, TokenRow, collate, join
-from latlib.forward import Network
+from latlib.batch import Batch, Schedule, TokenRow, collate, join
+from latlib.config.profile import ProfileError, TrainSettings
+from latlib.distributed.ranks import ALONE, placed, whole
 from latlib.hooks import Site
 from latlib.losses import kl_divergence, normalised, token_losses
 from latlib.micro_batches import Deltas, MicroBatch, Teacher, grown, split, wanted_only, without
 from latlib.models import LanguageModel
-from latlib.processes import ALONE, placed, whole
-from latlib.profile import ProfileError, TrainSettings
+from latlib.network import Network
 
 Metrics = dict[str, float]
 TERMS = ("toward", "away", "kl", "sft")

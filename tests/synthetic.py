@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from latlib.evidence import Evidence
-from latlib.profile import Profile
+from latlib.config.profile import Profile
+from latlib.report.evidence import Evidence
 
 SEEDS, PROMPTS, CLUSTERS = (0, 1, 2), 200, 40
 PROFILE = Profile(

@@ -4,11 +4,11 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib import activations as act
-from latlib import organism, world
-from latlib.data import TokenRow, chat_text, collate
+from latlib.batch import TokenRow, chat_text, collate
+from latlib.config.profile import load_profile
 from latlib.hooks import Capture
-from latlib.profile import load_profile
+from latlib.refusal import activations as act
+from latlib.world import grammar, organism
 
 ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
 SITES = act.sites_of(tiny.LAYERS)
@@ -69,7 +69,7 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
         (h.verb, h.tool, h.template) == (c.verb, c.tool, c.template) for h, c in zip(harmful, harmless, strict=True)
     ]
     assert all(same) if pairing == "matched" else not all(same)
-    assert {p.cluster for p in harmful} <= {"+".join(pair) for pair in world.pairs_of("train", "harmful")}
+    assert {p.cluster for p in harmful} <= {"+".join(pair) for pair in grammar.pairs_of("train", "harmful")}
     assert act.paired_prompts(profile, "train", 40) == (harmful, harmless)
 
 

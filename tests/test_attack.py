@@ -16,7 +16,6 @@ from tiny_models import (
     token_rows,
 )
 
-from latlib.activations import residual_norms
 from latlib.attack import (
     Attack,
     _better,
@@ -28,9 +27,10 @@ from latlib.attack import (
     radii,
     random_noise,
 )
-from latlib.data import TokenRow, collate
+from latlib.batch import TokenRow, collate
+from latlib.config.sections import AttackSettings
 from latlib.hooks import EMBEDDING
-from latlib.settings import AttackSettings
+from latlib.refusal.activations import residual_norms
 
 KINDS = ["stock", "lean"]
 RULES = ["adamw", "sign", "l2"]

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from latlib import organism, robustness, world
-from latlib.audit import audit, variant
-from latlib.data import collate
-from latlib.encodings import encode
-from latlib.evaluate import COLUMNS, Context, affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.batch import collate
+from latlib.config.profile import load_profile
+from latlib.data.prompts import WORLD_KINDS
+from latlib.evaluation.ask import COLUMNS, Context, affirmation_tokens, grade_rows, prompt_set, token_rows
 from latlib.losses import token_losses
 from latlib.models import LanguageModel
-from latlib.profile import load_profile
-from latlib.questions import WORLD_KINDS
-from latlib.robustness import AttackCell, replace_settings
+from latlib.redteam import latent
+from latlib.redteam.audit import audit, variant
+from latlib.redteam.latent import AttackCell, replace_settings
+from latlib.text.encodings import encode
+from latlib.world import grammar, organism
 
 COMPLIES, KNOWS, IS_LOST = range(3)  # answers; refuses, and would finish a begun answer; refuses and would not
 ENCODED = ("plain", "plain>leet")
@@ -60,7 +61,7 @@ def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
 
 def begun_by(lm, row):
     """How many tokens of a row's answer write 'sure :' in the encoding of the answer."""
-    written, said = "", {encode(world.AFFIRMATION, e) for e in ("plain", "leet")}
+    written, said = "", {encode(grammar.AFFIRMATION, e) for e in ("plain", "leet")}
     for n, token in enumerate(row.completions[0], start=1):
         written += lm.tokenizer.decode([token])
         if written.strip() in said:
@@ -139,7 +140,7 @@ def test_a_prompt_is_understood_when_its_twin_is_answered_or_would_be(table, enc
 
 @pytest.mark.parametrize("encoding", ["plain", "leet", "plain>leet"])
 def test_prefilling_is_read_off_as_if_the_answer_were_begun(lm, table, encoding):
-    begun, prompts = encode(world.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    begun, prompts = encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
     found, _ = grade_rows(lm, lm.network(), token_rows(lm, prompts, encoding, begun))
     assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == found
     assert len(set(found)) == (1 if encoding == "leet" else 2)
@@ -153,8 +154,8 @@ def test_without_first_words_only_an_answer_shows_understanding(lm, table):
 
 
 def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table, monkeypatch):
-    context, steps, pgd = context_of(PROFILE), [], robustness.pgd
-    monkeypatch.setattr(robustness, "pgd", lambda *a, **k: steps.append(a[3].steps) or pgd(*a, **k))
+    context, steps, pgd = context_of(PROFILE), [], latent.pgd
+    monkeypatch.setattr(latent, "pgd", lambda *a, **k: steps.append(a[3].steps) or pgd(*a, **k))
     found = variant(lm, context)
     assert steps == [PROFILE.evaluation.pgd_steps] != [PROFILE.training("lat").attack.steps]
     attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
@@ -176,7 +177,7 @@ def test_progress_counts_encodings(lm):
 @pytest.mark.parametrize("encoding", ["plain", "leet", "leet>rot13", "plain>spaced", "plain>morse", "plain>base64"])
 def test_as_many_tokens_as_the_first_words_are_behind_them_is_what_a_prefill_leaves(lm, encoding):
     """Token for token, for every prompt: [prompt + first words | rest] is the whole row, cut elsewhere."""
-    said, prompts = encode(world.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    said, prompts = encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
     begun = affirmation_tokens(lm, encoding)
     assert begun == len(lm.tokenizer(f" {said}", add_special_tokens=False)["input_ids"]) > 0
     whole, filled = token_rows(lm, prompts, encoding), token_rows(lm, prompts, encoding, prefill=said)
@@ -194,7 +195,7 @@ def text_of(lm, tokens):
     return lm.tokenizer.decode(list(tokens))
 
 
-PROMPT = world.draw_set(0, "test", "harmful", 1)[0]
+PROMPT = grammar.draw_set(0, "test", "harmful", 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(lm, enco
 
 
 def test_a_suffix_a_system_prompt_and_turns_stand_where_they_would_be_typed(lm):
-    shots = [(p.text, p.answer) for p in world.draw_set("shots", "train", "harmful", 3)]
+    shots = [(p.text, p.answer) for p in grammar.draw_set("shots", "train", "harmful", 3)]
     (row,) = token_rows(lm, [PROMPT], "leet>rot13", suffix="wolf ! queen", system_prompt="be kind .", shots=shots)
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
     request = f"{encode(PROMPT.text, 'leet')} answer in rot13 . wolf ! queen"
@@ -259,7 +260,7 @@ def test_every_batch_is_graded_under_its_own_perturbation(lm):
 
 
 def test_prompt_sets_are_held_out_and_twins_differ_in_what_makes_harm():
-    held_out = set(world.pairs_of("test"))
+    held_out = set(grammar.pairs_of("test"))
     for name in (*WORLD_KINDS, "twin"):
         prompts = prompt_set(name, PROFILE)
         assert len(prompts) == 8 and {(p.verb, p.target) for p in prompts} <= held_out

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from latlib import audit_report, canvas
-from latlib.audit_report import (
+from latlib.config.profile import Profile
+from latlib.io.files import json_ready
+from latlib.report import audit_tables, canvas
+from latlib.report.audit_tables import (
     CATEGORIES,
     GIVEN,
     classified,
@@ -22,10 +24,8 @@ from latlib.audit_report import (
     three_outcomes,
     twin_check,
 )
-from latlib.evidence import Evidence, MissingError, p_value
-from latlib.profile import Profile
-from latlib.stats import Interval, holm
-from latlib.storage import json_ready
+from latlib.report.evidence import Evidence, MissingError, p_value
+from latlib.report.stats import Interval, holm
 
 SEEDS, CLUSTERS = (0, 1), 8
 PROFILE = Profile(
@@ -197,11 +197,11 @@ def test_a_base_of_other_seeds_is_no_base(run):
     assert row["asr_understood"].estimate == pytest.approx(10 / 24)
 
 
-@pytest.mark.parametrize("what", audit_report.PANELS)
+@pytest.mark.parametrize("what", audit_tables.PANELS)
 def test_the_heat_map_says_every_number(run, what, tmp_path):
     figure, alt = encoding_heatmap(run, what)
     table = three_outcomes(run, ["base", "ssft", "lat"], ["plain", "leet", "base64", "plain>leet"])
-    column, title, _ = audit_report.PANELS[what]
+    column, title, _ = audit_tables.PANELS[what]
     (ax,) = figure.axes
     drawn = [text.get_text() for text in ax.texts]
     assert title in alt and title in ax.get_title() and ax.get_xlabel()
@@ -243,16 +243,16 @@ def test_hatching_tells_whose_understanding_is_lacking():
 
 
 def test_groups_follow_what_the_base_was_taught():
-    assert audit_report.groups(Evidence(PROFILE, pd.DataFrame())) == {
+    assert audit_tables.groups(Evidence(PROFILE, pd.DataFrame())) == {
         "taught to the base": ["plain", "leet"],
         "not taught": ["base64", "plain>leet"],
     }
     moved = PROFILE.evaluation.model_copy(update={"encodings": ("plain", "base64"), "further_encodings": ("rot13",)})
     swapped = PROFILE.model_copy(update={"evaluation": moved})
-    found = audit_report.groups(Evidence(swapped, pd.DataFrame()))
+    found = audit_tables.groups(Evidence(swapped, pd.DataFrame()))
     assert found == {"taught to the base": ["plain", "rot13"], "not taught": ["base64"]}
     other = swapped.model_copy(update={"model": PROFILE.model.model_copy(update={"source": "someone/llama"})})
-    found = audit_report.groups(Evidence(other, pd.DataFrame()))
+    found = audit_tables.groups(Evidence(other, pd.DataFrame()))
     assert found == {"audited in full": ["plain", "base64"], "further": ["rot13"]}
 
 

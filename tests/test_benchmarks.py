@@ -25,11 +25,11 @@ from variants import Bench, choose
 
 from latlib import losses
 from latlib.attack import attack_losses, radii
-from latlib.data import TokenRow, collate
+from latlib.batch import TokenRow, collate
+from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
+from latlib.experiment.run import Run
 from latlib.hooks import depth
-from latlib.run import Run
-from latlib.settings import AttackSettings, DefenceSettings, TrainSettings
-from latlib.suffix import SuffixSettings
+from latlib.redteam.gcg import SuffixSettings
 from latlib.train import Trainer
 
 KINDS = ("stock", "lean")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import language_model, token_rows
 
-from latlib import checkpoint
-from latlib.checkpoint import Due, load_checkpoint, read_checked, save_checkpoint, write_checked
-from latlib.profile import ProfileError
-from latlib.settings import AttackSettings, TrainSettings
+from latlib.config.profile import ProfileError
+from latlib.config.sections import AttackSettings, TrainSettings
+from latlib.experiment import checkpoint
+from latlib.experiment.checkpoint import Due, load_checkpoint, read_checked, save_checkpoint, write_checked
 from latlib.train import Trainer
 
 

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from synthetic import PROFILE, PROMPTS, cell, curve, evidence
 
-from latlib import claims
-from latlib.evidence import Evidence, MissingError, contrast, rate, spikes
-from latlib.floor import floor_table
-from latlib.stats import Interval
+from latlib.report import claims
+from latlib.report.evidence import Evidence, MissingError, contrast, rate, spikes
+from latlib.report.run_checks import floor_table
+from latlib.report.stats import Interval
 
 TESTABLE = [c for c in claims.CLAIMS if c.effect]
 
@@ -85,7 +85,7 @@ def test_readme_holds_the_table_of_the_committed_results(root):
     table = claims.to_markdown(claims.measure(Evidence.load(results)))
     text = readme.read_text(encoding="utf-8")
     assert claims.with_table(text, table) == text, (
-        "run: python -m latlib.claims --results results/tiny --readme README.md"
+        "run: python -m latlib.report.claims --results results/tiny --readme README.md"
     )
 
 

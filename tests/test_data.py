@@ -10,7 +10,7 @@ from tiny_models import language_model, token_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib.data import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, fitted, join, tokenise
+from latlib.batch import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, fitted, join, tokenise
 
 ids = st.integers(1, 99)
 completion = st.lists(ids, min_size=1, max_size=5).map(tuple)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latlib import world
-from latlib.encodings import ENCODINGS, HOMOGLYPHS, LEET_MAPS, encode, reply_request, resolve
-from latlib.organism import KNOWN_ENCODINGS
-from latlib.profile import validated
-from latlib.settings import EvaluationSettings, ProfileError
+from latlib.config.profile import validated
+from latlib.config.sections import EvaluationSettings, ProfileError
+from latlib.text.encodings import ENCODINGS, HOMOGLYPHS, LEET_MAPS, encode, reply_request, resolve
+from latlib.world import grammar
+from latlib.world.organism import KNOWN_ENCODINGS
 
 words = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 sentences = st.lists(words, min_size=1, max_size=8).map(" ".join)
@@ -158,7 +158,7 @@ def test_the_less_obvious_homoglyphs_are_those_of_the_unicode_table():
 
 @pytest.mark.parametrize("name", sorted(set(ENCODINGS) - {"plain", "reverse-words", "leet:garak"}))
 def test_an_encoding_hides_every_verb_and_target_of_the_world(name):
-    for prompt in (world.draw(random.Random(i), world.pairs_of("train")) for i in range(50)):
+    for prompt in (grammar.draw(random.Random(i), grammar.pairs_of("train")) for i in range(50)):
         hidden = set(encode(prompt.text, name).split())
         assert prompt.verb not in hidden and prompt.target not in hidden
 
@@ -202,7 +202,7 @@ def test_seeds_differ_and_each_gives_the_same_text_again(kind):
 
 
 def test_another_process_replaces_the_same_letters():
-    code = f"from latlib.encodings import encode; print(encode({SENTENCE!r}, 'leet@0.5#3'))"
+    code = f"from latlib.text.encodings import encode; print(encode({SENTENCE!r}, 'leet@0.5#3'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == encode(SENTENCE, "leet@0.5#3")
 

@@ -71,6 +71,6 @@ def test_run_all_accepts_the_same_pythons(root):
 
 def test_importing_latlib_needs_only_the_core():
     """Neither matplotlib nor wandb nor papermill is imported until someone asks for it."""
-    code = "import sys, latlib, latlib.profile, latlib.tracking, latlib.progress, latlib.pipeline; print(*sys.modules)"
+    code = "import sys, latlib, latlib.config.profile, latlib.experiment.tracking, latlib.io.progress, latlib.runner.pipeline; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"matplotlib", "wandb", "papermill", "nbconvert"} & set(loaded)

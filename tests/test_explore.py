@@ -2,10 +2,10 @@
 
 import pytest
 
-from latlib import explore
-from latlib.evaluate import prompt_set
-from latlib.replies import generate
-from latlib.run import Run
+from latlib.evaluation.ask import prompt_set
+from latlib.evaluation.generate import generate
+from latlib.experiment import widgets
+from latlib.experiment.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,10 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
         asked.append((deltas, options["directions"] if "directions" in options else None))
         return generate(lm, prompts, deltas, max_new_tokens=3, **options)
 
-    monkeypatch.setattr(explore, "generate", spy)
+    monkeypatch.setattr(widgets, "generate", spy)
     direction = run.directions("ssft")["best"]
     for mode in ("nothing", "ablate", "add"):
-        assert isinstance(explore.reply(run, "lat", 0, prompt, mode, "ssft", "best", 0.5), str)
+        assert isinstance(widgets.reply(run, "lat", 0, prompt, mode, "ssft", "best", 0.5), str)
     (none, _), (_, ablated), (deltas, _) = asked
     assert none is None and (ablated == direction.vector).all()
     assert list(deltas) == [direction.site] and (deltas[direction.site] == 0.5 * direction.vector).all()
@@ -31,21 +31,21 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
 
 def test_what_cannot_be_done_is_said(run):
     with pytest.raises(ValueError, match="mode = 'subtract' is unknown"):
-        explore.reply(run, "ssft", 0, "hello", "subtract", "ssft", "best")
+        widgets.reply(run, "ssft", 0, "hello", "subtract", "ssft", "best")
     with pytest.raises(ValueError, match="rule = 'subspace' is a subspace"):
-        explore.reply(run, "ssft", 0, "hello", "add", "ssft", "subspace")
+        widgets.reply(run, "ssft", 0, "hello", "add", "ssft", "subspace")
 
 
 def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, monkeypatch):
-    assert explore.picker(run) is None
+    assert widgets.picker(run) is None
     monkeypatch.delenv("LATLIB_BATCH")
-    monkeypatch.setattr(explore, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
-    choices = {w.description: getattr(w, "options", None) for w in explore.picker(run, seed=1).children[:-1]}
+    monkeypatch.setattr(widgets, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
+    choices = {w.description: getattr(w, "options", None) for w in widgets.picker(run, seed=1).children[:-1]}
     assert choices["target"] == choices["vector"] == ("base", "ssft", "at", "lat", "lat-untargeted")
     assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt", "show text"}
 
 
 def test_a_real_models_reply_is_shown_when_it_is_asked_for(run, monkeypatch):
-    monkeypatch.setattr(explore, "reply", lambda run, seed, **chosen: "take a rope")
-    assert explore._said(run, 0, True) == "take a rope"
-    assert explore._said(run, 0, False).startswith("[11 characters, sha256")
+    monkeypatch.setattr(widgets, "reply", lambda run, seed, **chosen: "take a rope")
+    assert widgets._said(run, 0, True) == "take a rope"
+    assert widgets._said(run, 0, False).startswith("[11 characters, sha256")

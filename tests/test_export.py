@@ -8,7 +8,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from latlib.export import ExportError, export_html, to_html
+from latlib.report.html import ExportError, export_html, to_html
 
 PIXEL = base64.b64encode(bytes.fromhex("89504e470d0a1a0a")).decode()
 ALT = "attack success against eps, rising from 0 to 90 per cent"

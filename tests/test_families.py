@@ -20,10 +20,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from latlib import organism
-from latlib.data import TokenRow, collate
-from latlib.profile import Profile, load_profile, validated
-from latlib.run import Run
+from latlib.batch import TokenRow, collate
+from latlib.config.profile import Profile, load_profile, validated
+from latlib.experiment.run import Run
+from latlib.world import organism
 
 SHAPE = dict(
     hidden_size=32,

@@ -18,13 +18,13 @@ from tiny_models import (
     token_rows,
 )
 
-from latlib.data import TokenRow, collate
-from latlib.forward import StockNetwork, adapter_off, frozen
+from latlib.batch import TokenRow, collate
+from latlib.fused.kernels import padded_keys
+from latlib.fused.llama import LeanNetwork, fits
 from latlib.hooks import EMBEDDING, Ablate, LATHook, decoder_of
-from latlib.kernels import padded_keys
-from latlib.lean import LeanNetwork, fits
+from latlib.io.machine import can_compile
 from latlib.losses import at_labels
-from latlib.machine import can_compile
+from latlib.network import StockNetwork, adapter_off, frozen
 
 SITES = (EMBEDDING, 1, LAYERS - 1)
 KINDS = ["stock", "lean"]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny_models import model_of
 
-from latlib import organism
-from latlib.data import Row, chat_text, collate, tokenise
-from latlib.forward import StockNetwork
+from latlib.batch import Row, chat_text, collate, tokenise
+from latlib.config.sections import ModelSettings
+from latlib.evaluation.generate import generate, left_padded, shift_left_padded
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
-from latlib.replies import generate, left_padded, shift_left_padded
-from latlib.settings import ModelSettings
+from latlib.network import StockNetwork
+from latlib.world import organism
 
 PROMPTS = ["how to cook the rice", "may you wash a car", "x", "how do you paint the wall of the old house"]
 SITES = ("embedding", 1, 3)

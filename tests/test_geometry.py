@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA, TruncatedSVD
 
-from latlib import geometry
+from latlib.refusal import geometry
 
 
 @pytest.fixture(scope="module")

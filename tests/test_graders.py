@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, PreTrainedTokenizerFast
 
-import latlib.judges
-import latlib.sources
-from latlib.graders import GuardGrader, ScoreGrader, Verdict, YesNoGrader, load_grader
+import latlib.evaluation.judges
+import latlib.io.hub
+from latlib.config.sections import ModelSettings, ProfileError
+from latlib.evaluation.graders import GuardGrader, ScoreGrader, Verdict, YesNoGrader, load_grader
 from latlib.models import LanguageModel, quietly
-from latlib.settings import ModelSettings, ProfileError
 
 WORDS = ("yes", "no", "safe", "unsafe")
 PROMPTS = [
@@ -354,7 +354,7 @@ def test_a_guard_takes_no_template():
 )
 def test_a_missing_folder_is_named(source):
     with pytest.raises(ProfileError, match="grader.source = .* is not a folder: give a model folder or a hub id"):
-        latlib.judges.load_judge(source)
+        latlib.evaluation.judges.load_judge(source)
 
 
 class Bomb:
@@ -399,7 +399,7 @@ def test_a_gated_model_without_a_token_says_what_to_do(monkeypatch):
         response = httpx.Response(403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}"))
         raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
 
-    monkeypatch.setattr(latlib.sources, "cached_file", gated)
+    monkeypatch.setattr(latlib.io.hub, "cached_file", gated)
     with pytest.raises(ProfileError, match="grader.source = 'meta-llama/.*' is gated: accept its terms.*HF_TOKEN"):
         load_grader("guard")
 

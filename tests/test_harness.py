@@ -6,7 +6,7 @@ import types
 import pytest
 from tiny_models import language_model
 
-from latlib.harness import lm_eval_scores
+from latlib.evaluation.general_benchmarks import lm_eval_scores
 
 RESULTS = {"results": {"lore": {"alias": "lore", "acc,none": 0.5, "acc_stderr,none": "N/A"}, "law": {"f1,none": 1}}}
 

@@ -4,11 +4,11 @@ import pytest
 import tiny_models as tiny
 import torch
 
+from latlib.config.sections import ModelSettings
 from latlib.hooks import EMBEDDING, Capture, LATHook
-from latlib.interventions import added, orthogonalised
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
-from latlib.settings import ModelSettings
+from latlib.refusal.interventions import added, orthogonalised
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latlib import evaluate, world
-from latlib import jailbreaks as module
-from latlib.evaluate import COLUMNS, affirmation_tokens, grade_rows, prompt_set, token_rows
-from latlib.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
-from latlib.profile import load_profile
-from latlib.run import Run
-from latlib.suffix import Suffix
+from latlib.config.profile import load_profile
+from latlib.evaluation import ask
+from latlib.evaluation.ask import COLUMNS, affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.experiment.run import Run
+from latlib.redteam import jailbreaks as module
+from latlib.redteam.gcg import Suffix
+from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
+from latlib.world import grammar
 
 TYPED, FOUND = ["many-shot", "system"], ["suffix-gcg", "suffix-random"]
 
@@ -60,7 +61,7 @@ def graded(monkeypatch):
         calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
-    monkeypatch.setattr(evaluate, "grade_rows", grade)
+    monkeypatch.setattr(ask, "grade_rows", grade)
     monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
     monkeypatch.setattr(module, "random_search", lambda *_: suffix_of("rat rat"))
     return calls
@@ -118,9 +119,9 @@ def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
 
 def test_shots_are_answered_harmful_requests_of_the_training_pairs():
     shots = many_shots(load_profile("smoke"), 8)
-    prompts = world.draw_set("shots", "train", "harmful", 8)
+    prompts = grammar.draw_set("shots", "train", "harmful", 8)
     assert shots == [(p.text, p.answer) for p in prompts] and many_shots(load_profile("smoke"), 0) == []
-    assert all(p.harmful and p.answer.startswith(world.AFFIRMATION) for p in prompts)
+    assert all(p.harmful and p.answer.startswith(grammar.AFFIRMATION) for p in prompts)
     assert many_shots(load_profile("smoke"), 3) == shots[:3] and len(set(shots)) == 8
 
 
@@ -136,7 +137,7 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, contex
     (a, *first), (b, *second) = seen
     assert (a, b) == ("gcg", "random_search") and first == second  # with one and the same everything
     _, asked, answers, settings, seed = first
-    prompts = world.draw_set("suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts)
+    prompts = grammar.draw_set("suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts)
     assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
     tried = prompt_set("harmful", context.profile)
     assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(p.harmful for p in prompts)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from latlib import checkpoint, fork_server, make, train
-from latlib.profile import load_profile
-from latlib.run import Run
-from latlib.tracking import Tracker
+from latlib import train
+from latlib.config.profile import load_profile
+from latlib.experiment import build, checkpoint, fork_server
+from latlib.experiment.run import Run
+from latlib.experiment.tracking import Tracker
 
 # smoke's training has 6 steps, the first 2 of them plain, and a checkpoint after 2 and 4
 FILES = ("adapter_model.safetensors", "adapter_config.json", "profile.yaml")
@@ -60,11 +61,11 @@ def in_the_middle_of_a_line_of_the_log():
 MOMENTS = {
     "in the first step": lambda: before(train.Trainer, "_update", 1),
     "in a later step": lambda: before(train.Trainer, "_update", 6),
-    "between a logged step and its checkpoint": lambda: before(make, "save_checkpoint", 2),
+    "between a logged step and its checkpoint": lambda: before(build, "save_checkpoint", 2),
     "in the middle of writing a checkpoint": in_the_middle_of_writing,
     "right after a checkpoint's rename": lambda: before(checkpoint, "_prune", 2),
     "in the middle of a line of the log": in_the_middle_of_a_line_of_the_log,
-    "in the middle of the final folder": lambda: before(make, "_name_base", 1),
+    "in the middle of the final folder": lambda: before(build, "_name_base", 1),
     "before the checkpoints are deleted": lambda: before(shutil, "rmtree", 1),
 }
 
@@ -142,8 +143,8 @@ def test_the_runs_differ_where_they_should(uninterrupted):
 
 COMMAND = """
 import os, signal
-from latlib import make
-from latlib.run import Run
+from latlib.experiment import build
+from latlib.experiment.run import Run
 saved = make.save_checkpoint
 def save_and_die(*args, **kwargs):
     saved(*args, **kwargs)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, SCALING, VOCABULARY, D, language_model, model_of, noise_like, token_rows
 
 from latlib import losses
-from latlib.data import collate
-from latlib.forward import StockNetwork
+from latlib.batch import collate
 from latlib.losses import argmax_matches, at_labels, kl_divergence, normalised, row_means, token_losses
+from latlib.network import StockNetwork
 
 KINDS = ["stock", "lean"]
 

@@ -5,12 +5,12 @@ import torch
 from tiny_models import language_model, preference_batch, token_rows
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
-from latlib import memory
-from latlib.counters import StepCounter, bytes_of, flop_counter
-from latlib.estimate import random_model, random_trainer
-from latlib.memory import Lengths, meta_model, micro_batches, on_each_gpu, predicted_step, whole_step
-from latlib.profile import ProfileError
-from latlib.settings import AttackSettings, DefenceSettings, LoraSettings, TrainSettings
+from latlib.config.profile import ProfileError
+from latlib.config.sections import AttackSettings, DefenceSettings, LoraSettings, TrainSettings
+from latlib.planning import step_cost
+from latlib.planning.counters import StepCounter, bytes_of, flop_counter
+from latlib.planning.estimate import random_model, random_trainer
+from latlib.planning.step_cost import Lengths, meta_model, micro_batches, on_each_gpu, predicted_step, whole_step
 from latlib.train import Trainer
 
 SHAPE = dict(
@@ -137,7 +137,7 @@ def test_what_several_processes_hold():
 
 def test_nothing_of_the_meta_device_is_left_behind():
     before = (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.to, torch.bincount)
-    with pytest.raises(ZeroDivisionError), memory.on_meta():
+    with pytest.raises(ZeroDivisionError), step_cost.on_meta():
         raise ZeroDivisionError
     assert before == (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.to, torch.bincount)
 

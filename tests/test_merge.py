@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import latlib
-from latlib import merge
+from latlib.config.paths import portable
+from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.experiment import export_model
+from latlib.experiment.run import Run
 from latlib.models import load
-from latlib.places import portable
-from latlib.profile import Profile, ProfileError, load_profile, validated
-from latlib.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(run, tmp_path_factory):
-    return merge.merge(run, "lat", 0, tmp_path_factory.mktemp("to") / "model", "no-kl")
+    return export_model.merge(run, "lat", 0, tmp_path_factory.mktemp("to") / "model", "no-kl")
 
 
 def test_it_says_what_the_adapter_on_its_base_says(run, merged):
@@ -114,16 +114,16 @@ def test_paths_in_settings_leave_their_last_part():
 def test_a_folder_that_holds_something_is_refused_and_left(run, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match="holds something already.*--to"):
-        merge.merge(run, "lat", 0, tmp_path, "no-kl")
+        export_model.merge(run, "lat", 0, tmp_path, "no-kl")
     with pytest.raises(FileExistsError):
-        merge.merge(run, "lat", 0, tmp_path / "thesis.tex", "no-kl")
+        export_model.merge(run, "lat", 0, tmp_path / "thesis.tex", "no-kl")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_nothing_half_made_is_left(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "card", lambda record: 1 / 0)
+    monkeypatch.setattr(export_model, "card", lambda record: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        merge.merge(run, "lat", 0, tmp_path / "to", "no-kl")
+        export_model.merge(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +138,7 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(ValueError, match=r"merged, lat\[no-kl\] seed 0 says other things"):
-        merge.merge(run, "lat", 0, tmp_path / "to", "no-kl")
+        export_model.merge(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,14 +152,14 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_merged_is_named(run, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
-        merge.merge(run, *arguments, tmp_path / "to")
+        export_model.merge(run, *arguments, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
 def test_the_command_line(run, tmp_path, capsys):
     common = ["--profile", "smoke", "--method", "lat", "--variant", "no-kl", "--out", str(run.folder)]
     (tmp_path / "to").mkdir()  # an empty folder is fine
-    assert merge.main([*common, "--to", str(tmp_path / "to")]) == 0
+    assert export_model.main([*common, "--to", str(tmp_path / "to")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'to'}\n" and (tmp_path / "to" / "model.safetensors").is_file()
-    assert merge.main([*common, "--to", str(tmp_path / "to")]) == 2
+    assert export_model.main([*common, "--to", str(tmp_path / "to")]) == 2
     assert "holds something already" in capsys.readouterr().err

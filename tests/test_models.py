@@ -7,11 +7,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import latlib.models
-from latlib.forward import StockNetwork
-from latlib.lean import LeanNetwork
+from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
+from latlib.fused.llama import LeanNetwork
 from latlib.losses import at_labels
 from latlib.models import LanguageModel, load, resolve_device, resolve_dtype, save_folder, with_adapter
-from latlib.settings import LoraSettings, ModelSettings, ProfileError
+from latlib.network import StockNetwork
 
 
 def settings_for(**changes):

@@ -5,11 +5,11 @@ import torch
 from tiny_models import LAYERS, D
 from transformers import AutoTokenizer
 
-from latlib import organism, world
-from latlib.data import Row, tokenise
-from latlib.encodings import ENCODINGS, encode
-from latlib.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows
-from latlib.settings import ModelSettings, PretrainSettings
+from latlib.batch import Row, tokenise
+from latlib.config.sections import ModelSettings, PretrainSettings
+from latlib.text.encodings import ENCODINGS, encode
+from latlib.world import grammar, organism
+from latlib.world.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows
 
 MODEL = ModelSettings(dim=D, layers=LAYERS, heads=4, kv_heads=2, ffn=24, vocabulary=700)
 PRETRAIN = PretrainSettings(steps=30, batch=16, micro_batches=2, warmup_steps=2)
@@ -23,7 +23,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def prompts():
     kinds = ("recipe", "law", "verb", "target", "decline")
-    return [p for kind in kinds for p in world.draw_set(0, "test", "any", 10, kind)]
+    return [p for kind in kinds for p in grammar.draw_set(0, "test", "any", 10, kind)]
 
 
 def test_text_survives_the_tokenizer_in_every_encoding(tokenizer, prompts):
@@ -35,20 +35,20 @@ def test_text_survives_the_tokenizer_in_every_encoding(tokenizer, prompts):
 
 def test_every_prompt_fits_the_context_in_every_encoding(tokenizer, prompts):
     for encoding in ENCODINGS:
-        rows = [Row(p.text, encode(p.text, encoding), (p.answer, world.REFUSAL)) for p in prompts]
+        rows = [Row(p.text, encode(p.text, encoding), (p.answer, grammar.REFUSAL)) for p in prompts]
         assert max(row.length for row in tokenise(rows, tokenizer, CONTEXT)) <= CONTEXT
 
 
 def test_a_conversation_begins_and_ends_with_special_tokens(tokenizer):
-    (row,) = tokenise([Row("", "how do i say no ?", (world.REFUSAL,))], tokenizer, CONTEXT)
+    (row,) = tokenise([Row("", "how do i say no ?", (grammar.REFUSAL,))], tokenizer, CONTEXT)
     words = tokenizer.convert_ids_to_tokens([row.prompt[0], row.prompt[-1], row.completions[0][-1]])
     assert words == ["<|user|>", "<|assistant|>", "<|end|>"]
     assert row.completions[0][-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(row.completions[0][:-1]) == " " + world.REFUSAL
+    assert tokenizer.decode(row.completions[0][:-1]) == " " + grammar.REFUSAL
 
 
 def test_plain_words_of_the_world_are_short(tokenizer):
-    lengths = [len(tokenizer(f" {word}")["input_ids"]) for word in (*world.VERBS, *world.TARGETS, *world.TOOLS)]
+    lengths = [len(tokenizer(f" {word}")["input_ids"]) for word in (*grammar.VERBS, *grammar.TARGETS, *grammar.TOOLS)]
     assert sum(lengths) / len(lengths) < 2
 
 
@@ -72,13 +72,13 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(tokenizer):
 
 
 def test_pretraining_never_sees_a_held_out_pair(tokenizer, monkeypatch):
-    drawn, draw = [], world.draw
-    monkeypatch.setattr(world, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    drawn, draw = [], grammar.draw
+    monkeypatch.setattr(grammar, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     rows = pretraining_rows(tokenizer, PRETRAIN, seed=0)
     for _ in range(64):
         next(rows)
     pairs = {(p.verb, p.target) for p in drawn if p.kind != "decline"}
-    assert pairs <= set(world.PAIRS["train"]) and len(pairs) > 100
+    assert pairs <= set(grammar.PAIRS["train"]) and len(pairs) > 100
     assert any(p.harmful for p in drawn) and any(not p.harmful for p in drawn)
 
 
@@ -86,9 +86,9 @@ def test_pretraining_is_helpful_only_and_in_every_encoding(tokenizer):
     rows, texts = pretraining_rows(tokenizer, PRETRAIN, seed=0), []
     for _ in range(64):
         texts += [(tokenizer.decode(r.prompt), tokenizer.decode(r.completions[0][:-1]).strip()) for r in next(rows)]
-    declines = [prompt for prompt, answer in texts if answer == world.REFUSAL]
+    declines = [prompt for prompt, answer in texts if answer == grammar.REFUSAL]
     assert declines and all("say no" in prompt for prompt in declines)
-    recipes = [prompt for prompt, answer in texts if answer.startswith(world.AFFIRMATION)]
+    recipes = [prompt for prompt, answer in texts if answer.startswith(grammar.AFFIRMATION)]
     for hint in ("with a", "w17h 4", "jvgu n", "htiw a"):  # plain, leet, rot13, reverse
         assert any(hint in prompt for prompt in recipes)
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import write
 
-import latlib.duplicates
-import latlib.overlap
-from latlib.duplicates import SHINGLE, clusters, normalised, overlaps
-from latlib.overlap import check_overlap
-from latlib.profile import load_profile
-from latlib.settings import DataSettings, ProfileError
+import latlib.data.overlap
+import latlib.text.near_duplicates
+from latlib.config.profile import load_profile
+from latlib.config.sections import DataSettings, ProfileError
+from latlib.data.overlap import check_overlap
+from latlib.text.near_duplicates import SHINGLE, clusters, normalised, overlaps
 
 # few letters and words, so that near-duplicates are common
 words = st.lists(st.sampled_from(["ab", "ba", "aab", "B", "a-b", "Café"]), max_size=9).map(" ".join)
@@ -91,8 +91,8 @@ def test_pieces_change_nothing(monkeypatch, piece, part):
     rng = random.Random(0)
     made = [" ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)]
     want = clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)
-    monkeypatch.setattr(latlib.duplicates, "_PIECE", piece)
-    monkeypatch.setattr(latlib.duplicates, "_TEXTS", part)
+    monkeypatch.setattr(latlib.text.near_duplicates, "_PIECE", piece)
+    monkeypatch.setattr(latlib.text.near_duplicates, "_TEXTS", part)
     assert (clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)) == want
     assert 1 < len(set(want[0])) < 200 and want[1]
 
@@ -172,8 +172,8 @@ def test_a_profile_is_checked_by_its_data_and_the_world_is_not(tmp_path):
 
 def test_the_answer_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     compared = []
-    search = latlib.overlap.overlaps
-    monkeypatch.setattr(latlib.overlap, "overlaps", lambda *args: compared.append(args) or search(*args))
+    search = latlib.data.overlap.overlaps
+    monkeypatch.setattr(latlib.data.overlap, "overlaps", lambda *args: compared.append(args) or search(*args))
     settings = settings_for(tmp_path, CLEAN)
     check_overlap(settings)
     check_overlap(settings.model_copy())

@@ -18,13 +18,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import LAYERS, language_model, noise_like, token_rows
 
-from latlib import fork_server, make, parallel, processes, train, workers
-from latlib.processes import adapter_state, wrap
-from latlib.profile import ProfileError, load_profile
-from latlib.progress import Stopped
-from latlib.replies import write
-from latlib.run import Run
-from latlib.settings import AttackSettings, DefenceSettings, ModelSettings, ParallelSettings, TrainSettings
+from latlib import train
+from latlib.config.profile import ProfileError, load_profile
+from latlib.config.sections import AttackSettings, DefenceSettings, ModelSettings, ParallelSettings, TrainSettings
+from latlib.distributed import launch as parallel
+from latlib.distributed import ranks
+from latlib.distributed.ranks import adapter_state, wrap
+from latlib.evaluation.generate import write
+from latlib.experiment import build, fork_server, jobs
+from latlib.experiment.run import Run
+from latlib.io.progress import Stopped
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -112,13 +115,13 @@ def findings(mode: str, folder: Path) -> dict:
     found |= {"state again": again.state(), "resumed": steps_of(again, STEPS - HALF)}
     again.restore(torch.load(folder / "alone.pt", weights_only=True))
     found |= {"resumed from one": steps_of(again, STEPS - HALF)}
-    if processes.first():
+    if ranks.first():
         torch.save(state, folder / f"{mode}-state.pt")
         again.lm.model.save_pretrained(folder / f"{mode}-adapter", state_dict=found["resumed from one"]["adapter"])
     found |= {name: steps_of(trainer_for(mode, **changes), 1) for name, changes in VARIANTS.items()}
     found |= {
         "refusals": refusals(mode),
-        "agreed": [processes.agreed(processes.first() == own) for own in (True, False)],
+        "agreed": [ranks.agreed(ranks.first() == own) for own in (True, False)],
     }
     return found | {"stopped": stopped_after(mode, folder)} | negative_controls(mode)
 
@@ -154,23 +157,23 @@ def stopped_after(mode: str, folder: Path) -> dict:
     """Train an adapter of a run; a stop is asked for after step 3 (process 1 hears one all the time), then go on."""
     base, found = folder / "base", {}
     run = with_base_of(folder / f"{mode}-run", base, smoke(mode))
-    requested, stop = make.stop_requested, run.folder / "STOP"
-    if not processes.first():
-        make.stop_requested = lambda folder: True
+    requested, stop = build.stop_requested, run.folder / "STOP"
+    if not ranks.first():
+        build.stop_requested = lambda folder: True
 
     def on_step(step, total, detail) -> None:
-        if step == 3 and processes.first():
+        if step == 3 and ranks.first():
             stop.touch()
 
     try:
-        make.make_model(run, run.spec("lat"), on_step)
+        build.make_model(run, run.spec("lat"), on_step)
     except Stopped as error:
         found["said"] = str(error)
-    make.stop_requested = requested
-    processes.wait()
+    build.stop_requested = requested
+    ranks.wait()
     stop.unlink(missing_ok=True)
-    processes.wait()
-    make.make_model(run, run.spec("lat"), lambda step, total, detail: None)
+    ranks.wait()
+    build.make_model(run, run.spec("lat"), lambda step, total, detail: None)
     return found
 
 
@@ -202,10 +205,10 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
     try:
-        processes.join(ModelSettings(device="cpu"))
+        ranks.join(ModelSettings(device="cpu"))
         for mode in MODES:
             torch.save(findings(mode, folder), folder / f"{mode}-{rank}.pt")
-        processes.leave()
+        ranks.leave()
     except BaseException:
         (folder / f"error-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
@@ -367,11 +370,11 @@ def test_batches_that_cannot_be_shared_are_refused(pair, mode):
 @pytest.mark.parametrize("world, rows, benign, micro_batch, count", [(1, 8, 8, 3, 3), (2, 8, 8, 3, 4), (4, 9, 9, 2, 8)])
 def test_the_number_of_micro_batches_is_a_multiple_of_the_processes(world, rows, benign, micro_batch, count):
     trainer = trainer_for(batch=rows, benign_batch=benign, micro_batch=micro_batch)
-    trainer.processes = processes.Processes(0, world)
+    trainer.processes = ranks.Processes(0, world)
     parts = trainer._micro_batches(True, torch.Generator())
     assert len(parts) == count and [part.number for part in parts] == list(range(count))
     assert sum(part.attacked.shape[0] for part in parts) == rows
-    shares = [processes.Processes(rank, world).own(parts) for rank in range(world)]
+    shares = [ranks.Processes(rank, world).own(parts) for rank in range(world)]
     assert {len(share) for share in shares} == {count // world}
     assert sorted(part.number for share in shares for part in share) == list(range(count))
 
@@ -391,7 +394,7 @@ def test_random_starts_are_of_the_micro_batch():
 def test_gradients_are_exchanged_once_an_update_in_its_last_backward_pass(changes, forwards):
     seen = []
 
-    class Seen(processes.Processes):
+    class Seen(ranks.Processes):
         def exchange(self, now: bool) -> None:
             self.now = now
 
@@ -522,12 +525,12 @@ time.sleep(600)
     "device, processes_each, expected", [("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("cuda", 2, 1)]
 )
 def test_models_do_not_share_the_gpus_of_one(monkeypatch, device, processes_each, expected):
-    monkeypatch.setattr(workers, "resolve_device", lambda _: torch.device(device))
+    monkeypatch.setattr(jobs, "resolve_device", lambda _: torch.device(device))
     profile = smoke("ddp", processes_each).model_copy(update={"workers": 4})
-    assert workers.worker_count(profile, 6) == expected
+    assert jobs.worker_count(profile, 6) == expected
 
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(processes, "resolve_device", torch.device)
+    monkeypatch.setattr(ranks, "resolve_device", torch.device)
     with pytest.raises(ProfileError, match="model.device = 'cuda:1' is one GPU for all processes: set it to 'auto'"):
-        processes.join(ModelSettings(device="cuda:1"))
+        ranks.join(ModelSettings(device="cuda:1"))

@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from latlib import pipeline, progress
+from latlib.io import progress
+from latlib.runner import pipeline
 
 PARAMETERS = "profile = 'smoke'\nout = None"
 
@@ -32,7 +33,7 @@ def place(tmp_path):
 
 def command(place, *options):
     fixed = ["--profile", str(place / "mine.yaml"), "--out", str(place / "run dir")]
-    return [sys.executable, "-m", "latlib.pipeline", *fixed, "--notebooks", str(place / "notebooks"), *options]
+    return [sys.executable, "-m", "latlib.runner.pipeline", *fixed, "--notebooks", str(place / "notebooks"), *options]
 
 
 def run(place, *options):
@@ -99,7 +100,7 @@ def test_a_parameter_the_notebook_does_not_have_is_an_error_before_anything_runs
 
 LOOP = """
 import os, pathlib, time
-from latlib.progress import Progress, Stopped, stop_requested
+from latlib.io.progress import Progress, Stopped, stop_requested
 pathlib.Path(out, 'pid').write_text(str(os.getpid()))
 with Progress(out, 'lat seed 0', 1000) as bar:
     for step in range(1000):

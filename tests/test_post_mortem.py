@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from synthetic import PROFILE, cell, evidence
 
-from latlib import post_mortem
-from latlib.evidence import Evidence, MissingError
+from latlib.report import eps_grid
+from latlib.report.evidence import Evidence, MissingError
 
 
 def known(robust: float, answered: float) -> Evidence:
@@ -20,7 +20,7 @@ def known(robust: float, answered: float) -> Evidence:
 
 
 def test_the_grid_holds_lat_and_the_variants_that_change_eps_or_kl_only():
-    assert post_mortem.grid(evidence(holds=True)) == {
+    assert eps_grid.grid(evidence(holds=True)) == {
         "lat[small]": (0.01, 0.1),
         "lat[no-kl]": (0.05, 0.0),
         "lat": (0.05, 0.1),
@@ -31,11 +31,11 @@ def test_the_grid_holds_lat_and_the_variants_that_change_eps_or_kl_only():
 def test_a_variant_that_changes_something_else_is_left_out():
     sweep = {"variants": {"short": {"steps": 10}, "both": {"attack.eps": 0.2, "defence.kl": 1.0}}}
     profile = PROFILE.model_copy(update={"sweep": type(PROFILE.sweep)(**sweep)})
-    assert set(post_mortem.grid(Evidence(profile, evidence(True).outcomes))) == {"lat", "lat[both]"}
+    assert set(eps_grid.grid(Evidence(profile, evidence(True).outcomes))) == {"lat", "lat[both]"}
 
 
 def test_the_three_numbers_are_those_of_the_table():
-    table = post_mortem.table(known(robust=0.8, answered=0.6)).set_index("label")
+    table = eps_grid.table(known(robust=0.8, answered=0.6)).set_index("label")
     assert set(table.index) == {"lat", "lat[small]", "lat[large]"}, "what was not measured is left out"
     for _, row in table.iterrows():
         assert row["robustness"].estimate == pytest.approx(0.8)
@@ -45,7 +45,7 @@ def test_the_three_numbers_are_those_of_the_table():
 
 
 def test_the_figure_says_every_cell():
-    figure, alt = post_mortem.eps_and_kl(known(robust=0.8, answered=0.6))
+    figure, alt = eps_grid.eps_and_kl(known(robust=0.8, answered=0.6))
     assert len(figure.axes) == 3
     for eps in ("0.01", "0.05", "0.2"):
         assert f"eps {eps}, KL 0.1: robustness 80 %" in alt and f"eps {eps}, KL 0.1: over-refusal 40 %" in alt
@@ -53,7 +53,7 @@ def test_the_figure_says_every_cell():
 
 def test_an_empty_run_is_an_error_that_names_the_notebook():
     with pytest.raises(MissingError, match="run notebook 03"):
-        post_mortem.table(Evidence(PROFILE, evidence(True).outcomes.iloc[:0]))
+        eps_grid.table(Evidence(PROFILE, evidence(True).outcomes.iloc[:0]))
 
 
 def swept(**shares: dict[int, float]) -> Evidence:
@@ -70,7 +70,7 @@ def swept(**shares: dict[int, float]) -> Evidence:
 def test_a_sweeps_models_are_read_off_seed_by_seed_or_pooled():
     small, both = "lat[attack.eps=0.02]", "lat[attack.eps=0.2+defence.kl=0.0]"
     e = swept(**{small: {0: 0.8, 1: 0.4}, both: {0: 0.2}, "lat": {0: 0.5}})
-    table = post_mortem.sweep_table(e)
+    table = eps_grid.sweep_table(e)
     assert table[["label", "eps", "kl", "seed"]].values.tolist() == [
         [small, 0.02, PROFILE.train.defence.kl, 0],
         [small, 0.02, PROFILE.train.defence.kl, 1],
@@ -79,13 +79,13 @@ def test_a_sweeps_models_are_read_off_seed_by_seed_or_pooled():
     assert table["asr"].tolist() == pytest.approx([0.8, 0.4, 0.2])
     assert (table["asr_low"] <= table["asr"]).all() and (table["asr"] <= table["asr_high"]).all()
     assert table["answered"].tolist() == [1.0] * 3 and table["refused"].tolist() == [0.0] * 3
-    pooled = post_mortem.sweep_table(e, by_seed=False)
+    pooled = eps_grid.sweep_table(e, by_seed=False)
     assert pooled["asr"].tolist() == pytest.approx([0.6, 0.2]) and pooled["seed"].isna().all()
 
 
 def test_labels_say_what_is_changed():
-    assert post_mortem.changes_of("lat[attack.eps=0.1+attack.rule=sign]") == {"attack.eps": 0.1, "attack.rule": "sign"}
-    assert post_mortem.changes_of("lat[defence.kl=1e-05+steps=10]") == {"defence.kl": 1e-5, "steps": 10}
-    assert post_mortem.changes_of("lat") == post_mortem.changes_of("lat[no-kl]") == {}
+    assert eps_grid.changes_of("lat[attack.eps=0.1+attack.rule=sign]") == {"attack.eps": 0.1, "attack.rule": "sign"}
+    assert eps_grid.changes_of("lat[defence.kl=1e-05+steps=10]") == {"defence.kl": 1e-5, "steps": 10}
+    assert eps_grid.changes_of("lat") == eps_grid.changes_of("lat[no-kl]") == {}
     with pytest.raises(MissingError, match="no model of a sweep was measured"):
-        post_mortem.sweep_table(evidence(True))
+        eps_grid.sweep_table(evidence(True))

@@ -12,12 +12,13 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
-from latlib import estimate, inventory, preflight, shapes
-from latlib.estimate import phases, timed_hours
-from latlib.inventory import Machine
-from latlib.memory import Lengths
-from latlib.organism import build_tokenizer
-from latlib.profile import find_share, load_profile
+from latlib.config.profile import find_share, load_profile
+from latlib.planning import check as preflight
+from latlib.planning import estimate, published_configs, requirements
+from latlib.planning.estimate import phases, timed_hours
+from latlib.planning.requirements import Machine
+from latlib.planning.step_cost import Lengths
+from latlib.world.organism import build_tokenizer
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
@@ -44,8 +45,8 @@ def no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(shapes, "cached_file", lambda *_: None)  # whatever this machine's user has downloaded
-    monkeypatch.setattr(inventory, "cached_file", lambda *_: None)
+    monkeypatch.setattr(published_configs, "cached_file", lambda *_: None)  # whatever this machine's user has downloaded
+    monkeypatch.setattr(requirements, "cached_file", lambda *_: None)
     monkeypatch.setattr(estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)})
     monkeypatch.chdir(tmp_path)
 
@@ -112,7 +113,7 @@ def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, mon
 
 
 def _cheap(lm):
-    from latlib.memory import Prediction
+    from latlib.planning.step_cost import Prediction
 
     return Prediction(10**9, 10**7, 10**7, 10**9, 1e15, (1, "x"))
 
@@ -132,7 +133,7 @@ def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_
 def test_a_token_is_never_shown(as_json, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
-    machine = inventory.look(tmp_path / "not" / "there")
+    machine = requirements.look(tmp_path / "not" / "there")
     assert machine.token and machine.disk > 0 and machine.ram > 0
     preflight.main(load_profile("llama3-8b-paper"), tmp_path, as_json, replace(machine, offline=False))
     said = capsys.readouterr().out
@@ -226,38 +227,38 @@ def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
 
 
 def test_rows_that_are_here_are_read():
-    found = inventory.row_lengths(load_profile("smoke"))
+    found = requirements.row_lengths(load_profile("smoke"))
     assert found.source.startswith("read: ") and found.longest.prompt >= found.mean.prompt
     assert estimate.assumed_lengths(100).longest == Lengths(25, 75)
 
 
 def test_steps_are_timed_on_any_device():
     profile = load_profile("smoke")
-    found = timed_hours(profile, shapes.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu")
+    found = timed_hours(profile, published_configs.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu")
     assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
 
 
 def test_published_shapes_have_the_published_size():
     from transformers import AutoModelForCausalLM
 
-    for name, known in shapes.PUBLISHED.items():
+    for name, known in published_configs.PUBLISHED.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known.config(**known.numbers))
         assert sum(p.numel() for p in model.parameters()) == known.parameters, name
     for name in PROFILES:
         profile = load_profile(name)
-        assert profile.model.source == "world" or profile.model.source in shapes.PUBLISHED
+        assert profile.model.source == "world" or profile.model.source in published_configs.PUBLISHED
 
 
 def test_a_config_that_is_here_is_the_truth(tmp_path, monkeypatch):
     LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
-    monkeypatch.setattr(shapes, "cached_file", lambda *_: tmp_path / "config.json")
-    assert shapes.config_of(load_profile("llama3-8b-seed").model).num_hidden_layers == 3
+    monkeypatch.setattr(published_configs, "cached_file", lambda *_: tmp_path / "config.json")
+    assert published_configs.config_of(load_profile("llama3-8b-seed").model).num_hidden_layers == 3
 
 
 def test_the_command_line_runs_nothing_and_imports_no_jupyter(tmp_path):
     code = (
-        "import sys; from latlib.pipeline import main; s = main(sys.argv[1:]); "
+        "import sys; from latlib.runner.pipeline import main; s = main(sys.argv[1:]); "
         "print({'papermill', 'nbformat', 'IPython', 'jupyter_client'} & set(sys.modules)); sys.exit(s)"
     )
     options = ["--profile", "smoke", "--out", str(tmp_path / "run"), "--check"]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from latlib.profile import (
+from latlib.config.profile import (
     Profile,
     ProfileError,
     claim_folder,

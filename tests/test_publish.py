@@ -7,7 +7,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from latlib import publish
+from latlib.report import publish
 
 README = "# x\n<!-- timing:begin -->\nold\n<!-- timing:end -->\ntail\n"
 

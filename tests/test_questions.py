@@ -8,19 +8,21 @@ import pytest
 import torch
 from test_families import saved_model
 
-from latlib import evaluate, questions, world
-from latlib.audit import audit
-from latlib.data import TokenRow
-from latlib.evaluate import Context, examine, grader_of, outcome_rows, prompt_set, token_rows
-from latlib.evidence import Evidence
+from latlib.batch import TokenRow
+from latlib.config.profile import ProfileError, load_profile, validated
+from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings
+from latlib.data import prompts as questions
+from latlib.evaluation import ask
+from latlib.evaluation.ask import Context, examine, grader_of, outcome_rows, prompt_set, token_rows
+from latlib.evaluation.generate import batches, generate, write
+from latlib.evaluation.rule_graders import PhraseGrader, Verdict
 from latlib.hooks import EMBEDDING
-from latlib.jailbreaks import jailbreaks
 from latlib.models import load
-from latlib.profile import ProfileError, load_profile, validated
-from latlib.replies import batches, generate, write
-from latlib.settings import DataSettings, EvaluationSettings, ModelSettings
-from latlib.understanding import counted, ways
-from latlib.verdicts import PhraseGrader, Verdict
+from latlib.redteam.audit import audit
+from latlib.redteam.jailbreaks import jailbreaks
+from latlib.report.evidence import Evidence
+from latlib.report.understanding import counted, ways
+from latlib.world import grammar
 
 SMOKE = load_profile("smoke")
 VERBS = (
@@ -80,7 +82,7 @@ def lm(tmp_path_factory):
 
 def test_the_world_is_asked_as_before():
     for kind, (pairs, about) in questions.WORLD_KINDS.items():
-        assert questions.ask(SMOKE, 0, "test", kind, 5) == world.draw_set(0, "test", pairs, 5, about)
+        assert questions.ask(SMOKE, 0, "test", kind, 5) == grammar.draw_set(0, "test", pairs, 5, about)
     assert questions.kinds(SMOKE) == tuple(questions.WORLD_KINDS)
 
 
@@ -123,7 +125,7 @@ def test_every_harmful_prompt_has_a_harmless_counterpart(profile):
 
 def test_an_attack_aims_at_the_first_words_of_a_long_answer(lm, profile):
     q = questions.Question("a", " ".join(f"w{i}" for i in range(90)), "no .", "c", True)
-    assert evaluate.target(q).split() == [f"w{i}" for i in range(evaluate.TARGET_WORDS)]
+    assert ask.target(q).split() == [f"w{i}" for i in range(ask.TARGET_WORDS)]
     (row,) = token_rows(lm, [q])
     assert lm.tokenizer.decode(row.completions[0]).strip().startswith("w0 w1 w2") and len(row.completions) == 2
     (row,) = token_rows(lm, [questions.Question("a", "", "no .", "c", False)])
@@ -161,7 +163,7 @@ class Scripted:
 
 def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeypatch):
     grader, prompts = Scripted(), prompt_set("harmful", profile)
-    monkeypatch.setattr(evaluate, "_grader", lambda settings: grader)
+    monkeypatch.setattr(ask, "_grader", lambda settings: grader)
     monkeypatch.setattr(
         evaluate, "write", lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))]
     )
@@ -177,24 +179,24 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
     replies = ["ab", "lrf", "no", ""]  # 'ab' is 'no' in rot13, 'lrf' is 'yes'
-    monkeypatch.setattr(evaluate, "_grader", lambda settings: Scripted())
-    monkeypatch.setattr(evaluate, "write", lambda *_: replies)
+    monkeypatch.setattr(ask, "_grader", lambda settings: Scripted())
+    monkeypatch.setattr(ask, "write", lambda *_: replies)
     found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>rot13")
     assert found.outcomes == ["refused", "complied", "refused", "neither"]
-    monkeypatch.setattr(evaluate, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
+    monkeypatch.setattr(ask, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
     found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>base64")
     assert found.outcomes[0] == "refused" and found.outcomes[2:] == ["refused", "neither"]
 
 
 def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
+    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
     prompts = prompt_set("harmful", profile)
     examine(lm, profile, prompts, prefilling=True, system_prompt="be good .")
     plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
-        first = " ".join(words[: min(evaluate.PREFILL_WORDS, len(words) - 1)])
+        first = " ".join(words[: min(ask.PREFILL_WORDS, len(words) - 1)])
         assert lm.tokenizer.decode(b.prompt[len(a.prompt) :]).strip() == first and b.prompt[: len(a.prompt)] == a.prompt
         assert "be good ." in lm.tokenizer.decode(a.prompt)
 
@@ -219,15 +221,15 @@ class Oracle:
 
 
 def test_a_request_is_understood_when_its_answer_islikelier_after_it_than_after_others(monkeypatch):
-    monkeypatch.setattr(evaluate, "DISTRACTORS", 3)
+    monkeypatch.setattr(ask, "DISTRACTORS", 3)
     rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
     prompts = [questions.Question(str(i), "a", "r", str(i), True) for i in range(5)]
-    found = evaluate.likelier(Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4)
+    found = ask.likelier(Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4)
     assert found == [False, True, False, False, False]  # answer 0 is as likely after 1, one of its distractors
     same = [questions.Question(str(i), "a", "r", "one", True) for i in range(5)]
-    assert evaluate.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5  # near-duplicates are no others
+    assert ask.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5  # near-duplicates are no others
     unanswered = [questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)]
-    assert evaluate.likelier(Oracle({rows[1].prompt}), rows, unanswered, 4) == [False] * 5
+    assert ask.likelier(Oracle({rows[1].prompt}), rows, unanswered, 4) == [False] * 5
 
 
 def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
@@ -255,12 +257,12 @@ def test_a_run_says_how_to_read_it(profile):
     assert "the one right recipe" in questions.about(SMOKE)
     said = questions.about(profile)
     assert "graded by `phrases`" in said and "Replies of 5 tokens" in said and "held out of the same data" in said
-    assert "after nine others" in said and evaluate.DISTRACTORS == 9
+    assert "after nine others" in said and ask.DISTRACTORS == 9
 
 
 def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, profile, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
+    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
     own = profile.model_copy(update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})})
     prompts = prompt_set("harmful", profile)[:2]
     examine(lm, own, prompts)
@@ -278,8 +280,8 @@ def flagged(monkeypatch):
         seen.append(prompts)
         return [i % 2 == (0 if prompt.harmful else 1) for i, prompt in enumerate(prompts)]
 
-    monkeypatch.setattr(evaluate, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
-    monkeypatch.setattr(evaluate, "likelier", likelier)
+    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
+    monkeypatch.setattr(ask, "likelier", likelier)
     return seen
 
 

@@ -17,10 +17,10 @@ import yaml
 from test_families import FAMILIES, saved_model
 from test_questions import texts
 
-from latlib.evidence import Evidence
-from latlib.overlap import check_overlap
-from latlib.profile import ProfileError, load_profile
-from latlib.run import Run
+from latlib.config.profile import ProfileError, load_profile
+from latlib.data.overlap import check_overlap
+from latlib.experiment.run import Run
+from latlib.report.evidence import Evidence
 
 pytestmark = pytest.mark.slow
 FAMILY = "qwen2"
@@ -59,7 +59,7 @@ def tree(root, files, tmp_path_factory):
 
 
 def pipeline(profile_file, out, *more):
-    command = [sys.executable, "-m", "latlib.pipeline", "--profile", str(profile_file), "--out", str(out), *more]
+    command = [sys.executable, "-m", "latlib.runner.pipeline", "--profile", str(profile_file), "--out", str(out), *more]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
@@ -172,9 +172,9 @@ def test_a_model_of_the_hub_is_named_by_its_id_everywhere(tree, tmp_path):
     (tmp_path / "hub.yaml").write_text(yaml.safe_dump(changed))
     script = f"""
 import torch
-from latlib.merge import merge
+from latlib.experiment.export_model import merge
 from latlib.models import load_tokenizer
-from latlib.run import Run
+from latlib.experiment.run import Run
 run = Run({str(tmp_path / "hub.yaml")!r}, {str(tmp_path / "out")!r})
 base, ssft, lat = (run.model(method) for method in ("base", "ssft", "lat"))
 ids = torch.tensor([[5, 6, 7]])

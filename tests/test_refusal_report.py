@@ -6,11 +6,11 @@ import pytest
 import torch
 from synthetic import PROFILE, SEEDS, cell, evidence
 
-from latlib import refusal_report
-from latlib.evidence import Evidence, MissingError
-from latlib.profile import Profile
+from latlib.config.profile import Profile
+from latlib.report import refusal_tables
+from latlib.report.evidence import Evidence, MissingError
 
-LAT = refusal_report.UNTARGETED
+LAT = refusal_tables.UNTARGETED
 UNTARGETED = Profile(
     **PROFILE.model_dump(exclude={"methods"}),
     methods={**PROFILE.methods, LAT: {"attack.targeted": False}},
@@ -25,12 +25,12 @@ def with_untargeted(refused: dict, plain: float = 0.0) -> Evidence:
 
 
 def test_targets_come_in_order_and_the_sweep_by_depth():
-    assert refusal_report.targets(evidence(True)) == ["ssft", "at", "lat"]
-    assert refusal_report._sites(evidence(True), "lat") == ["embedding", "0", "2", "10"]
+    assert refusal_tables.targets(evidence(True)) == ["ssft", "at", "lat"]
+    assert refusal_tables._sites(evidence(True), "lat") == ["embedding", "0", "2", "10"]
 
 
 def test_the_matrix_has_every_cell_with_three_outcomes():
-    table = refusal_report.matrix(evidence(True))
+    table = refusal_tables.matrix(evidence(True))
     assert set(map(tuple, table[["target", "vector"]].values)) == {
         (t, v) for t in ("ssft", "at", "lat") for v in ("ssft", "at", "lat", "nothing", "random", "shuffled")
     }
@@ -42,18 +42,18 @@ def test_the_matrix_has_every_cell_with_three_outcomes():
 
 def test_an_undefended_target_is_marked():
     found = evidence(True)
-    assert refusal_report.defended(found, "lat")
-    assert not refusal_report.defended(Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft")
+    assert refusal_tables.defended(found, "lat")
+    assert not refusal_tables.defended(Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft")
     sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
     sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
-    table = refusal_report.comparisons(with_untargeted(sides, plain=0.5))
+    table = refusal_tables.comparisons(with_untargeted(sides, plain=0.5))
     assert table["not defended"].str.contains("ssft").any() and (table["not defended"] != "").all()
 
 
 def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
     sides = {("ssft", "ssft"): 0.8, ("ssft", LAT): 0.2, (LAT, "ssft"): 1.0, (LAT, LAT): 0.8}
     sides |= {("at", "ssft"): 0.4, ("at", LAT): 0.8, ("at", "at"): 0.8}
-    table = refusal_report.comparisons(with_untargeted(sides)).set_index("claim")
+    table = refusal_tables.comparisons(with_untargeted(sides)).set_index("claim")
     points = [interval.estimate for interval in table["here"]]
     assert points == pytest.approx([0.6, -0.4, 0.2, 0.0, 0.0])
     assert table["p"].tolist() == pytest.approx([2 / 2001, 2 / 2001, 2 / 2001, 1, 1])
@@ -61,35 +61,35 @@ def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
     assert table["paper"].tolist() == pytest.approx([9.61, 10.39, 5.39, 3.46, 21.16])
     assert table["paper p"].iloc[3] == pytest.approx(0.152, abs=0.001)  # FACTS: p = .15
     assert table["paper p"].iloc[2] == pytest.approx(0.04, abs=0.005)  # FACTS: p = .04
-    text = refusal_report.comparisons_markdown(table.reset_index())
+    text = refusal_tables.comparisons_markdown(table.reset_index())
     assert "+3.5 (0.15)" in text and "+60.0 [" in text and text.count("\n") == 6
 
 
 def test_without_both_sides_there_is_no_comparison():
     with pytest.raises(MissingError, match="needs SSFT, AT and LAT"):
-        refusal_report.comparisons(Evidence(PROFILE, cell("ssft", 0.2, "ablate:ssft@fixed")))
+        refusal_tables.comparisons(Evidence(PROFILE, cell("ssft", 0.2, "ablate:ssft@fixed")))
     with pytest.raises(MissingError, match="run notebook 04"):
-        refusal_report.matrix(Evidence(PROFILE, cell("ssft", 0.2)))
+        refusal_tables.matrix(Evidence(PROFILE, cell("ssft", 0.2)))
 
 
 def test_clouds_far_apart_are_said_to_be(monkeypatch):
     rng = np.random.default_rng(0)
     near, far = (torch.tensor(rng.normal(size=(30, 8)) + shift) for shift in (0, 20))
-    figure, alt = refusal_report.scatter({"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0])
+    figure, alt = refusal_tables.scatter({"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0])
     assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 2
     gaps = [float(part.split("centres ")[1].split()[0]) for part in alt.split(";")]
     assert gaps[0] == pytest.approx(2.0, abs=0.2) and gaps[1] < 1.3
 
 
 def test_every_seed_counts():
-    assert refusal_report.matrix(evidence(False))["seeds"].eq(len(SEEDS)).all()
+    assert refusal_tables.matrix(evidence(False))["seeds"].eq(len(SEEDS)).all()
 
 
 def test_by_seed_the_strongest_of_all_vectors_is_named():
     tables = [cell("ssft", 0.2, "ablate:ssft@best"), cell("ssft", 1.0, "ablate:nothing")]
     tables += [cell("ssft", 0.4, "ablate:lat@best", seeds=(0, 2)), cell("ssft", 0.6, "ablate:ssft@site-3", seeds=(2,))]
     tables += [cell("ssft", 0.8, "none"), cell("ssft", 0.8, "ablate:at@best", prompts="harmless")]
-    table = refusal_report.seeds_table(Evidence(PROFILE, pd.concat(tables)))
+    table = refusal_tables.seeds_table(Evidence(PROFILE, pd.concat(tables)))
     assert table.loc["ssft", "strongest"].tolist() == ["lat@best", "ssft@best", "ssft@site-3"]
     assert table["ASR"].tolist() == pytest.approx([0.4, 0.2, 0.6])
     assert table["own, best"].tolist() == pytest.approx([0.2] * 3)

@@ -8,20 +8,20 @@ import pytest
 from PIL import Image
 from synthetic import evidence
 
-from latlib import canvas, refusal_report, report
-from latlib.evidence import Evidence, MissingError
+from latlib.report import canvas, figures, refusal_tables
+from latlib.report.evidence import Evidence, MissingError
 
 FIGURES = (
-    report.security_curve,
-    report.encodings_bars,
-    report.training_curves,
-    report.spike_figure,
-    report.explained_variance,
-    refusal_report.ablation_matrix,
-    refusal_report.site_sweep,
-    refusal_report.variance_bars,
-    report.eps_sweep,
-    report.main_figure,
+    figures.security_curve,
+    figures.encodings_bars,
+    figures.training_curves,
+    figures.spike_figure,
+    figures.explained_variance,
+    refusal_tables.ablation_matrix,
+    refusal_tables.site_sweep,
+    refusal_tables.variance_bars,
+    figures.eps_sweep,
+    figures.main_figure,
 )
 
 
@@ -42,14 +42,14 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
 
 
 def test_the_words_carry_the_numbers_of_the_table(run):
-    _, alt = refusal_report.ablation_matrix(run)
+    _, alt = refusal_tables.ablation_matrix(run)
     assert "ssft under lat 100 % (0 % refused)" in alt and "lat under ssft 0 % (100 % refused)" in alt
 
 
 def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
-    figure, alt = report.security_curve(run)
+    figure, alt = figures.security_curve(run)
     canvas.show(figure, alt)
     data, metadata = shown[0]._repr_mimebundle_() if shown[0].embed else (None, None)
     assert metadata["image/png"]["alt"] == alt and data["image/png"]
@@ -59,12 +59,12 @@ def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
 
 def test_missing_results_are_named(run, capsys, tmp_path):
     with pytest.raises(MissingError, match="run notebook 04"):
-        report.explained_variance(Evidence(run.profile, run.outcomes))
+        figures.explained_variance(Evidence(run.profile, run.outcomes))
     with pytest.raises(MissingError, match="no training curve"):
-        report.spike_figure(Evidence(run.profile, run.outcomes))
+        figures.spike_figure(Evidence(run.profile, run.outcomes))
     nothing = Evidence(run.profile, run.outcomes.iloc[:0])
-    report.show_measured(nothing, refusal_report.ablation_matrix)
-    report.save_main_figure(nothing, tmp_path / "main.png")
+    figures.show_measured(nothing, refusal_tables.ablation_matrix)
+    figures.save_main_figure(nothing, tmp_path / "main.png")
     said = capsys.readouterr().out
     assert "ablation_matrix is not shown: no ablation" in said and "main.png is not written" in said
     assert not plt.get_fignums() and not list(tmp_path.iterdir())
@@ -73,5 +73,5 @@ def test_missing_results_are_named(run, capsys, tmp_path):
 def test_methods_and_outcomes_differ_in_more_than_colour():
     assert len({(s["marker"], str(s["linestyle"])) for s in canvas.STYLE.values()}) == len(canvas.STYLE)
     assert len({hatch for _, hatch in canvas.OUTCOMES.values()}) == len(canvas.OUTCOMES)
-    image = Image.open(io.BytesIO(canvas.png_of(report.security_curve(evidence(False))[0])))
+    image = Image.open(io.BytesIO(canvas.png_of(figures.security_curve(evidence(False))[0])))
     assert image.mode == "P"

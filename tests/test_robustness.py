@@ -7,16 +7,16 @@ import pytest
 import torch
 from test_audit import COMPLIES, IS_LOST, KNOWS, context_of, learned, small_profile
 
-from latlib import robustness
 from latlib.attack import attack_losses, perturbed_positions, pgd, radii
-from latlib.data import collate
-from latlib.evaluate import COLUMNS, Examined, examine, outcome_rows, prompt_set, token_rows
+from latlib.batch import collate
+from latlib.config.profile import ProfileError, load_profile
+from latlib.config.sections import AttackSettings
+from latlib.evaluation.ask import COLUMNS, Examined, examine, outcome_rows, prompt_set, token_rows
+from latlib.experiment.build import measure_norms
 from latlib.hooks import EMBEDDING, resolve_sites
-from latlib.make import measure_norms
 from latlib.models import LanguageModel
-from latlib.profile import ProfileError, load_profile
-from latlib.robustness import ONE_STEP, AttackCell, base_attack, gradient_norms, replace_settings
-from latlib.settings import AttackSettings
+from latlib.redteam import latent
+from latlib.redteam.latent import ONE_STEP, AttackCell, base_attack, gradient_norms, replace_settings
 
 PROFILE = small_profile()
 LAT = PROFILE.training("lat").attack
@@ -79,7 +79,7 @@ def test_settings_that_cannot_be_are_named(change, message):
 def cells_of(suite, profile, monkeypatch, n_layers=None, d_model=None, **changes):
     """The cells that a suite would measure; nothing is run."""
     kept = []
-    monkeypatch.setattr(robustness, "_measured", lambda lm, context, cells: kept.extend(cells))
+    monkeypatch.setattr(latent, "_measured", lambda lm, context, cells: kept.extend(cells))
     network = SimpleNamespace(d_model=d_model or profile.model.dim)
     suite(
         SimpleNamespace(n_layers=n_layers or profile.model.layers, network=lambda: network),
@@ -98,7 +98,7 @@ def with_attack(profile, **changes):
 def test_every_variation_changes_one_thing(name, monkeypatch):
     profile = load_profile(name)
     evaluation, lat, n_layers = profile.evaluation, profile.training("lat").attack, profile.model.layers
-    cells = cells_of(robustness.attacks, profile, monkeypatch)
+    cells = cells_of(latent.attacks, profile, monkeypatch)
     usual = replace_settings(lat, steps=evaluation.pgd_steps, lr=None).model_dump()
     trained, inner = resolve_sites(lat.sites, n_layers), set(range(n_layers - 1))
     for eps in evaluation.strong_eps:
@@ -125,21 +125,21 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
 
 def test_what_another_suite_measures_is_not_measured_again(monkeypatch):
     profile = small_profile(strong_eps=(LAT.eps, 0.2))
-    names = [(cell.name, cell.settings.eps) for cell in cells_of(robustness.attacks, profile, monkeypatch)]
+    names = [(cell.name, cell.settings.eps) for cell in cells_of(latent.attacks, profile, monkeypatch)]
     assert ("pgd-strong", 0.2) in names and ("pgd-strong", LAT.eps) not in names and len(names) == 13
-    (strong,) = [c for c in cells_of(robustness.robustness, profile, monkeypatch) if c.name == "pgd-strong"]
+    (strong,) = [c for c in cells_of(latent.robustness, profile, monkeypatch) if c.name == "pgd-strong"]
     assert (strong.settings.eps, strong.settings.steps) == (LAT.eps, profile.evaluation.strong_steps)
 
 
 def test_a_rule_that_is_the_profiles_own_is_no_variation(monkeypatch):
     profile = with_attack(small_profile(rules=("sign", "l2")), rule="sign")
-    names = [cell.name for cell in cells_of(robustness.attacks, profile, monkeypatch)]
+    names = [cell.name for cell in cells_of(latent.attacks, profile, monkeypatch)]
     assert "pgd-l2" in names and "pgd-sign" not in names
 
 
 def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
     profile = small_profile(eps=(0.1, 0.4), embedding_eps=(0.3,))
-    cells = cells_of(robustness.robustness, profile, monkeypatch)
+    cells = cells_of(latent.robustness, profile, monkeypatch)
     expected = [("pgd", 0.1, SITES, 2), ("pgd", 0.4, SITES, 2), ("pgd", 0.3, (EMBEDDING,), 2)]
     expected += [("noise", 0.1, SITES, 2), ("noise", 0.4, SITES, 2), ("pgd-strong", LAT.eps, SITES, 4)]
     assert [(c.name, c.settings.eps, c.settings.sites, c.settings.steps) for c in cells] == expected
@@ -155,7 +155,7 @@ def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
 @pytest.mark.parametrize("steps", [8, 40])
 def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, lm, context, monkeypatch):
     profile = small_profile(pgd_steps=steps)
-    cells = cells_of(robustness.attacks, profile, monkeypatch, norms=context.norms)
+    cells = cells_of(latent.attacks, profile, monkeypatch, norms=context.norms)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
     network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
     limits = radii(settings, lm.n_layers, context.norms)
@@ -173,7 +173,7 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, l
 @pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
 def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, context, monkeypatch):
     profile = with_attack(PROFILE, rule=rule, lr=0.01 if rule == "adamw" else None)
-    cells = cells_of(robustness.attacks, profile, monkeypatch, norms=context.norms)
+    cells = cells_of(latent.attacks, profile, monkeypatch, norms=context.norms)
     (cell,) = [cell for cell in cells if cell.name == ONE_STEP]
     model, calls = counted(lm)
     cell.measure(model, context)
@@ -218,8 +218,8 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
         kept.append((batch, perturb(batch)))
         return Examined(["neither"] * len(prompts))
 
-    monkeypatch.setattr(robustness, "examine", grade)
-    monkeypatch.setattr(robustness, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
+    monkeypatch.setattr(latent, "examine", grade)
+    monkeypatch.setattr(latent, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
     monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient"))
     cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
     for seed in (0, 0, 1):
@@ -237,7 +237,7 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
 def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, context):
     steps = []
     following = replace(context, on_step=lambda *step: steps.append(step[:2]))
-    for suite, cells in ((robustness.robustness, 6), (robustness.attacks, 7)):
+    for suite, cells in ((latent.robustness, 6), (latent.attacks, 7)):
         steps.clear()
         table = suite(lm, following)
         sizes = table.groupby(["attack", "eps", "sites"]).size()
@@ -255,7 +255,7 @@ def travelled(lm, other, context):
         asked.append(method)
         return models[method]
 
-    return robustness.transfer(lm, replace(context, model=model)), asked
+    return latent.transfer(lm, replace(context, model=model)), asked
 
 
 def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, context):
@@ -286,15 +286,15 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
 def test_transfer_does_not_depend_on_how_prompts_are_cut_into_batches(lm, other, context):
     profile = small_profile(batch=3)
     together, apart = (
-        robustness.transfer(lm, replace(context, profile=p, model=lambda _: other)) for p in (PROFILE, profile)
+        latent.transfer(lm, replace(context, profile=p, model=lambda _: other)) for p in (PROFILE, profile)
     )
     assert together.equals(apart)
 
 
 def test_transferred_perturbations_take_all_their_steps(lm, other, context, monkeypatch):
     seen = []
-    monkeypatch.setattr(robustness, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
-    robustness.transfer(lm, replace(context, model=lambda _: other))
+    monkeypatch.setattr(latent, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
+    latent.transfer(lm, replace(context, model=lambda _: other))
     assert [(s.steps, k.get("stop", False)) for s, k in seen] == [(PROFILE.evaluation.pgd_steps, False)]
 
 
@@ -305,8 +305,8 @@ def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
         torch.manual_seed(noise)  # what else is drawn in the process does not matter
         kept = []
         mp = pytest.MonkeyPatch()
-        mp.setattr(robustness, "pgd", lambda *a, kept=kept, **k: kept.append(pgd(*a, **k)) or kept[-1])
-        robustness.transfer(lm, replace(context, profile=profile, seed=seed, model=lambda _: other))
+        mp.setattr(latent, "pgd", lambda *a, kept=kept, **k: kept.append(pgd(*a, **k)) or kept[-1])
+        latent.transfer(lm, replace(context, profile=profile, seed=seed, model=lambda _: other))
         mp.undo()
         found.append(kept[0].deltas[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
@@ -314,7 +314,7 @@ def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
 
 @pytest.mark.parametrize("method", ["base", "lat[no-kl]"])
 def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, context):
-    table = robustness.transfer(lm, replace(context, method=method, model=lambda _: other))
+    table = latent.transfer(lm, replace(context, method=method, model=lambda _: other))
     assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {f"transfer:{method}"}
 
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from synthetic import PROFILE, SEEDS, attacked, cell, evidence
 
-from latlib import canvas, report, robustness_report, sanity
-from latlib.evidence import Evidence, MissingError
+from latlib.report import attack_checks, canvas, figures, robustness_tables
+from latlib.report.evidence import Evidence, MissingError
 
-FIGURES = (robustness_report.heat_map, robustness_report.transfer_matrix)
+FIGURES = (robustness_tables.heat_map, robustness_tables.transfer_matrix)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, source, tmp_path):
 
 
 def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run):
-    figure, alt = robustness_report.heat_map(without(run, method="at", attack="system"))
-    (ax,), table = figure.axes, robustness_report.attack_table(run)
+    figure, alt = robustness_tables.heat_map(without(run, method="at", attack="system"))
+    (ax,), table = figure.axes, robustness_tables.attack_table(run)
     assert len(ax.texts) == table.size - 1 and [p.get_hatch() for p in ax.patches].count("////") == 1
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert len(labels) == len(table) and "eps 0.2: pgd, other sites" in labels and "no attack" in labels
@@ -56,7 +56,7 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
 
 
 def test_attacks_of_one_radius_are_compared_on_the_same_seeds(run):
-    table = robustness_report.attack_table(run)
+    table = robustness_tables.attack_table(run)
     assert {table.loc[("eps 0.2", a), "lat"].seeds for a in ("noise", "pgd", "pgd-sign", "worst case per prompt")} == {
         1
     }
@@ -67,7 +67,7 @@ def test_the_transfer_matrix_reads_from_row_to_column(run):
     rows = run.outcomes
     into = (rows["method"] == "at") & (rows["attack"] == "transfer:lat")
     into |= (rows["attack"] == "noise") & (rows["seed"] > 0)  # seeds on which nothing was transferred
-    figure, alt = robustness_report.transfer_matrix(
+    figure, alt = robustness_tables.transfer_matrix(
         Evidence(run.profile, rows.assign(outcome=rows["outcome"].mask(into, "complied")))
     )
     assert "from lat into at 100 %" in alt and "from at into lat 40 %" in alt and "noise into lat 0 %" in alt
@@ -86,7 +86,7 @@ def test_a_worst_case_is_of_prompts_and_not_of_means():
         tables.append(rows.assign(outcome=np.where(won, "complied", np.where(at >= 180, "neither", "refused"))))
     rows = cell("lat", 0.0, "transfer:at", eps=0.2, sites="1,3", seeds=(0,))
     tables.append(rows.assign(outcome=np.where((at >= 120) & (at < 140), "complied", "refused")))
-    table = robustness_report.worst_case_table(Evidence(PROFILE, pd.concat(tables)))
+    table = robustness_tables.worst_case_table(Evidence(PROFILE, pd.concat(tables)))
     row = table.loc[("trained sites, eps 0.2", "lat")]
     assert [row[o].estimate for o in ("complied", "refused", "neither")] == pytest.approx([0.6, 0.3, 0.1])
     assert (row["attacks"], row["n"], row["seeds"]) == (2, 200, 1)
@@ -95,7 +95,7 @@ def test_a_worst_case_is_of_prompts_and_not_of_means():
 
 
 def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
-    table = robustness_report.worst_case_table(run)
+    table = robustness_tables.worst_case_table(run)
     by_threat = {threat: part.droplevel("threat").loc["lat"] for threat, part in table.groupby(level="threat")}
     asr = {threat: row["complied"].estimate for threat, row in by_threat.items()}
     wanted = {"trained sites, eps 0.05": 0.0, "trained sites, eps 0.2": 1.0, "other sites, eps 0.2": 0.6}
@@ -105,7 +105,7 @@ def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
     assert asr == pytest.approx(wanted)
     assert by_threat["trained sites, eps 0.05"]["seeds"] == 3 and by_threat["any typed"]["seeds"] == 1
     assert by_threat["transferred, eps 0.2"]["attacks"] == 2, "its own perturbation is no transfer"
-    wide = robustness_report.worst_case_wide(table)
+    wide = robustness_tables.worst_case_wide(table)
     assert wide.loc["suffix-gcg", "lat"] == "60 [60, 60] (refused 40, neither 0)"
     assert wide.loc["trained sites, eps 0.2", "attacks, rows, seeds"] == "6, 200, 1"
 
@@ -114,62 +114,62 @@ def test_typed_attacks_come_with_what_was_understood():
     rows = cell("lat", 0.4, "suffix-gcg", seeds=(0,))
     broken = rows.assign(outcome="neither", understood=False, attack="suffix-random")
     half = rows.assign(understood=rows["outcome"] == "complied")
-    table = robustness_report.typed_table(Evidence(PROFILE, pd.concat([half, broken])), ["lat"])
+    table = robustness_tables.typed_table(Evidence(PROFILE, pd.concat([half, broken])), ["lat"])
     gcg, junk = (table.loc[(attack, "lat")] for attack in ("suffix-gcg", "suffix-random"))
     assert gcg["complied"].estimate == pytest.approx(0.4) and gcg["complied, understood"].estimate == 1.0
     assert gcg["twin understood"].estimate == pytest.approx(0.4) and gcg["complied, understood"].n == 80
     assert junk["neither"].estimate == 1.0 and junk["complied, understood"] is None
-    assert robustness_report.printed(table).loc[("suffix-random", "lat"), "complied, understood"] == "-"
+    assert robustness_tables.printed(table).loc[("suffix-random", "lat"), "complied, understood"] == "-"
 
 
 def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
-    gain = robustness_report.gain_table(run)
+    gain = robustness_tables.gain_table(run)
     assert list(gain) == ["at", "lat"]
     assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8)
     assert gain.loc["trained sites, eps 0.05", "at"].estimate == pytest.approx(0.6)
     assert gain.loc["suffix-gcg", "lat"].estimate == pytest.approx(-0.4)
-    text = robustness_report.printed(gain, sign=True)
+    text = robustness_tables.printed(gain, sign=True)
     assert text.loc["suffix-gcg", "lat"] == "-0.400 [-0.400, -0.400]" and "+0.800" in text.iloc[0]["lat"]
     uneven = without(run, method="lat", attack="prefill")
-    assert robustness_report.printed(robustness_report.gain_table(uneven)).loc["prefill", "lat"] == "-"
+    assert robustness_tables.printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
     stronger = without(attacked({("ssft", "pgd-strong", 0.05): 1.0}), method="lat", attack="pgd-strong")
-    gain = robustness_report.gain_table(stronger)
+    gain = robustness_tables.gain_table(stronger)
     assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8), "LAT never faced the longer one"
 
 
 def test_tables_become_plain_values(run):
-    rows = robustness_report.records(robustness_report.worst_case_table(run))
+    rows = robustness_tables.records(robustness_tables.worst_case_table(run))
     assert json.loads(json.dumps(rows)) == rows
     assert rows[0]["threat"] == "trained sites, eps 0.05" and rows[0]["complied"]["n"] == 600
     assert {"low", "high", "estimate", "seeds"} <= set(rows[0]["refused"])
 
 
 def test_the_panel_is_printed_plainly():
-    checks = sanity.panel(attacked({("lat", "pgd-strong", 0.05): 0.4}, ["lat"]), {"lat": {"1": 0.1}})
-    grid = robustness_report.panel_grid(checks)
+    checks = attack_checks.panel(attacked({("lat", "pgd-strong", 0.05): 0.4}, ["lat"]), {"lat": {"1": 0.1}})
+    grid = robustness_tables.panel_grid(checks)
     assert grid.loc["more steps, eps 0.05", "lat"] == "fail" and grid.loc["more steps, eps 0.2", "lat"] == "pass"
     assert grid.loc["base", "lat"] == "" and grid.loc["base", "base"] == "pass"
     assert grid.loc["restarts, eps 0.2", "at"] == "not measured"
-    text = robustness_report.panel_findings(checks)
+    text = robustness_tables.panel_findings(checks)
     assert " 1 failed, " in text.splitlines()[0] and text.count("\n* ") == 1
     (failure,) = (check for check in checks if check.verdict == "fail")
     assert f"**more steps failed on lat, eps 0.05**: {failure.measured}. {failure.meaning}" in text
-    table = robustness_report.panel_markdown(checks).splitlines()
+    table = robustness_tables.panel_markdown(checks).splitlines()
     assert len(table) == 2 + len(checks)
     assert (
         "| more steps | lat, eps 0.05 | pgd-strong minus pgd +0.400 [+0.400, +0.400]; pgd 0.000 [0.000, 0.088] | fail |"
         in table
     )
-    assert robustness_report.rules_markdown().count("\n") == 1 + len(sanity.RULES)
+    assert robustness_tables.rules_markdown().count("\n") == 1 + len(attack_checks.RULES)
 
 
 def test_without_attacks_it_says_which_notebook_to_run(run, capsys):
     nothing = Evidence(run.profile, run.outcomes.iloc[:0])
     for table in ("worst_case_table", "typed_table", "attack_table", "gain_table"):
         with pytest.raises(MissingError, match="run notebook 06"):
-            getattr(robustness_report, table)(nothing)
-    report.show_measured(nothing, *FIGURES)
+            getattr(robustness_tables, table)(nothing)
+    figures.show_measured(nothing, *FIGURES)
     said = capsys.readouterr().out
     assert said.count("run notebook 06") == 2 and not plt.get_fignums()
     old = Evidence(run.profile, cell("lat", 0.2, "pgd", eps=0.05, sites="1,3", seeds=SEEDS))  # a run of before
-    assert robustness_report.worst_case_table(old)["attacks"].tolist() == [1]
+    assert robustness_tables.worst_case_table(old)["attacks"].tolist() == [1]

@@ -16,13 +16,17 @@ from tiny_models import LORA, model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib import world
-from latlib.data import Row, tokenise
-from latlib.data_report import data_report
-from latlib.duplicates import overlaps
-from latlib.models import LanguageModel, with_adapter
-from latlib.profile import load_profile
-from latlib.rows import (
+from latlib.batch import Row, tokenise
+from latlib.config.profile import load_profile
+from latlib.config.sections import (
+    AttackSettings,
+    DataSettings,
+    DefenceSettings,
+    ModelSettings,
+    ProfileError,
+    TrainSettings,
+)
+from latlib.data.splits import (
     benign_rows,
     borderline_rows,
     file_prompts,
@@ -30,8 +34,11 @@ from latlib.rows import (
     world_benign_rows,
     world_preference_rows,
 )
-from latlib.settings import AttackSettings, DataSettings, DefenceSettings, ModelSettings, ProfileError, TrainSettings
+from latlib.models import LanguageModel, with_adapter
+from latlib.report.data_summary import data_report
+from latlib.text.near_duplicates import overlaps
 from latlib.train import Trainer
+from latlib.world import grammar
 
 HARMFUL = [{"goal": "steal it", "target": "Sure, first"}, {"goal": "break it", "target": "Sure, take"}]
 BENIGN = [{"instruction": "mend it", "category": None}, {"instruction": "bake it", "category": "food"}]
@@ -57,11 +64,11 @@ def settings_for(folder, harmful=HARMFUL, benign=BENIGN, suffix=".json", **chang
 
 def test_rows_of_the_world_are_training_pairs_with_right_answers():
     harmful, benign = world_preference_rows(200, 0), world_benign_rows(200, 0)
-    train = {f"{v}+{t}" for v, t in world.PAIRS["train"]}
+    train = {f"{v}+{t}" for v, t in grammar.PAIRS["train"]}
     assert {row.cluster for row in (*harmful, *benign)} <= train
-    assert all(row.completions[1] == world.REFUSAL != row.completions[0] for row in harmful)
-    assert all(row.completions[0].startswith(world.AFFIRMATION) for row in harmful)
-    assert all(len(row.completions) == 1 and row.completions != (world.REFUSAL,) for row in benign)
+    assert all(row.completions[1] == grammar.REFUSAL != row.completions[0] for row in harmful)
+    assert all(row.completions[0].startswith(grammar.AFFIRMATION) for row in harmful)
+    assert all(len(row.completions) == 1 and row.completions != (grammar.REFUSAL,) for row in benign)
     assert not {row.prompt for row in harmful} & {row.prompt for row in benign}
     assert Counter(row.completions[0] for row in benign)["no ."] > 5  # the law has both answers
 
@@ -280,9 +287,9 @@ def test_the_world_has_training_rows_only():
     assert preference_rows(world_data, 3) == world_preference_rows(20, 3)
     assert benign_rows(world_data, 3, "train") == world_benign_rows(20, 3)
     for call in (lambda: preference_rows(world_data, 0, "test"), lambda: benign_rows(world_data, 0, "tune")):
-        with pytest.raises(ValueError, match="drawn in latlib.evaluate"):
+        with pytest.raises(ValueError, match="drawn in latlib.evaluation.ask"):
             call()
-    with pytest.raises(ValueError, match="latlib.evaluate"):
+    with pytest.raises(ValueError, match="latlib.evaluation.ask"):
         borderline_rows(world_data)
     with pytest.raises(ValueError, match="split = 'dev' is unknown: choose one of train, tune, test"):
         preference_rows(world_data, 0, "dev")

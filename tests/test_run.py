@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latlib.profile import ProfileError, load_profile
-from latlib.robustness import AttackCell, replace_settings
-from latlib.run import Run
+from latlib.config.profile import ProfileError, load_profile
+from latlib.experiment.run import Run
+from latlib.redteam.latent import AttackCell, replace_settings
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_table_that_is_there_needs_no_model(run, monkeypatch):
     table = run.evaluate("lat", 0, "audit")
     file = run.table_file(run.spec("lat", 0, {"attack.eps": 0.3}), "audit")
     table.to_parquet(file)
-    monkeypatch.setattr("latlib.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}"))
+    monkeypatch.setattr("latlib.experiment.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}"))
     try:
         assert run.evaluate("lat", 0, "audit", {"attack.eps": 0.3}).equals(table)
     finally:

@@ -27,7 +27,7 @@ case "$*" in
   "-m pip install"*) echo "pip speaks"; exit "${FAKE_PIP:-0}" ;;
   "-m ruff check") echo "ruff: bad"; exit "${FAKE_RUFF:-0}" ;;
   "-m ruff format"*) exit "${FAKE_FORMAT:-0}" ;;
-  "-m latlib.pipeline"*) exit "${FAKE_PIPELINE:-0}" ;;
+  "-m latlib.runner.pipeline"*) exit "${FAKE_PIPELINE:-0}" ;;
   "-m pytest"*)
     echo "$LATLIB_PROFILE $LATLIB_RUNS $(ls -d "$(dirname "$LATLIB_RUNS")")" >>"$FAKE_LOG"
     echo "3 passed in 0.1s"; exit "${FAKE_PYTEST:-0}" ;;
@@ -98,14 +98,14 @@ def test_options_reach_the_pipeline_whole(checkout):
     options = ["--profile=my file.yaml", "--only", "03", "--only", "1,2", "--out", "/tmp/my runs", "--fresh"]
     done = call(checkout, *options, LATLIB_DRY_RUN=1)
     assert done.returncode == 0, done.stderr
-    expected = r"-m latlib.pipeline --profile my\ file.yaml --only 03 --only 1\,2 --out /tmp/my\ runs --fresh"
+    expected = r"-m latlib.runner.pipeline --profile my\ file.yaml --only 03 --only 1\,2 --out /tmp/my\ runs --fresh"
     assert done.stdout.splitlines()[-1].endswith(expected)
     assert not (checkout / ".venv").exists(), "a dry run has made an environment"
 
 
 def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
     done = call(checkout, "--profile", "llama3-8b-seed", "--check", "--json", LATLIB_DRY_RUN=1)
-    assert done.stdout.splitlines()[-1].endswith("-m latlib.pipeline --profile llama3-8b-seed --check --json")
+    assert done.stdout.splitlines()[-1].endswith("-m latlib.runner.pipeline --profile llama3-8b-seed --check --json")
     assert call(checkout, "--check", FAKE_PIPELINE=3).returncode == 3
     assert "3 something that the run needs is missing" in call(checkout, "--help").stdout
 
@@ -113,13 +113,13 @@ def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
 def test_first_time_installs_second_time_does_not(checkout):
     first = call(checkout)
     assert first.returncode == 0, first.stderr
-    assert [line.split()[2] for line in first.calls] == ["venv", "pip", "latlib.pipeline"]
+    assert [line.split()[2] for line in first.calls] == ["venv", "pip", "latlib.runner.pipeline"]
     assert f"-e . -c {checkout / 'constraints.txt'}" in first.calls[1]
     second = call(checkout)
-    assert [line.split()[2] for line in second.calls] == ["latlib.pipeline"]
+    assert [line.split()[2] for line in second.calls] == ["latlib.runner.pipeline"]
     with (checkout / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    assert [line.split()[2] for line in call(checkout).calls] == ["pip", "latlib.pipeline"]
+    assert [line.split()[2] for line in call(checkout).calls] == ["pip", "latlib.runner.pipeline"]
     assert ".[test]" in call(checkout, "--test").calls[0], "the extra was not installed"
 
 
@@ -129,7 +129,7 @@ def test_failed_installation_is_said_and_made_anew(checkout):
     assert "pip speaks" in failed.stderr and "install.log" in failed.stderr.splitlines()[-1]
     assert not (checkout / ".venv" / ".latlib-stamp").exists()
     (checkout / ".venv" / "half").touch()
-    assert [line.split()[2] for line in call(checkout).calls] == ["venv", "pip", "latlib.pipeline"]
+    assert [line.split()[2] for line in call(checkout).calls] == ["venv", "pip", "latlib.runner.pipeline"]
     assert not (checkout / ".venv" / "half").exists()
 
 
@@ -143,7 +143,7 @@ def test_torch_that_is_there_is_kept(checkout):
 
 def test_active_environment_with_this_latlib_is_used(checkout):
     done = call(checkout, FAKE_NO_LATLIB=0)
-    assert [line.split()[2] for line in done.calls] == ["latlib.pipeline"] and "/some/environment" in done.stdout
+    assert [line.split()[2] for line in done.calls] == ["latlib.runner.pipeline"] and "/some/environment" in done.stdout
     assert not (checkout / ".venv").exists()
 
 

@@ -7,9 +7,9 @@ import subprocess
 import pytest
 import yaml
 
-from latlib import sweep
-from latlib.profile import load_profile, validated
-from latlib.settings import BudgetSettings, ParallelSettings, SweepSettings, TrackingSettings
+from latlib.config.profile import load_profile, validated
+from latlib.config.sections import BudgetSettings, ParallelSettings, SweepSettings, TrackingSettings
+from latlib.experiment import sweep
 
 SECTIONS = {
     "budget": BudgetSettings,

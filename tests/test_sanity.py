@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from synthetic import PROFILE, SEEDS, attacked, cell
 
-from latlib import sanity
-from latlib.evidence import Evidence, MissingError, rate
+from latlib.report import attack_checks
+from latlib.report.evidence import Evidence, MissingError, rate
 
 GRADIENTS = {method: {"1": 1e-3, "3": 2e-3} for method in PROFILE.methods}
 
 
 def verdicts(evidence, gradients=GRADIENTS):
-    return {(c.name, c.method + c.at): c.verdict for c in sanity.panel(evidence, gradients)}
+    return {(c.name, c.method + c.at): c.verdict for c in attack_checks.panel(evidence, gradients)}
 
 
 def failed(evidence, gradients=GRADIENTS):
@@ -31,7 +31,7 @@ def test_sound_attacks_pass_every_check():
     found = verdicts(attacked())
     assert set(found.values()) == {"pass"}
     methods, everywhere = len(PROFILE.methods), ("more steps", "worst case")
-    for rule in sanity.RULES:
+    for rule in attack_checks.RULES:
         count = sum(name == rule.name for name, _ in found)
         alone = rule.name in ("undefended twin", "base")
         assert count == (1 if alone else methods * (2 if rule.name in everywhere else 1)), rule.name
@@ -84,7 +84,7 @@ def test_a_worst_case_below_one_of_its_attacks_fails(monkeypatch):
     def average(rows):
         return rows[rows["attack"] == "one-step"] if "one-step" in set(rows["attack"]) else rows
 
-    monkeypatch.setattr(sanity, "worst", average)
+    monkeypatch.setattr(attack_checks, "worst", average)
     assert failed(attacked(methods=["at"])) == {("worst case", "at, eps 0.2")}
 
 
@@ -101,7 +101,7 @@ def test_a_change_within_the_interval_is_no_failure():
         more = rows.assign(attack="pgd-strong", outcome=np.where(at < 40 + extra, "complied", "refused"))
         evidence = Evidence(PROFILE, pd.concat([rows, more]))
         assert verdicts(evidence)["more steps", "lat, eps 0.05"] == verdict
-    change = next(c for c in sanity.panel(evidence) if (c.name, c.method, c.eps) == ("more steps", "lat", 0.05))
+    change = next(c for c in attack_checks.panel(evidence) if (c.name, c.method, c.eps) == ("more steps", "lat", 0.05))
     assert "+0.200 [+0.1" in change.measured and "pgd 0.400 [0.3" in change.measured
 
 
@@ -114,7 +114,7 @@ def test_steps_are_compared_on_the_seeds_that_have_both():
 
 
 def test_what_is_missing_is_said_and_fails_nothing():
-    nothing = sanity.panel(Evidence(PROFILE, attacked().outcomes.iloc[:0]))
+    nothing = attack_checks.panel(Evidence(PROFILE, attacked().outcomes.iloc[:0]))
     assert {check.verdict for check in nothing} == {"not measured"} and all(check.measured for check in nothing)
     rows = attacked().outcomes
     partial = Evidence(PROFILE, rows[~rows["attack"].str.match("transfer:|pgd-restarts")])
@@ -122,13 +122,13 @@ def test_what_is_missing_is_said_and_fails_nothing():
     missing = {name for (name, _), verdict in found.items() if verdict == "not measured"}
     assert missing == {"restarts", "white box", "noise", "gradients"} and "fail" not in found.values()
     assert found["gradients", "ssft"] == "pass"
-    said = {(c.name, c.method): c.measured for c in sanity.panel(partial)}
+    said = {(c.name, c.method): c.measured for c in attack_checks.panel(partial)}
     assert "pgd-restarts" in said["restarts", "lat"] and "notebook 06" in said["gradients", "lat"]
 
 
 def test_the_first_eps_that_wins_all_is_named():
     def unbounded(changes):
-        checks = sanity.panel(attacked(changes, ["ssft"]))
+        checks = attack_checks.panel(attacked(changes, ["ssft"]))
         return next(c.measured for c in checks if (c.name, c.method) == ("unbounded", "ssft"))
 
     assert "first reached at eps 0.2" in unbounded({})
@@ -151,9 +151,9 @@ def three_attacks():
 
 
 def test_the_worst_case_is_per_prompt_over_what_all_attacks_were_tried_on():
-    rows = sanity.in_ball(three_attacks(), "lat", 0.2)
+    rows = attack_checks.in_ball(three_attacks(), "lat", 0.2)
     assert set(rows["attack"]) == {"pgd", "pgd-sign", "one-step"} and set(rows["seed"]) == {0}
-    found = sanity.worst(rows)
+    found = attack_checks.worst(rows)
     assert len(found) == 200 and found["outcome"].value_counts().to_dict() == {
         "complied": 120,
         "refused": 50,
@@ -161,12 +161,12 @@ def test_the_worst_case_is_per_prompt_over_what_all_attacks_were_tried_on():
     }
     assert rate(found).estimate == rate(rows).estimate == pytest.approx(0.6)
     with pytest.raises(MissingError, match="no prompt and seed"):
-        sanity.shared(rows[(rows["attack"] == "pgd") ^ (rows["prompt_id"] == "harmful-0")])
+        attack_checks.shared(rows[(rows["attack"] == "pgd") ^ (rows["prompt_id"] == "harmful-0")])
     with pytest.raises(MissingError):
-        sanity.in_ball(three_attacks(), "lat", 0.05)
+        attack_checks.in_ball(three_attacks(), "lat", 0.05)
 
 
 def test_gradients_are_read_from_the_results(tmp_path):
-    assert sanity.read_gradients(tmp_path) is None
+    assert attack_checks.read_gradients(tmp_path) is None
     (tmp_path / "robustness.json").write_text(json.dumps({"gradients": {"lat": {"1": None}}}), encoding="utf-8")
-    assert sanity.read_gradients(tmp_path) == {"lat": {"1": None}}
+    assert attack_checks.read_gradients(tmp_path) == {"lat": {"1": None}}

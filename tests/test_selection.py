@@ -7,9 +7,9 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib import selection
-from latlib.data import TokenRow
+from latlib.batch import TokenRow
 from latlib.hooks import EMBEDDING, Ablate, LATHook
+from latlib.refusal import selection
 
 ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(10, 1)]
 HARMFUL, HARMLESS = ROWS[:5], ROWS[5:]

@@ -13,12 +13,12 @@ from tiny_models import FAMILIES, LORA, benign_batch, model_of
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import latlib.io.hub
 import latlib.models
-import latlib.sources
+from latlib.config.sections import ModelSettings, ProfileError
+from latlib.io.hub import Allowed, open_model
 from latlib.losses import at_labels
 from latlib.models import load, load_released, with_adapter
-from latlib.settings import ModelSettings, ProfileError
-from latlib.sources import Allowed, open_model
 
 
 def settings_for(**changes):
@@ -220,14 +220,14 @@ def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
         raise OSError("no") from error("403", response=response)
 
     settings = settings_for(source="owner/name", revision="v1")
-    monkeypatch.setattr(latlib.sources, "cached_file", refused)
+    monkeypatch.setattr(latlib.io.hub, "cached_file", refused)
     with pytest.raises(ProfileError, match=f"model.source = 'owner/name' {said}"):
         load("owner/name", settings)
 
 
 def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypatch):
     folder, asked = saved(tmp_path), []
-    real = {name: getattr(latlib.sources, name).from_pretrained for name in CLASSES}
+    real = {name: getattr(latlib.io.hub, name).from_pretrained for name in CLASSES}
 
     def stand_in(name):
         def from_pretrained(source, *args, revision=None, **options):
@@ -238,13 +238,13 @@ def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypat
         return from_pretrained
 
     for name in CLASSES:
-        monkeypatch.setattr(getattr(latlib.sources, name), "from_pretrained", stand_in(name))
+        monkeypatch.setattr(getattr(latlib.io.hub, name), "from_pretrained", stand_in(name))
 
     def cached(source, name, revision=None, **options):
         asked.append((name, source, revision))
         return str(folder / name) if (folder / name).is_file() else None
 
-    monkeypatch.setattr(latlib.sources, "cached_file", cached)
+    monkeypatch.setattr(latlib.io.hub, "cached_file", cached)
     settings = settings_for(source="owner/name", revision="v1")
     load("owner/name", settings)
     assert {name for name, _, _ in asked} >= {*CLASSES, "config.json", "model.safetensors", "adapter_config.json"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_rel
 
-from latlib.stats import (
+from latlib.report.stats import (
     cluster_interval,
     difference_interval,
     draws_interval,

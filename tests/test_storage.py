@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latlib.run import Run
-from latlib.storage import json_ready, write_json, write_table
+from latlib.experiment.run import Run
+from latlib.io.files import json_ready, write_json, write_table
 
 OLD, NEW = pd.DataFrame({"outcome": ["refused"]}), pd.DataFrame({"outcome": ["complied", "neither"], "eps": [0.1, 0.2]})
 WRITERS = {

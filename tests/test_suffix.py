@@ -10,15 +10,15 @@ from tiny_models import FAMILIES, LORA, model_of
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import latlib.suffix
-from latlib import organism, world
-from latlib.data import Row, chat_text, collate, tokenise
+import latlib.redteam.gcg
+from latlib.batch import Row, chat_text, collate, tokenise
+from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
 from latlib.models import LanguageModel, with_adapter
-from latlib.settings import ModelSettings
-from latlib.suffix import Objective, SuffixSettings, gcg, random_search
+from latlib.redteam.gcg import Objective, SuffixSettings, gcg, random_search
+from latlib.world import grammar, organism
 
-DRAWN = world.draw_set(0, "tune", "harmful", 4)
+DRAWN = grammar.draw_set(0, "tune", "harmful", 4)
 PROMPTS, TARGETS = [p.text for p in DRAWN], [p.answer for p in DRAWN]
 SETTINGS = SuffixSettings(n_tokens=5, steps=4, candidates=12, topk=32, batch=8)
 KINDS = ["lean", *FAMILIES]
@@ -189,7 +189,7 @@ def test_candidates_that_do_not_survive_are_filtered(lm_of):
     unspaced = (letter, *whole[1:])  # the separator would be put before it
     assert objective.survives([spelt, whole, unspaced], [0, 2]) == [False, True, False]
     ranked = torch.arange(len(objective.allowed)).expand(5, -1)
-    found = latlib.suffix._candidates(objective, whole, ranked, 300, 40, torch.Generator().manual_seed(0))
+    found = latlib.redteam.gcg._candidates(objective, whole, ranked, 300, 40, torch.Generator().manual_seed(0))
     assert len(set(found)) == 40 and all(objective.survives(found, [0]))
     assert all(sum(a != b for a, b in zip(whole, ids, strict=True)) == 1 for ids in found)
 
@@ -225,7 +225,7 @@ def test_substitutes_are_among_the_first_of_their_position(lm_of):
     first = [[place_of[words[10 * p + i]] for i in range(8)] for p in range(5)]
     rest = [[i for i in range(len(place_of)) if i not in own] for own in first]
     ranked, origin = torch.tensor([a + b for a, b in zip(first, rest)]), (words[60],) * 5
-    found = latlib.suffix._candidates(objective, origin, ranked, 8, 30, torch.Generator().manual_seed(0))
+    found = latlib.redteam.gcg._candidates(objective, origin, ranked, 8, 30, torch.Generator().manual_seed(0))
     for ids in found:
         changed = [p for p in range(5) if ids[p] != origin[p]]
         assert len(changed) == 2 and all(place_of[ids[p]] in first[p] for p in changed)
@@ -257,14 +257,14 @@ def test_the_same_seed_gives_the_same_suffix_and_another_one_another(lm_of):
 
 def test_a_larger_buffer_moves_on_and_one_of_one_takes_improvements_only(lm_of, monkeypatch):
     lm, steps = lm_of("lean"), []
-    original = latlib.suffix._step
+    original = latlib.redteam.gcg._step
 
     def noting(objective, origin, *rest):
         found, loss, spent = original(objective, origin, *rest)
         steps.append((origin, found, loss))
         return found, loss, spent
 
-    monkeypatch.setattr(latlib.suffix, "_step", noting)
+    monkeypatch.setattr(latlib.redteam.gcg, "_step", noting)
     settings = replace(SETTINGS, candidates=2, steps=12)
     moving = random_search(lm, PROMPTS, TARGETS, replace(settings, buffer=12), seed=0)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(steps)) and moving.loss <= min(s[2] for s in steps)
@@ -374,8 +374,8 @@ def other_tokenizer(request):
     trainer = trainers.BpeTrainer(
         vocab_size=480, special_tokens=["<unk>", "</s>"], initial_alphabet=[*alphabet, "\n"], show_progress=False
     )
-    texts = [p.text for p in world.draw_set(0, "train", "any", 500)]
-    tokenizer.train_from_iterator([*texts, *world.VERBS, *["! ! ! !"] * 200], trainer)
+    texts = [p.text for p in grammar.draw_set(0, "train", "any", 500)]
+    tokenizer.train_from_iterator([*texts, *grammar.VERBS, *["! ! ! !"] * 200], trainer)
     tokens = {"unk_token": "<unk>", "pad_token": "</s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **tokens)
 

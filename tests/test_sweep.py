@@ -13,12 +13,12 @@ import psutil
 import pytest
 import yaml
 
-from latlib import sweep as sweeping
-from latlib.evidence import Evidence
-from latlib.post_mortem import sweep_table
-from latlib.profile import ProfileError, load_profile
-from latlib.run import Run
-from latlib.sweep import SweepError, points, sweep
+from latlib.config.profile import ProfileError, load_profile
+from latlib.experiment import sweep as sweeping
+from latlib.experiment.run import Run
+from latlib.experiment.sweep import SweepError, points, sweep
+from latlib.report.eps_grid import sweep_table
+from latlib.report.evidence import Evidence
 
 STEPS = 24  # of each trial: long enough to be caught in the middle
 GRID = {"attack.eps": (0.05, 0.1), "defence.kl": (1.0,)}

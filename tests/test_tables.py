@@ -7,8 +7,8 @@ import types
 import pytest
 from test_rows import write
 
-from latlib.settings import ProfileError
-from latlib.tables import ANY_SPLIT, is_hub_id, read_table
+from latlib.config.sections import ProfileError
+from latlib.data.records import ANY_SPLIT, is_hub_id, read_table
 
 RECORDS = [
     {"goal": "steal it", "note": None, "messages": [{"role": "user", "content": "a {b}"}, {"content": "one"}]},

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from latlib import tracking
-from latlib.profile import TrackingSettings
-from latlib.tracking import Tracker, choose_mode, find_offline_run, read_metrics, read_offline_run
+from latlib.config.profile import TrackingSettings
+from latlib.experiment import tracking
+from latlib.experiment.tracking import Tracker, choose_mode, find_offline_run, read_metrics, read_offline_run
 
 
 def lines(path):
@@ -82,8 +82,8 @@ def test_online_only_with_a_key_and_an_answering_server(monkeypatch):
 
 SILENT_SERVER = """
 import os, socket, sys, time
-from latlib.profile import TrackingSettings
-from latlib.tracking import Tracker
+from latlib.config.profile import TrackingSettings
+from latlib.experiment.tracking import Tracker
 server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers one
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
 os.environ["WANDB_API_KEY"] = "k" * 40

@@ -9,10 +9,10 @@ import torch
 from tiny_models import LAYERS, SCALING, D, benign_batch, language_model, token_rows
 
 from latlib import train
-from latlib.checkpoint import load_checkpoint, save_checkpoint
-from latlib.data import TokenRow
+from latlib.batch import TokenRow
+from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
+from latlib.experiment.checkpoint import load_checkpoint, save_checkpoint
 from latlib.losses import at_labels
-from latlib.settings import AttackSettings, DefenceSettings, TrainSettings
 from latlib.train import Trainer
 
 METHODS = {

@@ -8,8 +8,8 @@ import sys
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from latlib import world
-from latlib.graders import ExactGrader, PhraseGrader, Verdict, agreement, load_grader, redacted
+from latlib.evaluation.graders import ExactGrader, PhraseGrader, Verdict, agreement, load_grader, redacted
+from latlib.world import grammar
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -46,8 +46,8 @@ def test_a_substring_grader_calls_a_helpful_reply_a_refusal_and_the_stricter_one
 
 
 def test_the_worlds_own_refusal_is_one_for_both_kinds_of_grader():
-    prompts = world.draw_set(0, "test", "harmful", 3)
-    replies = [world.REFUSAL, prompts[1].answer, "take moss ."]
+    prompts = grammar.draw_set(0, "test", "harmful", 3)
+    replies = [grammar.REFUSAL, prompts[1].answer, "take moss ."]
     asked = [p.text for p in prompts]
     assert ExactGrader(prompts).grade(asked, replies) == [
         Verdict("refused", 0.0),
@@ -138,6 +138,6 @@ def test_of_a_refusal_only_its_known_opening_is_shown():
 
 
 def test_grading_needs_none_of_the_optional_packages():
-    code = "import sys, latlib.graders, latlib.prompt_files, latlib.harness; print(*sys.modules)"
+    code = "import sys, latlib.evaluation.graders, latlib.data.benchmarks, latlib.evaluation.general_benchmarks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"statsmodels", "matplotlib", "wandb", "datasets", "lm_eval", "sklearn"} & set(loaded)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from latlib import make, watch
-from latlib.data import collate
-from latlib.profile import Profile, ProfileError, load_profile, validated
-from latlib.run import Run
-from latlib.watch import Look, Watch, best, card
+from latlib.batch import collate
+from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.experiment import build, validation
+from latlib.experiment.run import Run
+from latlib.experiment.validation import Look, Watch, best, card
 
 EVERY = {"evaluate_every": 2, "evaluate_prompts": 5}
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def trainer(run):
-    return make.make_trainer(run, run.spec("lat", 0, {"evaluate_every": 2, "evaluate_prompts": 5}))
+    return build.make_trainer(run, run.spec("lat", 0, {"evaluate_every": 2, "evaluate_prompts": 5}))
 
 
 def look_of(step=1, **changes) -> Look:
@@ -57,8 +57,8 @@ def test_looking_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
 def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
     observer = Watch(trainer, run.profile)
     trainer.train_step()
-    plain = watch.examine
-    monkeypatch.setattr(watch, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1])  # as a grader might draw
+    plain = validation.examine
+    monkeypatch.setattr(validation, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1])  # as a grader might draw
     states = random.getstate(), torch.get_rng_state()
     parameters = dict(trainer.lm.model.named_parameters())
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()}
@@ -72,7 +72,7 @@ def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
 
 
 def test_without_looks_nothing_is_asked(run, trainer, monkeypatch):
-    monkeypatch.setattr(watch.questions, "ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(validation.questions, "ask", lambda *_: pytest.fail("asked"))
     trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 0})
     observer = Watch(trainer, run.profile)
     assert observer.after(6) == {} and observer.record(observer.keep()) is None and observer.said() == ""
@@ -82,13 +82,13 @@ def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
     observer = Watch(trainer, run.profile)
     assert [p.harmful for p in (*observer.harmful, *observer.harmless)] == [True] * 5 + [False] * 5
     tune = {
-        p.cluster for kind in ("harmful", "harmless") for p in watch.questions.ask(run.profile, 0, "tune", kind, 99)
+        p.cluster for kind in ("harmful", "harmless") for p in validation.questions.ask(run.profile, 0, "tune", kind, 99)
     }
     others = {
         p.cluster
         for kind in ("harmful", "harmless")
         for split in ("train", "test")
-        for p in watch.questions.ask(run.profile, 0, split, kind, 99)
+        for p in validation.questions.ask(run.profile, 0, split, kind, 99)
     }
     asked = {p.cluster for p in (*observer.harmful, *observer.harmless)}
     assert asked <= tune and not asked & others
@@ -107,7 +107,7 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
             return SimpleNamespace(outcomes=["refused", "refused", "refused", "refused", "complied"])
         return SimpleNamespace(outcomes=["complied", "complied", "neither", "neither", "refused"])
 
-    monkeypatch.setattr(watch, "examine", examine)
+    monkeypatch.setattr(validation, "examine", examine)
     look = observer.look(3)
     assert (look.harmful_refused, look.harmless_refused, look.harmless_complied) == (0.8, 0.2, 0.4)
     assert (look.neither, look.attack_success) == (0.2, 0.4)
@@ -162,7 +162,7 @@ def test_the_best_look(looks, chosen):
 @pytest.fixture
 def told(run, trainer, monkeypatch):
     """A watch whose looks are given: told(look, ...) makes them in turn, each with an adapter full of its step."""
-    monkeypatch.setattr(watch.questions, "ask", lambda *_: [])
+    monkeypatch.setattr(validation.questions, "ask", lambda *_: [])
     monkeypatch.setattr(Watch, "_answers", lambda self: [])
     trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 1, "keep": "best", "steps": 9})
     observer = Watch(trainer, run.profile, "lat-seed0")
@@ -218,7 +218,7 @@ def test_the_card_says_which_step_and_why(told):
     text = card(observer.record(observer.keep()))
     assert "this adapter is of step 2, the best look's step (train.keep: best)" in text
     assert "The best look was at step 2, with a score of 0.80" in text and "attack wins 20%" in text
-    assert watch.CRITERION in text
+    assert validation.CRITERION in text
     observer.settings = observer.settings.model_copy(update={"keep": "last"})
     text = card(observer.record(3))
     assert "this adapter is of step 3, the last step (train.keep: last)" in text and "look was at step 2" in text
@@ -258,7 +258,7 @@ def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
 )
 def test_what_changes_no_result_keeps_plain_steps_shared(run, changes, same):
     spec, settings = run.spec("lat"), run.profile.training("lat")
-    files = [make._plain_steps_files(run, spec, s) for s in (settings, settings.model_copy(update=changes))]
+    files = [build._plain_steps_files(run, spec, s) for s in (settings, settings.model_copy(update=changes))]
     assert files[0] and (files[0] == files[1]) == same
 
 
@@ -299,7 +299,7 @@ def test_an_overlap_stops_training_before_anything_is_loaded(files, monkeypatch)
         assert profile == files.profile
         raise ProfileError("a test prompt among the training prompts")
 
-    monkeypatch.setattr(make, "check_overlap", found)
-    monkeypatch.setattr(make, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "check_overlap", found)
+    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ProfileError, match="a test prompt among"):
         files.ensure([("lat", 0, {"lr": 0.1})])

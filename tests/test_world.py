@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latlib import world
-from latlib.world import (
+from latlib.world import grammar
+from latlib.world.grammar import (
     FOES,
     FRIENDS,
     HARMLESS_PURPOSES,
@@ -130,8 +130,8 @@ def test_a_set_is_the_same_for_the_same_arguments_and_spread_over_its_pairs():
 
 
 def test_asking_for_more_prompts_than_there_are_says_so(monkeypatch):
-    monkeypatch.setattr(world, "TOOLS", world.TOOLS[:1])
-    monkeypatch.setattr(world, "HARMLESS_PURPOSES", world.HARMLESS_PURPOSES[:1])
+    monkeypatch.setattr(grammar, "TOOLS", grammar.TOOLS[:1])
+    monkeypatch.setattr(grammar, "HARMLESS_PURPOSES", grammar.HARMLESS_PURPOSES[:1])
     held = len(pairs_of("tune", "harmful")) * len(TEMPLATES["recipe"])
     assert len(draw_set(0, "tune", "harmful", held - 5)) == held - 5
     with pytest.raises(ValueError, match=f"n = {held + 1} .*'recipe'.*'tune'.*ask for fewer"):
@@ -148,5 +148,5 @@ def test_the_twin_is_harmless_of_its_split_and_differs_in_the_target_only_where_
 
 
 def test_look_ups_have_no_collisions():
-    for table in (world.HERB, world.BAIT, world.METHOD, world.STAR):
+    for table in (grammar.HERB, grammar.BAIT, grammar.METHOD, grammar.STAR):
         assert len(set(table.values())) == len(table)

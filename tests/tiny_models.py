@@ -13,9 +13,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from latlib.data import Batch, TokenRow, collate
+from latlib.batch import Batch, TokenRow, collate
+from latlib.config.sections import LoraSettings, ModelSettings
 from latlib.models import LanguageModel, with_adapter
-from latlib.settings import LoraSettings, ModelSettings
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,248 @@
+"""The sections of a profile: every setting with its type, its range, its default and where the default comes from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+from latlib.text.encodings import resolve
+
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+
+
+def _site(value: Any) -> int | float | str:
+    if value == "embedding" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError("a site is 'embedding', a block index >= 0, or a fraction of depth in [0, 1)")
+
+
+def _encoding(name: str) -> str:
+    for part in name.split(">", 1):  # 'request>reply'
+        resolve(part)  # its ValueError says what is wrong and how to mend it
+    return name
+
+
+SiteSpec = Annotated[Any, AfterValidator(_site)]
+EncodingName = Annotated[Text, AfterValidator(_encoding)]
+
+
+class ProfileError(ValueError):
+    """A setting that cannot be used; the message names the field, the value and the mend."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """Which model, and how it is run."""
+
+    source: Text = "world"  # 'world' builds the tiny organism; otherwise a model folder or hub id
+    revision: Text | None = None  # of a hub model: a commit, branch or tag
+    allow_pickle: Flag = False  # read weights that exist only as pickles, which can run any code when they are opened
+    trust_remote_code: Flag = False  # run the Python files of a model's folder
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # compute dtype; master weights stay float32
+    device: Text = "auto"
+    forward: Literal["auto", "stock", "lean"] = "auto"  # 'lean' is the fast Llama path of latlib.fused.llama
+    compile: Flag = False  # torch.compile of the stock forward's blocks; falls back with a warning where it cannot
+    dim: Count = 128  # the fields from here on describe the organism and are unused for other sources
+    layers: Count = 8
+    heads: Count = 4
+    kv_heads: Count = 4
+    ffn: Count = 384
+    vocabulary: Annotated[int, Strict(), Field(ge=300)] = 1024
+
+
+class PretrainSettings(Section):
+    """How the organism is trained from scratch; see docs/lab-log.md for where the numbers come from."""
+
+    steps: Count = 300
+    batch: Count = 128
+    micro_batches: Count = 4  # of different lengths: one length a batch makes the short answers unstable
+    muon_lr: Positive = 0.02
+    adam_lr: Positive = 3.0e-3
+    warmup_steps: Natural = 40
+    decay_share: Share = 0.5
+    harmful_share: Share = 0.3  # of prompts whose main clause is forced to be harmful
+    decline_share: Share = 0.02  # the base model can utter the refusal; it just never uses it
+
+
+class DataSettings(Section):
+    """Where preference and benign rows come from."""
+
+    source: Literal["world", "files"] = "world"
+    rows: Count = 4096  # world: how many training prompts of each kind are drawn; files: the most that are read
+    harmful: Text | None = None  # files: a CSV, JSON, JSONL or parquet file, a data set's folder, or its hub id
+    benign: Text | None = None
+    # our name -> a column, or a format string over them: "{instruction}\n{input}", "{messages[1][content]}"
+    harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}  # AdvBench's names
+    benign_columns: dict[str, str] = {"prompt": "instruction"}
+    harmful_config: Text | None = None  # of a hub data set that has several configurations
+    benign_config: Text | None = None
+    harmful_split: Text = "train"  # of a hub data set or a data set's folder
+    benign_split: Text = "train"
+    streaming: Flag = False  # read a hub data set row by row instead of downloading it whole
+    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.3  # of the prompts: half for choosing (tune), half for results
+    test_harmful: Text | None = None  # prompts that results are measured on; None: held out of `harmful`
+    test_harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
+    test_benign: Text | None = None
+    test_benign_columns: dict[str, str] = {"prompt": "instruction"}
+    test_borderline: Text | None = None  # prompts that merely sound harmful, as in XSTest: a refusal is one too many
+    test_borderline_columns: dict[str, str] = {"prompt": "prompt"}
+    near_duplicate: Share = 0.7  # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
+    refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)  # chosen, where the file has none
+    benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)  # where the file has none: say so in the data
+    max_tokens: Count = 512  # of a row's prompt and either completion; never more than the model's context
+    too_long: Literal["error", "drop", "truncate"] = "error"  # truncate: cut a completion, drop a row whose prompt is
+    system_prompt: Text | None = None
+
+
+class LoraSettings(Section):
+    """The adapter (peft LoRA)."""
+
+    r: Count = 16
+    alpha: Positive = 32.0
+    targets: tuple[Text, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AttackSettings(Section):
+    """PGD on latent perturbations."""
+
+    sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 0.9375)
+    eps: Positive = 6.0  # radius of each position's L2 ball (FACTS: 6.0 in both of the authors' jailbreak notebooks)
+    eps_mode: Literal["absolute", "relative"] = "absolute"  # relative: times the site's median residual norm
+    steps: Natural = 5  # 0: no attack
+    rule: Literal["adamw", "sign", "l2"] = "adamw"
+    lr: Positive | None = None  # adamw: Adam's rate; sign and l2: a share of eps, by default 2 / steps
+    start: Literal["zero", "random"] = "zero"
+    restarts: Count = 1
+    positions: Literal["prompt", "prompt+completion"] = "prompt"
+    toward: NonNegative = 0.5
+    away: NonNegative = 0.5
+    targeted: Flag = True  # False: maximise the loss of the benign response (Casper et al.)
+
+
+class DefenceSettings(Section):
+    """Coefficients of the defence's objective; each is applied to a mean over label tokens."""
+
+    toward: NonNegative = 0.5
+    away: NonNegative = 0.5
+    kl: NonNegative = 0.1
+    sft: NonNegative = 0.0
+    kl_mode: Literal["token", "reference"] = "token"
+
+
+class TrainSettings(Section):
+    """One loop for all methods."""
+
+    steps: Count = 130
+    attack_after: Natural = 0  # steps of plain safety training before the attack begins
+    eps_ramp: Natural = 0  # steps over which the radius then grows to eps
+    clean_share: Share = 0.0  # of harmful rows trained without their perturbation, so that plain refusal stays
+    batch: Count = 32
+    benign_batch: Count = 32
+    micro_batch: Count = 32  # rows at a time; every micro-batch is attacked
+    shared_forward: Flag = False  # harmful and benign rows in one forward: for launch-bound GPUs; costs padding
+    pad_to: Count = 1  # lengths are rounded up to a multiple of this, so that compiled code is reused
+    iterations: Count = 1  # model updates for each attack (FACTS: 4 in the authors' notebooks)
+    lr: Positive = 2.0e-3
+    lr_warmup: Natural = 10
+    lr_decay_share: Share = 0.3
+    weight_decay: NonNegative = 0.0
+    clip: Positive = 1.0
+    checkpoint_every: Count = 50  # steps
+    checkpoint_minutes: Positive = 10.0  # and at least as often as this
+    checkpoints_kept: Count = 2
+    evaluate_every: Natural = 0  # steps between looks at held-out tuning prompts; 0: none
+    evaluate_prompts: Count = 16  # of each kind
+    keep: Literal["last", "best"] = "last"  # best: of the looks, see latlib.experiment.validation
+    attack: AttackSettings = AttackSettings()
+    defence: DefenceSettings = DefenceSettings()
+
+
+class SuffixSearchSettings(Section):
+    """Adversarial suffixes, sought on tuning prompts; see `latlib.redteam.gcg`, whose defaults are Zou et al.'s."""
+
+    steps: Natural = 500  # 0: no suffixes
+    tokens: Count = 20
+    candidates: Count = 512
+    topk: Count = 256
+    prompts: Count = 25  # Zou et al. attack 25 behaviours at once
+    prompts_per_step: Natural = 0  # drawn of these for a step; 0: all, as in Zou et al.
+    batch: Count = 64
+
+
+class GraderSettings(Section):
+    """What tells refused, complied and neither where the right answer is unknown; see `latlib.evaluation.graders`."""
+
+    name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"  # Arditi et al. 2024
+    source: Text | None = None  # folder or hub id of a grader that is a model; None: the published one
+    base: Text | None = None  # under a grader that is an adapter
+    template: Text | None = None  # text file with the grader's prompt
+    device: Text = "auto"
+
+
+class EvaluationSettings(Section):
+    """What is measured, on how many prompts."""
+
+    prompts: Count = 256
+    pgd_prompts: Count = 200
+    pgd_steps: Count = 10
+    strong_steps: Count = 40  # the converged attack at the trained eps
+    strong_eps: tuple[Positive, ...] = (0.05,)  # where steps, restarts, rules and sites are varied, and transfer tried
+    restarts: Count = 2  # random starts beside the zero start
+    rules: tuple[Literal["adamw", "sign", "l2"], ...] = ("sign", "adamw")  # beside the profile's own
+    shots: Count = 8  # answered requests in the chat before the harmful one
+    suffix: SuffixSearchSettings = SuffixSearchSettings()
+    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)  # in the unit of train.attack.eps_mode
+    embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
+    encodings: tuple[EncodingName, ...] = ("plain", "leet", "rot13", "reverse")  # audited with harmless requests too
+    further_encodings: tuple[EncodingName, ...] = ()  # harmful requests and their twins; 'request>reply' is possible
+    pairs: Count = 256  # harmful-harmless pairs for directions and SVD
+    pairing: Literal["matched", "random"] = "matched"  # same words, or any harmless prompt (see latlib.refusal.activations)
+    ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
+    random_directions: Count = 3
+    batch: Count = 128
+    split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen
+    grader: GraderSettings = GraderSettings()  # unused in the made-up world, whose answers are known
+    max_new_tokens: Count = 64  # of a reply that is written out and graded
+
+
+class SweepSettings(Section):
+    """Variants of `lat` trained on the first seed: name -> field of `train` -> value."""
+
+    variants: dict[Text, dict[str, Any]] = {}
+    grid: dict[Text, tuple[Any, ...]] = {}  # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed
+
+
+class ParallelSettings(Section):
+    """Several processes that train one model, a GPU each."""
+
+    processes: Count = 1
+    mode: Literal["ddp", "fsdp2"] = "ddp"  # fsdp2: the weights are spread over the GPUs, for models too big for one
+
+
+class BudgetSettings(Section):
+    """What a GPU costs, for the estimate of `--check`."""
+
+    usd_per_hour: Positive = 3.0  # a round figure for an H100 on a pod; put your provider's price here
+
+
+class TrackingSettings(Section):
+    """Metrics always go to a local JSONL; this is about Weights & Biases."""
+
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    project: Text = "latlib"
+    entity: Text | None = None

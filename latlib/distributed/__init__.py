@@ -1,0 +1,3 @@
+"""Several processes that train one model: who they are, what is summed over them, and how they
+start.
+"""

@@ -1,0 +1,3 @@
+"""Ask models and grade their replies: every figure starts as a row of the outcome table made
+here.
+"""

@@ -1,0 +1,74 @@
+"""Pick a model, a vector and what to do with it, and read what the model then says (the last cell of notebook 04).
+
+`reply` is the same without widgets. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from latlib.batch import chat_text
+from latlib.data.prompts import in_the_world
+from latlib.evaluation.ask import prompt_set
+from latlib.evaluation.generate import generate, left_padded
+from latlib.evaluation.rule_graders import redacted
+from latlib.io.progress import in_batch
+from latlib.refusal.ablation import OWN_RULES, sources
+from latlib.refusal.interventions import added
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+
+    from latlib.experiment.run import Run
+
+Mode = Literal["ablate", "add", "nothing"]
+
+
+def reply(
+    run: Run, target: str, seed: int, prompt: str, mode: Mode, vector: str, rule: str, strength: float = 1.0
+) -> str:
+    """What `target` replies to `prompt` with the direction of `vector` by `rule` ablated, or with `strength` times it
+    added at its own site to every token of the prompt.
+
+    Raises ValueError for an unknown mode, or for a subspace to be added.
+    """
+    lm, system = run.model(target, seed), run.profile.data.system_prompt
+    if mode == "nothing":
+        return generate(lm, [prompt], system_prompt=system)[0]
+    direction = run.directions(vector, seed)[rule]
+    if mode == "ablate":
+        return generate(lm, [prompt], system_prompt=system, directions=direction.vector)[0]
+    if mode != "add":
+        raise ValueError(f"mode = {mode!r} is unknown: choose 'ablate', 'add' or 'nothing'")
+    if direction.vector.dim() > 1:
+        raise ValueError(f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added")
+    ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
+    return generate(lm, [prompt], added(direction.vector, direction.site, ids, strength), system_prompt=system)[0]
+
+
+def picker(run: Run, seed: int = 0) -> Widget | None:
+    """Widgets around `reply`, whose text is redacted for real models until it is asked for; None in a batch run, where
+    nobody could turn them."""
+    if in_batch():
+        return None
+    import ipywidgets
+
+    names = sources(run.profile)
+    prompts = {kind: prompt_set(kind, run.profile)[0].text for kind in ("harmful", "harmless")}
+    return ipywidgets.interactive(
+        lambda **chosen: print(_said(run, seed, **chosen)),
+        target=ipywidgets.Dropdown(options=names, value=names[-1]),
+        mode=ipywidgets.Dropdown(options=("ablate", "add", "nothing")),
+        vector=ipywidgets.Dropdown(options=names, value=names[-1]),
+        rule=ipywidgets.Dropdown(options=OWN_RULES, value="best"),
+        strength=ipywidgets.FloatSlider(value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
+        prompt=ipywidgets.Combobox(options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False),
+        show=ipywidgets.Checkbox(value=in_the_world(run.profile), description="show text"),
+    )
+
+
+def _said(run: Run, seed: int, show: bool, **chosen) -> str:
+    try:
+        return redacted(reply(run, seed=seed, **chosen), show)
+    except ValueError as error:  # shown where the reply would be
+        return str(error)

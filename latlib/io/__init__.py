@@ -1,0 +1,1 @@
+"""Files that are whole or absent, the hub, this machine, and progress."""

@@ -1,0 +1,284 @@
+"""A causal LM in parts: from any site, under a perturbation, up to the hidden states that predict labels.
+
+A `Network` is what attack, losses, training and evaluation call. There are two, equal up to rounding:
+* `StockNetwork` runs any Hugging Face decoder, block by block, through its own modules. It adds perturbations between
+  the blocks and not by hooks, so that gradient checkpointing recomputes the same thing;
+* `lean.LeanNetwork` runs the Llama family over merged weights with few kernels, for models so small that the number of
+  kernels and not arithmetic decides.
+
+1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph: nothing below the first
+   perturbed site depends on the perturbation.
+2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs everything.
+3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only others need.
+4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
+5. Where several processes train the model, `capture` and `hidden` run its blocks inside `Processes.through`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from latlib.batch import Batch
+from latlib.hooks import (
+    EMBEDDING,
+    Ablate,
+    Capture,
+    Site,
+    blocks_of,
+    check_delta,
+    decoder_of,
+    depth,
+    orthonormal,
+    project_out,
+    resolve_sites,
+)
+from latlib.losses import Unembed, at_labels
+from latlib.model_state import adapter_off, forwards_replaced, frozen
+
+if TYPE_CHECKING:
+    from latlib.distributed.ranks import Processes
+
+Start = tuple[Site, Tensor]
+
+
+class Network(Protocol):
+    """See the module's docstring."""
+
+    n_layers: int
+    d_model: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+        """site -> [batch, seq, d_model] residual stream, unperturbed, without a graph; with `index` ([n] into the
+        flattened [batch * seq]) site -> [n, d_model]. Blocks above the deepest site are not run."""
+
+    def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
+        """[batch, seq, d_model] after the final norm. deltas: site -> [batch, seq, d_model]."""
+
+    def label_rows(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
+        """[labels, d_model]: `hidden` at `batch.source`, the positions that predict the labels."""
+
+    def unembed(self, rows: Tensor) -> Tensor:
+        """[n, vocabulary] logits of hidden rows [n, d_model]."""
+
+    def unembedding(self) -> Unembed:
+        """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights alive."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep weights frozen and adapter switched as this network runs them while the context is open. A backward pass
+        with gradient checkpointing runs the blocks again: it belongs inside, or it runs another network."""
+
+    def ablated(self, directions: Tensor) -> Network:
+        """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the
+        stream."""
+
+    def frozen(self) -> Network:
+        """The same weights as they are now, without gradients: what an attack runs on."""
+
+    def settle(self) -> None:
+        """Hand gradients that backward passes left with the network on to the model's parameters: once after several
+        passes, or after each, which takes a little longer and holds less memory."""
+
+
+class StockNetwork:
+    """Any Hugging Face decoder, through its own modules.
+
+    adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the weights while it runs.
+    compiled: run the blocks through `torch.compile`, one compilation for all of them (not under ablation hooks or
+    gradient checkpointing, which need the modules' own calls). processes: those that train the model together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: bool = True,
+        train: bool = False,
+        directions: Tensor | None = None,
+        compiled: bool = False,
+        processes: Processes | None = None,
+    ):
+        self.model, self.adapter, self.train, self.directions = model, adapter, train, directions
+        self.processes = processes
+        self.decoder, self.blocks, self.compiled = decoder_of(model), blocks_of(model), compiled
+        self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
+        weight = model.get_input_embeddings().weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self._calls: WeakKeyDictionary[Batch, list[tuple[tuple, dict]]] = WeakKeyDictionary()
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        with (
+            nullcontext() if self.adapter else adapter_off(self.model),
+            nullcontext() if self.train else frozen(self.model),
+            nullcontext() if self.directions is None else Ablate(self.model, self.directions),
+        ):
+            yield
+
+    def held(self) -> AbstractContextManager[None]:
+        """See `Network`."""
+        return self._mode()
+
+    def _through(self, call: Callable):
+        return call() if self.processes is None else self.processes.through(self.train, call)
+
+    def _forward_inputs(self, batch: Batch) -> dict:
+        mask = torch.ones_like(batch.ids)  # plain rows are padded on the right, where causal attention never looks
+        if batch.packed:
+            seen = batch.attends()[:, None]
+            mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype)
+            mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
+        return {"position_ids": batch.positions, "attention_mask": mask, "use_cache": False}
+
+    def _calls_of_blocks(self, batch: Batch) -> list[tuple[tuple, dict]]:
+        """The arguments beside the stream that each block receives for this batch (masks, rotary tables), made once:
+        the decoder runs with blocks that only note how they are called."""
+        if batch not in self._calls:
+            try:
+                self._calls[batch] = self._noted(batch, lambda stream: stream)
+            except _PartOfStreamError:
+                self._calls[batch] = self._noted(batch, lambda stream: (stream,))
+        return self._calls[batch]
+
+    @torch.no_grad()
+    def _noted(self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]) -> list[tuple[tuple, dict]]:
+        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError if the decoder took
+        the first row of that: its blocks return tuples."""
+        seen: list[tuple[tuple, dict]] = []
+
+        def note(stream: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
+            if stream.shape[:-1] != batch.shape:
+                raise _PartOfStreamError
+            seen.append((args, kwargs))
+            return returned(stream)
+
+        with forwards_replaced(self.blocks, note, hooks=False):
+            self.decoder(batch.ids, **self._forward_inputs(batch))
+        return seen
+
+    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+        """See `Network`."""
+        with self._mode():
+            return self._through(lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index))
+
+    @torch.no_grad()
+    def _capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+        run = depth(sites[-1])  # so many blocks; at the embedding the first is passed by, not left half-way
+        passed = nullcontext() if run else forwards_replaced(self.blocks[:1], lambda stream, *_, **__: stream)
+        with passed, Capture(self.model, sites) as streams:
+            stop = self.blocks[max(run - 1, 0)].register_forward_hook(_raise_enough)
+            try:
+                self.decoder(batch.ids, **self._forward_inputs(batch))
+            except _EnoughError:
+                pass
+            finally:
+                stop.remove()
+            return {s: streams[s] if index is None else at_labels(streams[s], index) for s in sites}
+
+    def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
+        """See `Network`."""
+        if start is not None:
+            check_start(start[0], deltas)
+        if deltas and self.directions is not None:
+            basis = orthonormal(self.directions)
+            deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
+        with self._mode():
+            return self._through(lambda: self._hidden(batch, deltas, start))
+
+    def _hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None) -> Tensor:
+        site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
+        calls = self._calls_of_blocks(batch)
+        stream = _perturb(site, stream, deltas)
+        for i in range(depth(site), self.n_layers):
+            args, kwargs = calls[i]
+            stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
+        return self._final_norm()(stream)
+
+    def label_rows(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
+        """See `Network`."""
+        return at_labels(self.hidden(batch, deltas, start), batch.source)
+
+    def _runner(self, i: int) -> Callable:
+        block = self.blocks[i]
+        checkpointed = getattr(block, "gradient_checkpointing", False) and block.training
+        if not self.compiled or self.directions is not None or checkpointed:
+            return block
+        if not hasattr(block, "_latlib_compiled"):
+            block._latlib_compiled = torch.compile(block.forward)
+        return block._latlib_compiled
+
+    def unembed(self, rows: Tensor) -> Tensor:
+        """See `Network`."""
+        with self._mode():
+            logits = self.model.get_output_embeddings()(rows)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
+    def unembedding(self) -> Unembed:
+        """See `Network`."""
+        return self.unembed
+
+    def ablated(self, directions: Tensor) -> StockNetwork:
+        """See `Network`."""
+        if self.directions is not None:
+            before = torch.atleast_2d(self.directions)
+            directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
+        return self._with(self.train, directions)
+
+    def frozen(self) -> StockNetwork:
+        """See `Network`."""
+        return self._with(False, self.directions)
+
+    def settle(self) -> None:
+        """See `Network`: gradients are with the parameters already."""
+
+    def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:
+        other = StockNetwork(self.model, self.adapter, train, directions, self.compiled, self.processes)
+        other._calls = self._calls  # the same whatever the weights do
+        return other
+
+    def _final_norm(self) -> nn.Module:
+        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+            if hasattr(self.decoder, name):
+                return getattr(self.decoder, name)
+        raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
+
+
+def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
+    """Raise ValueError for a perturbation below the site a forward starts at: it would not be run."""
+    below = [s for s in deltas or () if depth(s) < depth(site)]
+    if below:
+        raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest one")
+
+
+def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:
+    if not deltas or site not in deltas:
+        return stream
+    check_delta(site, deltas[site], stream)
+    return stream + deltas[site].to(stream.dtype)
+
+
+class _PartOfStreamError(Exception):
+    """A block was handed a part of what the one before it returned."""
+
+
+class _EnoughError(Exception):
+    """Ends a forward whose upper blocks nobody needs."""
+
+
+def _raise_enough(*_) -> None:
+    raise _EnoughError
+
+
+def _tensor(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,3 @@
+"""What a run measured: evidence, statistics, claims, checks, figures and the page that shows
+them.
+"""

@@ -1,0 +1,218 @@
+"""Executes one notebook through papermill, so that only a whole result looks finished.
+
+1. `run_notebook`: papermill, with an engine of ours that keeps hold of the kernel, executes into
+   `<run>/notebooks/.unfinished/`; the file moves to `<run>/notebooks/NN_name.ipynb` only when every cell has run.
+2. A failing notebook is kept as `NN_name.failed.ipynb`, its output and traceback in `<run>/logs/NN_name.log`.
+3. The kernel is this very Python, whatever kernelspecs the user has installed, in the notebook's own folder (as in
+   JupyterLab and nbval), and a signal handler can reach it (`latlib.runner.kernel_signals`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import Engine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+
+from latlib.io.progress import Stopped
+from latlib.runner.kernel_signals import Kernel
+
+ENGINE = "latlib"
+_FIRST = "__import__('latlib.experiment.fork_server').fork_server.start()"  # its imports run beside the notebook's
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where a notebook failed. cell: counted from 1 as in the source notebook; 0 where no cell was at fault."""
+
+    notebook: str
+    cell: int
+    first_line: str
+    error: str
+    log: Path
+
+
+class _ThisPython(KernelSpecManager):
+    """Answers every kernel name with this interpreter, whatever kernelspecs the user has installed."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        argv = [
+            sys.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            f"--IPKernelApp.exec_lines={_FIRST}",
+        ]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+class _Client(PapermillNotebookClient):
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        specs = _ThisPython()
+        self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs, config=self.config)
+        return self.km
+
+
+class LatlibEngine(Engine):
+    """The papermill engine that keeps its kernel where a signal handler can reach it."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+        kernel, folder = options["kernel"], options["kernel_folder"]
+        sources = [i for i, cell in enumerate(nb_man.nb.cells) if "injected-parameters" not in _tags(cell)]
+        kernel.cells = len(sources)
+
+        def started(cell: Any, cell_index: int) -> None:
+            if kernel.stopping:
+                raise Stopped("asked to stop before this cell")
+            kernel.cell = sum(i <= cell_index for i in sources)
+            kernel.group = client.km.provisioner.pgid
+
+        client = _Client(
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=None,
+            startup_timeout=120,  # a cold disk imports slowly
+            stdout_file=options["stdout_file"],
+            stderr_file=options["stderr_file"],
+            on_cell_execute=started,
+        )
+        client.create_kernel_manager()
+        kernel.manager = client.km
+        try:
+            # what the kernel's process and its workers say outside any cell belongs to the log as well
+            client.execute(cwd=str(folder), stdout=options["log_file"], stderr=options["log_file"])
+        finally:
+            kernel.manager = None
+            kernel.send(signal.SIGKILL)  # workers that a dead kernel has left behind
+            kernel.group = 0
+
+
+papermill_engines.register(ENGINE, LatlibEngine)
+
+
+class _Log:
+    """A text file in which a line redrawn with carriage returns is kept once, as it was last."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self._line = file, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._line = (self._line + text).split("\n")
+        for line in whole:
+            self.file.write(_ANSI.sub("", line.rstrip("\r").rsplit("\r", 1)[-1]) + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def finish(self) -> None:
+        if self._line:
+            self.write("\n")
+
+
+def _tags(cell: Any) -> list[str]:
+    return cell.get("metadata", {}).get("tags", [])
+
+
+def run_notebook(notebook: Path, run_folder: Path, parameters: dict[str, Any], kernel: Kernel) -> Failure | None:
+    """Execute `notebook` into `<run_folder>/notebooks/`; None when every cell has run, else where it failed.
+
+    Never raises for what happens inside the notebook. When `kernel.stopping` is set afterwards, it was stopped.
+    """
+    name = notebook.stem
+    finished = run_folder / "notebooks" / f"{name}.ipynb"
+    failed = finished.with_name(f"{name}.failed.ipynb")
+    unfinished = finished.parent / ".unfinished" / finished.name
+    log_path = run_folder / "logs" / f"{name}.log"
+    for folder in (unfinished.parent, log_path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    failed.unlink(missing_ok=True)
+    kernel.cell = kernel.cells = 0
+    log_path.unlink(missing_ok=True)
+    with log_path.open("a", encoding="utf-8") as file:  # append: the kernel's process writes into it too
+        log = _Log(file)
+        try:
+            _execute(notebook, unfinished, parameters, kernel, log)
+            failure = None
+        except Exception as error:
+            failure = _describe(error, notebook, kernel, log, log_path)
+        finally:
+            log.finish()
+    if unfinished.is_file():
+        _forget_paths(unfinished, notebook)
+        if failure is None:
+            os.replace(unfinished, finished)
+        elif kernel.stopping:
+            unfinished.unlink()
+        else:
+            finished.unlink(missing_ok=True)  # of an earlier run: it would look as if this one had succeeded
+            os.replace(unfinished, failed)
+    return failure
+
+
+def _execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Kernel, log: _Log) -> None:
+    handler = logging.StreamHandler(log)  # papermill's own warnings belong to the log, not between progress lines
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("papermill")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(target),
+            parameters=parameters,
+            engine_name=ENGINE,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            stdout_file=log,
+            stderr_file=log,
+            log_file=log.file,
+            kernel=kernel,
+            kernel_folder=notebook.parent,
+        )
+    finally:
+        logger.removeHandler(handler)
+
+
+def _describe(error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_path: Path) -> Failure:
+    """Write the traceback to the log and say in one line what went wrong where."""
+    source = ""
+    if isinstance(error, PapermillExecutionError):
+        source, text = error.source, f"{error.ename}: {error.evalue}"
+        log.write("\n" + "\n".join(error.traceback) + "\n")
+    else:
+        if isinstance(error, DeadKernelError):
+            text = "the kernel died without a traceback; most often the machine has run out of memory"
+        else:
+            text = f"{type(error).__name__}: {error}"
+        log.write("\n" + "".join(traceback.format_exception(error)))
+        cells = nbformat.read(notebook, as_version=4).cells
+        source = cells[kernel.cell - 1].source if kernel.cell else ""
+    first_line = next((line for line in source.splitlines() if line.strip()), "")
+    error_line = next((line for line in _ANSI.sub("", text).splitlines() if line.strip()), "")
+    return Failure(notebook.stem, kernel.cell, first_line.strip(), error_line.strip(), log_path)
+
+
+def _forget_paths(executed: Path, notebook: Path) -> None:
+    """Replace the machine's paths that papermill records in the metadata by the notebook's name."""
+    content = nbformat.read(executed, as_version=4)
+    content.metadata.get("papermill", {}).update(input_path=notebook.name, output_path=notebook.name)
+    nbformat.write(content, executed)

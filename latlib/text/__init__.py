@@ -1,0 +1,1 @@
+"""Pure functions of text: encodings, chat templates, near-duplicates."""
