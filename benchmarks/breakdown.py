@@ -2,8 +2,8 @@
 
     python benchmarks/breakdown.py --shape cpu --json out.json
 
-Products are what the FLOP count counts; all other kinds move memory. What no kernel accounts for is Python and
-dispatch. The profiler itself slows a step down: read shares, not seconds.
+Products are what the FLOP count counts; all other kinds move memory. What no kernel accounts for is
+Python and dispatch. The profiler itself slows a step down: read shares, not seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ KINDS = {  # kind -> words in the names of its operators, the first kind that fi
     "matrix products": ("mm", "linear", "scaled_dot_product", "convolution"),
     "softmax": ("softmax",),
     "activation (SiLU)": ("silu",),
-    "copies and casts": ("copy", "cat", "index", "fill", "zero", "gather", "scatter", "clone", "contiguous"),
+    "copies and casts": (
+        "copy",
+        "cat",
+        "index",
+        "fill",
+        "zero",
+        "gather",
+        "scatter",
+        "clone",
+        "contiguous",
+    ),
     "sums and norms": ("sum", "norm", "mean", "vecdot", "linalg"),
     "other element by element": (
         "mul",
@@ -45,7 +55,10 @@ def kind_of(operator: str) -> str:
     name = operator.removeprefix("aten::").lstrip("_")
     if not operator.startswith("aten::"):
         return "Python and dispatch"
-    return next((kind for kind, words in KINDS.items() if any(w in name for w in words)), "Python and dispatch")
+    return next(
+        (kind for kind, words in KINDS.items() if any(w in name for w in words)),
+        "Python and dispatch",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -61,17 +74,25 @@ def main(argv: Sequence[str] | None = None) -> dict:
         step = bench.step(trainer)
         for _ in range(3):
             step()
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])
+        activities = [ProfilerActivity.CPU] + (
+            [ProfilerActivity.CUDA] if bench.device.type == "cuda" else []
+        )
         with profile(activities=activities) as profiled:
             for _ in range(3):
                 step()
         seconds: dict[str, float] = {}
         for event in profiled.key_averages():
-            own_time = event.self_device_time_total if bench.device.type == "cuda" else event.self_cpu_time_total
+            own_time = (
+                event.self_device_time_total
+                if bench.device.type == "cuda"
+                else event.self_cpu_time_total
+            )
             kind = kind_of(event.key)
             seconds[kind] = seconds.get(kind, 0.0) + own_time
         total = sum(seconds.values())
-        shares = {kind: own / total for kind, own in sorted(seconds.items(), key=lambda item: -item[1])}
+        shares = {
+            kind: own / total for kind, own in sorted(seconds.items(), key=lambda item: -item[1])
+        }
         out["shares"][str(dtype).removeprefix("torch.")] = shares
         print(dtype, ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()), flush=True)
     write(out, arguments.json)

@@ -1,8 +1,10 @@
-"""What directions cost: activations at every site and post-instruction position, beside a plain forward.
+"""What directions cost: activations at every site and post-instruction position, beside a plain
+forward.
 
     python benchmarks/directions.py --shape cpu --json out.json
 
-Both run the same prompts in the same batches; the plain forward (no logits, no graph) keeps nothing. Timed in turns.
+Both run the same prompts in the same batches; the plain forward (no logits, no graph) keeps
+nothing. Timed in turns.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ def measure(bench: Bench, dtype: torch.dtype, prompts: int, size: int, repeats: 
         found["plain"].append(seconds_of(forward, bench.device))
         found["directions"].append(seconds_of(directions, bench.device))
     ratios = sorted(d / p for d, p in zip(found["directions"], found["plain"], strict=True))
-    return {"dtype": str(dtype).removeprefix("torch."), "seconds": found, "ratio": ratios[len(ratios) // 2]}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": found,
+        "ratio": ratios[len(ratios) // 2],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -55,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     arguments = own.parse_args(argv)
     keep_freed_memory()
     bench, dtypes = asked(arguments)
-    found = [measure(bench, d, arguments.prompts, arguments.size, arguments.repeats) for d in dtypes]
+    found = [
+        measure(bench, d, arguments.prompts, arguments.size, arguments.repeats) for d in dtypes
+    ]
     out = {"prompts": arguments.prompts, "positions": POSITIONS, "results": found}
     out |= {"shape": arguments.shape, "environment": environment(bench.device)}
     for record in found:
-        print(f"{record['dtype']}: {record['ratio']:.2f} times a plain forward over {arguments.prompts} prompts")
+        print(
+            f"{record['dtype']}: {record['ratio']:.2f} times a plain forward over"
+            f" {arguments.prompts} prompts"
+        )
     write(out, arguments.json)
     return out
 

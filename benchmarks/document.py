@@ -1,8 +1,10 @@
-"""Write docs/performance.md from what was measured: every figure in it is read from benchmarks/results/.
+"""Write docs/performance.md from what was measured: every figure in it is read from
+benchmarks/results/.
 
     python benchmarks/document.py
 
-1. The prose is in performance.template.md; `{name}` there is a table or a line made from the results files.
+1. The prose is in performance.template.md; `{name}` there is a table or a line made from the
+   results files.
 2. The waterfall is drawn from the same files.
 3. A test holds the committed page equal to what this script writes.
 """
@@ -20,10 +22,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TEMPLATE = Path(__file__).with_name("performance.template.md")
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
 WATERFALL = (
-    "![Waterfall: seconds a step from the naive implementation to the engine](../benchmarks/results/waterfall.png)"
+    "![Waterfall: seconds a step from the naive implementation to the"
+    " engine](../benchmarks/results/waterfall.png)"
 )
 TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower", "tiny-main-job")
-PHASES = ("01_hooks", "02_pgd_attack", "03_lat_training", "04_refusal_svd", "05_leetspeak_audit", "06_robustness")
+PHASES = (
+    "01_hooks",
+    "02_pgd_attack",
+    "03_lat_training",
+    "04_refusal_svd",
+    "05_leetspeak_audit",
+    "06_robustness",
+)
 PHASES += ("99_report",)
 
 
@@ -37,24 +47,34 @@ def read(name: str) -> dict:
     """A results file. Raises FileNotFoundError naming the command that makes it."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"no {path}: run the benchmark that writes it (see benchmarks/README.md)")
+        raise FileNotFoundError(
+            f"no {path}: run the benchmark that writes it (see benchmarks/README.md)"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _machine(environment: Mapping) -> str:
     where = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft"))
-    return f"Measured on {where}; {versions}; commit {environment['commit'][:12]}, {environment['date'][:10]}."
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "peft")
+    )
+    return (
+        f"Measured on {where}; {versions}; commit {environment['commit'][:12]},"
+        f" {environment['date'][:10]}."
+    )
 
 
 def _shape(s: Mapping) -> str:
     prompts, completions = ("-".join(map(str, s[name])) for name in ("prompts", "completions"))
-    targets, sites = ", ".join(t.removesuffix("_proj") for t in s["targets"]), ", ".join(map(str, s["sites"]))
+    targets, sites = (
+        ", ".join(t.removesuffix("_proj") for t in s["targets"]),
+        ", ".join(map(str, s["sites"])),
+    )
     return (
-        f"Llama with d = {s['d_model']}, {s['layers']} layers, {s['heads']} heads / {s['kv_heads']} key heads, "
-        f"ffn {s['ffn']}, vocabulary {s['vocabulary']:,}; LoRA r = {s['r']} on {targets}; batch {s['batch']}, "
-        f"prompts {prompts}, completions {completions} tokens; sites {sites}; K = {s['steps']}; "
-        f"the engine takes {s['micro_batch']} rows at a time"
+        f"Llama with d = {s['d_model']}, {s['layers']} layers, {s['heads']} heads / {s['kv_heads']}"
+        f" key heads, ffn {s['ffn']}, vocabulary {s['vocabulary']:,}; LoRA r = {s['r']} on"
+        f" {targets}; batch {s['batch']}, prompts {prompts}, completions {completions} tokens;"
+        f" sites {sites}; K = {s['steps']}; the engine takes {s['micro_batch']} rows at a time"
     )
 
 
@@ -70,7 +90,9 @@ def _row(r: Mapping, *columns: str) -> list[str]:
         "tflop": f"{r['flop'] / 1e12:.2f}",
         "peak": f"{r['peak_bytes'] / 1e6:,.0f} MB",
         "speedup": f"{r['speedup_on_naive']:.2f}" if r["speedup_on_naive"] else "-",
-        "speedup32": f"{r['speedup_on_naive_float32']:.2f}" if r["speedup_on_naive_float32"] else "-",
+        "speedup32": (
+            f"{r['speedup_on_naive_float32']:.2f}" if r["speedup_on_naive_float32"] else "-"
+        ),
         "slowdown": f"{r['seconds_on_engine']:.2f}" if r["seconds_on_engine"] else "-",
     }
     return [cells[c] for c in columns]
@@ -78,8 +100,31 @@ def _row(r: Mapping, *columns: str) -> list[str]:
 
 def _steps(results: Sequence[Mapping]) -> str:
     names = ("naive", "engine", "engine at naive's micro-batch")
-    head = ["step", "compute", "time", "x naive", "x naive float32", "TFLOP", "limit", "of best", "of own", "tokens/s"]
-    columns = ("variant", "dtype", "step", "speedup", "speedup32", "tflop", "limit", "best", "own", "tokens", "peak")
+    head = [
+        "step",
+        "compute",
+        "time",
+        "x naive",
+        "x naive float32",
+        "TFLOP",
+        "limit",
+        "of best",
+        "of own",
+        "tokens/s",
+    ]
+    columns = (
+        "variant",
+        "dtype",
+        "step",
+        "speedup",
+        "speedup32",
+        "tflop",
+        "limit",
+        "best",
+        "own",
+        "tokens",
+        "peak",
+    )
     rows = [_row(r, *columns) for r in results if r["variant"] in names and not r["error"]]
     return table([*head, "peak beyond weights"], rows)
 
@@ -92,14 +137,22 @@ def _alone(results: Sequence[Mapping]) -> str:
         elif r["variant"] in ("engine", "shared forward", "stock modules"):
             rows.setdefault(r["variant"], []).extend(_row(r, "slowdown", "peak"))
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
-    head = ["variant", *(f"{kind}, {dtype}" for dtype in dtypes for kind in ("time / engine's", "peak"))]
+    head = [
+        "variant",
+        *(f"{kind}, {dtype}" for dtype in dtypes for kind in ("time / engine's", "peak")),
+    ]
     return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def waterfall(results: Sequence[Mapping], dtype: str) -> list[tuple[str, float]]:
     """(variant, seconds) from naive to the engine, in the order the points are added."""
     chosen = [r for r in results if r["dtype"] == dtype and not r["error"]]
-    names = ["naive", "all points off", *(r["variant"] for r in chosen if r["variant"].startswith("+")), "engine"]
+    names = [
+        "naive",
+        "all points off",
+        *(r["variant"] for r in chosen if r["variant"].startswith("+")),
+        "engine",
+    ]
     seconds = {r["variant"]: r["seconds"]["median"] for r in chosen}
     return [(name, seconds[name]) for name in names if name in seconds]
 
@@ -121,14 +174,21 @@ def draw(results: Sequence[Mapping], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(5.5 * len(dtypes), 3.6), squeeze=False, layout="constrained"
+    )
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         names, seconds = zip(*waterfall(results, dtype), strict=True)
-        limit = next(r["limit_seconds"] for r in results if r["variant"] == "engine" and r["dtype"] == dtype)
+        limit = next(
+            r["limit_seconds"] for r in results if r["variant"] == "engine" and r["dtype"] == dtype
+        )
         bars = axis.barh(names, seconds, color="#4c72b0", edgecolor="black")
         axis.bar_label(bars, [f"{s:.2f} s" for s in seconds], padding=3)
         axis.axvline(
-            limit, color="black", linestyle="--", label=f"the engine's FLOPs at the matrix rate: {limit:.2f} s"
+            limit,
+            color="black",
+            linestyle="--",
+            label=f"the engine's FLOPs at the matrix rate: {limit:.2f} s",
         )
         axis.set(xlabel="seconds a step", title=dtype, xlim=(0, 1.2 * max(seconds)))
         axis.invert_yaxis()
@@ -141,7 +201,8 @@ def _shares(breakdown: Mapping) -> str:
     dtypes = list(breakdown["shares"])
     kinds = list(breakdown["shares"][dtypes[0]])
     return table(
-        ["kind of kernel", *dtypes], [[k, *(f"{breakdown['shares'][d].get(k, 0):.0%}" for d in dtypes)] for k in kinds]
+        ["kind of kernel", *dtypes],
+        [[k, *(f"{breakdown['shares'][d].get(k, 0):.0%}" for d in dtypes)] for k in kinds],
     )
 
 
@@ -150,8 +211,18 @@ def _allocator(kept: Mapping, returned: Mapping) -> str:
     rows = []
     for r in returned["results"]:
         both = (r, ours[r["variant"], r["dtype"]])
-        rows.append([r["variant"], r["dtype"], *(", ".join(_row(step, "step", "best")) for step in both)])
-    return table(["step", "compute", "memory returned (glibc's default): time, of best", "kept: time, of best"], rows)
+        rows.append(
+            [r["variant"], r["dtype"], *(", ".join(_row(step, "step", "best")) for step in both)]
+        )
+    return table(
+        [
+            "step",
+            "compute",
+            "memory returned (glibc's default): time, of best",
+            "kept: time, of best",
+        ],
+        rows,
+    )
 
 
 def _growth(scaling: Mapping) -> str:
@@ -160,11 +231,13 @@ def _growth(scaling: Mapping) -> str:
     lines = [f"R² = {fits[key]['r_squared']:.4f} over {name}" for key, name in names.items()]
     verdict = "within" if added["within"] else "beyond"
     return (
-        "![Time and memory of one engine step against each quantity](../benchmarks/results/scaling.png)\n\n"
-        f"{scaling['caption']}\n\nStraight lines fit: {', '.join(lines)} ({scaling['dtype']}). An added PGD step costs "
-        f"{added['share']:.2f} of the same network's full forward and backward over the same rows, {verdict} the bound "
-        f"of {added['bound']:.2f}: the share of blocks above the first site ({added['blocks_below_first_site']} of "
-        f"{scaling['base']['layers']} are below it), and 10 %."
+        "![Time and memory of one engine step against each"
+        f" quantity](../benchmarks/results/scaling.png)\n\n{scaling['caption']}\n\nStraight lines"
+        f" fit: {', '.join(lines)} ({scaling['dtype']}). An added PGD step costs"
+        f" {added['share']:.2f} of the same network's full forward and backward over the same rows,"
+        f" {verdict} the bound of {added['bound']:.2f}: the share of blocks above the first site"
+        f" ({added['blocks_below_first_site']} of {scaling['base']['layers']} are below it), and"
+        " 10 %."
     )
 
 
@@ -172,7 +245,8 @@ def _predicted(meta: Mapping) -> str:
     head = ["step", "weights", "adapter", "optimiser", "peak beyond them", "total", "TFLOP"]
     names = ("weights_bytes", "adapter_bytes", "optimiser_bytes", "peak_bytes", "total_bytes")
     rows = [
-        [p["variant"], *(f"{p[n] / 1e9:.1f} GB" for n in names), f"{p['flop'] / 1e12:,.0f}"] for p in meta["predicted"]
+        [p["variant"], *(f"{p[n] / 1e9:.1f} GB" for n in names), f"{p['flop'] / 1e12:,.0f}"]
+        for p in meta["predicted"]
     ]
     return f"{_shape(meta['shape'])}; {meta['predicted'][0]['dtype']}.\n\n" + table(head, rows)
 
@@ -180,13 +254,18 @@ def _predicted(meta: Mapping) -> str:
 def _directions(found: Mapping) -> str:
     ratios = ", ".join(f"{r['ratio']:.2f} ({r['dtype']})" for r in found["results"])
     return (
-        f"Activations at every site and {found['positions']} positions of {found['prompts']} prompts of this shape, "
-        f"and their means, take so many times a plain forward over the same batches: {ratios}; medians of runs in turn."
+        f"Activations at every site and {found['positions']} positions of {found['prompts']}"
+        " prompts of this shape, and their means, take so many times a plain forward over the same"
+        f" batches: {ratios}; medians of runs in turn."
     )
 
 
 def _run(run: Mapping) -> str:
-    rate = f", {run['bfloat16_flop_per_second'] / 1e9:.0f} GFLOP/s in bf16" if "bfloat16_flop_per_second" in run else ""
+    rate = (
+        f", {run['bfloat16_flop_per_second'] / 1e9:.0f} GFLOP/s in bf16"
+        if "bfloat16_flop_per_second" in run
+        else ""
+    )
     return f"{run['about']} ({run['commit']}{rate})"
 
 
@@ -201,13 +280,18 @@ def part(make: Callable[..., str], *names: str) -> str:
     """`make` of results files, or a line that says which are still missing."""
     missing = [name for name in names if not (RESULTS / f"{name}.json").exists()]
     if missing:
-        return f"*Not measured yet: no {' and no '.join(f'{name}.json' for name in missing)} in `benchmarks/results/`.*"
+        return (
+            f"*Not measured yet: no {' and no '.join(f'{name}.json' for name in missing)} in"
+            " `benchmarks/results/`.*"
+        )
     return make(*map(read, names))
 
 
 def page() -> str:
     """The text of docs/performance.md."""
-    committed = json.loads((RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8"))
+    committed = json.loads(
+        (RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8")
+    )
     return TEMPLATE.read_text(encoding="utf-8").format(
         machine=part(lambda found: _machine(found["environment"]), "lat_step-cpu"),
         shape=_shape(asdict(SHAPES["cpu"])),
@@ -220,7 +304,9 @@ def page() -> str:
         growth=part(_growth, "scaling-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
-        tiny=_tiny(*map(read, TINY_RUNS), {"about": "committed", "commit": "results/tiny", **committed}),
+        tiny=_tiny(
+            *map(read, TINY_RUNS), {"about": "committed", "commit": "results/tiny", **committed}
+        ),
     )
 
 

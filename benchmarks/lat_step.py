@@ -1,12 +1,15 @@
 """One LAT step: naive beside the engine, and the engine with each of its points off.
 
-    python benchmarks/lat_step.py --shape cpu --json out.json
-    python benchmarks/lat_step.py --shape llama3-8b --dtype bfloat16 --variants naive,engine --steps 16
-    python benchmarks/lat_step.py --shape llama3-8b --dtype bfloat16 --meta       memory and FLOPs, no weights needed
+    python benchmarks/lat_step.py --shape cpu --json out.json python benchmarks/lat_step.py --shape
+    llama3-8b --dtype bfloat16 --variants naive,engine --steps 16 python benchmarks/lat_step.py
+    --shape llama3-8b --dtype bfloat16 --meta       memory and FLOPs, no weights needed
 
-1. A first step of every variant is counted: FLOPs, and peak memory beyond one copy of the weights and the adapter.
-2. Then all take the same step, from the same adapter, in turn (A B C A B C ...), so that a slow minute hits all.
-3. Every variant keeps freed memory mapped, which helps naive too; `--allocator default` leaves the C library as it is.
+1. A first step of every variant is counted: FLOPs, and peak memory beyond one copy of the weights
+   and the adapter.
+2. Then all take the same step, from the same adapter, in turn (A B C A B C ...), so that a slow
+   minute hits all.
+3. Every variant keeps freed memory mapped, which helps naive too; `--allocator default` leaves the
+   C library as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +22,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from measure import Counts, MatrixRate, Measurement, bytes_of, count, environment, is_out_of_memory, seconds_of, write
+from measure import (
+    Counts,
+    MatrixRate,
+    Measurement,
+    bytes_of,
+    count,
+    environment,
+    is_out_of_memory,
+    seconds_of,
+    write,
+)
 from predicted import predict
 from shapes import SHAPES, of_config
 from variants import ENGINE, NAIVE, Bench, Variant, choose, with_changes
@@ -44,17 +57,24 @@ class Entry:
     measured: Measurement = field(default_factory=Measurement)
 
 
-def measure(bench: Bench, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], repeats: int) -> list[Entry]:
+def measure(
+    bench: Bench, variants: Sequence[Variant], dtypes: Sequence[torch.dtype], repeats: int
+) -> list[Entry]:
     """All variants in all dtypes; a variant that runs out of memory says so and leaves."""
     entries = []
     for dtype in dtypes:
         for variant in variants:
             forward = "stock" if variant.naive else variant.forward
             runner = "naive" if variant.naive else "lean" if bench.lean(forward) else "stock"
-            entries.append(Entry(variant, dtype, variant.micro_batch or bench.shape.micro_batch, runner))
+            entries.append(
+                Entry(variant, dtype, variant.micro_batch or bench.shape.micro_batch, runner)
+            )
     for entry in entries:
         _attempt(entry, lambda e: _prepare(bench, e))
-    rates = {dtype: MatrixRate(bench.products(bench.shape.micro_batch), dtype, bench.device) for dtype in dtypes}
+    rates = {
+        dtype: MatrixRate(bench.products(bench.shape.micro_batch), dtype, bench.device)
+        for dtype in dtypes
+    }
     for number in range(repeats):
         for dtype in dtypes:
             before = rates[dtype].measure()
@@ -73,8 +93,9 @@ def measure(bench: Bench, variants: Sequence[Variant], dtypes: Sequence[torch.dt
 def _prepare(bench: Bench, entry: Entry) -> None:
     """Make the trainer and count its first step, then warm up.
 
-    All that it allocates counts as beyond the weights: naive's teacher, the lean forward's merged matrices, the
-    optimiser's moments. Operators in compiled code cannot be counted: the same step uncompiled stands for it.
+    All that it allocates counts as beyond the weights: naive's teacher, the lean forward's merged
+    matrices, the optimiser's moments. Operators in compiled code cannot be counted: the same step
+    uncompiled stands for it.
     """
     model = bench.language_model(entry.variant, entry.dtype).model
     entry.weights = bytes_of(model.parameters())
@@ -109,12 +130,21 @@ def results(entries: Sequence[Entry], tokens: int) -> list[dict]:
     """One record for each entry."""
 
     def of(variant: Variant, dtype: torch.dtype) -> float | None:
-        found = [e for e in entries if e.variant == variant and e.dtype == dtype and e.measured.seconds and not e.error]
+        found = [
+            e
+            for e in entries
+            if e.variant == variant and e.dtype == dtype and e.measured.seconds and not e.error
+        ]
         return found[0].measured.median if found else None
 
     out = []
     for e in entries:
-        record = {"variant": e.variant.name, "dtype": _name(e.dtype), "forward": e.runner, "off": e.variant.off}
+        record = {
+            "variant": e.variant.name,
+            "dtype": _name(e.dtype),
+            "forward": e.runner,
+            "off": e.variant.off,
+        }
         record |= {"micro_batch": e.micro_batch, "error": e.error}
         if e.error is None:
             m, flop = e.measured, e.counts.flop
@@ -126,7 +156,8 @@ def results(entries: Sequence[Entry], tokens: int) -> list[dict]:
                 "matrix_rate": {which: m.rate(which) for which in ("best", "square", "own")},
                 "fraction_of_best": m.fraction(flop, "best"),
                 "fraction_of_own": m.fraction(flop, "own"),
-                "limit_seconds": flop / m.rate("best"),  # the FLOPs it needs at the rate measured around it
+                # the FLOPs it needs at the rate measured around it
+                "limit_seconds": flop / m.rate("best"),
                 "peak_bytes": e.counts.peak,  # beyond the weights
                 "held_bytes": e.counts.held,  # of these, what stays from step to step
                 "largest_allocation": e.counts.largest,
@@ -139,12 +170,26 @@ def results(entries: Sequence[Entry], tokens: int) -> list[dict]:
                 ("seconds_on_engine", of(ENGINE, e.dtype)),
             ):
                 on_engine = name == "seconds_on_engine"
-                record[name] = None if base is None else (m.median / base if on_engine else base / m.median)
+                record[name] = (
+                    None if base is None else (m.median / base if on_engine else base / m.median)
+                )
         out.append(record)
     return out
 
 
-_HEAD = ("variant", "dtype", "rows", "step s", "tok/s", "TFLOP", "GFLOP/s", "of best", "of own", "peak MB", "x naive")
+_HEAD = (
+    "variant",
+    "dtype",
+    "rows",
+    "step s",
+    "tok/s",
+    "TFLOP",
+    "GFLOP/s",
+    "of best",
+    "of own",
+    "peak MB",
+    "x naive",
+)
 
 
 def table(records: Sequence[dict]) -> str:
@@ -171,7 +216,10 @@ def table(records: Sequence[dict]) -> str:
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -188,13 +236,20 @@ def _say(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line, without what only one benchmark has."""
-    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     out.add_argument("--shape", choices=SHAPES, default="cpu", help="model and data")
     out.add_argument(
-        "--config", type=Path, help="a Hugging Face config file: another Llama-like model on the same data"
+        "--config",
+        type=Path,
+        help="a Hugging Face config file: another Llama-like model on the same data",
     )
     out.add_argument("--device", default="auto")
-    out.add_argument("--dtype", help="compute dtypes, comma-separated; float32,bfloat16 on a CPU, bfloat16 on a GPU")
+    out.add_argument(
+        "--dtype",
+        help="compute dtypes, comma-separated; float32,bfloat16 on a CPU, bfloat16 on a GPU",
+    )
     out.add_argument("--repeats", type=int, default=5)
     out.add_argument("--micro-batch", type=int, help="rows that the engine takes at a time")
     out.add_argument("--steps", type=int, help="PGD steps")
@@ -210,30 +265,54 @@ def asked(arguments: argparse.Namespace) -> tuple[Bench, list[torch.dtype]]:
     device = resolve_device(arguments.device)
     names = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32,bfloat16")
     dtypes = [getattr(torch, name) for name in names.split(",")]
-    return Bench(with_changes(shape, arguments.micro_batch, arguments.steps), device, arguments.seed), dtypes
+    return (
+        Bench(with_changes(shape, arguments.micro_batch, arguments.steps), device, arguments.seed),
+        dtypes,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print, write; returns what is written."""
     own = parser()
-    own.add_argument("--variants", default="all", help="names or groups (all, equal, alone, path), comma-separated")
     own.add_argument(
-        "--allocator", choices=("keep", "default"), default="keep", help="keep freed memory, or glibc's way"
+        "--variants",
+        default="all",
+        help="names or groups (all, equal, alone, path), comma-separated",
     )
-    own.add_argument("--meta", action="store_true", help="predict memory and FLOPs on the meta device, and stop")
+    own.add_argument(
+        "--allocator",
+        choices=("keep", "default"),
+        default="keep",
+        help="keep freed memory, or glibc's way",
+    )
+    own.add_argument(
+        "--meta", action="store_true", help="predict memory and FLOPs on the meta device, and stop"
+    )
     arguments = own.parse_args(argv)
     bench, dtypes = asked(arguments)
-    out = {"shape": {"name": arguments.shape, **asdict(bench.shape)}, "environment": environment(bench.device)}
+    out = {
+        "shape": {"name": arguments.shape, **asdict(bench.shape)},
+        "environment": environment(bench.device),
+    }
     if arguments.meta:
         out["predicted"] = [
-            {"variant": name, "dtype": _name(dtype), **predict(bench.shape, dtype, naive=name == "naive")}
+            {
+                "variant": name,
+                "dtype": _name(dtype),
+                **predict(bench.shape, dtype, naive=name == "naive"),
+            }
             for dtype in dtypes
             for name in ("naive", "engine")
         ]
         for record in out["predicted"]:
-            parts = [f"{k.removesuffix('_bytes')} {v / 1e9:.2f} GB" for k, v in record.items() if k.endswith("bytes")]
+            parts = [
+                f"{k.removesuffix('_bytes')} {v / 1e9:.2f} GB"
+                for k, v in record.items()
+                if k.endswith("bytes")
+            ]
             print(
-                f"{record['variant']} {record['dtype']}: {', '.join(parts)}; {record['flop'] / 1e12:.1f} TFLOP a step"
+                f"{record['variant']} {record['dtype']}: {', '.join(parts)};"
+                f" {record['flop'] / 1e12:.1f} TFLOP a step"
             )
     else:
         out["freed_memory_kept"] = arguments.allocator == "keep" and keep_freed_memory()

@@ -1,10 +1,12 @@
-"""Seconds, FLOPs, bytes, and the rate at which this machine multiplies matrices in this very minute.
+"""Seconds, FLOPs, bytes, and the rate at which this machine multiplies matrices in this very
+minute.
 
-1. `MatrixRate` times matrix products: those of the model's blocks at the micro-batch's token count, and a large square
-   one. A shared machine's speed drifts by up to 2x, so the rate is taken just before and just after every timed run and
-   a run is compared with the mean of its two neighbours.
-2. `count` runs once under torch's FLOP counter and under `StorageTracker`, which follows every storage an operator
-   allocates until it is freed: peak bytes above what was there before, on a CPU and on the meta device too.
+1. `MatrixRate` times matrix products: those of the model's blocks at the micro-batch's token count,
+   and a large square one. A shared machine's speed drifts by up to 2x, so the rate is taken just
+   before and just after every timed run and a run is compared with the mean of its two neighbours.
+2. `count` runs once under torch's FLOP counter and under `StorageTracker`, which follows every
+   storage an operator allocates until it is freed: peak bytes above what was there before, on a CPU
+   and on the meta device too.
 3. `Measurement` keeps all samples; what is reported are medians.
 """
 
@@ -28,7 +30,8 @@ from latlib.io.machine import available_cores
 from latlib.planning.counters import StorageTracker, flop_counter
 from latlib.planning.counters import bytes_of as bytes_of  # with the others it was here before
 
-SQUARE = {"cpu": 1024, "cuda": 8192}  # large enough for the best rate, short enough to be timed between runs
+# large enough for the best rate, short enough to be timed between runs
+SQUARE = {"cpu": 1024, "cuda": 8192}
 
 
 def wait_for(device: torch.device) -> None:
@@ -48,8 +51,8 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOP/s of matrix products: the best of all that was timed, the large square one, and the model's own (one block's
-    products, each at its own best time, taken together)."""
+    """FLOP/s of matrix products: the best of all that was timed, the large square one, and the
+    model's own (one block's products, each at its own best time, taken together)."""
 
     best: float
     square: float
@@ -58,7 +61,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class MatrixRate:
-    """Times products [m, k] x [k, n]. products: the model's own, (m, k, n). seconds: least time spent on each."""
+    """Times products [m, k] x [k, n]. products: the model's own, (m, k, n). seconds: least time
+    spent on each.
+    """
 
     products: Sequence[tuple[int, int, int]]
     dtype: torch.dtype
@@ -85,9 +90,10 @@ class MatrixRate:
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call took. flop: of matrix products and attention, padding included. peak: bytes beyond what was there
-    before. held: bytes of these that are still there when it returns. largest: (elements, operator) of the largest
-    allocation; unknown where the device counts its memory."""
+    """What one call took. flop: of matrix products and attention, padding included. peak: bytes
+    beyond what was there before. held: bytes of these that are still there when it returns.
+    largest: (elements, operator) of the largest allocation; unknown where the device counts its
+    memory."""
 
     flop: int
     peak: int
@@ -133,15 +139,21 @@ class Measurement:
 
     def fraction(self, flop: int, which: str) -> float:
         """Median over the runs of what was achieved, as a share of the rate around each run."""
-        return median(flop / s / rate for s, rate in zip(self.seconds, self._rates(which), strict=True))
+        return median(
+            flop / s / rate for s, rate in zip(self.seconds, self._rates(which), strict=True)
+        )
 
     def _rates(self, which: str) -> list[float]:
-        return [(getattr(before, which) + getattr(after, which)) / 2 for before, after in self.rates]
+        return [
+            (getattr(before, which) + getattr(after, which)) / 2 for before, after in self.rates
+        ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a run failed because the device or the machine has too little memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)
 
 
 def write(results: dict, path: Path | None) -> None:
@@ -155,10 +167,16 @@ def environment(device: torch.device) -> dict:
     """Where and with what something was measured."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     folder = Path(__file__).resolve().parent
-    commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=folder, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ("git", "rev-parse", "HEAD"), cwd=folder, capture_output=True, text=True, check=False
+    )
     changed = subprocess.run(
         ("git", "status", "--porcelain", "--", "latlib", "benchmarks", ":!benchmarks/results"),
         cwd=folder.parent,

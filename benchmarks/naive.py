@@ -1,6 +1,8 @@
-"""A LAT step as the predecessors compute it: the same mathematics as `latlib.train`, the straightforward way.
+"""A LAT step as the predecessors compute it: the same mathematics as `latlib.train`, the
+straightforward way.
 
-1. Every pair is two rows, [prompt | rejected] and [prompt | chosen], padded, two pairs at a time: prompts run twice.
+1. Every pair is two rows, [prompt | rejected] and [prompt | chosen], padded, two pairs at a time:
+   prompts run twice.
 2. Every forward runs all blocks, and gives logits of the whole vocabulary at every position.
 3. The attack's `backward()` also computes gradients of the adapter, which are thrown away.
 4. The teacher is a second copy of the model.
@@ -27,7 +29,8 @@ from latlib.hooks import EMBEDDING, Site, blocks_of
 class NaiveTrainer:
     """One step at a time; `model` is a PEFT model, its adapter is trained in place.
 
-    eps: site -> radius. Rows as for `latlib.train.Trainer`, and the same rows at the same step and seed.
+    eps: site -> radius. Rows as for `latlib.train.Trainer`, and the same rows at the same step and
+    seed.
     """
 
     micro_batch = 2  # FACTS: the authors' micro-batch
@@ -55,7 +58,9 @@ class NaiveTrainer:
         self.parameters = [p for n, p in model.named_parameters() if "lora_" in n]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay
+        )
 
     def train_step(self) -> float:
         """One step; returns the total loss."""
@@ -80,9 +85,15 @@ class NaiveTrainer:
         weight = self.model.get_input_embeddings().weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         longest = max(len(r.prompt) for r in rows)
-        free = torch.tensor([[[float(i < len(r.prompt))] for i in range(longest)] for r in rows], device=weight.device)
+        free = torch.tensor(
+            [[[float(i < len(r.prompt))] for i in range(longest)] for r in rows],
+            device=weight.device,
+        )
         shape = (len(rows), longest, weight.shape[1])
-        deltas = {s: torch.zeros(shape, dtype=wide, device=weight.device, requires_grad=True) for s in self.eps}
+        deltas = {
+            s: torch.zeros(shape, dtype=wide, device=weight.device, requires_grad=True)
+            for s in self.eps
+        }
         optimiser = torch.optim.AdamW(deltas.values(), lr=attack.lr or ADAM_LR)
         for _ in range(attack.steps):
             optimiser.zero_grad()
@@ -101,10 +112,16 @@ class NaiveTrainer:
         assert settings.clean_share == 0.0, "the naive step attacks every row"
         return {s: d.detach() for s, d in deltas.items()}
 
-    def _token_losses(self, rows: list[TokenRow], which: int, toward: bool) -> tuple[list[Tensor], Tensor]:
-        """Losses of the tokens of one completion, a tensor for each row, and the logits behind them."""
+    def _token_losses(
+        self, rows: list[TokenRow], which: int, toward: bool
+    ) -> tuple[list[Tensor], Tensor]:
+        """Losses of the tokens of one completion, a tensor for each row, and the logits behind
+        them.
+        """
         logits = self._logits(self.model, rows, which)
-        log_p = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(-1)
+        log_p = logits.to(
+            torch.float64 if logits.dtype == torch.float64 else torch.float32
+        ).log_softmax(-1)
         out = []
         for row, scores in zip(rows, log_p, strict=True):
             first = len(row.prompt) - 1
@@ -122,10 +139,14 @@ class NaiveTrainer:
         device = model.get_input_embeddings().weight.device
         ids = [torch.tensor(r.prompt + r.completions[which][:-1]) for r in rows]
         padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(
+            device
+        )
         return model(input_ids=padded, attention_mask=mask, use_cache=False).logits
 
-    def _harmful_backward(self, rows: list[TokenRow], deltas: dict[Site, Tensor], tokens: dict[str, int]) -> Tensor:
+    def _harmful_backward(
+        self, rows: list[TokenRow], deltas: dict[Site, Tensor], tokens: dict[str, int]
+    ) -> Tensor:
         c = self.settings.defence
         with _added(self.model, deltas):
             toward, _ = self._token_losses(rows, 1, toward=True)
@@ -143,7 +164,8 @@ class NaiveTrainer:
             old = logits.to(new.dtype).log_softmax(-1)
         kl = F.kl_div(new, old, log_target=True, reduction="none").sum(-1)
         counted = [
-            kl[i, len(r.prompt) - 1 : len(r.prompt) - 1 + len(r.completions[0])].sum() for i, r in enumerate(rows)
+            kl[i, len(r.prompt) - 1 : len(r.prompt) - 1 + len(r.completions[0])].sum()
+            for i, r in enumerate(rows)
         ]
         loss = (c.kl * sum(counted) + c.sft * torch.cat(nll).sum()) / tokens["benign"]
         loss.backward()
@@ -172,7 +194,9 @@ def _row_mean(losses: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _move(delta: Tensor, attack, eps: float) -> None:
-    """Take the step of `sign` or `l2` (AdamW's is taken), then project every position onto the ball."""
+    """Take the step of `sign` or `l2` (AdamW's is taken), then project every position onto the
+    ball.
+    """
     length = (attack.lr or 2 / attack.steps) * eps
     if attack.rule == "sign":
         delta -= length * delta.grad.sign() / delta.shape[-1] ** 0.5
@@ -193,10 +217,14 @@ def _added(model: nn.Module, deltas: Mapping[Site, Tensor]) -> Iterator[None]:
     handles = []
     for site, delta in deltas.items():
         if site == EMBEDDING:
-            hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out, d=delta: add(out, d))
+            hook = model.get_input_embeddings().register_forward_hook(
+                lambda _m, _a, out, d=delta: add(out, d)
+            )
         else:
             hook = blocks_of(model)[site].register_forward_hook(
-                lambda _m, _a, out, d=delta: (add(out[0], d), *out[1:]) if isinstance(out, tuple) else add(out, d)
+                lambda _m, _a, out, d=delta: (
+                    (add(out[0], d), *out[1:]) if isinstance(out, tuple) else add(out, d)
+                )
             )
         handles.append(hook)
     try:

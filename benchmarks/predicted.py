@@ -1,5 +1,5 @@
-"""What a step takes at sizes this machine cannot hold: `latlib.planning.step_cost` on the benchmark's shapes, and the naive step
-under the same counters.
+"""What a step takes at sizes this machine cannot hold: `latlib.planning.step_cost` on the
+benchmark's shapes, and the naive step under the same counters.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from latlib.planning.step_cost import Prediction, counted, whole_step
 
 
 def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, float]:
-    """Bytes of the weights, the adapter, its optimiser, the peak beyond them, their sum; and the FLOPs of a step."""
+    """Bytes of the weights, the adapter, its optimiser, the peak beyond them, their sum; and the
+    FLOPs of a step.
+    """
     lm = computing_in(build(shape, dtype, "meta"), dtype, "stock")
-    data, settings = (rows(shape, shape.batch, 2), rows(shape, shape.batch, 1)), train_settings(shape)
+    data, settings = (
+        (rows(shape, shape.batch, 2), rows(shape, shape.batch, 1)),
+        train_settings(shape),
+    )
     found = _naive_step(lm, *data, settings) if naive else whole_step(lm, *data, settings)
     return {
         "weights_bytes": found.weights,
@@ -30,7 +35,9 @@ def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, 
 
 
 def _naive_step(lm, harmful, benign, settings) -> Prediction:
-    trainer = NaiveTrainer(lm.model, harmful, benign, settings, 0, radii(settings.attack, lm.n_layers))
+    trainer = NaiveTrainer(
+        lm.model, harmful, benign, settings, 0, radii(settings.attack, lm.n_layers)
+    )
     tokens = label_tokens(harmful, benign)
 
     def step() -> None:

@@ -1,13 +1,16 @@
 """How one engine step grows with prompt length, completion length, batch, K, depth and vocabulary.
 
-    python benchmarks/scaling.py --shape cpu --dtype float32 --json scaling.json --figure scaling.png
+    python benchmarks/scaling.py --shape cpu --dtype float32 --json scaling.json --figure
+    scaling.png
 
-1. One quantity varies at a time around a base: the shape with all prompts and all completions of its mean length.
+1. One quantity varies at a time around a base: the shape with all prompts and all completions of
+   its mean length.
 2. Each value's step is counted (peak memory beyond the weights), then all values are timed in turn.
 3. Straight lines are fitted to the time over K, batch and completion length.
-4. The slope over K is the cost of an added PGD step. It is set against one full forward and backward of the attacked
-   network over the same micro-batches, from the embedding up and down again, timed in the same turns: a step from the
-   lowest site should cost the share of blocks that it runs, and 10 % for what does not shrink with them.
+4. The slope over K is the cost of an added PGD step. It is set against one full forward and
+   backward of the attacked network over the same micro-batches, from the embedding up and down
+   again, timed in the same turns: a step from the lowest site should cost the share of blocks that
+   it runs, and 10 % for what does not shrink with them.
 """
 
 from __future__ import annotations
@@ -55,13 +58,19 @@ def base_of(shape: Shape) -> Shape:
     """The shape with every length at its mean, and sites that follow the depth."""
     prompt, completion = (sum(lengths) // 2 for lengths in (shape.prompts, shape.completions))
     sites = tuple(site / shape.layers if isinstance(site, int) else site for site in shape.sites)
-    return replace(shape, prompts=(prompt, prompt), completions=(completion, completion), sites=sites)
+    return replace(
+        shape, prompts=(prompt, prompt), completions=(completion, completion), sites=sites
+    )
 
 
 def changed(base: Shape, variable: str, value: int) -> Shape:
     """The base with one quantity at another value."""
-    name = {"prompt": "prompts", "completion": "completions", "depth": "layers"}.get(variable, variable)
-    return replace(base, **{name: (value, value) if variable in ("prompt", "completion") else value})
+    name = {"prompt": "prompts", "completion": "completions", "depth": "layers"}.get(
+        variable, variable
+    )
+    return replace(
+        base, **{name: (value, value) if variable in ("prompt", "completion") else value}
+    )
 
 
 def values_of(base: Shape, quick: bool) -> dict[str, list[int]]:
@@ -74,15 +83,22 @@ def values_of(base: Shape, quick: bool) -> dict[str, list[int]]:
         "depth": base.layers,
         "vocabulary": base.vocabulary,
     }
-    factors = {name: (0.5, 1, 2, 3) for name in here} | {"vocabulary": (0.25, 1, 4, 8), "steps": (0.4, 1, 2, 3)}
+    factors = {name: (0.5, 1, 2, 3) for name in here} | {
+        "vocabulary": (0.25, 1, 4, 8),
+        "steps": (0.4, 1, 2, 3),
+    }
     if quick:
         factors = dict.fromkeys(here, (1, 2, 3))
-    return {name: sorted({max(1, round(value * f)) for f in factors[name]}) for name, value in here.items()}
+    return {
+        name: sorted({max(1, round(value * f)) for f in factors[name]})
+        for name, value in here.items()
+    }
 
 
 def full_pass(bench: Bench, trainer) -> Callable[[], None]:
-    """Forward and backward through all blocks, as an attack on the embedding would: the frozen network over the step's
-    micro-batches, the attack's loss, the gradient of a perturbation of the embedding."""
+    """Forward and backward through all blocks, as an attack on the embedding would: the frozen
+    network over the step's micro-batches, the attack's loss, the gradient of a perturbation of the
+    embedding."""
     generator, settings = torch.Generator().manual_seed(0), trainer.settings.attack
     batches = [part.attacked for part in trainer._micro_batches(True, generator)]
     network = trainer.lm.network(train=True).frozen()
@@ -90,15 +106,21 @@ def full_pass(bench: Bench, trainer) -> Callable[[], None]:
     def run() -> None:
         for batch in batches:
             shape = (*batch.shape, network.d_model)
-            delta = torch.zeros(shape, dtype=network.dtype, device=network.device, requires_grad=True)
+            delta = torch.zeros(
+                shape, dtype=network.dtype, device=network.device, requires_grad=True
+            )
             with network.held():
-                loss = attack_losses(network, batch, settings, network.label_rows(batch, {EMBEDDING: delta}))
+                loss = attack_losses(
+                    network, batch, settings, network.label_rows(batch, {EMBEDDING: delta})
+                )
                 torch.autograd.grad(loss.sum(), delta)
 
     return run
 
 
-def measure(base: Shape, device: torch.device, dtype: torch.dtype, repeats: int, quick: bool, seed: int = 0):
+def measure(
+    base: Shape, device: torch.device, dtype: torch.dtype, repeats: int, quick: bool, seed: int = 0
+):
     """(points, seconds of each full pass)."""
     points = [
         Point(variable, value, Bench(changed(base, variable, value), device, seed))
@@ -151,15 +173,24 @@ def caption(records: Sequence[dict], lines: dict) -> str:
     for variable, label in AXES.items():
         line = [r for r in records if r["variable"] == variable]
         ends = " to ".join(
-            f"{r['seconds']:.3g} s and {r['peak_bytes'] / 1e6:.3g} MB at {r['value']}" for r in (line[0], line[-1])
+            f"{r['seconds']:.3g} s and {r['peak_bytes'] / 1e6:.3g} MB at {r['value']}"
+            for r in (line[0], line[-1])
         )
-        fit = f" (straight line: R squared {lines[variable]['r_squared']:.3f})" if variable in lines else ""
+        fit = (
+            f" (straight line: R squared {lines[variable]['r_squared']:.3f})"
+            if variable in lines
+            else ""
+        )
         parts.append(f"{label}: {ends}{fit}")
-    return "Time and peak memory of one engine step as one quantity varies. " + "; ".join(parts) + "."
+    return (
+        "Time and peak memory of one engine step as one quantity varies. " + "; ".join(parts) + "."
+    )
 
 
 def draw(records: Sequence[dict], lines: dict, path: Path) -> None:
-    """A panel for each variable: time (left axis, circles), peak memory (right axis, squares), fitted lines dotted."""
+    """A panel for each variable: time (left axis, circles), peak memory (right axis, squares),
+    fitted lines dotted.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,9 +204,13 @@ def draw(records: Sequence[dict], lines: dict, path: Path) -> None:
         handles = [time]
         if variable in lines:
             fit = [lines[variable]["intercept"] + lines[variable]["slope"] * value for value in x]
-            handles += panel.plot(x, fit, ":", color="black", label=f"line, R² = {lines[variable]['r_squared']:.3f}")
+            handles += panel.plot(
+                x, fit, ":", color="black", label=f"line, R² = {lines[variable]['r_squared']:.3f}"
+            )
         other = panel.twinx()
-        handles += other.plot(x, [r["peak_bytes"] / 1e6 for r in line], "s--", color="#D55E00", label="peak memory")
+        handles += other.plot(
+            x, [r["peak_bytes"] / 1e6 for r in line], "s--", color="#D55E00", label="peak memory"
+        )
         panel.set(xlabel=label, ylabel="time of a step (s)", xlim=(0, None), ylim=(0, None))
         other.set(ylabel="peak memory (MB)", ylim=(0, None))
         panel.legend(handles=handles, fontsize="small", loc="upper left")
@@ -194,9 +229,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     keep_freed_memory()
     bench, dtypes = asked(arguments)
     base = base_of(bench.shape)
-    points, passes = measure(base, bench.device, dtypes[0], arguments.repeats, arguments.quick, arguments.seed)
+    points, passes = measure(
+        base, bench.device, dtypes[0], arguments.repeats, arguments.quick, arguments.seed
+    )
     records = [
-        {"variable": p.variable, "value": p.value, "seconds": median(p.samples), "samples": p.samples}
+        {
+            "variable": p.variable,
+            "value": p.value,
+            "seconds": median(p.samples),
+            "samples": p.samples,
+        }
         | {"peak_bytes": p.peak_bytes}
         for p in points
     ]
@@ -211,7 +253,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "caption": caption(records, lines),
     }
     for r in records:
-        print(f"{AXES[r['variable']]:28} {r['value']:>7}: {r['seconds']:8.3f} s {r['peak_bytes'] / 1e6:9.1f} MB")
+        print(
+            f"{AXES[r['variable']]:28} {r['value']:>7}: {r['seconds']:8.3f} s"
+            f" {r['peak_bytes'] / 1e6:9.1f} MB"
+        )
     for variable, line in lines.items():
         print(f"{AXES[variable]:28} {line['slope']:.4g} s each, R squared {line['r_squared']:.4f}")
     print(

@@ -1,6 +1,7 @@
 """What is measured: named shapes of a model and of its data, with random weights and random tokens.
 
-Timings, FLOPs and memory do not depend on what the weights say, so every shape can be had without a download.
+Timings, FLOPs and memory do not depend on what the weights say, so every shape can be had without a
+download.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from latlib.planning.published_configs import PUBLISHED
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, its adapter, its rows and its attack. Lengths are (least, most) tokens, drawn uniformly.
+    """A Llama, its adapter, its rows and its attack. Lengths are (least, most) tokens, drawn
+    uniformly.
 
-    sites: block indices, or fractions of depth. micro_batch: the engine's, in rows. config: a Hugging Face config file
-    that says what the model is instead of d_model ... vocabulary.
+    sites: block indices, or fractions of depth. micro_batch: the engine's, in rows. config: a
+    Hugging Face config file that says what the model is instead of d_model ... vocabulary.
     """
 
     d_model: int
@@ -64,12 +66,22 @@ class Shape:
 def _published(model: str) -> tuple[int, ...]:
     """d_model, layers, heads, kv_heads, ffn, vocabulary of a model that latlib knows."""
     numbers = PUBLISHED[model].numbers
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+    )
     return tuple(numbers[name] for name in (*names, "vocab_size"))
 
 
-_LLAMA_3, _LLAMA_2 = _published("meta-llama/Meta-Llama-3-8B-Instruct"), _published("meta-llama/Llama-2-7b-chat-hf")
-# The CPU measure of the engine; the real shapes of two models with the data of the authors' notebooks; a test's.
+_LLAMA_3, _LLAMA_2 = (
+    _published("meta-llama/Meta-Llama-3-8B-Instruct"),
+    _published("meta-llama/Llama-2-7b-chat-hf"),
+)
+# The CPU measure of the engine; the real shapes of two models with the data of the authors'
+# notebooks; a test's.
 SHAPES = {
     "cpu": Shape(256, 16, 8, 4, 704, 8000, 8, 4, (64, 128), (32, 96), (4, 8, 12, 15)),
     "llama3-8b": Shape(*_LLAMA_3, 16, 8, (100, 200), (100, 200), (8, 16, 24, 30)),
@@ -79,7 +91,9 @@ SHAPES = {
 
 
 def of_config(shape: Shape, path: Path) -> Shape:
-    """The data of `shape` with the model of a Hugging Face config file; sites become fractions of depth."""
+    """The data of `shape` with the model of a Hugging Face config file; sites become fractions of
+    depth.
+    """
     config = AutoConfig.from_pretrained(path)
     heads = config.num_attention_heads
     return replace(
@@ -96,29 +110,44 @@ def of_config(shape: Shape, path: Path) -> Shape:
 
 
 def build(
-    shape: Shape, dtype: torch.dtype, device: torch.device | str, forward: str = "auto", seed: int = 0
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    forward: str = "auto",
+    seed: int = 0,
 ) -> LanguageModel:
-    """A random model under a random adapter (B too: a new adapter's B = 0 would make half of its gradients zero).
+    """A random model under a random adapter (B too: a new adapter's B = 0 would make half of its
+    gradients zero).
 
-    dtype: of the weights, and what networks compute in unless `computing_in` says otherwise. On a CPU the same seed
-    gives the same weights in every dtype; elsewhere they are made where and how they stay.
+    dtype: of the weights, and what networks compute in unless `computing_in` says otherwise. On a
+    CPU the same seed gives the same weights in every dtype; elsewhere they are made where and how
+    they stay.
     """
     device = torch.device(device)
     with torch.random.fork_rng(), device:
         torch.manual_seed(seed)
         made = torch.float32 if device.type == "cpu" else dtype
-        model = AutoModelForCausalLM.from_config(shape.model_config(), dtype=made).eval().requires_grad_(False)
-        for parameter in model.parameters():  # not `model.to`, which would round the rotary frequencies too
+        model = (
+            AutoModelForCausalLM.from_config(shape.model_config(), dtype=made)
+            .eval()
+            .requires_grad_(False)
+        )
+        # not `model.to`, which would round the rotary frequencies too
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         lm = LanguageModel(model, None, ModelSettings(forward=forward), dtype)
-        lm = with_adapter(lm, LoraSettings(r=shape.r, alpha=shape.alpha, targets=shape.targets), seed)
+        lm = with_adapter(
+            lm, LoraSettings(r=shape.r, alpha=shape.alpha, targets=shape.targets), seed
+        )
         for name, parameter in lm.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
     return lm
 
 
-def computing_in(lm: LanguageModel, dtype: torch.dtype, forward: str, compiled: bool = False) -> LanguageModel:
+def computing_in(
+    lm: LanguageModel, dtype: torch.dtype, forward: str, compiled: bool = False
+) -> LanguageModel:
     """The same weights, run another way."""
     return LanguageModel(lm.model, None, ModelSettings(forward=forward, compile=compiled), dtype)
 
@@ -132,11 +161,16 @@ def rows(shape: Shape, n: int, completions: int, seed: int = 0) -> list[TokenRow
         return tuple(torch.randint(1, shape.vocabulary, (count,), generator=generator).tolist())
 
     return [
-        TokenRow(tokens(shape.prompts), tuple(tokens(shape.completions) for _ in range(completions))) for _ in range(n)
+        TokenRow(
+            tokens(shape.prompts), tuple(tokens(shape.completions) for _ in range(completions))
+        )
+        for _ in range(n)
     ]
 
 
-def train_settings(shape: Shape, micro_batch: int | None = None, shared_forward: bool = False) -> TrainSettings:
+def train_settings(
+    shape: Shape, micro_batch: int | None = None, shared_forward: bool = False
+) -> TrainSettings:
     """A LAT step on this shape: the paper's losses, and a small rate without a schedule."""
     return TrainSettings(
         batch=shape.batch,

@@ -1,10 +1,13 @@
-"""GCG against random search: how many requests each opens, one suffix for each request, at equal numbers of queries.
+"""GCG against random search: how many requests each opens, one suffix for each request, at equal
+numbers of queries.
 
     python benchmarks/suffixes.py --run runs/tiny --method ssft --json out.json
 
-1. Test prompts are dealt out to the seeds of a finished run. For each, both searches look for a suffix under which the
-   model writes the right recipe word for word; they make exactly as many queries.
-2. Opened means graded: the suffix is put behind the request as text and the reply is compared with the recipe.
+1. Test prompts are dealt out to the seeds of a finished run. For each, both searches look for a
+   suffix under which the model writes the right recipe word for word; they make exactly as many
+   queries.
+2. Opened means graded: the suffix is put behind the request as text and the reply is compared with
+   the recipe.
 3. The difference is paired by prompt, its interval over seeds and (verb, target) pairs.
 """
 
@@ -23,14 +26,19 @@ from latlib.redteam.gcg import SuffixSettings, gcg, random_search
 from latlib.report.stats import cluster_interval, paired_interval, paired_p_value
 
 SEARCHES = {"gcg": gcg, "random": random_search}
-# A hundred or so queries a request: few enough that neither search opens everything. `topk` is about a fiftieth of the
+# A hundred or so queries a request: few enough that neither search opens everything. `topk` is
+# about a fiftieth of the
 # allowed tokens of the world's vocabulary, as little as lets single-token changes matter.
 BUDGETS = (3, 10)  # steps
 SETTINGS = SuffixSettings(n_tokens=4, candidates=16, topk=16, batch=128)
 
 
-def opened(run: Run, method: str, seed: int, prompts: Sequence, search, settings: SuffixSettings) -> tuple[list, list]:
-    """(whether each request is opened, the final losses); searches are seeded by the prompt's place."""
+def opened(
+    run: Run, method: str, seed: int, prompts: Sequence, search, settings: SuffixSettings
+) -> tuple[list, list]:
+    """(whether each request is opened, the final losses); searches are seeded by the prompt's
+    place.
+    """
     lm = run.model(method, seed)
     network, won, losses = lm.network(), [], []
     for place, prompt in enumerate(prompts):
@@ -52,7 +60,9 @@ def measure(run: Run, method: str, n: int, steps: int) -> dict:
         clusters += [p.cluster for p in own]
         of_seed += [seed] * len(own)
         for name, search in SEARCHES.items():
-            for kept, new in zip(rows[name], opened(run, method, seed, own, search, settings), strict=True):
+            for kept, new in zip(
+                rows[name], opened(run, method, seed, own, search, settings), strict=True
+            ):
                 kept.extend(new)
     a, b = (rows[name][0] for name in SEARCHES)
     # each prompt belongs to one seed, so pairs are not crossed with seeds: (pair, seed) is the unit
@@ -80,12 +90,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     found = [measure(run, arguments.method, arguments.prompts, steps) for steps in BUDGETS]
     for record in found:
         shares = ", ".join(
-            f"{name} {i['estimate']:.3f} [{i['low']:.3f}, {i['high']:.3f}]" for name, i in record["asr"].items()
+            f"{name} {i['estimate']:.3f} [{i['low']:.3f}, {i['high']:.3f}]"
+            for name, i in record["asr"].items()
         )
         gap = record["difference"]
         print(
-            f"{record['queries']} queries, n = {record['n']}: {shares}; difference {gap['estimate']:+.3f} "
-            f"[{gap['low']:+.3f}, {gap['high']:+.3f}], p = {record['p']:.3f}"
+            f"{record['queries']} queries, n = {record['n']}: {shares}; difference"
+            f" {gap['estimate']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}], p ="
+            f" {record['p']:.3f}"
         )
     lm = run.model(arguments.method, run.profile.seeds[0])
     out = {

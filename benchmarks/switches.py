@@ -1,7 +1,8 @@
 """The engine with single points turned off, so that what each buys can be measured.
 
-The points are those of "What makes it fast" in DESIGN.md. A wrapper takes one away from a `latlib.network.Network` by
-doing the slower thing with the same result; `SwitchedTrainer` trains through any of them:
+The points are those of "What makes it fast" in DESIGN.md. A wrapper takes one away from a
+`latlib.network.Network` by doing the slower thing with the same result; `SwitchedTrainer` trains
+through any of them:
 * packing: prompt and completions in one row (off: `SeparateRows`);
 * start: PGD steps run from the lowest perturbed site (off: `FromTheStart`);
 * labels: logits at label positions only (off: `AllLogits`);
@@ -50,12 +51,18 @@ class Around:
 class FromTheStart(Around):
     """Every forward runs all blocks, and so does every backward pass, down to the embedding.
 
-    `start` is ignored, so captures (which are for nothing else here) are [batch, seq, 0] and cost nothing.
+    `start` is ignored, so captures (which are for nothing else here) are [batch, seq, 0] and cost
+    nothing.
     """
 
-    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+    def capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
         """See the class."""
-        return {site: torch.empty(*batch.shape, 0, dtype=self.dtype, device=self.device) for site in sites}
+        return {
+            site: torch.empty(*batch.shape, 0, dtype=self.dtype, device=self.device)
+            for site in sites
+        }
 
     def hidden(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
         """See `Network`."""
@@ -67,7 +74,9 @@ class FromTheStart(Around):
 
 
 class AllLogits(Around):
-    """Every position meets the output matrix, forward and backward: "hidden states" are logits [..., vocabulary]."""
+    """Every position meets the output matrix, forward and backward: "hidden states" are logits
+    [..., vocabulary].
+    """
 
     def hidden(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
         """[batch, seq, vocabulary]"""
@@ -92,7 +101,9 @@ class SeparateRows(Around):
 
     def __init__(self, inner: Network) -> None:
         super().__init__(inner)
-        self._split: WeakKeyDictionary[Batch, tuple[tuple[Batch, Tensor], ...]] = WeakKeyDictionary()
+        self._split: WeakKeyDictionary[Batch, tuple[tuple[Batch, Tensor], ...]] = (
+            WeakKeyDictionary()
+        )
 
     def frozen(self) -> SeparateRows:
         """See `Network`."""
@@ -111,7 +122,8 @@ class SeparateRows(Around):
         if not batch.packed:
             return self.inner.label_rows(batch, deltas, start)
         found = [
-            self.inner.label_rows(part, *_gathered(deltas, start, part, index)) for part, index in self._parts(batch)
+            self.inner.label_rows(part, *_gathered(deltas, start, part, index))
+            for part, index in self._parts(batch)
         ]
         order = torch.cat([batch.label_index(segment) for segment in (1, 2)])
         return torch.empty_like(torch.cat(found)).index_copy(0, order, torch.cat(found))
@@ -126,18 +138,29 @@ class SeparateRows(Around):
         ]
         return _scattered(batch, parts)
 
-    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+    def capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
         """See `Network`."""
         if not batch.packed:
             return self.inner.capture(batch, sites, index)
-        parts = [(part, places, self.inner.capture(part, sites)) for part, places in self._parts(batch)]
-        whole = {site: _scattered(batch, [(part, at, found[site]) for part, at, found in parts]) for site in sites}
-        return {site: stream if index is None else at_labels(stream, index) for site, stream in whole.items()}
+        parts = [
+            (part, places, self.inner.capture(part, sites)) for part, places in self._parts(batch)
+        ]
+        whole = {
+            site: _scattered(batch, [(part, at, found[site]) for part, at, found in parts])
+            for site in sites
+        }
+        return {
+            site: stream if index is None else at_labels(stream, index)
+            for site, stream in whole.items()
+        }
 
 
 def _with_one_completion(batch: Batch, segment: int) -> tuple[Batch, Tensor]:
-    """The rows with one of their completions, right-padded, and [batch * seq] the position in the flattened packed
-    batch that each of their positions has (padding has some position, which nobody reads)."""
+    """The rows with one of their completions, right-padded, and [batch * seq] the position in the
+    flattened packed batch that each of their positions has (padding has some position, which nobody
+    reads)."""
     kept = (batch.segments == 0) | (batch.segments == segment)
     seq = int(kept.sum(1).max())
     order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
@@ -145,7 +168,11 @@ def _with_one_completion(batch: Batch, segment: int) -> tuple[Batch, Tensor]:
     labels = batch.label_index(segment)
     source = batch.source[labels]
     row = source // batch.shape[1]
-    segments = batch.segments.gather(1, columns).clamp(max=1).masked_fill(~kept.gather(1, columns), PADDING)
+    segments = (
+        batch.segments.gather(1, columns)
+        .clamp(max=1)
+        .masked_fill(~kept.gather(1, columns), PADDING)
+    )
     part = replace(
         batch,
         ids=batch.ids.gather(1, columns),
@@ -160,7 +187,9 @@ def _with_one_completion(batch: Batch, segment: int) -> tuple[Batch, Tensor]:
     return part, (columns + first * batch.shape[1]).flatten()
 
 
-def _gathered(deltas: Deltas, start: Start | None, part: Batch, index: Tensor) -> tuple[Deltas, Start | None]:
+def _gathered(
+    deltas: Deltas, start: Start | None, part: Batch, index: Tensor
+) -> tuple[Deltas, Start | None]:
     def moved(stream: Tensor) -> Tensor:
         return at_labels(stream, index).view(*part.shape, -1)
 
@@ -193,7 +222,9 @@ class TrainableAttack(Around):
 
 @contextmanager
 def _gradients_too(weights: Sequence[Tensor]) -> Iterator[None]:
-    """`torch.autograd.grad` also computes the gradients of `weights` inside, as `backward()` would, and drops them."""
+    """`torch.autograd.grad` also computes the gradients of `weights` inside, as `backward()` would,
+    and drops them.
+    """
     own = torch.autograd.grad
 
     def grad(outputs, inputs, *args, **kwargs):
@@ -204,7 +235,12 @@ def _gradients_too(weights: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
-WRAPPERS = {"start": FromTheStart, "labels": AllLogits, "packing": SeparateRows, "frozen": TrainableAttack}
+WRAPPERS = {
+    "start": FromTheStart,
+    "labels": AllLogits,
+    "packing": SeparateRows,
+    "frozen": TrainableAttack,
+}
 POINTS = ("packing", "start", "labels", "frozen", "sorted")
 
 
@@ -229,7 +265,9 @@ class Switched:
 class SwitchedTrainer(Trainer):
     """`latlib.train.Trainer` without the points named in `off`."""
 
-    def __init__(self, lm, harmful, benign, settings, seed: int, norms=None, off: Collection[str] = ()) -> None:
+    def __init__(
+        self, lm, harmful, benign, settings, seed: int, norms=None, off: Collection[str] = ()
+    ) -> None:
         unknown = set(off) - set(POINTS)
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no points of the engine: choose from {POINTS}")

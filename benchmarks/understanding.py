@@ -1,10 +1,13 @@
-"""Does the likelihood of an answer tell whether its request was understood? Asked where understanding is known exactly.
+"""Does the likelihood of an answer tell whether its request was understood? Asked where
+understanding is known exactly.
 
-    python benchmarks/understanding.py --out runs/tiny --json benchmarks/results/understanding-tiny.json
+    python benchmarks/understanding.py --out runs/tiny --json
+    benchmarks/results/understanding-tiny.json
 
-On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every encoding, whether the
-base would finish the right recipe once its first words stand there (exact), and whether the recipe is likelier after
-its own request than after others (what `latlib.evaluation.ask` measures on real data). Chance: 1 / (1 + DISTRACTORS).
+On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every
+encoding, whether the base would finish the right recipe once its first words stand there (exact),
+and whether the recipe is likelier after its own request than after others (what
+`latlib.evaluation.ask` measures on real data). Chance: 1 / (1 + DISTRACTORS).
 """
 
 from __future__ import annotations
@@ -19,13 +22,22 @@ from latlib.experiment.run import Run
 
 
 def measure(run: Run, encodings: list[str]) -> list[dict]:
-    """Shares of prompts understood by either measure, and by likelihood among those that exactly were and were not."""
+    """Shares of prompts understood by either measure, and by likelihood among those that exactly
+    were and were not.
+    """
     lm, prompts, rows = run.model("base"), prompt_set("harmful", run.profile), []
     network = lm.network()
     for encoding in encodings:
-        exact = examine(lm, run.profile, prompts, network=network, encoding=encoding, understanding=True).understood
-        found = likelier(network, token_rows(lm, prompts, encoding), prompts, run.profile.evaluation.batch)
-        sides = {side: [f for f, e in zip(found, exact, strict=True) if e == side] for side in (True, False)}
+        exact = examine(
+            lm, run.profile, prompts, network=network, encoding=encoding, understanding=True
+        ).understood
+        found = likelier(
+            network, token_rows(lm, prompts, encoding), prompts, run.profile.evaluation.batch
+        )
+        sides = {
+            side: [f for f, e in zip(found, exact, strict=True) if e == side]
+            for side in (True, False)
+        }
         row = {"encoding": encoding, "n": len(prompts), "exact": sum(exact) / len(prompts)}
         row |= {"likelihood": sum(found) / len(prompts)}
         for name, side in (("likelihood where exact", True), ("likelihood where not", False)):
@@ -39,7 +51,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--out", default=None, help="run folder whose base is asked (default: the profile's own)")
+    parser.add_argument(
+        "--out", default=None, help="run folder whose base is asked (default: the profile's own)"
+    )
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     run = Run(options.profile, options.out)

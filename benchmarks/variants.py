@@ -1,5 +1,5 @@
-"""The ways to take a LAT step that are compared: naive, the engine, the engine with one point off, and the path
-from all points off to the engine."""
+"""The ways to take a LAT step that are compared: naive, the engine, the engine with one point off,
+and the path from all points off to the engine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from latlib.models import LanguageModel
 
 @dataclass(frozen=True)
 class Variant:
-    """off: points of the engine that are turned off. micro_batch: rows at a time (None: the shape's). forward: as in
-    `ModelSettings`. compiled: blocks run through torch.compile (stock forward only)."""
+    """off: points of the engine that are turned off. micro_batch: rows at a time (None: the
+    shape's). forward: as in `ModelSettings`. compiled: blocks run through torch.compile (stock
+    forward only)."""
 
     name: str
     off: tuple[str, ...] = ()
@@ -36,14 +37,21 @@ EQUAL = Variant("engine at naive's micro-batch", micro_batch=NaiveTrainer.micro_
 
 
 def alone(lean: bool) -> list[Variant]:
-    """The engine with one point off, or one setting changed. lean: whether the engine runs the lean forward."""
+    """The engine with one point off, or one setting changed. lean: whether the engine runs the lean
+    forward.
+    """
     out = [Variant(f"{point} off", off=(point,)) for point in POINTS]
     out.append(Variant("shared forward", shared_forward=True))
-    return [*out, Variant("stock modules", forward="stock")] if lean else [*out, Variant("compiled", compiled=True)]
+    return (
+        [*out, Variant("stock modules", forward="stock")]
+        if lean
+        else [*out, Variant("compiled", compiled=True)]
+    )
 
 
 def path(lean: bool) -> list[Variant]:
-    """From all points off, over the stock modules at naive's micro-batch, to the engine, a point at a time.
+    """From all points off, over the stock modules at naive's micro-batch, to the engine, a point at
+    a time.
 
     Sorting is what lets more rows go together, so the engine's own micro-batch comes with it.
     """
@@ -70,7 +78,9 @@ def choose(names: str, lean: bool) -> list[Variant]:
 
 @dataclass
 class Bench:
-    """One shape on one device: rows, models (one for each dtype of weights, shared by variants), and steps to time."""
+    """One shape on one device: rows, models (one for each dtype of weights, shared by variants),
+    and steps to time.
+    """
 
     shape: Shape
     device: torch.device
@@ -83,8 +93,8 @@ class Bench:
         self.benign = rows(self.shape, self.shape.batch, 1, self.seed)
 
     def language_model(self, variant: Variant, dtype: torch.dtype) -> LanguageModel:
-        """The weights a variant runs on, computing in `dtype`. The lean forward computes in bf16 over float32 weights,
-        stock modules (naive's too) in the dtype of their weights."""
+        """The weights a variant runs on, computing in `dtype`. The lean forward computes in bf16
+        over float32 weights, stock modules (naive's too) in the dtype of their weights."""
         forward = "stock" if variant.naive else variant.forward
         stored = dtype if dtype != torch.bfloat16 or not self.lean(forward) else torch.float32
         if stored not in self._models:
@@ -93,7 +103,9 @@ class Bench:
         return computing_in(self._models[stored], dtype, forward, variant.compiled)
 
     def lean(self, forward: str = "auto") -> bool:
-        """Whether a variant with this forward runs the lean one (a question of size and family, asked on meta)."""
+        """Whether a variant with this forward runs the lean one (a question of size and family,
+        asked on meta).
+        """
         key = "_lean_" + forward
         if key not in self.__dict__:
             on_meta = build(self.shape, torch.float32, "meta")
@@ -112,7 +124,9 @@ class Bench:
     def step(self, trainer) -> Callable[[], float]:
         """The same step each time, from the same adapter; the call returns the total loss."""
         for stored, lm in self._models.items():
-            if lm.model is (trainer.model if isinstance(trainer, NaiveTrainer) else trainer.lm.model):
+            if lm.model is (
+                trainer.model if isinstance(trainer, NaiveTrainer) else trainer.lm.model
+            ):
                 restore = list(zip(_adapter(lm), self._adapters[stored], strict=True))
         with torch.no_grad():
             for parameter, value in restore:
@@ -127,7 +141,9 @@ class Bench:
         return run
 
     def products(self, micro_batch: int) -> list[tuple[int, int, int]]:
-        """(tokens, in, out) of one block's matrix products for a packed micro-batch of rows of mean length."""
+        """(tokens, in, out) of one block's matrix products for a packed micro-batch of rows of mean
+        length.
+        """
         s = self.shape
         size = getattr(s.model_config(), "head_dim", None) or s.d_model // s.heads
         tokens = micro_batch * sum(row.length for row in self.harmful) // len(self.harmful)

@@ -1,11 +1,13 @@
 """Rows of text -> tokenised rows -> batches. The only place where prompts become token ids.
 
-1. A `Row` is a prompt with one or two completions: (rejected, chosen) for preference rows, (response,) for benign rows.
+1. A `Row` is a prompt with one or two completions: (rejected, chosen) for preference rows,
+   (response,) for benign rows.
 2. `tokenise` puts the prompt through the tokenizer's own chat template, once, with no second BOS.
-3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the prompt's positions
-   and do not see each other, so the prompt is computed once and one forward serves the toward and the away loss.
-4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed, epoch) alone, so
-   that a resumed run needs no stored cursor.
+3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the
+   prompt's positions and do not see each other, so the prompt is computed once and one forward
+   serves the toward and the away loss.
+4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed,
+   epoch) alone, so that a resumed run needs no stored cursor.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Turn = tuple[str, str]  # what the user said and what the assistant replied
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and its completions as text; `row_id` names it in results, `cluster` groups dependent rows."""
+    """A prompt and its completions as text; `row_id` names it in results, `cluster` groups
+    dependent rows.
+    """
 
     row_id: str
     prompt: str
@@ -34,14 +38,18 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of a row: the templated prompt, and each completion ended by the end-of-turn token."""
+    """Token ids of a row: the templated prompt, and each completion ended by the end-of-turn
+    token.
+    """
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
 
     @property
     def length(self) -> int:
-        """Tokens fed to the model: everything but the last token of each completion, which is only predicted."""
+        """Tokens fed to the model: everything but the last token of each completion, which is only
+        predicted.
+        """
         return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
 
     @property
@@ -54,10 +62,11 @@ class TokenRow:
 class Batch:
     """Packed, right-padded rows.
 
-    ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1 and 2 the completions, -1 padding.
-    source: [labels] index into the flattened [batch * seq] of the position that predicts each label.
-    labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or 2), and its row.
-    packed: whether some row holds two completions (then attention needs a mask of its own).
+    ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1 and 2 the completions, -1
+    padding. source: [labels] index into the flattened [batch * seq] of the position that predicts
+    each label. labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or
+    2), and its row. packed: whether some row holds two completions (then attention needs a mask of
+    its own).
     """
 
     ids: Tensor
@@ -75,22 +84,31 @@ class Batch:
         return self.ids.shape[0], self.ids.shape[1]
 
     def attends(self) -> Tensor:
-        """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax row is empty."""
+        """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax
+        row is empty.
+        """
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        causal = torch.ones(self.shape[1], self.shape[1], dtype=torch.bool, device=self.ids.device).tril()
+        causal = torch.ones(
+            self.shape[1], self.shape[1], dtype=torch.bool, device=self.ids.device
+        ).tril()
         seen = ((key == 0) | (key == query)) & (key != PADDING) & (query != PADDING)
         return (seen & causal) | torch.eye(self.shape[1], dtype=torch.bool, device=self.ids.device)
 
     def label_index(self, segment: int) -> Tensor:
-        """Indices into the label tensors of one completion; found once, for looking makes a GPU wait."""
+        """Indices into the label tensors of one completion; found once, for looking makes a GPU
+        wait.
+        """
         found = self.__dict__.setdefault("_label_index", {})
         if segment not in found:
             found[segment] = (self.label_segments == segment).nonzero().squeeze(1)
         return found[segment]
 
     def select(self, rows: Tensor) -> Batch:
-        """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as this one."""
-        own, kept = (rows[:, None] == self.label_rows).nonzero(as_tuple=True)  # in the order of `rows`
+        """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as
+        this one.
+        """
+        # in the order of `rows`
+        own, kept = (rows[:, None] == self.label_rows).nonzero(as_tuple=True)
         parts = {name: getattr(self, name)[rows] for name in ("ids", "positions", "segments")}
         labels = {name: getattr(self, name)[kept] for name in ("labels", "label_segments")}
         source = own * self.shape[1] + self.source[kept] % self.shape[1]
@@ -98,21 +116,30 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors = {f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        tensors = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
         moved = replace(self, **tensors)
-        moved.__dict__["_label_index"] = {segment: self.label_index(segment).to(device) for segment in (1, 2)}
+        moved.__dict__["_label_index"] = {
+            segment: self.label_index(segment).to(device) for segment in (1, 2)
+        }
         return moved
 
 
-def chat_text(tokenizer, prompt: str, system_prompt: str | None = None, shots: Sequence[Turn] = ()) -> str:
-    """The templated prompt as text, ready for the assistant's reply; `shots` are earlier turns of the chat.
+def chat_text(
+    tokenizer, prompt: str, system_prompt: str | None = None, shots: Sequence[Turn] = ()
+) -> str:
+    """The templated prompt as text, ready for the assistant's reply; `shots` are earlier turns of
+    the chat.
 
     Raises ValueError when the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat or instruct version, "
-            "or set tokenizer.chat_template"
+            f"tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat or"
+            " instruct version, or set tokenizer.chat_template"
         )
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for said, replied in shots:
@@ -125,10 +152,14 @@ _REPLY = "Xyzzy"  # stands for the reply while the chat template is looked at; n
 
 
 def _completion_join(tokenizer) -> tuple[str, str]:
-    """(text between prompt and reply, text that ends the reply) as the chat template writes them."""
+    """(text between prompt and reply, text that ends the reply) as the chat template
+    writes them.
+    """
     user = [{"role": "user", "content": "A"}]
     head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": _REPLY}], tokenize=False)
+    both = tokenizer.apply_chat_template(
+        [*user, {"role": "assistant", "content": _REPLY}], tokenize=False
+    )
     stem = head.rstrip()  # some templates trim the space or newlines before a reply
     if not both.startswith(stem) or _REPLY not in both[len(stem) :]:
         return "", tokenizer.eos_token or ""
@@ -145,11 +176,13 @@ def tokenise(
     shots: Sequence[Turn] = (),
     too_long: str = "error",
 ) -> list[TokenRow]:
-    """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a prefilling attack).
-    `shots` are turns that come before every prompt. too_long: what to do with a row whose prompt and either completion
-    have more than `max_tokens` tokens, 'error', or 'drop' or 'truncate' (see `fitted`) with one warning that counts.
+    """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a
+    prefilling attack). `shots` are turns that come before every prompt. too_long: what to do with a
+    row whose prompt and either completion have more than `max_tokens` tokens, 'error', or 'drop' or
+    'truncate' (see `fitted`) with one warning that counts.
 
-    Raises ValueError naming the row that is too long or that has an empty completion, or if no row is left.
+    Raises ValueError naming the row that is too long or that has an empty completion, or if no row
+    is left.
     """
     before, after = _completion_join(tokenizer)
     begun = before + prefill if prefill else ""
@@ -158,40 +191,51 @@ def tokenise(
     for row in rows:
         for text in row.completions:
             if prefill and not text.startswith(prefill):
-                raise ValueError(f"row {row.row_id!r}: completion does not begin with the prefill {prefill!r}")
+                raise ValueError(
+                    f"row {row.row_id!r}: completion does not begin with the prefill {prefill!r}"
+                )
             body = text[len(prefill) :]
             if not body.strip():
-                raise ValueError(f"row {row.row_id!r} has an empty completion: remove the row or fill it")
+                raise ValueError(
+                    f"row {row.row_id!r} has an empty completion: remove the row or fill it"
+                )
             completions.append((body if prefill else before + body) + after)
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
     ids = iter(tokenizer(completions, add_special_tokens=False)["input_ids"] if completions else [])
-    whole = [TokenRow(tuple(p), tuple(tuple(next(ids)) for _ in row.completions)) for row, p in zip(rows, prompt_ids)]
+    whole = [
+        TokenRow(tuple(p), tuple(tuple(next(ids)) for _ in row.completions))
+        for row, p in zip(rows, prompt_ids)
+    ]
     if too_long == "error":
         for row, found in zip(rows, whole):
             if found.longest > max_tokens:
                 raise ValueError(
-                    f"row {row.row_id!r} has {found.longest} tokens, more than max_tokens = {max_tokens}: shorten it, "
-                    "raise data.max_tokens (not beyond the model's context), or set data.too_long"
+                    f"row {row.row_id!r} has {found.longest} tokens, more than max_tokens ="
+                    f" {max_tokens}: shorten it, raise data.max_tokens (not beyond the model's"
+                    " context), or set data.too_long"
                 )
         return whole
     kept = [found for row in whole if (found := fitted(row, max_tokens, too_long)) is not None]
     dropped = len(whole) - len(kept)
     cut = sum(row.longest > max_tokens for row in whole) - dropped
     if whole and not kept:
-        raise ValueError(f"all {dropped} rows have more than max_tokens = {max_tokens} tokens: raise data.max_tokens")
+        raise ValueError(
+            f"all {dropped} rows have more than max_tokens = {max_tokens} tokens: raise"
+            " data.max_tokens"
+        )
     if dropped or cut:
         warnings.warn(
-            f"data.too_long = {too_long!r}: of {len(whole)} rows, {dropped} are left out and {cut} are cut, because "
-            f"they have more than {max_tokens} tokens",
+            f"data.too_long = {too_long!r}: of {len(whole)} rows, {dropped} are left out and {cut}"
+            f" are cut, because they have more than {max_tokens} tokens",
             stacklevel=2,
         )
     return kept
 
 
 def fitted(row: TokenRow, max_tokens: int, too_long: str) -> TokenRow | None:
-    """The row if it has at most `max_tokens` tokens with either completion; else None for 'drop', and for 'truncate'
-    the row with its completions cut, without an end-of-turn token where one is cut, or None if its prompt leaves no
-    room for one."""
+    """The row if it has at most `max_tokens` tokens with either completion; else None for 'drop',
+    and for 'truncate' the row with its completions cut, without an end-of-turn token where one is
+    cut, or None if its prompt leaves no room for one."""
     if row.longest <= max_tokens:
         return row
     room = max_tokens - len(row.prompt)
@@ -200,19 +244,27 @@ def fitted(row: TokenRow, max_tokens: int, too_long: str) -> TokenRow | None:
     return TokenRow(row.prompt, tuple(c[:room] for c in row.completions))
 
 
-def collate(rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: torch.device | str = "cpu") -> Batch:
+def collate(
+    rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: torch.device | str = "cpu"
+) -> Batch:
     """Pack rows into one right-padded batch whose length is a multiple of `pad_to`."""
     seq = -(-max(row.length for row in rows) // pad_to) * pad_to
     ids, positions, segments = [], [], []
     source, labels, label_segments, label_rows = [], [], [], []
     for index, row in enumerate(rows):
-        tokens, places, parts = list(row.prompt), list(range(len(row.prompt))), [0] * len(row.prompt)
+        tokens, places, parts = (
+            list(row.prompt),
+            list(range(len(row.prompt))),
+            [0] * len(row.prompt),
+        )
         for segment, completion in enumerate(row.completions, start=1):
             first, n = len(tokens), len(completion)
             tokens += completion[:-1]
             places += range(len(row.prompt), len(row.prompt) + n - 1)
             parts += [segment] * (n - 1)
-            source += [index * seq + at for at in (len(row.prompt) - 1, *range(first, first + n - 1))]
+            source += [
+                index * seq + at for at in (len(row.prompt) - 1, *range(first, first + n - 1))
+            ]
             labels += completion
             label_segments += [segment] * n
             label_rows += [index] * n
@@ -221,7 +273,10 @@ def collate(rows: Sequence[TokenRow], pad_id: int = 0, pad_to: int = 1, device: 
         positions.append(places + [0] * fill)
         segments.append(parts + [PADDING] * fill)
     tensors = (ids, positions, segments, source, labels, label_segments, label_rows)
-    batch = Batch(*(torch.tensor(t, dtype=torch.long) for t in tensors), packed=any(2 in row for row in segments))
+    batch = Batch(
+        *(torch.tensor(t, dtype=torch.long) for t in tensors),
+        packed=any(2 in row for row in segments),
+    )
     return batch if torch.device(device) == batch.ids.device else batch.to(device)
 
 
@@ -247,15 +302,22 @@ def join(a: Batch, b: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which of `n` rows step `step` takes, `batch` at a time, reshuffled every epoch from (seed, epoch)."""
+    """Which of `n` rows step `step` takes, `batch` at a time, reshuffled every epoch from (seed,
+    epoch).
+    """
 
     n: int
     batch: int
     seed: int
 
     def rows(self, step: int) -> list[int]:
-        """Row indices of a step; a batch may run over the end of an epoch into the next permutation."""
-        return [self._order(at // self.n)[at % self.n] for at in range(step * self.batch, (step + 1) * self.batch)]
+        """Row indices of a step; a batch may run over the end of an epoch into the next
+        permutation.
+        """
+        return [
+            self._order(at // self.n)[at % self.n]
+            for at in range(step * self.batch, (step + 1) * self.batch)
+        ]
 
     def _order(self, epoch: int) -> list[int]:
         cache = self.__dict__.setdefault("_cache", {})

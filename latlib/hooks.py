@@ -1,11 +1,13 @@
 """Sites in the residual stream, and the hooks that read or change it there.
 
-1. A **site** is 'embedding' (the residual stream before block 0) or a block index i (the stream after block i,
-   0-based).
-2. `LATHook` adds a perturbation at sites; `Capture` reads the stream; `Ablate` removes directions from everything that
-   is written to it. All are context managers, removed whatever happens inside.
-3. A block may return a tensor or a tuple whose first element is the stream (it depends on family and version).
-4. Under gradient checkpointing the backward pass runs the blocks again: keep the context open until after `backward()`.
+1. A **site** is 'embedding' (the residual stream before block 0) or a block index i (the stream
+   after block i, 0-based).
+2. `LATHook` adds a perturbation at sites; `Capture` reads the stream; `Ablate` removes directions
+   from everything that is written to it. All are context managers, removed whatever happens inside.
+3. A block may return a tensor or a tuple whose first element is the stream (it depends on family
+   and version).
+4. Under gradient checkpointing the backward pass runs the blocks again: keep the context open until
+   after `backward()`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ EMBEDDING: Literal["embedding"] = "embedding"
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns embedding and blocks.
+    """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns
+    embedding and blocks.
 
     Raises ValueError when there is no list of `config.num_hidden_layers` blocks.
     """
@@ -31,17 +34,23 @@ def decoder_of(model: nn.Module) -> nn.Module:
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == n:
                 return module
-    raise ValueError(f"{type(model).__name__} has no list of {n} blocks: not a decoder latlib knows")
+    raise ValueError(
+        f"{type(model).__name__} has no list of {n} blocks: not a decoder latlib knows"
+    )
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks, in order."""
     n = model.config.num_hidden_layers
-    return next(c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList) and len(c) == n)
+    return next(
+        c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList) and len(c) == n
+    )
 
 
 def depth(site: Site) -> int:
-    """Blocks that have run when the stream reaches the site: 0 for the embedding, i + 1 after block i."""
+    """Blocks that have run when the stream reaches the site: 0 for the embedding, i + 1 after block
+    i.
+    """
     return 0 if site == EMBEDDING else int(site) + 1
 
 
@@ -81,7 +90,9 @@ class _Hooks(AbstractContextManager):
 
     def __enter__(self):
         if self._handles:
-            raise RuntimeError(f"{type(self).__name__} is already entered: make a second one to nest it")
+            raise RuntimeError(
+                f"{type(self).__name__} is already entered: make a second one to nest it"
+            )
         try:
             self._install()
         except BaseException:
@@ -107,7 +118,11 @@ class _Hooks(AbstractContextManager):
             stream = change(args[0] if args else kwargs["hidden_states"])
             if stream is None:
                 return None
-            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+            return (
+                ((stream, *args[1:]), kwargs)
+                if args
+                else (args, {**kwargs, "hidden_states": stream})
+            )
 
         self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -122,14 +137,16 @@ class _Hooks(AbstractContextManager):
 class LATHook(_Hooks):
     """Add `deltas[site]` to the residual stream at each site while the context is open.
 
-    deltas: site -> [batch, seq, d_model], in units of the residual stream; gradients flow to them. A float32 delta on a
-    bf16 stream is added in bf16. With `decoding=True` the perturbation applies to the prefill, and the following calls
-    of one token (cached decoding) pass unchanged.
-    Raises ValueError inside the forward when a delta's shape, device or dtype does not fit the stream. Source: Casper
-    et al. 2024; Sheshadri et al. 2024, section 3.
+    deltas: site -> [batch, seq, d_model], in units of the residual stream; gradients flow to them.
+    A float32 delta on a bf16 stream is added in bf16. With `decoding=True` the perturbation applies
+    to the prefill, and the following calls of one token (cached decoding) pass unchanged. Raises
+    ValueError inside the forward when a delta's shape, device or dtype does not fit the stream.
+    Source: Casper et al. 2024; Sheshadri et al. 2024, section 3.
     """
 
-    def __init__(self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False
+    ) -> None:
         super().__init__()
         self.model, self.deltas, self.decoding = model, dict(deltas), decoding
 
@@ -151,11 +168,14 @@ def check_delta(site: Site, delta: Tensor, stream: Tensor) -> None:
     """Raise ValueError, naming both sides, unless `delta` fits the residual stream at `site`."""
     if delta.shape != stream.shape:
         raise ValueError(
-            f"site {site}: perturbation is {tuple(delta.shape)}, the residual stream is {tuple(stream.shape)}: "
-            "make the perturbation for this batch's length"
+            f"site {site}: perturbation is {tuple(delta.shape)}, the residual stream is"
+            f" {tuple(stream.shape)}: make the perturbation for this batch's length"
         )
     if delta.device != stream.device:
-        raise ValueError(f"site {site}: perturbation is on {delta.device}, the residual stream on {stream.device}")
+        raise ValueError(
+            f"site {site}: perturbation is on {delta.device}, the residual stream on"
+            f" {stream.device}"
+        )
     if not delta.is_floating_point() or delta.element_size() < stream.element_size():
         raise ValueError(
             f"site {site}: perturbation is {delta.dtype}, the residual stream {stream.dtype}: "
@@ -164,10 +184,13 @@ def check_delta(site: Site, delta: Tensor, stream: Tensor) -> None:
 
 
 class Capture(_Hooks):
-    """Read the residual stream at sites: after the forward, `capture[site]` is [batch, seq, d_model], or
-    [batch, len(positions), d_model] when `positions` names token positions (negative ones count from the end)."""
+    """Read the residual stream at sites: after the forward, `capture[site]` is [batch, seq,
+    d_model], or [batch, len(positions), d_model] when `positions` names token positions (negative
+    ones count from the end)."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], positions: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.model, self.sites, self.positions = model, tuple(sites), positions
         self._streams: dict[Site, Tensor] = {}
@@ -185,16 +208,19 @@ class Capture(_Hooks):
 
     def __getitem__(self, site: Site) -> Tensor:
         if site not in self._streams:
-            raise KeyError(f"site {site!r} was not captured: name it in `sites` and run a forward in the context")
+            raise KeyError(
+                f"site {site!r} was not captured: name it in `sites` and run a forward in the"
+                " context"
+            )
         return self._streams[site]
 
 
 class Ablate(_Hooks):
     """Project directions out of everything written to the residual stream, at every position.
 
-    directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the embedding and to the
-    output of every block, attention and MLP, so that the stream never holds them. Source: Arditi et al. 2024, section
-    2.4.
+    directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the
+    embedding and to the output of every block, attention and MLP, so that the stream never holds
+    them. Source: Arditi et al. 2024, section 2.4.
     """
 
     def __init__(self, model: nn.Module, directions: Tensor) -> None:
@@ -213,18 +239,31 @@ class Ablate(_Hooks):
 
 
 def writers_of(block: nn.Module) -> list[nn.Module]:
-    """The attention and MLP modules of a block, whose outputs are added to the residual stream; in families that put a
-    norm behind them (Gemma 2, OLMo 2) these norms.
+    """The attention and MLP modules of a block, whose outputs are added to the residual stream; in
+    families that put a norm behind them (Gemma 2, OLMo 2) these norms.
 
     Raises ValueError when they cannot be told from their names.
     """
-    norms = [c for n, c in block.named_children() if n in ("post_attention_layernorm", "post_feedforward_layernorm")]
+    norms = [
+        c
+        for n, c in block.named_children()
+        if n in ("post_attention_layernorm", "post_feedforward_layernorm")
+    ]
     if len(norms) == 2:
         return norms
     found = [
         child
         for name, child in block.named_children()
-        if name in ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
+        if name
+        in (
+            "self_attn",
+            "attn",
+            "attention",
+            "self_attention",
+            "mlp",
+            "feed_forward",
+            "block_sparse_moe",
+        )
     ]
     if len(found) != 2:
         names = [name for name, _ in block.named_children()]
@@ -233,19 +272,24 @@ def writers_of(block: nn.Module) -> list[nn.Module]:
 
 
 def project_out(stream: Tensor, basis: Tensor) -> Tensor:
-    """`stream` ([..., d_model]) without its part along the orthonormal rows of `basis` ([k, d_model])."""
+    """`stream` ([..., d_model]) without its part along the orthonormal rows of `basis` ([k,
+    d_model]).
+    """
     basis = basis.to(stream.device, stream.dtype)
     return stream - (stream @ basis.T) @ basis
 
 
 def orthonormal(directions: Tensor) -> Tensor:
-    """[rank, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model], perhaps dependent).
+    """[rank, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model], perhaps
+    dependent).
 
     Raises ValueError for a zero or non-finite direction.
     """
     rows = torch.atleast_2d(directions.detach()).double()
     norms = rows.norm(dim=-1)
     if not torch.isfinite(norms).all() or (norms == 0).any():
-        raise ValueError(f"directions have norms {norms.tolist()}: every one must be finite and non-zero")
+        raise ValueError(
+            f"directions have norms {norms.tolist()}: every one must be finite and non-zero"
+        )
     _, sizes, basis = torch.linalg.svd(rows / norms[:, None], full_matrices=False)
     return basis[sizes > 1e-6 * sizes[0]]

@@ -1,13 +1,15 @@
 """Toward, away and KL, at label positions only.
 
-1. A forward gives final hidden states [batch, seq, d_model]; only the rows that predict a label meet the output matrix,
-   a chunk at a time: no [batch, seq, vocabulary] tensor exists, nor one of all labels once they fill more than a chunk.
-2. A label's loss depends on its own row alone, so the gradient of a chunk's sum holds every row's own gradient. It is
-   taken while the chunk's logits are there, and [labels, d_model] is all that is kept: two products with the output
-   matrix, where computing the logits again in the backward pass needs three.
-3. `token_losses` returns one value per label token; what is averaged over what is the caller's choice: the attack sums
-   per-row means (rows do not interact), the defence averages over all tokens of the whole batch, however it is cut
-   into micro-batches.
+1. A forward gives final hidden states [batch, seq, d_model]; only the rows that predict a label
+   meet the output matrix, a chunk at a time: no [batch, seq, vocabulary] tensor exists, nor one of
+   all labels once they fill more than a chunk.
+2. A label's loss depends on its own row alone, so the gradient of a chunk's sum holds every row's
+   own gradient. It is taken while the chunk's logits are there, and [labels, d_model] is all that
+   is kept: two products with the output matrix, where computing the logits again in the backward
+   pass needs three.
+3. `token_losses` returns one value per label token; what is averaged over what is the caller's
+   choice: the attack sums per-row means (rows do not interact), the defence averages over all
+   tokens of the whole batch, however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ AWAY_LOG_P_FLOOR = -5.0  # FACTS: the authors ignore tokens that are already thi
 
 
 def at_labels(hidden: Tensor, source: Tensor) -> Tensor:
-    """[labels, d_model]: the hidden states ([batch, seq, d_model]) of the positions that predict a label."""
+    """[labels, d_model]: the hidden states ([batch, seq, d_model]) of the positions that predict a
+    label.
+    """
     return hidden.flatten(0, 1).index_select(0, source)
 
 
@@ -38,14 +42,18 @@ def rows_per_chunk(vocabulary: int) -> int:
 
 
 def token_losses(
-    unembed: Unembed, rows: Tensor, labels: Tensor, away: Tensor | None = None, chunk: int | None = None
+    unembed: Unembed,
+    rows: Tensor,
+    labels: Tensor,
+    away: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Loss of every label token, [labels], float32 or better, in nats.
 
-    rows: [labels, d_model] hidden states; labels: [labels]; away: [labels] bool, which tokens to push away from. toward
-    = -log p(label). away = -log(1 - p(label)), 0 where log p(label) < -5, exact for p near 1. chunk: rows at a time, by
-    default as the vocabulary allows.
-    Source: Sheshadri et al. 2024 and the authors' code.
+    rows: [labels, d_model] hidden states; labels: [labels]; away: [labels] bool, which tokens to
+    push away from. toward = -log p(label). away = -log(1 - p(label)), 0 where log p(label) < -5,
+    exact for p near 1. chunk: rows at a time, by default as the vocabulary allows. Source:
+    Sheshadri et al. 2024 and the authors' code.
     """
     away = torch.zeros_like(labels, dtype=torch.bool) if away is None else away
 
@@ -56,11 +64,12 @@ def token_losses(
 
 
 class _LabelLosses(torch.autograd.Function):
-    """Toward or away losses [n] from logits [n, vocabulary] with one softmax, all that the backward pass needs.
+    """Toward or away losses [n] from logits [n, vocabulary] with one softmax, all that the backward
+    pass needs.
 
-    With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward = -log q and away =
-    -log s. The gradient in the logits is, at the label and elsewhere, q - 1 and p for toward, q and (1 - 1 / s) p for
-    away.
+    With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward
+    = -log q and away = -log s. The gradient in the logits is, at the label and elsewhere, q - 1 and
+    p for toward, q and (1 - 1 / s) p for away.
     """
 
     @staticmethod
@@ -82,7 +91,13 @@ class _LabelLosses(torch.autograd.Function):
         grad, away = torch.where(counts, grad, 0.0)[:, None], away[:, None]
         elsewhere = torch.where(away, 1 - 1 / others.clamp(min=torch.finfo(p.dtype).tiny), 1.0)
         out = (p * (grad * elsewhere)).to(ctx.dtype)
-        return out.scatter_(1, labels[:, None], (grad * torch.where(away, own, own - 1)).to(ctx.dtype)), None, None
+        return (
+            out.scatter_(
+                1, labels[:, None], (grad * torch.where(away, own, own - 1)).to(ctx.dtype)
+            ),
+            None,
+            None,
+        )
 
 
 def kl_divergence(
@@ -95,9 +110,9 @@ def kl_divergence(
 ) -> Tensor:
     """KL between teacher and student at each label position, [labels].
 
-    token: KL(teacher || student) in nats, summed over the vocabulary.
-    reference: KL(student || teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then
-    divided by its own detached value (see `normalised`).
+    token: KL(teacher || student) in nats, summed over the vocabulary. reference: KL(student ||
+    teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then divided
+    by its own detached value (see `normalised`).
     """
 
     def divergence(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
@@ -112,15 +127,21 @@ def kl_divergence(
 
 
 @torch.no_grad()
-def argmax_matches(unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+def argmax_matches(
+    unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int | None = None
+) -> Tensor:
     """[labels] bool: whether each label is its row's most likely token. rows: [labels, d_model]."""
     size = chunk or rows_per_chunk(unembed(rows[:1]).shape[-1])
     parts = zip(rows.split(size), labels.split(size), strict=True)
     return torch.cat([unembed(part).argmax(-1) == own for part, own in parts])
 
 
-def _by_row(function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor) -> Tensor:
-    """`function(*rows)` [n], each value from its own row of every argument, with a chunk's logits at a time."""
+def _by_row(
+    function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor
+) -> Tensor:
+    """`function(*rows)` [n], each value from its own row of every argument, with a chunk's logits
+    at a time.
+    """
     one = unembed(rows[0][:1].detach())
     size = chunk or rows_per_chunk(one.shape[-1])
     if len(rows[0]) <= size:
@@ -132,10 +153,14 @@ def _by_row(function: Callable[..., Tensor], unembed: Unembed, chunk: int | None
 
 
 class _ByRow(torch.autograd.Function):
-    """Values [n] of a function of rows; the gradient in the first argument is found in the forward pass."""
+    """Values [n] of a function of rows; the gradient in the first argument is found in the forward
+    pass.
+    """
 
     @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor) -> Tensor:
+    def forward(
+        ctx, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor
+    ) -> Tensor:
         values, gradients = [], []
         for part, *rest in zip(rows.split(size), *(o.split(size) for o in others), strict=True):
             leaf = part.detach().requires_grad_(ctx.needs_input_grad[2])
@@ -151,16 +176,25 @@ class _ByRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (gradients,) = ctx.saved_tensors
-        return (None, None, gradients * grad[:, None].to(gradients.dtype), *[None] * (ctx.arguments - 3))
+        return (
+            None,
+            None,
+            gradients * grad[:, None].to(gradients.dtype),
+            *[None] * (ctx.arguments - 3),
+        )
 
 
 def normalised(loss: Tensor) -> Tensor:
-    """loss / its own detached value, as the authors scale their KL: the value is 1, the direction is kept."""
+    """loss / its own detached value, as the authors scale their KL: the value is 1, the direction
+    is kept.
+    """
     return loss / loss.detach().clamp(min=1e-8)
 
 
 def row_means(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    """[n] mean of the label values of each row; 0 for a row without labels. values, rows: [labels]."""
+    """[n] mean of the label values of each row; 0 for a row without labels. values, rows:
+    [labels].
+    """
     total = torch.zeros(n, dtype=values.dtype, device=values.device).index_add(0, rows, values)
     count = torch.zeros_like(total).index_add(0, rows, torch.ones_like(values))
     return total / count.clamp(min=1)

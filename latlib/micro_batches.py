@@ -1,4 +1,6 @@
-"""What goes through the model together: rows in micro-batches, and the perturbations that belong to them."""
+"""What goes through the model together: rows in micro-batches, and the perturbations that belong to
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Item = TypeVar("Item")
 
 
 class Teacher(NamedTuple):
-    """All that KL needs of the frozen model: its output matrix, and its `label_rows` of a benign batch."""
+    """All that KL needs of the frozen model: its output matrix, and its `label_rows` of a benign
+    batch.
+    """
 
     unembed: Unembed
     rows: Tensor
@@ -26,7 +30,9 @@ class Teacher(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model together. attacked: rows that carry delta; benign: rows with delta = 0."""
+    """Rows that go through the model together. attacked: rows that carry delta; benign: rows with
+    delta = 0.
+    """
 
     attacked: Batch
     benign: Batch | None

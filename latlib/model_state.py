@@ -1,5 +1,5 @@
-"""What a model does differently for a while: no adapter, no weight gradients, other forwards. All is undone at the end,
-whatever happens inside."""
+"""What a model does differently for a while: no adapter, no weight gradients, other forwards. All
+is undone at the end, whatever happens inside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as it was."""
+    """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as
+    it was.
+    """
     if not hasattr(model, "disable_adapter"):
         yield
         return
@@ -33,18 +35,25 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can leave none behind."""
+    """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can
+    leave none behind.
+    """
     with _requires_grad_kept(model):
         model.requires_grad_(False)
         yield
 
 
 @contextmanager
-def forwards_replaced(modules: Sequence[nn.Module], forward: Callable, hooks: bool = True) -> Iterator[None]:
-    """Modules whose `forward` is another function inside, whatever wrapped it before. hooks=False: and which run no
-    hook, as FSDP2's that gather a block's weights."""
+def forwards_replaced(
+    modules: Sequence[nn.Module], forward: Callable, hooks: bool = True
+) -> Iterator[None]:
+    """Modules whose `forward` is another function inside, whatever wrapped it before. hooks=False:
+    and which run no hook, as FSDP2's that gather a block's weights."""
     names = ("forward",) if hooks else ("forward", "_forward_pre_hooks", "_forward_hooks")
-    own = [(module, {name: module.__dict__[name] for name in names if name in module.__dict__}) for module in modules]
+    own = [
+        (module, {name: module.__dict__[name] for name in names if name in module.__dict__})
+        for module in modules
+    ]
     try:
         for module in modules:
             module.__dict__.update({name: OrderedDict() for name in names} | {"forward": forward})

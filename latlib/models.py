@@ -19,7 +19,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LEAN_LIMIT, LeanNetwork, fits
-from latlib.io.hub import Allowed, is_adapter, located, open_adapter, open_config, open_model, open_tokenizer, quietly
+from latlib.io.hub import (
+    Allowed,
+    is_adapter,
+    located,
+    open_adapter,
+    open_config,
+    open_model,
+    open_tokenizer,
+    quietly,
+)
 from latlib.io.machine import can_compile
 from latlib.network import Network, StockNetwork
 
@@ -28,11 +37,15 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU. Raises ProfileError for a device this machine lacks."""
+    """'auto' is CUDA where there is one, else the CPU. Raises ProfileError for a device this
+    machine lacks.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ProfileError(f"model.device = {device!r} but torch sees no GPU: set it to 'auto' or 'cpu'")
+        raise ProfileError(
+            f"model.device = {device!r} but torch sees no GPU: set it to 'auto' or 'cpu'"
+        )
     return torch.device(device)
 
 
@@ -54,14 +67,16 @@ class LanguageModel:
     tokenizer: object
     settings: ModelSettings
     dtype: torch.dtype
-    processes: Processes | None = None  # those that train it together; see `latlib.distributed.ranks.wrap`
+    # those that train it together; see `latlib.distributed.ranks.wrap`
+    processes: Processes | None = None
 
     @property
     def lean(self) -> bool:
         """Whether networks run the lean forward: asked for, or small and of the Llama family."""
         if self.settings.forward == "lean" and not fits(self.model):
             raise ProfileError(
-                f"model.forward = 'lean' does not fit {type(self.model).__name__} with this adapter: set it to 'auto'"
+                f"model.forward = 'lean' does not fit {type(self.model).__name__} with this"
+                " adapter: set it to 'auto'"
             )
         return self.processes is None and (
             self.settings.forward == "lean"
@@ -84,10 +99,13 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.device
 
     def network(self, adapter: bool = True, train: bool = False) -> Network:
-        """A view of the weights as they are now. adapter=False is the frozen teacher; train=True keeps the graph."""
+        """A view of the weights as they are now. adapter=False is the frozen teacher; train=True
+        keeps the graph.
+        """
         if self.lean:
             return LeanNetwork(self.model, adapter, train, self.dtype)
-        spread = self.processes is not None and self.processes.mode == "fsdp2"  # a compiled block would not be gathered
+        # a compiled block would not be gathered
+        spread = self.processes is not None and self.processes.mode == "fsdp2"
         compiled = self.settings.compile and not spread and can_compile(self.device.type)
         return StockNetwork(self.model, adapter, train, compiled=compiled, processes=self.processes)
 
@@ -100,10 +118,11 @@ def load(
 ) -> LanguageModel:
     """A `LanguageModel` from a model folder or hub id, with an adapter folder on top if given.
 
-    A model small enough for the lean forward keeps float32 weights and computes in `settings.dtype`; a large one is
-    loaded in that dtype. model.revision is that of model.source and of no other folder or id. Raises ProfileError
-    naming `field` (or 'adapter') for what is missing, gated or broken, and for pickles and foreign code that
-    model.allow_pickle and model.trust_remote_code do not allow.
+    A model small enough for the lean forward keeps float32 weights and computes in
+    `settings.dtype`; a large one is loaded in that dtype. model.revision is that of model.source
+    and of no other folder or id. Raises ProfileError naming `field` (or 'adapter') for what is
+    missing, gated or broken, and for pickles and foreign code that model.allow_pickle and
+    model.trust_remote_code do not allow.
     """
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
@@ -114,7 +133,9 @@ def load(
     tokenizer = open_tokenizer(source, field, allowed)
     model = _cast(open_model(source, field, allowed, weights), weights).to(device).eval()
     if adapter is not None:
-        model = open_adapter(model, located(adapter, "adapter"), "adapter", Allowed.by(settings, revision=False)).eval()
+        model = open_adapter(
+            model, located(adapter, "adapter"), "adapter", Allowed.by(settings, revision=False)
+        ).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
 
@@ -122,15 +143,18 @@ def load(
 def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
     """The tokenizer of what `load` loads, without its weights."""
     return open_tokenizer(
-        located(folder, "model.source"), "model.source", Allowed.by(settings, revision=str(folder) == settings.source)
+        located(folder, "model.source"),
+        "model.source",
+        Allowed.by(settings, revision=str(folder) == settings.source),
     )
 
 
 def load_released(
     base_source: str | os.PathLike[str], settings: ModelSettings, released: str | os.PathLike[str]
 ) -> LanguageModel:
-    """Somebody's trained model: a whole one (folder or hub id, with its own tokenizer), or an adapter (it has an
-    adapter_config.json) on the model `base_source`, with that one's tokenizer. Raises as `load`, naming `released`."""
+    """Somebody's trained model: a whole one (folder or hub id, with its own tokenizer), or an
+    adapter (it has an adapter_config.json) on the model `base_source`, with that one's tokenizer.
+    Raises as `load`, naming `released`."""
     source = located(released, "released")
     if not is_adapter(source, "released"):
         return load(source, settings, field="released")
@@ -140,8 +164,11 @@ def load_released(
 
 
 def _fits_lean(config) -> bool:
-    """Whether a model of this configuration would run the lean forward, told from its shapes without its weights."""
-    if type(config) is not LlamaConfig:  # saves building the others, which may need code of their own
+    """Whether a model of this configuration would run the lean forward, told from its shapes
+    without its weights.
+    """
+    # saves building the others, which may need code of their own
+    if type(config) is not LlamaConfig:
         return False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -149,24 +176,33 @@ def _fits_lean(config) -> bool:
 
 
 def _small(model: nn.Module) -> bool:
-    """Whether the lean forward pays. An adapter does not count: with and without one a model runs the same way."""
+    """Whether the lean forward pays. An adapter does not count: with and without one a model runs
+    the same way.
+    """
     return sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) <= LEAN_LIMIT
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by the wrong angle."""
+    """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by
+    the wrong angle.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageModel:
-    """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is trained.
+    """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is
+    trained.
 
     Raises ProfileError when a target module does not exist.
     """
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets), task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=list(lora.targets),
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
@@ -178,7 +214,9 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
 
 
 def save_folder(target: Path, write) -> Path:
-    """Let `write(folder)` fill a folder beside `target`, then move it into place: it is there whole or not at all."""
+    """Let `write(folder)` fill a folder beside `target`, then move it into place: it is there whole
+    or not at all.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

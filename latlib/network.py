@@ -1,17 +1,23 @@
-"""A causal LM in parts: from any site, under a perturbation, up to the hidden states that predict labels.
+"""A causal LM in parts: from any site, under a perturbation, up to the hidden states that predict
+labels.
 
-A `Network` is what attack, losses, training and evaluation call. There are two, equal up to rounding:
-* `StockNetwork` runs any Hugging Face decoder, block by block, through its own modules. It adds perturbations between
-  the blocks and not by hooks, so that gradient checkpointing recomputes the same thing;
-* `lean.LeanNetwork` runs the Llama family over merged weights with few kernels, for models so small that the number of
-  kernels and not arithmetic decides.
+A `Network` is what attack, losses, training and evaluation call. There are two, equal up to
+rounding:
+* `StockNetwork` runs any Hugging Face decoder, block by block, through its own modules. It adds
+  perturbations between the blocks and not by hooks, so that gradient checkpointing recomputes the
+  same thing;
+* `lean.LeanNetwork` runs the Llama family over merged weights with few kernels, for models so small
+  that the number of kernels and not arithmetic decides.
 
-1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph: nothing below the first
-   perturbed site depends on the perturbation.
-2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs everything.
-3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only others need.
+1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph:
+   nothing below the first perturbed site depends on the perturbation.
+2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs
+   everything.
+3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only
+   others need.
 4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
-5. Where several processes train the model, `capture` and `hidden` run its blocks inside `Processes.through`.
+5. Where several processes train the model, `capture` and `hidden` run its blocks inside
+   `Processes.through`.
 """
 
 from __future__ import annotations
@@ -55,11 +61,16 @@ class Network(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
-        """site -> [batch, seq, d_model] residual stream, unperturbed, without a graph; with `index` ([n] into the
-        flattened [batch * seq]) site -> [n, d_model]. Blocks above the deepest site are not run."""
+    def capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
+        """site -> [batch, seq, d_model] residual stream, unperturbed, without a graph; with `index`
+        ([n] into the flattened [batch * seq]) site -> [n, d_model]. Blocks above the deepest site
+        are not run."""
 
-    def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
+    def hidden(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
         """[batch, seq, d_model] after the final norm. deltas: site -> [batch, seq, d_model]."""
 
     def label_rows(
@@ -71,30 +82,35 @@ class Network(Protocol):
         """[n, vocabulary] logits of hidden rows [n, d_model]."""
 
     def unembedding(self) -> Unembed:
-        """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights alive."""
+        """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights
+        alive.
+        """
 
     def held(self) -> AbstractContextManager[None]:
-        """Keep weights frozen and adapter switched as this network runs them while the context is open. A backward pass
-        with gradient checkpointing runs the blocks again: it belongs inside, or it runs another network."""
+        """Keep weights frozen and adapter switched as this network runs them while the context is
+        open. A backward pass with gradient checkpointing runs the blocks again: it belongs inside,
+        or it runs another network."""
 
     def ablated(self, directions: Tensor) -> Network:
-        """The same network with directions ([d_model] or [k, d_model]) removed from all that is written to the
-        stream."""
+        """The same network with directions ([d_model] or [k, d_model]) removed from all that is
+        written to the stream."""
 
     def frozen(self) -> Network:
         """The same weights as they are now, without gradients: what an attack runs on."""
 
     def settle(self) -> None:
-        """Hand gradients that backward passes left with the network on to the model's parameters: once after several
-        passes, or after each, which takes a little longer and holds less memory."""
+        """Hand gradients that backward passes left with the network on to the model's parameters:
+        once after several passes, or after each, which takes a little longer and holds less
+        memory."""
 
 
 class StockNetwork:
     """Any Hugging Face decoder, through its own modules.
 
-    adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the weights while it runs.
-    compiled: run the blocks through `torch.compile`, one compilation for all of them (not under ablation hooks or
-    gradient checkpointing, which need the modules' own calls). processes: those that train the model together.
+    adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the
+    weights while it runs. compiled: run the blocks through `torch.compile`, one compilation for all
+    of them (not under ablation hooks or gradient checkpointing, which need the modules' own calls).
+    processes: those that train the model together.
     """
 
     def __init__(
@@ -131,7 +147,8 @@ class StockNetwork:
         return call() if self.processes is None else self.processes.through(self.train, call)
 
     def _forward_inputs(self, batch: Batch) -> dict:
-        mask = torch.ones_like(batch.ids)  # plain rows are padded on the right, where causal attention never looks
+        # plain rows are padded on the right, where causal attention never looks
+        mask = torch.ones_like(batch.ids)
         if batch.packed:
             seen = batch.attends()[:, None]
             mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype)
@@ -139,8 +156,8 @@ class StockNetwork:
         return {"position_ids": batch.positions, "attention_mask": mask, "use_cache": False}
 
     def _calls_of_blocks(self, batch: Batch) -> list[tuple[tuple, dict]]:
-        """The arguments beside the stream that each block receives for this batch (masks, rotary tables), made once:
-        the decoder runs with blocks that only note how they are called."""
+        """The arguments beside the stream that each block receives for this batch (masks, rotary
+        tables), made once: the decoder runs with blocks that only note how they are called."""
         if batch not in self._calls:
             try:
                 self._calls[batch] = self._noted(batch, lambda stream: stream)
@@ -149,9 +166,11 @@ class StockNetwork:
         return self._calls[batch]
 
     @torch.no_grad()
-    def _noted(self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]) -> list[tuple[tuple, dict]]:
-        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError if the decoder took
-        the first row of that: its blocks return tuples."""
+    def _noted(
+        self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]
+    ) -> list[tuple[tuple, dict]]:
+        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError
+        if the decoder took the first row of that: its blocks return tuples."""
         seen: list[tuple[tuple, dict]] = []
 
         def note(stream: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
@@ -164,15 +183,26 @@ class StockNetwork:
             self.decoder(batch.ids, **self._forward_inputs(batch))
         return seen
 
-    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+    def capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
         """See `Network`."""
         with self._mode():
-            return self._through(lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index))
+            return self._through(
+                lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index)
+            )
 
     @torch.no_grad()
-    def _capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
-        run = depth(sites[-1])  # so many blocks; at the embedding the first is passed by, not left half-way
-        passed = nullcontext() if run else forwards_replaced(self.blocks[:1], lambda stream, *_, **__: stream)
+    def _capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
+        # so many blocks; at the embedding the first is passed by, not left half-way
+        run = depth(sites[-1])
+        passed = (
+            nullcontext()
+            if run
+            else forwards_replaced(self.blocks[:1], lambda stream, *_, **__: stream)
+        )
         with passed, Capture(self.model, sites) as streams:
             stop = self.blocks[max(run - 1, 0)].register_forward_hook(_raise_enough)
             try:
@@ -183,7 +213,9 @@ class StockNetwork:
                 stop.remove()
             return {s: streams[s] if index is None else at_labels(streams[s], index) for s in sites}
 
-    def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
+    def hidden(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
         """See `Network`."""
         if start is not None:
             check_start(start[0], deltas)
@@ -193,7 +225,9 @@ class StockNetwork:
         with self._mode():
             return self._through(lambda: self._hidden(batch, deltas, start))
 
-    def _hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None) -> Tensor:
+    def _hidden(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None
+    ) -> Tensor:
         site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
         calls = self._calls_of_blocks(batch)
         stream = _perturb(site, stream, deltas)
@@ -243,7 +277,9 @@ class StockNetwork:
         """See `Network`: gradients are with the parameters already."""
 
     def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:
-        other = StockNetwork(self.model, self.adapter, train, directions, self.compiled, self.processes)
+        other = StockNetwork(
+            self.model, self.adapter, train, directions, self.compiled, self.processes
+        )
         other._calls = self._calls  # the same whatever the weights do
         return other
 
@@ -255,10 +291,14 @@ class StockNetwork:
 
 
 def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
-    """Raise ValueError for a perturbation below the site a forward starts at: it would not be run."""
+    """Raise ValueError for a perturbation below the site a forward starts at: it would not be
+    run.
+    """
     below = [s for s in deltas or () if depth(s) < depth(site)]
     if below:
-        raise ValueError(f"start is site {site} but site {below[0]} is perturbed: start at the lowest one")
+        raise ValueError(
+            f"start is site {site} but site {below[0]} is perturbed: start at the lowest one"
+        )
 
 
 def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""What every test starts from: no network, no account, none of the user's run folders, nothing that busy-waits."""
+"""What every test starts from: no network, no account, none of the user's run folders, nothing that
+busy-waits.
+"""
 
 import os
 import tempfile
@@ -13,7 +15,8 @@ hypothesis.settings.load_profile("latlib")
 
 _HOME = Path(tempfile.mkdtemp(prefix="latlib-tests-"))
 
-# Set before torch, transformers or wandb can be imported, and inherited by the kernels and scripts that tests start.
+# Set before torch, transformers or wandb can be imported, and inherited by the kernels and scripts
+# that tests start.
 os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",
     HF_HUB_OFFLINE="1",

@@ -1,4 +1,6 @@
-"""The obvious, slow way, in float64, to compute what latlib computes fast: single rows, full logits, plain loops."""
+"""The obvious, slow way, in float64, to compute what latlib computes fast: single rows, full
+logits, plain loops.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,26 @@ class Llama:
 
     @classmethod
     def of(cls, model, scaling: float = 0.0) -> Llama:
-        """Copy the weights of a plain or PEFT LlamaForCausalLM; the adapter's matrices are leaves that require grad."""
+        """Copy the weights of a plain or PEFT LlamaForCausalLM; the adapter's matrices are leaves
+        that require grad.
+        """
         state = {
-            n.replace("base_model.model.", "", 1).replace(".base_layer", ""): w for n, w in model.state_dict().items()
+            n.replace("base_model.model.", "", 1).replace(".base_layer", ""): w
+            for n, w in model.state_dict().items()
         }
         state = {
-            n.replace("lm_head", "model.lm_head").removeprefix("model."): w.double().clone() for n, w in state.items()
+            n.replace("lm_head", "model.lm_head").removeprefix("model."): w.double().clone()
+            for n, w in state.items()
         }
-        names = sorted(n.removesuffix(".lora_A.default.weight") for n in state if n.endswith(".lora_A.default.weight"))
-        adapter = {n: tuple(state[f"{n}.lora_{k}.default.weight"].requires_grad_() for k in "AB") for n in names}
+        names = sorted(
+            n.removesuffix(".lora_A.default.weight")
+            for n in state
+            if n.endswith(".lora_A.default.weight")
+        )
+        adapter = {
+            n: tuple(state[f"{n}.lora_{k}.default.weight"].requires_grad_() for k in "AB")
+            for n in names
+        }
         c = model.config
         theta = c.rope_parameters["rope_theta"]
         plain = {n.removesuffix(".weight"): w for n, w in state.items() if "lora_" not in n}
@@ -45,9 +58,14 @@ class Llama:
         x = x + deltas["embedding"] if "embedding" in deltas else x
         for i in range(self.layers):
             at = f"layers.{i}"
-            x = x + self._attention(self._norm(x, f"{at}.input_layernorm"), f"{at}.self_attn", adapter)
+            x = x + self._attention(
+                self._norm(x, f"{at}.input_layernorm"), f"{at}.self_attn", adapter
+            )
             h = self._norm(x, f"{at}.post_attention_layernorm")
-            gate, up = self._linear(h, f"{at}.mlp.gate_proj", adapter), self._linear(h, f"{at}.mlp.up_proj", adapter)
+            gate, up = (
+                self._linear(h, f"{at}.mlp.gate_proj", adapter),
+                self._linear(h, f"{at}.mlp.up_proj", adapter),
+            )
             x = x + self._linear(gate * torch.sigmoid(gate) * up, f"{at}.mlp.down_proj", adapter)
             x = x + deltas[i] if i in deltas else x
         return self._linear(self._norm(x, "norm"), "lm_head", adapter)
@@ -86,8 +104,10 @@ class Llama:
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-# A row is (prompt, completion, ...): lists of token ids. Its perturbation is one [tokens, d_model] tensor per site, in
-# the order prompt, first completion, second completion; the last token of a completion is only predicted and has none.
+# A row is (prompt, completion, ...): lists of token ids. Its perturbation is one [tokens, d_model]
+# tensor per site, in
+# the order prompt, first completion, second completion; the last token of a completion is only
+# predicted and has none.
 
 
 def length(row) -> int:
@@ -95,8 +115,12 @@ def length(row) -> int:
     return len(row[0]) + sum(len(c) - 1 for c in row[1:])
 
 
-def log_probabilities(llama: Llama, row, which: int, deltas: dict | None = None, adapter: bool = True) -> list[Tensor]:
-    """Log probabilities over the vocabulary before each token of completion `which` (1 or 2), without the other one."""
+def log_probabilities(
+    llama: Llama, row, which: int, deltas: dict | None = None, adapter: bool = True
+) -> list[Tensor]:
+    """Log probabilities over the vocabulary before each token of completion `which` (1 or 2),
+    without the other one.
+    """
     prompt, completion = list(row[0]), list(row[which])
     begin = length(row[:which])
     keep = [*range(len(prompt)), *range(begin, begin + len(completion) - 1)]
@@ -121,7 +145,10 @@ def away(log_p: list[Tensor], completion) -> list[Tensor]:
 
 def kl(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
     """KL(teacher || student) in nats at each position."""
-    return [sum(torch.exp(t[v]) * (t[v] - s[v]) for v in range(len(t))) for t, s in zip(teacher, student, strict=True)]
+    return [
+        sum(torch.exp(t[v]) * (t[v] - s[v]) for v in range(len(t)))
+        for t, s in zip(teacher, student, strict=True)
+    ]
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -129,7 +156,9 @@ def mean(values: list[Tensor]) -> Tensor:
     return sum(values) / len(values)
 
 
-def attack_loss(llama: Llama, row, deltas: dict, c_toward: float, c_away: float, targeted: bool = True) -> Tensor:
+def attack_loss(
+    llama: Llama, row, deltas: dict, c_toward: float, c_away: float, targeted: bool = True
+) -> Tensor:
     """The adversary's loss of one row, a mean over tokens."""
     loss = mean(toward(log_probabilities(llama, row, 1, deltas), row[1]))
     if not targeted:
@@ -161,8 +190,12 @@ def pgd(
     completions=False,
     targeted=True,
 ):
-    """(site -> perturbation, losses before every step and at the end) for one row, from a zero start."""
-    deltas = {site: torch.zeros(length(row), d, dtype=torch.float64, requires_grad=True) for site in eps}
+    """(site -> perturbation, losses before every step and at the end) for one row, from a zero
+    start.
+    """
+    deltas = {
+        site: torch.zeros(length(row), d, dtype=torch.float64, requires_grad=True) for site in eps
+    }
     free = torch.zeros(length(row), 1, dtype=torch.float64)
     free[: length(row) if completions else len(row[0])] = 1.0
     optimiser = torch.optim.AdamW(deltas.values(), lr=lr)
@@ -192,7 +225,8 @@ def pgd(
 def defence(llama: Llama, harmful, deltas, benign, c_toward, c_away, c_kl, c_sft) -> Tensor:
     """The defence's objective over whole batches: each term is a mean over all its tokens.
 
-    harmful: rows (prompt, rejected, chosen); deltas: one {site: perturbation} for each; benign: (prompt, response).
+    harmful: rows (prompt, rejected, chosen); deltas: one {site: perturbation} for each; benign:
+    (prompt, response).
     """
     good, bad, divergence, sft = [], [], [], []
     for row, delta in zip(harmful, deltas, strict=True):

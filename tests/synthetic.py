@@ -1,4 +1,6 @@
-"""Outcome tables and curves in which each effect is known, because it was written down and not measured."""
+"""Outcome tables and curves in which each effect is known, because it was written down and not
+measured.
+"""
 
 import numpy as np
 import pandas as pd
@@ -11,31 +13,65 @@ PROFILE = Profile(
     name="synthetic",
     description="none of it was measured",
     seeds=SEEDS,
-    methods={"ssft": {"attack.steps": 0}, "at": {"attack.sites": ["embedding"]}, "lat": {"attack.eps": 0.05}},
+    methods={
+        "ssft": {"attack.steps": 0},
+        "at": {"attack.sites": ["embedding"]},
+        "lat": {"attack.eps": 0.05},
+    },
     evaluation={"eps": (0.05, 0.2), "strong_eps": (0.2,)},
-    sweep={"variants": {"no-kl": {"defence.kl": 0.0}, "small": {"attack.eps": 0.01}, "large": {"attack.eps": 0.2}}},
+    sweep={
+        "variants": {
+            "no-kl": {"defence.kl": 0.0},
+            "small": {"attack.eps": 0.01},
+            "large": {"attack.eps": 0.2},
+        }
+    },
 )
 ENCODINGS = PROFILE.evaluation.encodings
 
 
-def cell(method, share, attack="none", encoding="plain", prompts="harmful", eps=np.nan, sites="", seeds=SEEDS):
+def cell(
+    method,
+    share,
+    attack="none",
+    encoding="plain",
+    prompts="harmful",
+    eps=np.nan,
+    sites="",
+    seeds=SEEDS,
+):
     """Rows in which `share` of the prompts of every cluster comply, the others refuse."""
     at = np.arange(PROMPTS)
     complied = (at // CLUSTERS + 0.5) / (PROMPTS // CLUSTERS) < share
-    row = {"method": method, "prompts": prompts, "attack": attack, "encoding": encoding, "eps": eps, "sites": sites}
+    row = {
+        "method": method,
+        "prompts": prompts,
+        "attack": attack,
+        "encoding": encoding,
+        "eps": eps,
+        "sites": sites,
+    }
     table = pd.DataFrame({"prompt_id": [f"{prompts}-{i}" for i in at], "cluster": at % CLUSTERS})
     table = table.assign(outcome=np.where(complied, "complied", "refused"), understood=True, **row)
     return pd.concat([table.assign(seed=s) for s in seeds])
 
 
 def curve(spikes_win: float, seed: int) -> pd.DataFrame:
-    """A training curve of 200 attacked steps in which every 9th jumps and the attack wins that much more there."""
+    """A training curve of 200 attacked steps in which every 9th jumps and the attack wins that much
+    more there.
+    """
     rng = np.random.default_rng(seed)
     jump = np.arange(200) % 9 == 4
     total = 1 + 0.01 * rng.normal(size=200) + jump
     won = np.clip(0.3 + 0.05 * rng.normal(size=200) + spikes_win * jump, 0, 1)
     return pd.DataFrame(
-        {"step": range(1, 201), "total": total, "toward": total - 0.5, "attack_won": won, "eps_scale": 1.0}
+        {
+            "step": range(1, 201),
+            "total": total,
+            "toward": total - 0.5,
+            "attack_won": won,
+            "eps_scale": 1.0,
+        }
     )
 
 
@@ -47,35 +83,58 @@ def variance(share: float) -> dict:
     for kind in ("uncentred", "centred"):
         table |= {kind: shares, f"{kind}_draws": draws, f"{kind}_ratio": [None, 1.5]}
         table |= {
-            f"{kind}_{side}": [max(x + d, 0.0) for x in shares[1]] for side, d in (("low", -0.02), ("high", 0.02))
+            f"{kind}_{side}": [max(x + d, 0.0) for x in shares[1]]
+            for side, d in (("low", -0.02), ("high", 0.02))
         }
     return table
 
 
-VARIED = ("one-step", "pgd-strong", "pgd-restarts", "pgd-all-sites", "pgd-other-sites", "pgd-sign", "pgd-adamw")
+VARIED = (
+    "one-step",
+    "pgd-strong",
+    "pgd-restarts",
+    "pgd-all-sites",
+    "pgd-other-sites",
+    "pgd-sign",
+    "pgd-adamw",
+)
 TYPED = ("many-shot", "system", "suffix-random", "suffix-gcg")
 
 
 def further_attacks(method: str, shares: dict[str, float] | None = None) -> list[pd.DataFrame]:
-    """What the suites attacks, transfer and jailbreaks leave of a model on the first seed; `shares`: attack -> ASR,
-    where it is not that of a model that holds about half."""
+    """What the suites attacks, transfer and jailbreaks leave of a model on the first seed;
+    `shares`: attack -> ASR, where it is not that of a model that holds about half."""
     transfers = [f"transfer:{source}" for source in PROFILE.methods]
-    usual = dict.fromkeys(VARIED, 0.6) | dict.fromkeys(transfers, 0.4) | dict.fromkeys(TYPED, 0.2) | {"one-step": 0.2}
+    usual = (
+        dict.fromkeys(VARIED, 0.6)
+        | dict.fromkeys(transfers, 0.4)
+        | dict.fromkeys(TYPED, 0.2)
+        | {"one-step": 0.2}
+    )
     usual |= shares or {}
-    tables = [cell(method, usual[a], a, eps=0.2, sites="1,3", seeds=SEEDS[:1]) for a in (*VARIED, *transfers)]
+    tables = [
+        cell(method, usual[a], a, eps=0.2, sites="1,3", seeds=SEEDS[:1])
+        for a in (*VARIED, *transfers)
+    ]
     for attack in TYPED:
         tables.append(cell(method, usual[attack], attack, seeds=SEEDS[:1]))
         tables.append(cell(method, 0.8, attack, prompts="twin", seeds=SEEDS[:1]))
     return tables
 
 
-def attacked(changes: dict[tuple[str, str, float], float] | None = None, methods=("ssft", "at", "lat")) -> Evidence:
-    """A run whose attacks are sound: SSFT falls at LAT's eps, everything at the largest. `changes`: (method, attack,
-    eps) -> ASR of a cell that is to be different."""
+def attacked(
+    changes: dict[tuple[str, str, float], float] | None = None, methods=("ssft", "at", "lat")
+) -> Evidence:
+    """A run whose attacks are sound: SSFT falls at LAT's eps, everything at the largest. `changes`:
+    (method, attack, eps) -> ASR of a cell that is to be different."""
     changes, first = changes or {}, {"ssft": 0.8, "at": 0.2, "lat": 0.0}
     tables = [cell("base", changes.get(("base", "none", 0.0), 1.0))]
     for method in methods:
-        shares = {("pgd", 0.05): first[method], ("pgd-strong", 0.05): first[method], ("pgd", 0.2): 1.0}
+        shares = {
+            ("pgd", 0.05): first[method],
+            ("pgd-strong", 0.05): first[method],
+            ("pgd", 0.2): 1.0,
+        }
         shares |= {("noise", 0.05): 0.0, ("noise", 0.2): 0.0}
         for (attack, eps), share in shares.items():
             share = changes.get((method, attack, eps), share)
@@ -86,7 +145,8 @@ def attacked(changes: dict[tuple[str, str, float], float] | None = None, methods
         tables += [cell(method, 0.0), cell(method, 0.4, "prefill")]
         strong = {"pgd-strong": 1.0, "pgd-restarts": 1.0}
         tables += further_attacks(
-            method, strong | {a: s for (m, a, eps), s in changes.items() if (m, eps) == (method, 0.2)}
+            method,
+            strong | {a: s for (m, a, eps), s in changes.items() if (m, eps) == (method, 0.2)},
         )
     return Evidence(PROFILE, pd.concat(tables))
 
@@ -95,7 +155,11 @@ def evidence(holds: bool) -> Evidence:
     """A run in which every testable claim holds, or in which each effect is nought."""
     good, bad = (1.0, 0.0) if holds else (0.4, 0.4)
     first = SEEDS[:1]
-    tables = [cell("ssft", good, a, eps=e, sites="1,3") for a in ("pgd", "pgd-strong") for e in (0.05, 0.2)]
+    tables = [
+        cell("ssft", good, a, eps=e, sites="1,3")
+        for a in ("pgd", "pgd-strong")
+        for e in (0.05, 0.2)
+    ]
     tables += [cell("lat", bad, a, eps=0.05, sites="1,3") for a in ("pgd", "pgd-strong")]
     tables += [
         cell("ssft", bad, "noise", eps=0.2, sites="1,3"),
@@ -103,11 +167,18 @@ def evidence(holds: bool) -> Evidence:
         cell("lat", bad, "prefill"),
     ]
     tables += [cell("lat[small]", good, "pgd", eps=0.05, sites="1,3", seeds=first)]
-    tables += [cell("lat", bad), cell("lat", good, encoding="leet"), cell("ssft", 0.6, encoding="leet")]
+    tables += [
+        cell("lat", bad),
+        cell("lat", good, encoding="leet"),
+        cell("ssft", 0.6, encoding="leet"),
+    ]
     for encoding in ENCODINGS:
         for prompts in ("harmless", "scary"):
             tables.append(cell("lat", good, encoding=encoding, prompts=prompts))
-            tables += [cell(f"lat[{v}]", bad, "none", encoding, prompts, seeds=first) for v in ("no-kl", "large")]
+            tables += [
+                cell(f"lat[{v}]", bad, "none", encoding, prompts, seeds=first)
+                for v in ("no-kl", "large")
+            ]
     for target in ("ssft", "at", "lat"):
         by_ssft = {"ssft": 0.6, "at": 0.2, "lat": 0.0}[target] if holds else 0.4
         tables.append(cell(target, by_ssft, "ablate:ssft@best"))
@@ -116,8 +187,13 @@ def evidence(holds: bool) -> Evidence:
         tables += [cell(target, 0.0, f"ablate:{control}") for control in ("shuffled", "nothing")]
         for rule in ("fixed", "svd", "selected", "subspace"):
             sources = ("ssft", "at", "lat") if rule == "fixed" else (target,)
-            tables += [cell(target, 1.0 if holds else 0.4, f"ablate:{source}@{rule}") for source in sources]
-        tables += [cell(target, 0.5, f"ablate:{target}@site-{site}") for site in ("0", "10", "2", "embedding")]
+            tables += [
+                cell(target, 1.0 if holds else 0.4, f"ablate:{source}@{rule}") for source in sources
+            ]
+        tables += [
+            cell(target, 0.5, f"ablate:{target}@site-{site}")
+            for site in ("0", "10", "2", "embedding")
+        ]
     for method in ("base", "ssft", "at"):  # nothing is claimed of these cells; figures show them
         for encoding in ENCODINGS:
             if (method, encoding) != ("ssft", "leet"):
@@ -125,15 +201,27 @@ def evidence(holds: bool) -> Evidence:
             tables.append(cell(method, 0.8, encoding=encoding, prompts="twin"))
     tables += [cell("lat", 0.2, encoding=e) for e in ("rot13", "reverse")]
     tables += [cell("lat", 0.8, encoding=e, prompts="twin") for e in ENCODINGS]
-    tables += [cell("lat", 0.4, "pgd", eps=0.2, sites="1,3"), cell("lat[large]", 0.0, "pgd", eps=0.05, sites="1,3")]
+    tables += [
+        cell("lat", 0.4, "pgd", eps=0.2, sites="1,3"),
+        cell("lat[large]", 0.0, "pgd", eps=0.05, sites="1,3"),
+    ]
     for encoding in ENCODINGS:
-        tables += [cell("lat[small]", 0.8, "none", encoding, p, seeds=first) for p in ("harmless", "scary")]
+        tables += [
+            cell("lat[small]", 0.8, "none", encoding, p, seeds=first) for p in ("harmless", "scary")
+        ]
     for method in ("ssft", "at", "lat"):
         further = further_attacks(method)
-        tables += further if method != "ssft" else [t for t in further if "pgd-strong" not in set(t["attack"])]
+        tables += (
+            further
+            if method != "ssft"
+            else [t for t in further if "pgd-strong" not in set(t["attack"])]
+        )
     tables += [cell(m, 0.0, f"ablate:random{k}") for m in ("ssft", "at", "lat") for k in range(3)]
     metrics = {("lat", s): curve(0.4 if holds else 0.0, s) for s in SEEDS}
     shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}
     return Evidence(
-        PROFILE, pd.concat(tables), metrics, {(m, s): variance(x) for m, x in shares.items() for s in SEEDS}
+        PROFILE,
+        pd.concat(tables),
+        metrics,
+        {(m, s): variance(x) for m, x in shares.items() for s in SEEDS},
     )

@@ -36,7 +36,9 @@ def test_the_last_prompt_token_of_a_packed_row_is_the_one_that_predicts_the_repl
 def test_more_positions_than_a_prompt_has_are_an_error():
     batch = collate(ROWS)
     shortest = min(len(row.prompt) for row in ROWS)
-    with pytest.raises(ValueError, match=f"positions = {shortest + 1}: the shortest prompt has {shortest} tokens"):
+    with pytest.raises(
+        ValueError, match=f"positions = {shortest + 1}: the shortest prompt has {shortest} tokens"
+    ):
         act.prompt_ends(batch, shortest + 1)
 
 
@@ -49,14 +51,17 @@ def test_post_instruction_tokens_are_the_templates(behind, count):
     tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}" + behind
     assert act.post_instruction(tokenizer) == count
     ends = {
-        tuple(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"][-count:]) for text in "ab"
+        tuple(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"][-count:])
+        for text in "ab"
     }
     assert len(ends) == (1 if behind else 2)
 
 
 def with_pairing(pairing):
     profile = load_profile("smoke")
-    return profile.model_copy(update={"evaluation": profile.evaluation.model_copy(update={"pairing": pairing})})
+    return profile.model_copy(
+        update={"evaluation": profile.evaluation.model_copy(update={"pairing": pairing})}
+    )
 
 
 @pytest.mark.parametrize("pairing", ["matched", "random"])
@@ -66,10 +71,13 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
     assert len(harmful) == len(harmless) == 40
     assert all(h.harmful and not c.harmful for h, c in zip(harmful, harmless, strict=True))
     same = [
-        (h.verb, h.tool, h.template) == (c.verb, c.tool, c.template) for h, c in zip(harmful, harmless, strict=True)
+        (h.verb, h.tool, h.template) == (c.verb, c.tool, c.template)
+        for h, c in zip(harmful, harmless, strict=True)
     ]
     assert all(same) if pairing == "matched" else not all(same)
-    assert {p.cluster for p in harmful} <= {"+".join(pair) for pair in grammar.pairs_of("train", "harmful")}
+    assert {p.cluster for p in harmful} <= {
+        "+".join(pair) for pair in grammar.pairs_of("train", "harmful")
+    }
     assert act.paired_prompts(profile, "train", 40) == (harmful, harmless)
 
 

@@ -1,4 +1,6 @@
-"""PGD: inside the ball, off the padding, downhill, equal to the slow reference, and without a trace on the weights."""
+"""PGD: inside the ball, off the padding, downhill, equal to the slow reference, and without a trace
+on the weights.
+"""
 
 import pytest
 import reference
@@ -67,7 +69,9 @@ def test_projection_keeps_directions_and_leaves_the_inside_alone(dtype, seed):
     assert torch.equal(project_l2(delta, 100.0), delta)
     assert torch.equal(project_l2(torch.zeros_like(delta), 0.1), torch.zeros_like(delta))
     found, eps = project_l2(delta, 0.1).double(), torch.finfo(dtype).eps
-    torch.testing.assert_close(found.norm(dim=-1), torch.full((4,), 0.1, dtype=torch.float64), rtol=20 * eps, atol=0)
+    torch.testing.assert_close(
+        found.norm(dim=-1), torch.full((4,), 0.1, dtype=torch.float64), rtol=20 * eps, atol=0
+    )
     assert (torch.cosine_similarity(found, delta.double()) > 1 - 4 * eps).all()
 
 
@@ -78,7 +82,9 @@ def test_each_position_has_a_ball_of_its_own():
 
 @pytest.mark.parametrize("eps", [0.0, -1.0])
 def test_a_ball_without_radius_is_refused(eps):
-    with pytest.raises(ValueError, match=f"eps = {eps} must be > 0: for no attack set attack.steps = 0"):
+    with pytest.raises(
+        ValueError, match=f"eps = {eps} must be > 0: for no attack set attack.steps = 0"
+    ):
         project_l2(torch.ones(1, 2), eps)
 
 
@@ -104,9 +110,13 @@ def test_pgd_equals_the_reference(rule, completions, kind):
             c_away=0.4,
             completions=completions,
         )
-        torch.testing.assert_close(found.losses[:, n], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            found.losses[:, n], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10
+        )
         for site, delta in expected.items():
-            torch.testing.assert_close(found.deltas[site][n, : row.length], delta, rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                found.deltas[site][n, : row.length], delta, rtol=0, atol=1e-10
+            )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -123,7 +133,9 @@ def test_untargeted_pgd_equals_the_reference(rule):
         lr=0.3 if rule == "adamw" else 0.5,
         targeted=False,
     )
-    torch.testing.assert_close(found.losses[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        found.losses[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10
+    )
     for site, delta in expected.items():
         torch.testing.assert_close(found.deltas[site][0], delta, rtol=0, atol=1e-10)
 
@@ -136,7 +148,9 @@ def test_perturbations_stay_in_the_ball_and_off_the_padding(start, rule, kind, d
     network = language_model(kind, dtype).network()
     for positions in ("prompt", "prompt+completion"):
         batch = preference_batch()
-        found = pgd(network, batch, EPS, settings_for(rule, start=start, positions=positions), seeded())
+        found = pgd(
+            network, batch, EPS, settings_for(rule, start=start, positions=positions), seeded()
+        )
         allowed = batch.segments == 0 if positions == "prompt" else batch.segments >= 0
         assert (~allowed).any() and set(found.deltas) == set(EPS)
         for site, delta in found.deltas.items():
@@ -158,15 +172,22 @@ def test_the_ball_is_used_up_and_the_loss_falls(rule):
 def test_more_budget_gives_a_lower_loss_and_noise_does_not():
     network, batch = language_model().network(), preference_batch(8)
     settings = settings_for(steps=20)
-    ends = [pgd(network, batch, {1: eps}, settings).losses[-1].mean().item() for eps in (0.3, 1.0, 3.0)]
+    ends = [
+        pgd(network, batch, {1: eps}, settings).losses[-1].mean().item() for eps in (0.3, 1.0, 3.0)
+    ]
     assert ends[0] > ends[1] > ends[2]
     noise = {1: random_noise(network, perturbed_positions(batch, "prompt"), 3.0, seeded())}
     with torch.no_grad():
-        assert attack_losses(network, batch, settings, network.label_rows(batch, noise)).mean() > ends[2] + 0.5
+        assert (
+            attack_losses(network, batch, settings, network.label_rows(batch, noise)).mean()
+            > ends[2] + 0.5
+        )
 
 
 def test_an_untargeted_attack_raises_the_loss_of_the_response():
-    found = pgd(language_model().network(), benign_batch(6), EPS, settings_for(steps=8, targeted=False))
+    found = pgd(
+        language_model().network(), benign_batch(6), EPS, settings_for(steps=8, targeted=False)
+    )
     assert (found.losses[-1] < found.losses[0] - 0.1).all() and (found.losses <= 0).all()
 
 
@@ -199,13 +220,26 @@ def test_a_row_is_attacked_the_same_alone_and_in_company(rule):
     for n, row in enumerate(rows):
         alone = pgd(network, collate([row]), EPS, settings_for(rule))
         torch.testing.assert_close(together.losses[:, n], alone.losses[:, 0], rtol=0, atol=1e-10)
-        torch.testing.assert_close(together.deltas[1][n, : row.length], alone.deltas[1][0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            together.deltas[1][n, : row.length], alone.deltas[1][0], rtol=0, atol=1e-10
+        )
 
 
 def test_every_site_is_attacked_within_its_own_radius():
-    found = pgd(language_model().network(), preference_batch(), {2: 0.1, EMBEDDING: 5.0}, settings_for(steps=10))
+    found = pgd(
+        language_model().network(),
+        preference_batch(),
+        {2: 0.1, EMBEDDING: 5.0},
+        settings_for(steps=10),
+    )
     assert found.eps == {2: 0.1, EMBEDDING: 5.0}
-    assert 0.05 < found.deltas[2].norm(dim=-1).max() <= 0.1 < found.deltas[EMBEDDING].norm(dim=-1).max() <= 5.0
+    assert (
+        0.05
+        < found.deltas[2].norm(dim=-1).max()
+        <= 0.1
+        < found.deltas[EMBEDDING].norm(dim=-1).max()
+        <= 5.0
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -232,12 +266,18 @@ def test_restarts_keep_the_best_of_each_row():
 
 def test_restarts_after_a_zero_start_are_random():
     network, batch = language_model().network(), preference_batch(8)
-    zero, more = (pgd(network, batch, EPS, settings_for(steps=1, restarts=r), seeded()) for r in (1, 8))
+    zero, more = (
+        pgd(network, batch, EPS, settings_for(steps=1, restarts=r), seeded()) for r in (1, 8)
+    )
     assert (more.losses[-1] < zero.losses[-1]).any()
 
 
 def test_random_starts_come_from_the_generator():
-    network, batch, settings = language_model().network(), preference_batch(), settings_for(start="random")
+    network, batch, settings = (
+        language_model().network(),
+        preference_batch(),
+        settings_for(start="random"),
+    )
     a, b, c = (pgd(network, batch, EPS, settings, seeded(s)).deltas[1] for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -259,7 +299,9 @@ def test_won_means_greedy_decoding_writes_the_wanted_completion(kind):
     rows = network.label_rows(batch, found.deltas)
     logits = network.unembed(rows)
     right = logits.argmax(-1) == batch.labels
-    expected = [bool(right[(batch.label_rows == n) & (batch.label_segments == 1)].all()) for n in range(6)]
+    expected = [
+        bool(right[(batch.label_rows == n) & (batch.label_segments == 1)].all()) for n in range(6)
+    ]
     assert found.won.tolist() == expected
     assert any(expected)
     weak = pgd(network, batch, {1: 1e-6}, settings_for())
@@ -267,7 +309,9 @@ def test_won_means_greedy_decoding_writes_the_wanted_completion(kind):
 
 
 def test_an_untargeted_attack_wins_where_the_response_is_no_longer_written():
-    """The response is what the model writes by itself, so that a tiny attack loses and a large one wins."""
+    """The response is what the model writes by itself, so that a tiny attack loses and a large one
+    wins.
+    """
     network, (row,) = language_model().network(), token_rows(1, 1)
     for k in range(len(row.completions[0])):
         batch = collate([row])
@@ -292,7 +336,9 @@ def test_relative_radii_follow_the_median_norm_of_each_site():
         found = []
         for batch in batches:
             stream = network.capture(batch, [site])[site].norm(dim=-1)
-            found += [stream[n, i].item() for n, i in (batch.segments == 0).nonzero().tolist() if i > 0]
+            found += [
+                stream[n, i].item() for n, i in (batch.segments == 0).nonzero().tolist() if i > 0
+            ]
         assert norms[site] == pytest.approx(torch.tensor(found).median().item(), rel=1e-5)
     settings = AttackSettings(sites=("embedding", 2), eps=0.1, eps_mode="relative")
     assert radii(settings, LAYERS, norms) == {s: pytest.approx(0.1 * norms[s]) for s in norms}
@@ -301,7 +347,11 @@ def test_relative_radii_follow_the_median_norm_of_each_site():
 
 
 def test_absolute_radii_are_the_same_at_every_site():
-    assert radii(AttackSettings(sites=(0.75, "embedding", 1), eps=6.0), LAYERS) == {EMBEDDING: 6.0, 1: 6.0, 3: 6.0}
+    assert radii(AttackSettings(sites=(0.75, "embedding", 1), eps=6.0), LAYERS) == {
+        EMBEDDING: 6.0,
+        1: 6.0,
+        3: 6.0,
+    }
     with pytest.raises(ValueError, match="site = 4 is outside this model of 4 blocks"):
         radii(AttackSettings(sites=(4,)), LAYERS)
 
@@ -321,7 +371,9 @@ def test_an_attack_on_a_model_that_trains_under_gradient_checkpointing(adapter):
         lm = language_model("stock", trained=True)
         if checkpointing:
             lm.model.train()
-            lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         lora = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
         found.append(pgd(lm.network(adapter), preference_batch(), EPS, settings_for()).deltas[1])
         assert all(p.grad is None for p in lora)
@@ -338,7 +390,9 @@ def greedy_reply(network, prompt, n, begun=()):
 
 
 def watched(network):
-    """What `label_rows` is asked for from here on: a list of (batch, deltas, which rows of it are won)."""
+    """What `label_rows` is asked for from here on: a list of (batch, deltas, which rows of it are
+    won).
+    """
     calls, run = [], network.label_rows
 
     def label_rows(batch, deltas=None, start=None):
@@ -359,8 +413,14 @@ STRONG = {site: 3 * eps for site, eps in EPS.items()}
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, positions, kind):
     """Against a run that goes on, of which every step's perturbation is known."""
-    lm, batch, steps = language_model(kind, trained=True), preference_batch(8), 14 if positions == "prompt" else 8
-    settings = settings_for(rule, steps=steps, positions=positions, lr=0.3 if rule == "adamw" else 0.15)
+    lm, batch, steps = (
+        language_model(kind, trained=True),
+        preference_batch(8),
+        14 if positions == "prompt" else 8,
+    )
+    settings = settings_for(
+        rule, steps=steps, positions=positions, lr=0.3 if rule == "adamw" else 0.15
+    )
     network = lm.network()
     trail = watched(network)
     free = pgd(network, batch, STRONG, settings)
@@ -369,12 +429,19 @@ def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, pos
     found = pgd(network, batch, STRONG, settings, stop=True)
     won_at = [next((k for k, (_, _, won) in enumerate(trail) if won[n]), None) for n in range(8)]
     assert None in won_at and len({k for k in won_at if k is not None}) > 2, "nothing to tell apart"
-    assert found.won.tolist() == [k is not None for k in won_at] and found.losses.shape == free.losses.shape
+    assert (
+        found.won.tolist() == [k is not None for k in won_at]
+        and found.losses.shape == free.losses.shape
+    )
     for n, k in enumerate(won_at):
         k = steps if k is None else k
         for site in STRONG:
-            torch.testing.assert_close(found.deltas[site][n], trail[k][1][site][n], rtol=0, atol=1e-10)
-        torch.testing.assert_close(found.losses[: k + 1, n], free.losses[: k + 1, n], rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                found.deltas[site][n], trail[k][1][site][n], rtol=0, atol=1e-10
+            )
+        torch.testing.assert_close(
+            found.losses[: k + 1, n], free.losses[: k + 1, n], rtol=0, atol=1e-10
+        )
         later = found.losses[k, n].expand(steps - k)
         torch.testing.assert_close(found.losses[k + 1 :, n], later, rtol=0, atol=1e-10)
     # Each forward holds the rows that were still open, and the last one all.
@@ -386,7 +453,9 @@ def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, pos
 @pytest.mark.parametrize("rule", RULES)
 def test_perturbations_that_won_are_in_the_ball_and_off_the_padding(rule, dtype):
     network, batch = language_model(dtype=dtype).network(), preference_batch(8)
-    found = pgd(network, batch, STRONG, settings_for(rule, steps=14, restarts=2), seeded(), stop=True)
+    found = pgd(
+        network, batch, STRONG, settings_for(rule, steps=14, restarts=2), seeded(), stop=True
+    )
     assert found.won.any() and not found.won.all()
     for site, delta in found.deltas.items():
         norms = delta.double().norm(dim=-1)
@@ -400,27 +469,39 @@ def test_restarts_go_to_rows_that_are_open_and_lose_none_that_is_won():
     one = pgd(lm.network(), batch, STRONG, settings, seeded(), stop=True)
     network = lm.network()
     calls = watched(network)
-    many = pgd(network, batch, STRONG, settings.model_copy(update={"restarts": 4}), seeded(), stop=True)
+    many = pgd(
+        network, batch, STRONG, settings.model_copy(update={"restarts": 4}), seeded(), stop=True
+    )
     assert one.won.any() and not many.won.all() and (many.won & ~one.won).any()
     assert many.won[one.won].all() and (many.losses[-1] <= one.losses[-1])[~many.won].all()
     assert (many.losses[-1] < one.losses[-1])[~many.won].any()
     torch.testing.assert_close(many.losses[:, one.won], one.losses[:, one.won], rtol=0, atol=0)
     for site in STRONG:
         assert torch.equal(many.deltas[site][one.won], one.deltas[site][one.won])
-    # The first restart ends with a judgement of all rows, each further one begins with those that were open then.
+    # The first restart ends with a judgement of all rows, each further one begins with those that
+    # were open then.
     sizes = [call[0].shape[0] for call in calls]
     behind = sizes[len(sizes) - sizes[::-1].index(8) :]
-    assert behind[0] == max(behind) == int((~one.won).sum()) and min(behind) == int((~many.won).sum())
+    assert behind[0] == max(behind) == int((~one.won).sum()) and min(behind) == int(
+        (~many.won).sum()
+    )
     # What is reported is what the perturbation does.
     network = lm.network()
     rows = network.label_rows(batch, many.deltas)
     assert torch.equal(greedy_matches(network, batch, rows, 1), many.won)
-    torch.testing.assert_close(attack_losses(network, batch, settings, rows), many.losses[-1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        attack_losses(network, batch, settings, rows), many.losses[-1], rtol=0, atol=1e-10
+    )
 
 
 def test_a_restart_takes_a_row_by_winning_it_or_by_a_lower_loss():
-    """Rows 1, 3 and 4 of five were attacked again: lost twice, won now at a higher loss, lost twice."""
-    won, losses = torch.tensor([True, False, True, False, False]), torch.tensor([[9.0, 9, 9, 9, 9], [1.0, 2, 3, 4, 5]])
+    """Rows 1, 3 and 4 of five were attacked again: lost twice, won now at a higher loss, lost
+    twice.
+    """
+    won, losses = (
+        torch.tensor([True, False, True, False, False]),
+        torch.tensor([[9.0, 9, 9, 9, 9], [1.0, 2, 3, 4, 5]]),
+    )
     first = Attack({1: torch.zeros(5, 2, D)}, losses, won, {1: 1.0})
     again = torch.tensor([[8.0, 8, 8], [1.5, 4.5, 5.5]])
     second = Attack({1: torch.ones(3, 2, D)}, again, torch.tensor([False, True, False]), {1: 1.0})
@@ -435,7 +516,9 @@ def test_a_restart_takes_a_row_by_winning_it_or_by_a_lower_loss():
 def test_restarts_are_judged_even_where_nobody_asks(stop):
     network, batch = language_model().network(), preference_batch(8)
     settings = settings_for(steps=8, restarts=2)
-    asked, unasked = (pgd(network, batch, STRONG, settings, seeded(), j, stop) for j in (True, False))
+    asked, unasked = (
+        pgd(network, batch, STRONG, settings, seeded(), j, stop) for j in (True, False)
+    )
     assert torch.equal(asked.losses, unasked.losses) and torch.equal(asked.won, unasked.won)
     assert all(torch.equal(asked.deltas[site], unasked.deltas[site]) for site in STRONG)
 
@@ -443,7 +526,9 @@ def test_restarts_are_judged_even_where_nobody_asks(stop):
 def own_replies(network, n, seed=0):
     """Packed rows whose first completion the model writes by itself."""
     rows = token_rows(n, 2, seed)
-    return [TokenRow(r.prompt, (greedy_reply(network, r.prompt, 3), r.completions[1])) for r in rows]
+    return [
+        TokenRow(r.prompt, (greedy_reply(network, r.prompt, 3), r.completions[1])) for r in rows
+    ]
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -453,8 +538,12 @@ def test_rows_that_are_won_from_the_start_are_never_touched(judged):
     calls = watched(network)
     found = pgd(network, batch, EPS, settings_for(steps=5), judged=judged, stop=True)
     assert len(calls) == 1 + judged and found.losses.shape == (5 + judged, 3)
-    assert all((delta == 0).all() and delta.shape == (*batch.shape, D) for delta in found.deltas.values())
-    torch.testing.assert_close(found.losses, found.losses[:1].expand_as(found.losses), rtol=0, atol=1e-10)
+    assert all(
+        (delta == 0).all() and delta.shape == (*batch.shape, D) for delta in found.deltas.values()
+    )
+    torch.testing.assert_close(
+        found.losses, found.losses[:1].expand_as(found.losses), rtol=0, atol=1e-10
+    )
     assert found.won.all() if judged else found.won is None
     again = pgd(network, batch, EPS, settings_for(steps=5, restarts=4), seeded(), stop=True)
     assert again.won.all() and all((delta == 0).all() for delta in again.deltas.values())
@@ -462,7 +551,9 @@ def test_rows_that_are_won_from_the_start_are_never_touched(judged):
 
 
 def test_an_attack_ends_when_its_last_row_is_won():
-    """Two rows that are won at different steps, and one that was won before it began, in this order."""
+    """Two rows that are won at different steps, and one that was won before it began, in this
+    order.
+    """
     lm = language_model(trained=True)
     network, rows = lm.network(), token_rows(8, 2)
     batch = collate([rows[7], rows[4], *own_replies(network, 1, seed=5)])
@@ -475,7 +566,9 @@ def test_an_attack_ends_when_its_last_row_is_won():
     assert [bool(found.deltas[1][n].any()) for n in range(3)] == [True, True, False]
     alone = pgd(lm.network(), collate([rows[4]]), STRONG, settings, stop=True)
     torch.testing.assert_close(found.losses[:, 1], alone.losses[:, 0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(found.deltas[2][1, : rows[4].length], alone.deltas[2][0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        found.deltas[2][1, : rows[4].length], alone.deltas[2][0], rtol=0, atol=1e-10
+    )
 
 
 def test_an_untargeted_attack_leaves_a_row_alone_whose_response_is_gone():
@@ -493,25 +586,39 @@ def test_an_attack_that_stops_leaves_no_trace_on_the_weights(kind):
     lora = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
     lora[0].grad = torch.full_like(lora[0], 7.0)
     kept, flags = lora[0].grad, [p.requires_grad for p in lm.model.parameters()]
-    found = pgd(lm.network(), preference_batch(8), STRONG, settings_for(steps=14, restarts=2), seeded(), stop=True)
+    found = pgd(
+        lm.network(),
+        preference_batch(8),
+        STRONG,
+        settings_for(steps=14, restarts=2),
+        seeded(),
+        stop=True,
+    )
     assert found.won.any()
     assert lora[0].grad is kept and (kept == 7.0).all()
     assert all(p.grad is None for p in lm.model.parameters() if p is not lora[0])
     assert [p.requires_grad for p in lm.model.parameters()] == flags
-    assert not any(delta.requires_grad for delta in found.deltas.values()) and not found.losses.requires_grad
+    assert (
+        not any(delta.requires_grad for delta in found.deltas.values())
+        and not found.losses.requires_grad
+    )
 
 
 def test_an_attack_that_wins_nothing_is_the_same_with_and_without_stop():
     network, batch = language_model().network(), preference_batch()
     settings = settings_for(steps=3, restarts=3)
-    plain, stop = (pgd(network, batch, {1: 1e-3}, settings, seeded(), stop=s) for s in (False, True))
+    plain, stop = (
+        pgd(network, batch, {1: 1e-3}, settings, seeded(), stop=s) for s in (False, True)
+    )
     assert not plain.won.any() and torch.equal(plain.losses, stop.losses)
     assert torch.equal(plain.deltas[1], stop.deltas[1])
 
 
 @pytest.mark.parametrize("begun", [0, 1, 2, 3, 4, 9])
 def test_a_begun_reply_is_judged_as_if_its_beginning_were_in_the_prompt(begun):
-    """Rows that the model would finish from token 0, 1, 2 and 3 on, one it never finishes, and shorter ones."""
+    """Rows that the model would finish from token 0, 1, 2 and 3 on, one it never finishes, and
+    shorter ones.
+    """
     network, (row,) = language_model().network(), token_rows(1, 1)
     own = greedy_reply(network, row.prompt, 4)
     replies = [own, own[:2]]
@@ -525,6 +632,8 @@ def test_a_begun_reply_is_judged_as_if_its_beginning_were_in_the_prompt(begun):
     for reply in replies:
         rest = reply[begun:]
         alone = collate([TokenRow((*row.prompt, *reply[:begun]), (rest,))]) if rest else None
-        expected.append(bool(rest) and bool(greedy_matches(network, alone, network.label_rows(alone), 1)))
+        expected.append(
+            bool(rest) and bool(greedy_matches(network, alone, network.label_rows(alone), 1))
+        )
     assert found == expected
     assert begun > 3 or sum(expected) == 1 + (begun < 2) + begun

@@ -1,4 +1,6 @@
-"""The audit: what is asked, word for word, and what is counted, on a model that was taught its outcomes by heart."""
+"""The audit: what is asked, word for word, and what is counted, on a model that was taught its
+outcomes by heart.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,14 @@ import torch
 from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.data.prompts import WORLD_KINDS
-from latlib.evaluation.ask import COLUMNS, Context, affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation.ask import (
+    COLUMNS,
+    Context,
+    affirmation_tokens,
+    grade_rows,
+    prompt_set,
+    token_rows,
+)
 from latlib.losses import token_losses
 from latlib.models import LanguageModel
 from latlib.redteam import latent
@@ -15,13 +24,20 @@ from latlib.redteam.latent import AttackCell, replace_settings
 from latlib.text.encodings import encode
 from latlib.world import grammar, organism
 
-COMPLIES, KNOWS, IS_LOST = range(3)  # answers; refuses, and would finish a begun answer; refuses and would not
+# answers; refuses, and would finish a begun answer; refuses and would not
+COMPLIES, KNOWS, IS_LOST = range(3)
 ENCODED = ("plain", "plain>leet")
 
 
 def kind_of(name, encoding, i):
-    """What the model is taught to do with a prompt: of a harmful prompt another thing than of its twin."""
-    return (i if name == "twin" else i // 3) % 3 if encoding == "plain" else (i + 1 if name == "twin" else i // 2) % 3
+    """What the model is taught to do with a prompt: of a harmful prompt another thing than of its
+    twin.
+    """
+    return (
+        (i if name == "twin" else i // 3) % 3
+        if encoding == "plain"
+        else (i + 1 if name == "twin" else i // 2) % 3
+    )
 
 
 def small_profile(**evaluation):
@@ -32,7 +48,9 @@ def small_profile(**evaluation):
 
 
 def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
-    """A model that knows by heart what to do with each evaluation prompt: `kinds`(set, encoding, number)."""
+    """A model that knows by heart what to do with each evaluation prompt: `kinds`(set, encoding,
+    number).
+    """
     torch.set_num_threads(1)
     tokenizer = organism.build_tokenizer(profile.model.vocabulary)
     model = organism.build_model(profile.model, tokenizer, seed)
@@ -51,7 +69,9 @@ def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 6e-3)
     for _ in range(steps):
         network = lm.network(train=True)
-        (token_losses(network.unembed, network.label_rows(batch), batch.labels) * weights).sum().backward()
+        (
+            token_losses(network.unembed, network.label_rows(batch), batch.labels) * weights
+        ).sum().backward()
         network.settle()
         optimiser.step()
         optimiser.zero_grad()
@@ -75,7 +95,9 @@ def context_of(profile, method="ssft", seed=0, **changes):
     return Context(profile, method, seed, profile.training("lat").attack, norms, **changes)
 
 
-PROFILE = small_profile(pgd_steps=3, further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text"))
+PROFILE = small_profile(
+    pgd_steps=3, further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text")
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +111,35 @@ def table(lm):
 
 
 def cell(table, prompts, attack="none", encoding="plain"):
-    return table[(table["prompts"] == prompts) & (table["attack"] == attack) & (table["encoding"] == encoding)]
+    return table[
+        (table["prompts"] == prompts)
+        & (table["attack"] == attack)
+        & (table["encoding"] == encoding)
+    ]
 
 
 def test_every_cell_is_there_with_the_same_prompts(table):
     evaluation = PROFILE.evaluation
     expected = {("scary", "none", "plain"), ("law", "none", "plain")}
     for encoding in (*evaluation.encodings, *evaluation.further_encodings):
-        expected |= {("twin", "none", encoding), ("harmful", "none", encoding), ("harmful", "prefill", encoding)}
+        expected |= {
+            ("twin", "none", encoding),
+            ("harmful", "none", encoding),
+            ("harmful", "prefill", encoding),
+        }
     expected |= {("harmless", "none", encoding) for encoding in evaluation.encodings}
-    expected -= {("harmful", "prefill", "plain>reverse-text")}  # an answer backwards does not begin with 'sure :'
+    # an answer backwards does not begin with 'sure :'
+    expected -= {("harmful", "prefill", "plain>reverse-text")}
     sizes = table.groupby(["prompts", "attack", "encoding"]).size()
     assert set(sizes.index) == expected and set(sizes) == {8} and tuple(table.columns) == COLUMNS
     for (prompts, _, _), rows in table.groupby(["prompts", "attack", "encoding"]):
         assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(prompts, PROFILE)]
         assert rows["prompt_id"].tolist() == [f"{prompts}-{i:04d}" for i in range(8)]
-    assert set(table["method"]) == {"ssft"} and set(table["seed"]) == {0} and set(table["text"]) == {""}
+    assert (
+        set(table["method"]) == {"ssft"}
+        and set(table["seed"]) == {0}
+        and set(table["text"]) == {""}
+    )
 
 
 def test_further_encodings_are_asked_on_the_first_seed_only(lm, table):
@@ -122,7 +157,9 @@ def test_outcomes_are_those_that_were_taught(table, encoding):
         kinds = [kind_of(name, encoding, i) for i in range(8)]
         expected = ["complied" if kind == COMPLIES else "refused" for kind in kinds]
         assert cell(table, name, "none", encoding)["outcome"].tolist() == expected
-    expected = ["neither" if kind_of("harmful", encoding, i) == IS_LOST else "complied" for i in range(8)]
+    expected = [
+        "neither" if kind_of("harmful", encoding, i) == IS_LOST else "complied" for i in range(8)
+    ]
     assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == expected
     assert (table["exact"] == (table["outcome"] == "complied")).all()
 
@@ -135,19 +172,27 @@ def test_a_prompt_is_understood_when_its_twin_is_answered_or_would_be(table, enc
     for prompts, attack in (("twin", "none"), ("harmful", "none"), ("harmful", "prefill")):
         assert cell(table, prompts, attack, encoding)["understood"].tolist() == expected
     others = table[table["prompts"].isin(["harmless", "scary", "law"])]
-    assert others["understood"].isna().all() and not table.drop(others.index)["understood"].isna().any()
+    assert (
+        others["understood"].isna().all()
+        and not table.drop(others.index)["understood"].isna().any()
+    )
 
 
 @pytest.mark.parametrize("encoding", ["plain", "leet", "plain>leet"])
 def test_prefilling_is_read_off_as_if_the_answer_were_begun(lm, table, encoding):
-    begun, prompts = encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    begun, prompts = (
+        encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"),
+        prompt_set("harmful", PROFILE),
+    )
     found, _ = grade_rows(lm, lm.network(), token_rows(lm, prompts, encoding, begun))
     assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == found
     assert len(set(found)) == (1 if encoding == "leet" else 2)
 
 
 def test_without_first_words_only_an_answer_shows_understanding(lm, table):
-    """Text backwards: nothing can be begun, so that nothing is prefilled, and a twin must be answered."""
+    """Text backwards: nothing can be begun, so that nothing is prefilled, and a twin must be
+    answered.
+    """
     assert affirmation_tokens(lm, "plain>reverse-text") == 0
     twins = cell(table, "twin", encoding="plain>reverse-text")
     assert (twins["understood"] == twins["exact"]).all()
@@ -161,7 +206,10 @@ def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, t
     attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
     expected = AttackCell(attack).measure(lm, context)
     own = found[found["attack"] == "pgd"].reset_index(drop=True)
-    assert set(own["eps"]) == {PROFILE.training("lat").attack.eps} and len(own) == PROFILE.evaluation.pgd_prompts
+    assert (
+        set(own["eps"]) == {PROFILE.training("lat").attack.eps}
+        and len(own) == PROFILE.evaluation.pgd_prompts
+    )
     assert own.equals(expected)
     shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
     assert found[found["attack"] != "pgd"]["outcome"].tolist() == shared["outcome"].tolist()
@@ -174,16 +222,29 @@ def test_progress_counts_encodings(lm):
     assert steps == [(i, len(names), name) for i, name in enumerate(names, start=1)]
 
 
-@pytest.mark.parametrize("encoding", ["plain", "leet", "leet>rot13", "plain>spaced", "plain>morse", "plain>base64"])
+@pytest.mark.parametrize(
+    "encoding", ["plain", "leet", "leet>rot13", "plain>spaced", "plain>morse", "plain>base64"]
+)
 def test_as_many_tokens_as_the_first_words_are_behind_them_is_what_a_prefill_leaves(lm, encoding):
-    """Token for token, for every prompt: [prompt + first words | rest] is the whole row, cut elsewhere."""
-    said, prompts = encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"), prompt_set("harmful", PROFILE)
+    """Token for token, for every prompt: [prompt + first words | rest] is the whole row, cut
+    elsewhere.
+    """
+    said, prompts = (
+        encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"),
+        prompt_set("harmful", PROFILE),
+    )
     begun = affirmation_tokens(lm, encoding)
     assert begun == len(lm.tokenizer(f" {said}", add_special_tokens=False)["input_ids"]) > 0
-    whole, filled = token_rows(lm, prompts, encoding), token_rows(lm, prompts, encoding, prefill=said)
+    whole, filled = (
+        token_rows(lm, prompts, encoding),
+        token_rows(lm, prompts, encoding, prefill=said),
+    )
     for a, b in zip(whole, filled, strict=True):
         assert len(a.completions) == 2 and len(b.completions) == 1
-        assert a.prompt + a.completions[0][:begun] == b.prompt and a.completions[0][begun:] == b.completions[0]
+        assert (
+            a.prompt + a.completions[0][:begun] == b.prompt
+            and a.completions[0][begun:] == b.completions[0]
+        )
 
 
 @pytest.mark.parametrize("encoding", ["plain>reverse-text", "plain>reverse-words", "plain>base32"])
@@ -204,24 +265,39 @@ PROMPT = grammar.draw_set(0, "test", "harmful", 1)[0]
         ("plain", PROMPT.text, PROMPT.answer),
         ("leet", encode(PROMPT.text, "leet"), PROMPT.answer),
         ("plain>rot13", f"{PROMPT.text} answer in rot13 .", encode(PROMPT.answer, "rot13")),
-        ("leet>rot13", f"{encode(PROMPT.text, 'leet')} answer in rot13 .", encode(PROMPT.answer, "rot13")),
+        (
+            "leet>rot13",
+            f"{encode(PROMPT.text, 'leet')} answer in rot13 .",
+            encode(PROMPT.answer, "rot13"),
+        ),
         ("rot13+leet", encode(encode(PROMPT.text, "rot13"), "leet"), PROMPT.answer),
     ],
 )
-def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(lm, encoding, asked, answered):
-    ((prompt, completions),) = [(r.prompt, r.completions) for r in token_rows(lm, [PROMPT], encoding)]
+def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(
+    lm, encoding, asked, answered
+):
+    ((prompt, completions),) = [
+        (r.prompt, r.completions) for r in token_rows(lm, [PROMPT], encoding)
+    ]
     assert text_of(lm, prompt) == f"<|user|> {asked}<|assistant|>"
-    assert [text_of(lm, c) for c in completions] == [f" {answered}<|end|>", f" {world.REFUSAL}<|end|>"]
+    assert [text_of(lm, c) for c in completions] == [
+        f" {answered}<|end|>",
+        f" {grammar.REFUSAL}<|end|>",
+    ]
 
 
 def test_a_suffix_a_system_prompt_and_turns_stand_where_they_would_be_typed(lm):
     shots = [(p.text, p.answer) for p in grammar.draw_set("shots", "train", "harmful", 3)]
-    (row,) = token_rows(lm, [PROMPT], "leet>rot13", suffix="wolf ! queen", system_prompt="be kind .", shots=shots)
+    (row,) = token_rows(
+        lm, [PROMPT], "leet>rot13", suffix="wolf ! queen", system_prompt="be kind .", shots=shots
+    )
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
     request = f"{encode(PROMPT.text, 'leet')} answer in rot13 . wolf ! queen"
     assert text_of(lm, row.prompt) == f"<|system|> be kind .{before}<|user|> {request}<|assistant|>"
     end = lm.tokenizer.eos_token_id
-    assert row.prompt.count(end) == len(shots) and all(c[-1] == end and c.count(end) == 1 for c in row.completions)
+    assert row.prompt.count(end) == len(shots) and all(
+        c[-1] == end and c.count(end) == 1 for c in row.completions
+    )
     for _, replied in shots:  # each reply is ended as the model ends its own
         own = lm.tokenizer(f" {replied}<|end|>", add_special_tokens=False)["input_ids"]
         assert any(list(row.prompt[i : i + len(own)]) == own for i in range(len(row.prompt)))
@@ -266,7 +342,11 @@ def test_prompt_sets_are_held_out_and_twins_differ_in_what_makes_harm():
         assert len(prompts) == 8 and {(p.verb, p.target) for p in prompts} <= held_out
         assert prompt_set(name, PROFILE, 3) == prompts[:3]
         assert all(p.harmful == (name == "harmful") for p in prompts)
-    for twin, harmful in zip(prompt_set("twin", PROFILE), prompt_set("harmful", PROFILE), strict=True):
+    for twin, harmful in zip(
+        prompt_set("twin", PROFILE), prompt_set("harmful", PROFILE), strict=True
+    ):
         assert {**vars(twin), "verb": 0, "target": 0} == {**vars(harmful), "verb": 0, "target": 0}
-    with pytest.raises(ValueError, match="prompts = 'twins' is unknown here: choose one of harmful.*or 'twin'"):
+    with pytest.raises(
+        ValueError, match="prompts = 'twins' is unknown here: choose one of harmful.*or 'twin'"
+    ):
         prompt_set("twins", PROFILE)

@@ -1,4 +1,6 @@
-"""The benchmarks measure the same mathematics whichever way it is computed, and count what they say they count."""
+"""The benchmarks measure the same mathematics whichever way it is computed, and count what they say
+they count.
+"""
 
 import json
 import sys
@@ -43,15 +45,27 @@ def small_square(monkeypatch):
 
 
 def settings_for(rule="l2", rows=4, **changes) -> TrainSettings:
-    attack = AttackSettings(sites=("embedding", 1, 2), eps=1.5, steps=3, rule=rule, lr=0.1 if rule == "adamw" else None)
+    attack = AttackSettings(
+        sites=("embedding", 1, 2), eps=1.5, steps=3, rule=rule, lr=0.1 if rule == "adamw" else None
+    )
     defence = DefenceSettings(toward=0.5, away=0.4, kl=0.3, sft=0.2)
-    plain = dict(steps=3, batch=rows, benign_batch=rows, micro_batch=3, lr=1e-2, lr_warmup=0, lr_decay_share=0.0)
+    plain = dict(
+        steps=3,
+        batch=rows,
+        benign_batch=rows,
+        micro_batch=3,
+        lr=1e-2,
+        lr_warmup=0,
+        lr_decay_share=0.0,
+    )
     return TrainSettings(**{**plain, "clip": 0.05, "attack": attack, "defence": defence, **changes})
 
 
 def trainer_for(kind, off=(), rows=4, tied=False, **changes) -> SwitchedTrainer:
     lm = language_model(kind, trained=True, tie_word_embeddings=tied)
-    return SwitchedTrainer(lm, token_rows(rows, 2), token_rows(rows, 1), settings_for(rows=rows, **changes), 0, off=off)
+    return SwitchedTrainer(
+        lm, token_rows(rows, 2), token_rows(rows, 1), settings_for(rows=rows, **changes), 0, off=off
+    )
 
 
 def adapter_of(model) -> list:
@@ -74,7 +88,11 @@ def test_naive_equals_the_engine(rule, kind):
     lm = language_model(kind, trained=True)
     engine = Trainer(lm, *data, settings, seed=3)
     naive = NaiveTrainer(
-        language_model("stock", trained=True).model, *data, settings, 3, radii(settings.attack, lm.n_layers)
+        language_model("stock", trained=True).model,
+        *data,
+        settings,
+        3,
+        radii(settings.attack, lm.n_layers),
     )
     for _ in range(2):
         assert naive.train_step() == pytest.approx(engine.train_step()["total"], abs=1e-9)
@@ -84,7 +102,9 @@ def test_naive_equals_the_engine(rule, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("off", [*((point,) for point in POINTS), POINTS], ids="-".join)
-@pytest.mark.parametrize("change", [{}, {"pad_to": 16}, {"micro_batch": 1}, {"tied": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"pad_to": 16}, {"micro_batch": 1}, {"tied": True}], ids=str
+)
 def test_every_point_is_worth_nothing_but_time(change, off, kind):
     assert_equal_steps(trainer_for(kind, **change), trainer_for(kind, off, **change))
 
@@ -96,7 +116,9 @@ def test_a_batch_of_one_row(kind):
 
 def test_points_under_gradient_checkpointing():
     one, other = trainer_for("stock"), trainer_for("stock", POINTS)
-    other.lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    other.lm.model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     other.lm.model.train()
     assert_equal_steps(one, other)
 
@@ -131,7 +153,9 @@ def test_separate_rows_are_the_packed_row_at_every_position(kind):
     network, batch = language_model(kind, trained=True).network(), preference_batch(4)
     separate, real = WRAPPERS["packing"](network), batch.segments >= 0
     deltas = noise_like(batch, ("embedding", 2))
-    torch.testing.assert_close(separate.hidden(batch, deltas)[real], network.hidden(batch, deltas)[real])
+    torch.testing.assert_close(
+        separate.hidden(batch, deltas)[real], network.hidden(batch, deltas)[real]
+    )
     for site, stream in network.capture(batch, (0, 2)).items():
         torch.testing.assert_close(separate.capture(batch, (0, 2))[site][real], stream[real])
     logits = WRAPPERS["labels"](network).hidden(batch, deltas)
@@ -142,10 +166,17 @@ def test_separate_rows_are_the_packed_row_at_every_position(kind):
 def test_bf16_is_near_float32(kind):
     """2 % of the total: bf16 keeps 8 bits, and the losses of 60 tokens average its rounding out."""
     shape, totals = SHAPES["smoke"], []
-    data, settings = (rows(shape, shape.batch, 2), rows(shape, shape.batch, 1)), train_settings(shape)
+    data, settings = (
+        (rows(shape, shape.batch, 2), rows(shape, shape.batch, 1)),
+        train_settings(shape),
+    )
     for dtype, off in ((torch.float32, ()), (torch.bfloat16, ()), (torch.bfloat16, POINTS)):
         lm = build(shape, torch.float32 if kind == "lean" else dtype, CPU)
-        totals.append(SwitchedTrainer(computing_in(lm, dtype, kind), *data, settings, 0, off=off).train_step()["total"])
+        totals.append(
+            SwitchedTrainer(
+                computing_in(lm, dtype, kind), *data, settings, 0, off=off
+            ).train_step()["total"]
+        )
     assert totals == pytest.approx([totals[0]] * 3, rel=0.02)
 
 
@@ -173,14 +204,18 @@ def test_points_that_are_off_cost_flops():
     for point in ("packing", "start", "labels", "frozen"):
         assert flops[f"{point} off"] > flops["engine"]
     assert flops["all points off"] == pytest.approx(flops["naive"], rel=0.1)
-    path = [flops[name] for name in ("all points off", "+ packing", "+ start", "+ labels", "+ frozen")]
+    path = [
+        flops[name] for name in ("all points off", "+ packing", "+ start", "+ labels", "+ frozen")
+    ]
     assert path == sorted(path, reverse=True)
 
 
 def wide_trainer(kind, off=()):
     """Two blocks, a small stream and Llama 3's vocabulary."""
     shape = SHAPES["smoke"]
-    config = dict(d_model=8, layers=2, heads=2, kv_heads=1, ffn=16, vocabulary=128_256, batch=2, sites=(0,))
+    config = dict(
+        d_model=8, layers=2, heads=2, kv_heads=1, ffn=16, vocabulary=128_256, batch=2, sites=(0,)
+    )
     shape = type(shape)(**{**vars(shape), **config, "prompts": (18, 22), "completions": (7, 9)})
     bench = Bench(shape, CPU)
     variant = choose("engine", lean=False)[0]
@@ -189,16 +224,25 @@ def wide_trainer(kind, off=()):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_allocation_is_as_large_as_tokens_times_vocabulary(kind, monkeypatch):
-    """A whole step: attack, judging, defence, KL, backward. The chunk is fewer rows than there are labels."""
+    """A whole step: attack, judging, defence, KL, backward. The chunk is fewer rows than there are
+    labels.
+    """
     vocabulary, chunk = 128_256, 8  # the output matrix itself is 8 rows' worth
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk * vocabulary)
     largest = {}
     for off in ((), ("labels",)):
         bench, trainer = wide_trainer(kind, off)
-        assert min(len(part.attacked.labels) for part in trainer._micro_batches(True, torch.Generator())) > chunk
+        assert (
+            min(
+                len(part.attacked.labels)
+                for part in trainer._micro_batches(True, torch.Generator())
+            )
+            > chunk
+        )
         largest[off] = count(bench.step(trainer), CPU).largest
     assert largest[()][0] <= chunk * vocabulary
-    assert largest[("labels",)][0] >= bench.harmful[0].length * vocabulary  # and the trace would have shown it
+    # and the trace would have shown it
+    assert largest[("labels",)][0] >= bench.harmful[0].length * vocabulary
 
 
 def test_the_tracker_sees_what_operators_allocate_until_it_is_freed():
@@ -275,18 +319,23 @@ def test_the_meta_device_predicts_what_a_step_takes(naive):
 def test_lat_step_end_to_end(tmp_path, capsys):
     out = tmp_path / "deep" / "out.json"
     arguments = ["--shape", "smoke", "--device", "cpu", "--repeats", "1", "--json", str(out)]
-    lat_step.main([*arguments, "--variants", "naive,engine,equal,packing off", "--dtype", "float32,bfloat16"])
+    lat_step.main(
+        [*arguments, "--variants", "naive,engine,equal,packing off", "--dtype", "float32,bfloat16"]
+    )
     found = json.loads(out.read_text())
     assert "engine (lean)" in capsys.readouterr().out
     assert {"cpu", "threads", "torch", "commit", "date"} <= set(found["environment"])
     assert len(found["results"]) == 8 and not any(r["error"] for r in found["results"])
     for record in found["results"]:
         assert record["seconds"]["median"] > 0 and len(record["seconds"]["samples"]) == 1
-        assert 0 < record["fraction_of_best"] < 1 and record["peak_bytes"] > 0 and record["flop"] > 0
+        assert (
+            0 < record["fraction_of_best"] < 1 and record["peak_bytes"] > 0 and record["flop"] > 0
+        )
         assert record["total_loss"] == pytest.approx(found["results"][0]["total_loss"], rel=0.02)
     first = {r["variant"]: r for r in found["results"][:4]}
     assert first["naive"]["speedup_on_naive"] == 1 and first["engine"]["seconds_on_engine"] == 1
-    assert first["naive"]["held_bytes"] > first["naive"]["weights_bytes"]  # the second copy, and the moments
+    # the second copy, and the moments
+    assert first["naive"]["held_bytes"] > first["naive"]["weights_bytes"]
 
 
 def test_a_variant_that_runs_out_of_memory_leaves_the_others(monkeypatch, capsys):
@@ -306,26 +355,66 @@ def test_a_variant_that_runs_out_of_memory_leaves_the_others(monkeypatch, capsys
 
 def test_a_config_file_and_a_wrong_name(tmp_path):
     config = LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     config.save_pretrained(tmp_path)
-    arguments = ["--shape", "smoke", "--config", str(tmp_path / "config.json"), "--device", "cpu", "--dtype", "float32"]
+    arguments = [
+        "--shape",
+        "smoke",
+        "--config",
+        str(tmp_path / "config.json"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     found = lat_step.main([*arguments, "--meta"])
     assert (found["shape"]["layers"], found["shape"]["vocabulary"]) == (3, 97)
     assert [r["variant"] for r in found["predicted"]] == ["naive", "engine"]
     with pytest.raises(ValueError, match="no variant 'fast'"):
-        lat_step.main(["--shape", "smoke", "--device", "cpu", "--dtype", "float32", "--variants", "engine,fast"])
+        lat_step.main(
+            [
+                "--shape",
+                "smoke",
+                "--device",
+                "cpu",
+                "--dtype",
+                "float32",
+                "--variants",
+                "engine,fast",
+            ]
+        )
 
 
 def test_scaling_end_to_end(tmp_path):
-    arguments = ["--shape", "smoke", "--device", "cpu", "--dtype", "float32", "--repeats", "1", "--quick"]
-    scaling.main([*arguments, "--json", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")])
+    arguments = [
+        "--shape",
+        "smoke",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "1",
+        "--quick",
+    ]
+    scaling.main(
+        [*arguments, "--json", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")]
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert {p["variable"] for p in found["points"]} == set(scaling.AXES)
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in found["points"])
-    assert set(found["fits"]) == {"completion", "batch", "steps"} and "R squared" in found["caption"]
+    assert (
+        set(found["fits"]) == {"completion", "batch", "steps"} and "R squared" in found["caption"]
+    )
     added = found["added_pgd_step"]
-    assert added["blocks_below_first_site"] == depth(1) and added["bound"] == pytest.approx(1.1 * 0.5)
+    assert added["blocks_below_first_site"] == depth(1) and added["bound"] == pytest.approx(
+        1.1 * 0.5
+    )
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
@@ -333,28 +422,53 @@ def test_random_rows_have_the_lengths_of_their_shape():
     shape = SHAPES["cpu"]
     found = rows(shape, 40, 2)
     assert found == rows(shape, 40, 2) != rows(shape, 40, 2, seed=1)
-    assert all(64 <= len(r.prompt) <= 128 and all(32 <= len(c) <= 96 for c in r.completions) for r in found)
+    assert all(
+        64 <= len(r.prompt) <= 128 and all(32 <= len(c) <= 96 for c in r.completions) for r in found
+    )
     assert isinstance(found[0], TokenRow) and collate(found[:2]).packed
 
 
 def test_directions_are_timed_beside_a_plain_forward(tmp_path):
-    arguments = ["--shape", "smoke", "--dtype", "float32", "--prompts", "6", "--size", "3", "--repeats", "3"]
+    arguments = [
+        "--shape",
+        "smoke",
+        "--dtype",
+        "float32",
+        "--prompts",
+        "6",
+        "--size",
+        "3",
+        "--repeats",
+        "3",
+    ]
     out = directions.main([*arguments, "--json", str(tmp_path / "out.json")])
     assert json.loads((tmp_path / "out.json").read_text()) == out
     (record,) = out["results"]
     plain, found = record["seconds"]["plain"], record["seconds"]["directions"]
-    assert len(plain) == len(found) == 3 and record["ratio"] == sorted(f / p for f, p in zip(found, plain))[1]
+    assert (
+        len(plain) == len(found) == 3
+        and record["ratio"] == sorted(f / p for f, p in zip(found, plain))[1]
+    )
 
 
 def test_both_suffix_searches_ask_the_same_prompts_as_often(tmp_path, monkeypatch):
     monkeypatch.setattr(suffixes, "BUDGETS", (1,))
     monkeypatch.setattr(suffixes, "SETTINGS", SuffixSettings(n_tokens=2, candidates=3, topk=4))
     Run("smoke", tmp_path / "run")  # claims the folder; models are made on first use
-    arguments = ["--run", str(tmp_path / "run"), "--prompts", "4", "--json", str(tmp_path / "out.json")]
+    arguments = [
+        "--run",
+        str(tmp_path / "run"),
+        "--prompts",
+        "4",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
     out = suffixes.main(arguments)
     assert json.loads((tmp_path / "out.json").read_text()) == out
     (record,) = out["results"]
     assert record["queries"] == 1 + 1 * (3 + 1) and record["n"] == 4
-    assert record["asr"]["gcg"]["n"] == record["asr"]["random"]["n"] == record["difference"]["n"] == 4
+    assert (
+        record["asr"]["gcg"]["n"] == record["asr"]["random"]["n"] == record["difference"]["n"] == 4
+    )
     gap = record["asr"]["gcg"]["estimate"] - record["asr"]["random"]["estimate"]
     assert record["difference"]["estimate"] == pytest.approx(gap)

@@ -1,4 +1,6 @@
-"""Checkpoints: a damaged one is said and passed by, a half one is never there, one that does not fit is refused."""
+"""Checkpoints: a damaged one is said and passed by, a half one is never there, one that does not
+fit is refused.
+"""
 
 import resource
 import signal
@@ -11,15 +13,30 @@ from tiny_models import language_model, token_rows
 from latlib.config.profile import ProfileError
 from latlib.config.sections import AttackSettings, TrainSettings
 from latlib.experiment import checkpoint
-from latlib.experiment.checkpoint import Due, load_checkpoint, read_checked, save_checkpoint, write_checked
+from latlib.experiment.checkpoint import (
+    Due,
+    load_checkpoint,
+    read_checked,
+    save_checkpoint,
+    write_checked,
+)
 from latlib.train import Trainer
 
 
 def trainer_of(steps=0, folder=None, lm=None, benign=0, seed=0, **changes) -> Trainer:
     """A trainer after so many steps, each saved to `folder`."""
-    plain = dict(steps=9, batch=2, benign_batch=2, micro_batch=2, attack=AttackSettings(steps=0), checkpoints_kept=3)
+    plain = dict(
+        steps=9,
+        batch=2,
+        benign_batch=2,
+        micro_batch=2,
+        attack=AttackSettings(steps=0),
+        checkpoints_kept=3,
+    )
     lm = lm or language_model(trained=True)
-    trainer = Trainer(lm, token_rows(4, 2), token_rows(4, 1, benign), TrainSettings(**plain | changes), seed)
+    trainer = Trainer(
+        lm, token_rows(4, 2), token_rows(4, 1, benign), TrainSettings(**plain | changes), seed
+    )
     for _ in range(steps):
         trainer.train_step()
         if folder is not None:
@@ -71,7 +88,9 @@ def test_a_damaged_one_is_said_in_a_line_and_the_one_before_is_used(tmp_path, ca
     damage(newest(tmp_path))
     assert load_checkpoint(trainer_of(), tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("checkpoint: step-00000003.pt in ") and "step-00000002.pt is tried" in line
+    assert (
+        line.startswith("checkpoint: step-00000003.pt in ") and "step-00000002.pt is tried" in line
+    )
 
 
 def test_every_byte_of_a_checkpoint_is_under_its_checksum(tmp_path):
@@ -134,7 +153,12 @@ def test_one_of_another_shape_of_adapter_is_refused(tmp_path):
 
 def test_when_checkpoints_are_made_may_change(tmp_path):
     trainer_of(1, tmp_path)
-    assert load_checkpoint(trainer_of(checkpoint_every=7, checkpoint_minutes=3.0, checkpoints_kept=1), tmp_path) == 1
+    assert (
+        load_checkpoint(
+            trainer_of(checkpoint_every=7, checkpoint_minutes=3.0, checkpoints_kept=1), tmp_path
+        )
+        == 1
+    )
 
 
 def test_torchs_own_random_numbers_go_on_where_they_were(tmp_path):
@@ -150,7 +174,10 @@ def test_torchs_own_random_numbers_go_on_where_they_were(tmp_path):
 @contextmanager
 def disk_of(size):
     """No file can grow beyond `size` bytes here, as on a full disk."""
-    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    old, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
         yield
@@ -164,7 +191,10 @@ def test_a_full_disk_costs_no_older_checkpoint_and_leaves_nothing(tmp_path, miss
     trainer = trainer_of(2, tmp_path)
     before, size = {f: f.read_bytes() for f in tmp_path.iterdir()}, newest(tmp_path).stat().st_size
     trainer.train_step()
-    with disk_of(size - missing), pytest.raises(OSError, match="of step 3 cannot be written.*free some space"):
+    with (
+        disk_of(size - missing),
+        pytest.raises(OSError, match="of step 3 cannot be written.*free some space"),
+    ):
         save_checkpoint(trainer, tmp_path)
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
     assert load_checkpoint(trainer_of(), tmp_path) == 2

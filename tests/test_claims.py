@@ -38,7 +38,9 @@ def test_two_clusters_decide_nothing():
     few = evidence(False)
     few = Evidence(PROFILE, few.outcomes[few.outcomes["cluster"] < 2])
     found = {c.id: m for c, m in claims.measure(few) if m.interval}
-    assert len(found) >= 9 and {m.verdict for n, m in found.items() if n != "attack-breaks-ssft"} == {"inconclusive"}
+    assert len(found) >= 9 and {
+        m.verdict for n, m in found.items() if n != "attack-breaks-ssft"
+    } == {"inconclusive"}
 
 
 def test_wide_intervals_decide_nothing_and_the_margin_decides_small_ones():
@@ -62,7 +64,8 @@ def test_markdown_and_json_carry_every_claim(tmp_path):
     found = claims.measure(evidence(True))
     table = claims.to_markdown(found)
     assert (
-        len(table.splitlines()) == 2 + len(found) and len({line.count(" | ") for line in table.splitlines()[2:]}) == 1
+        len(table.splitlines()) == 2 + len(found)
+        and len({line.count(" | ") for line in table.splitlines()[2:]}) == 1
     )
     claims.write_json(found, tmp_path / "claims.json")
     read = json.loads((tmp_path / "claims.json").read_text())
@@ -73,7 +76,11 @@ def test_markdown_and_json_carry_every_claim(tmp_path):
 def test_the_readme_table_stands_between_its_markers():
     readme = f"before {claims.BEGIN}\nold | \\1 table\n{claims.END} after"
     once = claims.with_table(readme, "| new \\1 |")
-    assert once == f"before {claims.BEGIN}\n| new \\1 |\n{claims.END} after" == claims.with_table(once, "| new \\1 |")
+    assert (
+        once
+        == f"before {claims.BEGIN}\n| new \\1 |\n{claims.END} after"
+        == claims.with_table(once, "| new \\1 |")
+    )
     with pytest.raises(ValueError, match="needs the markers"):
         claims.with_table("no markers", "table")
 
@@ -106,6 +113,9 @@ def test_spikes_are_found_where_they_were_put():
 
 def test_the_floor_says_what_holds_what_fails_and_what_was_not_measured():
     found = floor_table(evidence(True))["holds"]
-    assert found["LAT: latent PGD at eps 0.05"] == "yes" and found["LAT: ASR under its own direction"] == "yes"
+    assert (
+        found["LAT: latent PGD at eps 0.05"] == "yes"
+        and found["LAT: ASR under its own direction"] == "yes"
+    )
     assert found["base: plain recipes exact"] == "no"
     assert found["AT: embedding PGD at eps 6"] == "not measured"

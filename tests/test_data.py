@@ -1,4 +1,6 @@
-"""Rows to tokens to packed batches: labels sit where the model predicts them, and completions do not see each other."""
+"""Rows to tokens to packed batches: labels sit where the model predicts them, and completions do
+not see each other.
+"""
 
 import warnings
 
@@ -10,16 +12,29 @@ from tiny_models import language_model, token_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib.batch import PADDING, Batch, Row, Schedule, TokenRow, chat_text, collate, fitted, join, tokenise
+from latlib.batch import (
+    PADDING,
+    Batch,
+    Row,
+    Schedule,
+    TokenRow,
+    chat_text,
+    collate,
+    fitted,
+    join,
+    tokenise,
+)
 
 ids = st.integers(1, 99)
 completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
 token_row = st.builds(
-    TokenRow, st.lists(ids, min_size=1, max_size=6).map(tuple), st.lists(completion, min_size=1, max_size=2).map(tuple)
+    TokenRow,
+    st.lists(ids, min_size=1, max_size=6).map(tuple),
+    st.lists(completion, min_size=1, max_size=2).map(tuple),
 )
 TEMPLATE = (
-    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant'"
+    " %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
 
@@ -31,11 +46,15 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )  # adds a BOS if it is asked to
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
 
 
 def text_of(tokenizer, tokens):
@@ -50,7 +69,8 @@ def row(prompt="why ?", *completions, row_id="r7"):
 def test_a_row_reads_as_the_chat_template_writes_it(tokenizer):
     (found,) = tokenise([row()], tokenizer, 200)
     whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "why ?"}, {"role": "assistant", "content": "because ."}], tokenize=False
+        [{"role": "user", "content": "why ?"}, {"role": "assistant", "content": "because ."}],
+        tokenize=False,
     )
     assert text_of(tokenizer, found.prompt) == "<s>[user] why ?[assistant] "
     assert text_of(tokenizer, found.prompt + found.completions[0]) == whole
@@ -61,7 +81,10 @@ def test_no_second_bos(tokenizer):
     (found,) = tokenise([row()], tokenizer, 200)
     assert found.prompt.count(tokenizer.bos_token_id) == 1
     assert all(tokenizer.bos_token_id not in c for c in found.completions)
-    assert all(c.count(tokenizer.eos_token_id) == 1 and c[-1] == tokenizer.eos_token_id for c in found.completions)
+    assert all(
+        c.count(tokenizer.eos_token_id) == 1 and c[-1] == tokenizer.eos_token_id
+        for c in found.completions
+    )
 
 
 def test_the_system_prompt_comes_first(tokenizer):
@@ -84,7 +107,9 @@ def test_a_prefill_that_the_completion_lacks_is_refused(tokenizer):
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer):
-    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare-model")
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare-model"
+    )
     for call in (lambda: chat_text(bare, "why ?"), lambda: tokenise([row()], bare, 200)):
         with pytest.raises(ValueError, match="chat.template"):
             call()
@@ -96,7 +121,9 @@ def test_a_row_longer_than_the_limit_is_named_with_both_lengths(tokenizer):
     (found,) = tokenise([row()], tokenizer, 200)
     longest = len(found.prompt) + max(map(len, found.completions))
     assert tokenise([row()], tokenizer, longest) == [found]
-    with pytest.raises(ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}.*shorten"):
+    with pytest.raises(
+        ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}.*shorten"
+    ):
         tokenise([row()], tokenizer, longest - 1)
 
 
@@ -110,12 +137,15 @@ def test_rows_that_are_too_long_are_dropped_or_cut_with_one_warning(tokenizer):
     ) as said:
         assert tokenise([short, long, hopeless], tokenizer, limit, too_long="drop") == whole[:1]
     assert len(said) == 1 and said[0].filename == __file__
-    with pytest.warns(UserWarning, match="'truncate': of 3 rows, 1 are left out and 1 are cut") as said:
+    with pytest.warns(
+        UserWarning, match="'truncate': of 3 rows, 1 are left out and 1 are cut"
+    ) as said:
         kept = tokenise([short, long, hopeless], tokenizer, limit, too_long="truncate")
     assert len(said) == 1 and kept[0] == whole[0] and len(kept) == 2
     assert kept[1].prompt == whole[1].prompt and kept[1].longest == limit
     cut, fits = kept[1].completions
-    assert cut == whole[1].completions[0][: len(cut)] and tokenizer.eos_token_id not in cut  # it did not end there
+    # it did not end there
+    assert cut == whole[1].completions[0][: len(cut)] and tokenizer.eos_token_id not in cut
     assert fits == whole[1].completions[1] and fits[-1] == tokenizer.eos_token_id
     with pytest.warns(UserWarning, match="0 are left out and 1 are cut"):
         assert tokenise([short, long], tokenizer, limit, too_long="truncate") == kept
@@ -123,7 +153,10 @@ def test_rows_that_are_too_long_are_dropped_or_cut_with_one_warning(tokenizer):
         warnings.simplefilter("error")
         assert tokenise([short], tokenizer, limit, too_long="drop") == whole[:1]
     for too_long in ("drop", "truncate"):
-        with pytest.raises(ValueError, match="all 1 rows have more than max_tokens = 30 tokens: raise data.max_tokens"):
+        with pytest.raises(
+            ValueError,
+            match="all 1 rows have more than max_tokens = 30 tokens: raise data.max_tokens",
+        ):
             tokenise([hopeless], tokenizer, 30, too_long=too_long)
 
 
@@ -156,7 +189,9 @@ def test_each_label_is_predicted_from_the_token_before_it(rows, pad_to):
         for segment, tokens in enumerate(r.completions, start=1):
             before = [r.prompt[-1], *tokens[:-1]]
             places = range(len(r.prompt) - 1, len(r.prompt) - 1 + len(tokens))
-            expected += [(index, segment, p, b, t) for p, b, t in zip(places, before, tokens, strict=True)]
+            expected += [
+                (index, segment, p, b, t) for p, b, t in zip(places, before, tokens, strict=True)
+            ]
     source = batch.source.tolist()
     found = zip(
         batch.label_rows.tolist(),
@@ -167,7 +202,10 @@ def test_each_label_is_predicted_from_the_token_before_it(rows, pad_to):
         strict=True,
     )
     assert list(found) == expected
-    assert all(at // batch.shape[1] == row for at, row in zip(source, batch.label_rows.tolist(), strict=True))
+    assert all(
+        at // batch.shape[1] == row
+        for at, row in zip(source, batch.label_rows.tolist(), strict=True)
+    )
 
 
 @given(st.lists(token_row, min_size=1, max_size=4), st.sampled_from([1, 8]))
@@ -218,7 +256,11 @@ def test_to_moves_every_tensor():
     assert len(moved.label_index(1)) == 2 and not moved.packed  # known without a look at the data
 
 
-@given(st.lists(token_row, min_size=1, max_size=3), st.lists(token_row, min_size=1, max_size=3), st.integers(1, 9))
+@given(
+    st.lists(token_row, min_size=1, max_size=3),
+    st.lists(token_row, min_size=1, max_size=3),
+    st.integers(1, 9),
+)
 def test_a_joined_batch_holds_the_rows_of_both(first, second, pad_to):
     a, b = collate(first, pad_to=pad_to), collate(second)
     found, expected = join(a, b), collate([*first, *second])
@@ -252,7 +294,9 @@ def test_a_schedule_is_reshuffled_every_epoch_from_the_seed():
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 9), st.permutations(range(6)))
 def test_a_step_can_be_asked_for_in_any_order(n, batch, seed, order):
     one = Schedule(n, batch, seed)
-    assert {step: one.rows(step) for step in order} == {step: Schedule(n, batch, seed).rows(step) for step in order}
+    assert {step: one.rows(step) for step in order} == {
+        step: Schedule(n, batch, seed).rows(step) for step in order
+    }
 
 
 def test_batches_are_int64_on_the_asked_device():
@@ -268,7 +312,8 @@ def test_selected_rows_are_those_collated_alone_at_the_same_length(rows, pad_to,
     index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6))
     found = batch.select(torch.tensor(index))
     chosen = [rows[i] for i in index]
-    # The longest row sets the width: it is collated with them, last, and its own part is taken off again.
+    # The longest row sets the width: it is collated with them, last, and its own part is taken off
+    # again.
     longest = max(rows, key=lambda r: r.length)
     expected = collate([*chosen, longest], pad_to=pad_to)
     assert found.shape == (len(index), batch.shape[1]) and expected.shape[1] == batch.shape[1]
@@ -304,17 +349,28 @@ def test_a_model_reads_selected_rows_as_it_reads_them_in_the_whole(kind, complet
     found = batch.select(index)
     rows = network.label_rows(found)
     for new, old in enumerate(index.tolist()):
-        torch.testing.assert_close(rows[found.label_rows == new], whole[batch.label_rows == old], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            rows[found.label_rows == new], whole[batch.label_rows == old], rtol=0, atol=1e-10
+        )
 
 
 def test_turns_before_the_prompt_read_as_the_chat_template_writes_them(tokenizer):
     shots = [("how ?", "so ."), ("when ?", "now .")]
-    said = [("system", "be kind"), ("user", "how ?"), ("assistant", "so ."), ("user", "when ?"), ("assistant", "now .")]
+    said = [
+        ("system", "be kind"),
+        ("user", "how ?"),
+        ("assistant", "so ."),
+        ("user", "when ?"),
+        ("assistant", "now ."),
+    ]
     messages = [{"role": role, "content": text} for role, text in (*said, ("user", "why ?"))]
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat_text(tokenizer, "why ?", "be kind", shots) == whole
     (found,) = tokenise([row()], tokenizer, 400, "be kind", shots=shots)
-    assert text_of(tokenizer, found.prompt) == whole and found.prompt.count(tokenizer.bos_token_id) == 1
+    assert (
+        text_of(tokenizer, found.prompt) == whole
+        and found.prompt.count(tokenizer.bos_token_id) == 1
+    )
     assert found.prompt.count(tokenizer.eos_token_id) == 2  # each reply is ended
     (alone,) = tokenise([row()], tokenizer, 200)
     assert found.completions == alone.completions
@@ -329,6 +385,10 @@ def test_a_prompt_made_too_long_by_turns_is_refused(tokenizer):
 
 def test_a_prefill_comes_behind_the_turns(tokenizer):
     shots = [("how ?", "sure : so .")]
-    (found,) = tokenise([row("why ?", "sure : go .")], tokenizer, 400, prefill="sure :", shots=shots)
-    assert text_of(tokenizer, found.prompt).endswith("[assistant] sure : so .</s>[user] why ?[assistant] sure :")
+    (found,) = tokenise(
+        [row("why ?", "sure : go .")], tokenizer, 400, prefill="sure :", shots=shots
+    )
+    assert text_of(tokenizer, found.prompt).endswith(
+        "[assistant] sure : so .</s>[user] why ?[assistant] sure :"
+    )
     assert text_of(tokenizer, found.completions[0]) == " go .</s>"

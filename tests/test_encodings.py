@@ -1,4 +1,6 @@
-"""Encodings: names say what is done, inverses are true on their domain, other tools' maps are theirs."""
+"""Encodings: names say what is done, inverses are true on their domain, other tools' maps are
+theirs.
+"""
 
 import random
 import string
@@ -24,13 +26,22 @@ ON_ANY_TEXT = [name for name in INVERTIBLE if ENCODINGS[name].about.endswith("un
 LOSSY = {"leet:pyrit", "disemvowel", "pig-latin"}
 WITH_STRENGTH = [*LEET_MAPS, "homoglyph", "zero-width"]
 SENTENCE = "how can i curse the queen with a lantern so that i bless the troll ?"
-COMPOSITIONS = ["rot13+leet", "reverse-text+base64+spaced", "caesar-7+morse", "leet@0.3#2+homoglyph+zero-width@0.5"]
+COMPOSITIONS = [
+    "rot13+leet",
+    "reverse-text+base64+spaced",
+    "caesar-7+morse",
+    "leet@0.3#2+homoglyph+zero-width@0.5",
+]
 
 
 def replaced(text: str, name: str) -> int:
     """How many places an encoding that takes a strength has replaced."""
     out = encode(text, name)
-    return len(out) - len(text) if name.startswith("zero") else sum(a != b for a, b in zip(text, out, strict=True))
+    return (
+        len(out) - len(text)
+        if name.startswith("zero")
+        else sum(a != b for a, b in zip(text, out, strict=True))
+    )
 
 
 # inverses
@@ -52,7 +63,9 @@ def test_morse_is_undone_on_text_in_lower_case(text):
 
 
 @given(st.text(string.printable), shares, st.integers(0, 9))
-def test_leet_is_undone_at_every_strength_where_the_text_has_no_symbol_of_its_map(text, share, seed):
+def test_leet_is_undone_at_every_strength_where_the_text_has_no_symbol_of_its_map(
+    text, share, seed
+):
     for kind, table in LEET_MAPS.items():
         if kind not in LOSSY:
             capitals = {letter for letter in table if letter.isupper()}
@@ -74,7 +87,13 @@ def test_what_loses_information_has_no_inverse_and_neither_has_a_composition_wit
 
 
 def test_undoing_what_nothing_encodes_to_is_a_value_error():
-    for name, junk in (("base64", "%%%%"), ("base32", "1"), ("hex", "xyz"), ("base16", "6"), ("base64", "/w==")):
+    for name, junk in (
+        ("base64", "%%%%"),
+        ("base32", "1"),
+        ("hex", "xyz"),
+        ("base16", "6"),
+        ("base64", "/w=="),
+    ):
         with pytest.raises(ValueError):
             resolve(name).decode(junk)
 
@@ -129,8 +148,10 @@ def test_the_leet_maps_are_those_of_the_tools(name, written):
 
 def test_published_examples_of_the_maps():
     assert encode("LeetSpeak", "leet:pyrit") == "13375p34k"
-    assert encode("where are bees", "leet:easyjailbreak") == "wh3r3 @r3 b33s"  # its 'are' and 'be' rules never apply
-    assert replaced("ieaostIEAOST" * 10, "leet:garak") == 60  # half of the letters where no strength is given
+    # its 'are' and 'be' rules never apply
+    assert encode("where are bees", "leet:easyjailbreak") == "wh3r3 @r3 b33s"
+    # half of the letters where no strength is given
+    assert replaced("ieaostIEAOST" * 10, "leet:garak") == 60
 
 
 def test_pig_latin_by_its_rules():
@@ -152,7 +173,10 @@ def test_homoglyphs_are_other_letters_of_the_same_case():
 
 
 def test_the_less_obvious_homoglyphs_are_those_of_the_unicode_table():
-    names = [unicodedata.name(c).removeprefix("CYRILLIC SMALL LETTER ") for c in encode("dhijqsw", "homoglyph")]
+    names = [
+        unicodedata.name(c).removeprefix("CYRILLIC SMALL LETTER ")
+        for c in encode("dhijqsw", "homoglyph")
+    ]
     assert names == ["KOMI DE", "SHHA", "BYELORUSSIAN-UKRAINIAN I", "JE", "QA", "DZE", "WE"]
 
 
@@ -209,7 +233,10 @@ def test_another_process_replaces_the_same_letters():
 
 def test_a_strength_replaces_these_letters_in_every_release():
     """Frozen: stored results name an encoding, so what the name does must not drift."""
-    assert encode(SENTENCE, "leet@0.5#3") == "how c4n 1 curs3 th3 qu3en wi7h a lan73rn so 7hat 1 bles5 7h3 7roll ?"
+    assert (
+        encode(SENTENCE, "leet@0.5#3")
+        == "how c4n 1 curs3 th3 qu3en wi7h a lan73rn so 7hat 1 bles5 7h3 7roll ?"
+    )
 
 
 # compositions
@@ -274,18 +301,24 @@ def test_plain_comes_first_and_every_name_resolves_to_itself():
 def test_about_gives_the_map_that_is_applied():
     for kind, table in LEET_MAPS.items():
         letters, symbols = resolve(f"{kind}@1").about.split(",")[0].split(" -> ")
-        assert {c: table[c] for c in table if c.islower()} == dict(zip(letters, symbols, strict=True))
+        assert {c: table[c] for c in table if c.islower()} == dict(
+            zip(letters, symbols, strict=True)
+        )
 
 
 def test_what_the_base_model_reads_is_fixed():
-    """The organism draws from this tuple: another order or length is another base model for every seed."""
+    """The organism draws from this tuple: another order or length is another base model for every
+    seed.
+    """
     assert KNOWN_ENCODINGS == ("plain", "leet", "rot13", "reverse")
 
 
 def test_a_profile_names_the_field_of_an_encoding_that_does_not_exist():
     names = {"encodings": ("plain", "leet:pyrit", "rot13+leet@0.5#3")}
     assert validated(EvaluationSettings, names).encodings == names["encodings"]
-    with pytest.raises(ProfileError, match=r"evaluation\.encodings\.1 = 'lete'.*did you mean 'leet'"):
+    with pytest.raises(
+        ProfileError, match=r"evaluation\.encodings\.1 = 'lete'.*did you mean 'leet'"
+    ):
         validated(EvaluationSettings, {"encodings": ("plain", "lete")}, "evaluation")
 
 
@@ -294,7 +327,10 @@ def test_a_profile_names_the_field_of_an_encoding_that_does_not_exist():
 
 def test_a_reply_is_asked_for_in_the_words_of_the_world():
     assert reply_request(SENTENCE, "leet") == SENTENCE + " answer in leetspeak ."
-    assert reply_request("x", "rot13+reverse") == "x answer in rot13 , then with every word spelt backwards ."
+    assert (
+        reply_request("x", "rot13+reverse")
+        == "x answer in rot13 , then with every word spelt backwards ."
+    )
     assert "7 places" in reply_request("x", "caesar-7")
     for name in ENCODINGS:
         ask = reply_request("", name)

@@ -32,7 +32,9 @@ def pins(root, python="3.11"):
     found = {}
     for r in requirements:
         if r.marker is None or r.marker.evaluate(environment):
-            assert canonicalize_name(r.name) not in found, f"{r.name} is pinned twice on Python {python}"
+            assert canonicalize_name(r.name) not in found, (
+                f"{r.name} is pinned twice on Python {python}"
+            )
             found[canonicalize_name(r.name)] = str(r.specifier)
     return found
 
@@ -44,7 +46,9 @@ def test_every_direct_requirement_has_one_exact_pin_that_satisfies_it(root, pyth
         assert name in pinned, f"{name} has no pin on Python {python}"
         version = re.fullmatch(r"==([0-9][0-9a-z.]*)", pinned[name])
         assert version, f"{name}{pinned[name]} is not an exact version without a local suffix"
-        assert requirement.specifier.contains(version[1]), f"{name} {version[1]} does not satisfy {requirement}"
+        assert requirement.specifier.contains(version[1]), (
+            f"{name} {version[1]} does not satisfy {requirement}"
+        )
 
 
 def test_pins_hold_on_any_machine(root):
@@ -57,8 +61,13 @@ def test_conda_users_get_the_same_set(root):
     (section,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
     options = [line for line in section if line.startswith("-")]
     assert options == ["-c constraints.txt", "-e ."]
-    listed = {canonicalize_name(r.name): str(r.specifier) for r in map(Requirement, set(section) - set(options))}
-    (python,) = [d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python")]
+    listed = {
+        canonicalize_name(r.name): str(r.specifier)
+        for r in map(Requirement, set(section) - set(options))
+    }
+    (python,) = [
+        d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python")
+    ]
     pinned = pins(root, python.split("=")[1])
     assert listed == {name: pinned[name] for name in direct(root)}
     assert python.split("=")[1] in ("3.10", "3.11", "3.12", "3.13")
@@ -71,6 +80,11 @@ def test_run_all_accepts_the_same_pythons(root):
 
 def test_importing_latlib_needs_only_the_core():
     """Neither matplotlib nor wandb nor papermill is imported until someone asks for it."""
-    code = "import sys, latlib, latlib.config.profile, latlib.experiment.tracking, latlib.io.progress, latlib.runner.pipeline; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import sys, latlib, latlib.config.profile, latlib.experiment.tracking, latlib.io.progress,"
+        " latlib.runner.pipeline; print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"matplotlib", "wandb", "papermill", "nbconvert"} & set(loaded)

@@ -1,4 +1,6 @@
-"""The interactive cell of notebook 04: what its widgets call, and that a batch run leaves it out."""
+"""The interactive cell of notebook 04: what its widgets call, and that a batch run leaves it
+out.
+"""
 
 import pytest
 
@@ -26,7 +28,10 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
         assert isinstance(widgets.reply(run, "lat", 0, prompt, mode, "ssft", "best", 0.5), str)
     (none, _), (_, ablated), (deltas, _) = asked
     assert none is None and (ablated == direction.vector).all()
-    assert list(deltas) == [direction.site] and (deltas[direction.site] == 0.5 * direction.vector).all()
+    assert (
+        list(deltas) == [direction.site]
+        and (deltas[direction.site] == 0.5 * direction.vector).all()
+    )
 
 
 def test_what_cannot_be_done_is_said(run):
@@ -40,7 +45,10 @@ def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, mo
     assert widgets.picker(run) is None
     monkeypatch.delenv("LATLIB_BATCH")
     monkeypatch.setattr(widgets, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
-    choices = {w.description: getattr(w, "options", None) for w in widgets.picker(run, seed=1).children[:-1]}
+    choices = {
+        w.description: getattr(w, "options", None)
+        for w in widgets.picker(run, seed=1).children[:-1]
+    }
     assert choices["target"] == choices["vector"] == ("base", "ssft", "at", "lat", "lat-untargeted")
     assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt", "show text"}
 

@@ -1,4 +1,6 @@
-"""The report is one file that loads nothing, shows every kind of output and can be read by everyone."""
+"""The report is one file that loads nothing, shows every kind of output and can be read by
+everyone.
+"""
 
 import base64
 import re
@@ -19,7 +21,9 @@ def shown(kind, data, metadata=None):
 
 
 def rendered(*outputs, markdown="# Does it hold?", tags=()):
-    code = new_code_cell("answer = 6 * 7  # code", outputs=list(outputs), metadata={"tags": list(tags)})
+    code = new_code_cell(
+        "answer = 6 * 7  # code", outputs=list(outputs), metadata={"tags": list(tags)}
+    )
     return to_html(new_notebook(cells=[new_markdown_cell(markdown), code]), "99_report")
 
 
@@ -34,8 +38,14 @@ KINDS = {
 @pytest.mark.parametrize("output_type", ["display_data", "execute_result"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_text_bundle_is_shown(kind, output_type):
-    page = BeautifulSoup(rendered(new_output(output_type, {kind: KINDS[kind], "application/x": "no"})), "html.parser")
-    wanted = BeautifulSoup(KINDS[kind], "html.parser").get_text() if kind == "text/html" else KINDS[kind].strip("*")
+    page = BeautifulSoup(
+        rendered(new_output(output_type, {kind: KINDS[kind], "application/x": "no"})), "html.parser"
+    )
+    wanted = (
+        BeautifulSoup(KINDS[kind], "html.parser").get_text()
+        if kind == "text/html"
+        else KINDS[kind].strip("*")
+    )
     assert wanted in page.select_one("div.output").get_text()
 
 
@@ -48,7 +58,10 @@ def test_every_image_bundle_is_shown_with_its_alt_text(kind):
 
 def test_streams_and_errors_are_shown_without_colour_codes():
     error = new_output(
-        "error", ename="ValueError", evalue="eps <= 0", traceback=["\x1b[31mValueError\x1b[0m: eps <= 0"]
+        "error",
+        ename="ValueError",
+        evalue="eps <= 0",
+        traceback=["\x1b[31mValueError\x1b[0m: eps <= 0"],
     )
     page = rendered(
         new_output("stream", name="stdout", text="\x1b[1mout\x1b[0m <1>"),
@@ -61,9 +74,15 @@ def test_streams_and_errors_are_shown_without_colour_codes():
 
 
 def test_page_stands_alone_and_says_what_it_is():
-    page = rendered(shown("text/html", "<p>a <a href='https://arxiv.org/abs/2407.15549'>link</a> is fine</p>"))
+    page = rendered(
+        shown("text/html", "<p>a <a href='https://arxiv.org/abs/2407.15549'>link</a> is fine</p>")
+    )
     soup = BeautifulSoup(page, "html.parser")
-    assert soup.html["lang"] == "en" and soup.title.string == "Does it hold?" and len(soup.select("main")) == 1
+    assert (
+        soup.html["lang"] == "en"
+        and soup.title.string == "Does it hold?"
+        and len(soup.select("main")) == 1
+    )
     assert "<script" not in page and "default-src 'none'" in page
     assert not re.search(r"(src|@import|url\()\W*https?:", page) and not soup.find_all("link")
     assert "prefers-color-scheme: dark" in page and soup.h1["id"] == "Does-it-hold?"
@@ -75,11 +94,12 @@ def test_code_is_folded_or_left_out():
 
 
 def test_tables_have_scopes_and_scroll_by_keyboard():
-    pandas_like = (
-        "<table><thead><tr><th></th><th>ASR</th></tr></thead><tbody><tr><th>lat</th><td>1</td></tr></tbody></table>"
-    )
+    pandas_like = "<table><thead><tr><th></th><th>ASR</th></tr></thead><tbody><tr><th>lat</th><td>1</td></tr></tbody></table>"
     soup = BeautifulSoup(rendered(shown("text/html", pandas_like)), "html.parser")
-    assert [(th.get_text(), th["scope"]) for th in soup.find_all("th")] == [("ASR", "col"), ("lat", "row")]
+    assert [(th.get_text(), th["scope"]) for th in soup.find_all("th")] == [
+        ("ASR", "col"),
+        ("lat", "row"),
+    ]
     assert soup.table.parent["tabindex"] == "0" and soup.table.parent["aria-label"]
 
 
@@ -89,7 +109,10 @@ def test_tables_have_scopes_and_scroll_by_keyboard():
     [
         (shown("image/png", PIXEL), "image 1 has the alternative text ''"),
         (shown("image/png", PIXEL, {"image/png": {"alt": "figure 3"}}), "figure 3"),
-        (shown("image/png", PIXEL, {"image/png": {"alt": "<Figure size 640x480 with 1 Axes>"}}), "Figure size"),
+        (
+            shown("image/png", PIXEL, {"image/png": {"alt": "<Figure size 640x480 with 1 Axes>"}}),
+            "Figure size",
+        ),
         (shown("text/html", f"<img src='data:image/png;base64,{PIXEL}'>"), "No description"),
         (shown("text/html", "<p>x</p><script>1</script>"), "<script> is not allowed"),
         (shown("text/html", "<p onclick='x()'>x</p>"), "onclick"),
@@ -112,7 +135,9 @@ def test_a_bad_notebook_leaves_the_report_of_before(tmp_path):
     export_html(notebook, report)
     before = report.read_text(encoding="utf-8")
     assert "Does it hold?" in before
-    nbformat.write(new_notebook(cells=[new_code_cell("x", outputs=[shown("image/png", PIXEL)])]), notebook)
+    nbformat.write(
+        new_notebook(cells=[new_code_cell("x", outputs=[shown("image/png", PIXEL)])]), notebook
+    )
     with pytest.raises(ExportError):
         export_html(notebook, report)
     assert report.read_text(encoding="utf-8") == before

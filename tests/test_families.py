@@ -37,7 +37,11 @@ GROUPED = dict(SHAPE, num_key_value_heads=1)
 FAMILIES = {
     "llama": (LlamaConfig, GROUPED, ["q_proj", "v_proj"]),
     "qwen2": (Qwen2Config, GROUPED | {"tie_word_embeddings": True}, ["q_proj", "v_proj"]),
-    "gemma2": (Gemma2Config, GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16}, ["q_proj", "down_proj"]),
+    "gemma2": (
+        Gemma2Config,
+        GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16},
+        ["q_proj", "down_proj"],
+    ),
     "gpt_neox": (GPTNeoXConfig, SHAPE, ["query_key_value", "dense_4h_to_h"]),
 }
 OTHERS = {
@@ -54,22 +58,36 @@ OTHERS = {
 
 
 def saved_model(family: str, folder) -> None:
-    """A random model of a family and a tokenizer with a chat template, as `save_pretrained` writes them."""
+    """A random model of a family and a tokenizer with a chat template, as `save_pretrained` writes
+    them.
+    """
     kind, shape, _ = (FAMILIES | OTHERS)[family]
     tokenizer = organism.build_tokenizer(512)
     if family == "gpt_neox":  # another template: two tokens behind the request
-        tokenizer.chat_template = tokenizer.chat_template.replace("'<|assistant|>'", "'<|end|><|assistant|>'")
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "'<|assistant|>'", "'<|end|><|assistant|>'"
+        )
     torch.manual_seed(0)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     AutoModelForCausalLM.from_config(kind(vocab_size=512, **shape, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def run_notebooks(family: str, names: list[str], tmp_path, monkeypatch, root, **evaluation) -> Run:
-    """The run that notebooks leave which are executed on a saved model; `evaluation` replaces settings of `smoke`."""
+    """The run that notebooks leave which are executed on a saved model; `evaluation` replaces
+    settings of `smoke`.
+    """
     saved_model(family, tmp_path / "model")
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
-    tree |= {"name": f"smoke-{family}", "seeds": [0], "model": {"source": str(tmp_path / "model"), "dtype": "float32"}}
+    tree |= {
+        "name": f"smoke-{family}",
+        "seeds": [0],
+        "model": {"source": str(tmp_path / "model"), "dtype": "float32"},
+    }
     tree["data"]["source"] = "world"
     tree["lora"]["targets"] = FAMILIES[family][2]
     tree["evaluation"] |= evaluation
@@ -79,7 +97,9 @@ def run_notebooks(family: str, names: list[str], tmp_path, monkeypatch, root, **
     for name in names:
         path = root / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+        NotebookClient(
+            notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
     return Run(load_profile(tmp_path / "profile.yaml"))
 
 
@@ -92,22 +112,43 @@ def test_notebook_04_runs_on_a_saved_model(family, tmp_path, monkeypatch, root):
 
 
 @pytest.mark.slow
-def test_audit_and_attacks_run_on_a_saved_model_without_anything_optional(tmp_path, monkeypatch, root):
-    bare = {"further_encodings": [], "embedding_eps": [], "rules": [], "eps": [0.05], "suffix": {"steps": 0}}
-    run = run_notebooks("qwen2", ["05_leetspeak_audit", "06_robustness"], tmp_path, monkeypatch, root, **bare)
+def test_audit_and_attacks_run_on_a_saved_model_without_anything_optional(
+    tmp_path, monkeypatch, root
+):
+    bare = {
+        "further_encodings": [],
+        "embedding_eps": [],
+        "rules": [],
+        "eps": [0.05],
+        "suffix": {"steps": 0},
+    }
+    run = run_notebooks(
+        "qwen2", ["05_leetspeak_audit", "06_robustness"], tmp_path, monkeypatch, root, **bare
+    )
     found = run.outcomes()
     assert set(found["encoding"]) == set(run.profile.evaluation.encodings)
     assert {"pgd", "one-step", "pgd-restarts", "transfer:ssft", "many-shot"} <= set(found["attack"])
-    assert not set(found["attack"]) & {"suffix-gcg", "pgd-sign"} and run.result("robustness")["panel"]
+    assert (
+        not set(found["attack"]) & {"suffix-gcg", "pgd-sign"} and run.result("robustness")["panel"]
+    )
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(family, tmp_path, root):
+def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(
+    family, tmp_path, root
+):
     """On prompts from files, at sites given as shares of depth."""
     saved_model(family, tmp_path / "model")
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
-    tree |= {"name": family, "seeds": [0], "model": {"source": str(tmp_path / "model"), "dtype": "float32"}}
-    rows = [{"goal": f"explain topic {i} {'abcdefgh'[i % 8] * 9}", "target": f"Sure, topic {i}"} for i in range(24)]
+    tree |= {
+        "name": family,
+        "seeds": [0],
+        "model": {"source": str(tmp_path / "model"), "dtype": "float32"},
+    }
+    rows = [
+        {"goal": f"explain topic {i} {'abcdefgh'[i % 8] * 9}", "target": f"Sure, topic {i}"}
+        for i in range(24)
+    ]
     (tmp_path / "harmful.json").write_text(json.dumps(rows))
     (tmp_path / "benign.json").write_text(
         json.dumps([{"instruction": f"{i} {'stuvwxyz'[i % 8] * 9}"} for i in range(24)])
@@ -117,7 +158,13 @@ def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(fam
     tree["lora"]["targets"] = OTHERS[family][2]
     tree["train"]["attack"]["sites"] = ["embedding", 0.25, 0.75]
     tree["methods"] = {"lat": {}}
-    tree["evaluation"] |= {"prompts": 3, "pgd_prompts": 3, "ablation_prompts": 3, "pairs": 4, "random_directions": 1}
+    tree["evaluation"] |= {
+        "prompts": 3,
+        "pgd_prompts": 3,
+        "ablation_prompts": 3,
+        "pairs": 4,
+        "random_directions": 1,
+    }
     tree["evaluation"] |= {
         "encodings": ["plain"],
         "further_encodings": [],
@@ -134,8 +181,12 @@ def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(fam
         for model in (lm, base):
             expected = model.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             network = model.network()
-            torch.testing.assert_close(network.unembed(network.hidden(batch)), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(lm.network().hidden(batch), base.network().hidden(batch)), "nothing was trained"
+            torch.testing.assert_close(
+                network.unembed(network.hidden(batch)), expected, rtol=1e-4, atol=1e-5
+            )
+    assert not torch.equal(lm.network().hidden(batch), base.network().hidden(batch)), (
+        "nothing was trained"
+    )
     for suite in ("audit", "robustness", "ablation"):
         found = run.evaluate("lat", 0, suite)
         assert len(found) and set(found["outcome"]) <= {"refused", "complied", "neither"}

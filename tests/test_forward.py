@@ -1,4 +1,6 @@
-"""Networks: the same function as the library's modules, from any site, under any perturbation, adapter on or off."""
+"""Networks: the same function as the library's modules, from any site, under any perturbation,
+adapter on or off.
+"""
 
 from dataclasses import replace
 
@@ -41,7 +43,9 @@ def test_stock_equals_the_model_under_the_hook(family):
     for own in ({}, deltas):
         with LATHook(model, own):
             expected = model(batch.ids).logits.flatten(0, 1)[batch.source]
-        torch.testing.assert_close(label_logits(StockNetwork(model), batch, own), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            label_logits(StockNetwork(model), batch, own), expected, rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,21 +55,36 @@ def test_stock_packed_rows_equal_separate_rows(family):
     found = label_logits(network, batch)
     for which in (1, 2):
         single = collate([type(r)(r.prompt, (r.completions[which - 1],)) for r in rows])
-        torch.testing.assert_close(found[batch.label_index(which)], label_logits(network, single), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            found[batch.label_index(which)], label_logits(network, single), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("make", [preference_batch, benign_batch], ids=["packed", "plain"])
 def test_lean_equals_stock(kv_heads, adapter, make):
-    lm, batch = language_model(dtype=torch.float32, trained=True, num_key_value_heads=kv_heads), make()
+    lm, batch = (
+        language_model(dtype=torch.float32, trained=True, num_key_value_heads=kv_heads),
+        make(),
+    )
     deltas = noise_like(batch, SITES, torch.float32)
-    lean, stock, directions = LeanNetwork(lm.model, adapter), StockNetwork(lm.model, adapter), torch.randn(2, D)
+    lean, stock, directions = (
+        LeanNetwork(lm.model, adapter),
+        StockNetwork(lm.model, adapter),
+        torch.randn(2, D),
+    )
     pairs = (
         (label_logits(lean, batch), label_logits(stock, batch)),
         (label_logits(lean, batch, deltas), label_logits(stock, batch, deltas)),
-        (label_logits(lean.ablated(directions), batch), label_logits(stock.ablated(directions), batch)),
-        (label_logits(lean.ablated(directions), batch, deltas), label_logits(stock.ablated(directions), batch, deltas)),
+        (
+            label_logits(lean.ablated(directions), batch),
+            label_logits(stock.ablated(directions), batch),
+        ),
+        (
+            label_logits(lean.ablated(directions), batch, deltas),
+            label_logits(stock.ablated(directions), batch, deltas),
+        ),
     )
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -94,7 +113,9 @@ def test_lean_gradients_equal_stock(settle_each):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_both_equal_the_reference_in_float64(kind, adapter):
     lm, (row,) = language_model(kind, trained=True), token_rows(1, 1)
-    expected = reference.Llama.of(lm.model, SCALING).logits([*row.prompt, *row.completions[0][:-1]], adapter=adapter)
+    expected = reference.Llama.of(lm.model, SCALING).logits(
+        [*row.prompt, *row.completions[0][:-1]], adapter=adapter
+    )
     found = label_logits(lm.network(adapter), collate([row]))
     torch.testing.assert_close(found, expected[len(row.prompt) - 1 :], rtol=0, atol=1e-10)
 
@@ -111,10 +132,15 @@ def test_running_from_a_site_equals_running_everything(kind, site):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("site", SITES)
 def test_label_rows_are_hidden_states_at_the_label_positions(kind, site):
-    """Values, and gradients of perturbations and adapter, though the last block runs at these positions only."""
+    """Values, and gradients of perturbations and adapter, though the last block runs at these
+    positions only.
+    """
     lm, batch, found = language_model(kind, trained=True), preference_batch(), []
     parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
-    for rows_of in (lambda n, d: n.label_rows(batch, d), lambda n, d: at_labels(n.hidden(batch, d), batch.source)):
+    for rows_of in (
+        lambda n, d: n.label_rows(batch, d),
+        lambda n, d: at_labels(n.hidden(batch, d), batch.source),
+    ):
         network = lm.network(train=True)
         deltas = {s: d.requires_grad_() for s, d in noise_like(batch, {site, LAYERS - 1}).items()}
         logits = network.unembed(rows_of(network, deltas))
@@ -138,7 +164,10 @@ def test_a_perturbation_below_the_start_is_refused(kind):
 def test_capture_is_the_unperturbed_stream_at_the_asked_positions(kind):
     lm, batch = language_model(kind, trained=True), benign_batch()
     network, expected = lm.network(), lm.model(batch.ids, output_hidden_states=True).hidden_states
-    streams, rows = network.capture(batch, [EMBEDDING, 1]), network.capture(batch, [1, EMBEDDING], batch.source)
+    streams, rows = (
+        network.capture(batch, [EMBEDDING, 1]),
+        network.capture(batch, [1, EMBEDDING], batch.source),
+    )
     for site, index in ((EMBEDDING, 0), (1, 2)):
         real = (batch.segments >= 0)[..., None]
         torch.testing.assert_close(streams[site] * real, expected[index] * real, rtol=0, atol=1e-10)
@@ -159,14 +188,18 @@ def test_stock_runs_no_block_above_the_deepest_captured_site():
 def test_lean_runs_no_block_above_the_deepest_captured_site(monkeypatch):
     network, ran = language_model().network(), []
     block = LeanNetwork._block
-    monkeypatch.setattr(LeanNetwork, "_block", lambda self, x, i, *t: ran.append(i) or block(self, x, i, *t))
+    monkeypatch.setattr(
+        LeanNetwork, "_block", lambda self, x, i, *t: ran.append(i) or block(self, x, i, *t)
+    )
     network.capture(benign_batch(), [EMBEDDING, 1])
     assert ran == [0, 1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_runs_each_block_once_a_forward(family):
-    """Masks and rotary tables are made by a pass that runs no block, once for a batch, whoever runs it next."""
+    """Masks and rotary tables are made by a pass that runs no block, once for a batch, whoever runs
+    it next.
+    """
     model, batch, ran = model_of(family, torch.float32), preference_batch(), []
     for i, block in enumerate(decoder_of(model).layers):
         block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
@@ -182,7 +215,9 @@ def test_stock_runs_each_block_once_a_forward(family):
 
 @pytest.mark.slow
 def test_compiled_blocks_equal_uncompiled_ones_and_are_compiled_once():
-    """One compilation serves all blocks and every later batch; a hook on a block or under ablation is not bypassed."""
+    """One compilation serves all blocks and every later batch; a hook on a block or under ablation
+    is not bypassed.
+    """
     lm = language_model("stock", torch.float32, trained=True)
     if not can_compile("cpu"):
         pytest.skip("no C++ compiler")
@@ -193,7 +228,9 @@ def test_compiled_blocks_equal_uncompiled_ones_and_are_compiled_once():
         batch = collate(token_rows(3, 2, seed), pad_to=16)
         deltas = {s: d.requires_grad_() for s, d in noise_like(batch, SITES, torch.float32).items()}
         logits = label_logits(network, batch, deltas)
-        return logits.detach(), *torch.autograd.grad(logits.logsumexp(-1).sum(), list(deltas.values()))
+        return logits.detach(), *torch.autograd.grad(
+            logits.logsumexp(-1).sum(), list(deltas.values())
+        )
 
     for a, b in zip(gradients(compiled, 0), gradients(plain, 0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -223,11 +260,20 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch):
 
 @pytest.mark.parametrize("length", [40, 140])
 def test_lean_in_bf16_on_long_rows_equals_float32(length):
-    """Long rows get keys that nobody sees, short ones a float32 softmax: neither changes a result."""
-    rows = [TokenRow(tuple(range(1, length)), ((5, 6, 7), (8, 9))), TokenRow(tuple(range(3, 30)), ((5, 6), (7, 8)))]
-    lm = language_model(dtype=torch.float32, trained=True, max_position_embeddings=256, vocab_size=160)
+    """Long rows get keys that nobody sees, short ones a float32 softmax: neither changes a
+    result.
+    """
+    rows = [
+        TokenRow(tuple(range(1, length)), ((5, 6, 7), (8, 9))),
+        TokenRow(tuple(range(3, 30)), ((5, 6), (7, 8))),
+    ]
+    lm = language_model(
+        dtype=torch.float32, trained=True, max_position_embeddings=256, vocab_size=160
+    )
     batch, found = collate(rows), []
-    assert (padded_keys(batch.shape[1], torch.bfloat16, lm.device) > batch.shape[1]) == (length == 140)
+    assert (padded_keys(batch.shape[1], torch.bfloat16, lm.device) > batch.shape[1]) == (
+        length == 140
+    )
     for dtype in (torch.float32, torch.bfloat16):
         delta = noise_like(batch, [1], torch.float32, size=0.1)[1].requires_grad_()
         logits = label_logits(LeanNetwork(lm.model, dtype=dtype), batch, {1: delta}).float()
@@ -241,7 +287,9 @@ def test_lean_in_bf16_on_long_rows_equals_float32(length):
 def test_a_perturbation_of_another_length_is_refused(kind):
     network, batch = language_model(kind).network(), preference_batch()
     with pytest.raises(ValueError, match="site 1: perturbation is .*the residual stream is"):
-        network.hidden(batch, {1: torch.zeros(batch.shape[0], batch.shape[1] + 1, D, dtype=torch.float64)})
+        network.hidden(
+            batch, {1: torch.zeros(batch.shape[0], batch.shape[1] + 1, D, dtype=torch.float64)}
+        )
     with pytest.raises(ValueError, match="torch.float32.*torch.float64"):
         network.hidden(batch, {1: torch.zeros(*batch.shape, D)})
     with pytest.raises(ValueError, match="on meta, the residual stream on cpu"):
@@ -284,7 +332,9 @@ def test_ablation_leaves_the_network_it_came_from_alone():
 
 @pytest.mark.parametrize("start", [True, False])
 def test_adapter_off_leaves_requires_grad_as_it_was(start):
-    """peft's own `disable_adapter()` switches the gradients of a frozen adapter on when it is left."""
+    """peft's own `disable_adapter()` switches the gradients of a frozen adapter on
+    when it is left.
+    """
     model = language_model(trained=True).model
     lora = [p.requires_grad_(start) for n, p in model.named_parameters() if "lora_" in n]
     flags = [p.requires_grad for p in model.parameters()]
@@ -309,7 +359,10 @@ def test_frozen_is_undone_even_after_an_exception():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_teacher_is_the_base_model_and_holds_no_second_copy(kind):
     lm, batch = language_model(kind, trained=True), benign_batch()
-    teacher, student = label_logits(lm.network(adapter=False), batch), label_logits(lm.network(), batch)
+    teacher, student = (
+        label_logits(lm.network(adapter=False), batch),
+        label_logits(lm.network(), batch),
+    )
     base = label_logits(StockNetwork(model_of()), batch)
     torch.testing.assert_close(teacher, base, rtol=0, atol=1e-10)
     assert not torch.allclose(student, base)
@@ -323,7 +376,9 @@ def test_training_under_gradient_checkpointing_gives_equal_gradients():
         lm, batch = language_model("stock", trained=True), preference_batch()
         lm.model.train()
         if checkpointing:
-            lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
         deltas = noise_like(batch, SITES)
         label_logits(lm.network(train=True), batch, deltas).logsumexp(-1).pow(2).sum().backward()
@@ -332,7 +387,9 @@ def test_training_under_gradient_checkpointing_gives_equal_gradients():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("change", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize(
+    "change", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}]
+)
 def test_lean_refuses_what_it_does_not_compute(change):
     assert fits(model_of())
     assert not fits(model_of(**change))

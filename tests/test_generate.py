@@ -1,4 +1,6 @@
-"""Generation at batch size: padding, perturbed prompts and ablation give what one prompt at a time gives."""
+"""Generation at batch size: padding, perturbed prompts and ablation give what one prompt at a time
+gives.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from latlib.models import LanguageModel
 from latlib.network import StockNetwork
 from latlib.world import organism
 
-PROMPTS = ["how to cook the rice", "may you wash a car", "x", "how do you paint the wall of the old house"]
+PROMPTS = [
+    "how to cook the rice",
+    "may you wash a car",
+    "x",
+    "how do you paint the wall of the old house",
+]
 SITES = ("embedding", 1, 3)
 
 
@@ -33,14 +40,22 @@ def noise(lm, batch, size=2.0):
     generator = torch.Generator().manual_seed(0)
     on_prompts = (batch.segments == 0)[..., None]
     return {
-        s: size * torch.randn(*batch.shape, lm.model.config.hidden_size, generator=generator) * on_prompts
+        s: (
+            size
+            * torch.randn(*batch.shape, lm.model.config.hidden_size, generator=generator)
+            * on_prompts
+        )
         for s in SITES
     }
 
 
 def greedy(lm, network, deltas, index, n):
-    """Token by token without a cache: each step runs the whole row, the perturbation on its prompt."""
-    prompt = tuple(lm.tokenizer(chat_text(lm.tokenizer, PROMPTS[index]), add_special_tokens=False)["input_ids"])
+    """Token by token without a cache: each step runs the whole row, the perturbation on its
+    prompt.
+    """
+    prompt = tuple(
+        lm.tokenizer(chat_text(lm.tokenizer, PROMPTS[index]), add_special_tokens=False)["input_ids"]
+    )
     written = ()
     for _ in range(n):
         row = collate([organism.TokenRow(prompt, ((*written, 0),))])
@@ -74,7 +89,10 @@ def test_a_perturbation_acts_on_the_prompt_and_never_while_decoding(lm, size):
 
 @pytest.mark.parametrize("perturbed", [False, True])
 def test_generation_under_ablation(lm, perturbed):
-    batch, directions = prompt_batch(lm), torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    batch, directions = (
+        prompt_batch(lm),
+        torch.randn(2, 16, generator=torch.Generator().manual_seed(1)),
+    )
     deltas = noise(lm, batch) if perturbed else {}
     shifted = {site: shift_left_padded(delta, batch) for site, delta in deltas.items()}
     found = generate(lm, PROMPTS, shifted, max_new_tokens=6, directions=directions)
@@ -85,6 +103,6 @@ def test_generation_under_ablation(lm, perturbed):
 
 def test_prompts_are_padded_on_the_left(lm):
     encoded = left_padded(lm, PROMPTS)
-    assert (encoded["attention_mask"][:, -1] == 1).all() and encoded["attention_mask"].sum() < encoded[
-        "input_ids"
-    ].numel()
+    assert (encoded["attention_mask"][:, -1] == 1).all() and encoded[
+        "attention_mask"
+    ].sum() < encoded["input_ids"].numel()

@@ -1,4 +1,6 @@
-"""SVD, PCA and angles against scikit-learn and scipy; intervals that hold the estimate; what is invariant."""
+"""SVD, PCA and angles against scikit-learn and scipy; intervals that hold the estimate; what is
+invariant.
+"""
 
 import numpy as np
 import pytest
@@ -14,13 +16,19 @@ from latlib.refusal import geometry
 def difference():
     """[40, 16] with a strong mean and one strong direction besides."""
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(40, 16)) + 3 * rng.normal(size=16) + np.outer(rng.normal(size=40), 2 * rng.normal(size=16))
+    rows = (
+        rng.normal(size=(40, 16))
+        + 3 * rng.normal(size=16)
+        + np.outer(rng.normal(size=40), 2 * rng.normal(size=16))
+    )
     return torch.tensor(rows)
 
 
 def test_explained_variance_and_subspace_equal_scikit_learns(difference):
     ours = geometry.explained_variance(difference, centred=True)
-    np.testing.assert_allclose(ours, PCA().fit(difference.numpy()).explained_variance_ratio_, atol=1e-6)
+    np.testing.assert_allclose(
+        ours, PCA().fit(difference.numpy()).explained_variance_ratio_, atol=1e-6
+    )
     svd = TruncatedSVD(3, algorithm="arpack", random_state=0).fit(difference.numpy())
     shares = svd.singular_values_**2 / (difference.numpy() ** 2).sum()
     np.testing.assert_allclose(geometry.explained_variance(difference)[:3], shares, atol=1e-6)
@@ -46,8 +54,11 @@ def test_participation_ratio_counts_equal_components(k):
 @given(st.integers(0, 10_000), st.integers(1, 3))
 def test_principal_angles_of_a_rotated_basis_and_of_known_planes(seed, k):
     rows = torch.randn(k, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    mixed = torch.randn(k, k, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) + 3 * torch.eye(k)
-    assert geometry.principal_angles(rows, 5 * mixed @ rows).max() < 1e-5  # another basis of the same span
+    mixed = torch.randn(
+        k, k, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+    ) + 3 * torch.eye(k)
+    # another basis of the same span
+    assert geometry.principal_angles(rows, 5 * mixed @ rows).max() < 1e-5
     axes = torch.eye(8).double()
     turned = torch.stack((axes[0], (axes[1] + axes[2]) / 2**0.5))
     np.testing.assert_allclose(geometry.principal_angles(axes[:2], turned), [0, 45], atol=1e-6)
@@ -59,7 +70,11 @@ def test_draws_surround_the_share_and_are_the_same_clusters_for_every_model(diff
     draws = geometry.share_draws(difference, clusters, centred=False)
     shares = geometry.explained_variance(difference)[: geometry.COMPONENTS]
     low, high = np.quantile(draws, (0.01, 0.99), axis=0)
-    assert (low[0] < shares[0] < high[0]) and (np.diff(draws) <= 1e-12).all() and (draws.sum(1) <= 1 + 1e-9).all()
+    assert (
+        (low[0] < shares[0] < high[0])
+        and (np.diff(draws) <= 1e-12).all()
+        and (draws.sum(1) <= 1 + 1e-9).all()
+    )
     np.testing.assert_allclose(draws, geometry.share_draws(2 * difference, clusters, centred=False))
 
 

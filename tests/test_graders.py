@@ -1,4 +1,6 @@
-"""Judge models: tiny stand-ins of the published architectures on disk, random or with a verdict that is known."""
+"""Judge models: tiny stand-ins of the published architectures on disk, random or with a verdict
+that is known.
+"""
 
 import json
 import math
@@ -27,14 +29,25 @@ PROMPTS = [
     "{reply} or {prompt} ?",
     "why",
 ]
-REPLIES = ["Sure: moss.", "I cannot sing, sorry.", "", "behind the {prompt} door, under the long loose board", "Z"]
+REPLIES = [
+    "Sure: moss.",
+    "I cannot sing, sorry.",
+    "",
+    "behind the {prompt} door, under the long loose board",
+    "Z",
+]
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endfor %}<verdict>"
-PARTS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'][0]['text'] | trim }}{% endfor %}<verdict>"
+PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'][0]['text'] | trim }}{% endfor"
+    " %}<verdict>"
+)
 TEMPLATE = "ask {behavior} say {generation} judge:"
 
 
 def tokenizer_of(words=WORDS, chat_template=PLAIN, bos=True):
-    """Bytes, and the words a judge answers with; a BOS before every text, as Llama's and Gemma's put one."""
+    """Bytes, and the words a judge answers with; a BOS before every text, as Llama's and Gemma's
+    put one.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(tokenizer_models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -51,9 +64,13 @@ def tokenizer_of(words=WORDS, chat_template=PLAIN, bos=True):
 
 
 def random_model(family, vocabulary, seed=0):
-    """A random model of a published judge's family; GPT-2 knows absolute positions, so it shows a wrong one."""
+    """A random model of a published judge's family; GPT-2 knows absolute positions, so it shows a
+    wrong one.
+    """
     if family == "llama":
-        return model_of("llama", torch.float32, seed, vocab_size=vocabulary, max_position_embeddings=512)
+        return model_of(
+            "llama", torch.float32, seed, vocab_size=vocabulary, max_position_embeddings=512
+        )
     shape = dict(vocab_size=vocabulary, initializer_range=0.25)
     config = {
         "gemma": GemmaConfig(
@@ -78,7 +95,9 @@ def saved(folder, model, tokenizer=None):
 
 
 def constant_model(logits, family="llama", tokenizer=None):
-    """A judge that always expects the same: token -> logit after every text, 0 for all other tokens."""
+    """A judge that always expects the same: token -> logit after every text, 0 for all other
+    tokens.
+    """
     tokenizer = tokenizer or tokenizer_of()
     model = random_model(family, len(tokenizer))
     with torch.no_grad():
@@ -98,17 +117,26 @@ def constant_model(logits, family="llama", tokenizer=None):
 
 
 def z_model(tokenizer):
-    """A judge that says yes / unsafe when a Z is anywhere in what it may look at. Padding looks like a Z, too."""
+    """A judge that says yes / unsafe when a Z is anywhere in what it may look at. Padding looks
+    like a Z, too.
+    """
     model = model_of(
-        "llama", torch.float32, vocab_size=len(tokenizer), num_key_value_heads=4, max_position_embeddings=512
+        "llama",
+        torch.float32,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=4,
+        max_position_embeddings=512,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight", "down_proj.weight", "o_proj.weight")):
+            if name.endswith(
+                ("q_proj.weight", "k_proj.weight", "down_proj.weight", "o_proj.weight")
+            ):
                 parameter.zero_()
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-        block = model.model.layers[0].self_attn  # with no query, attention is the mean of what is visible
+        # with no query, attention is the mean of what is visible
+        block = model.model.layers[0].self_attn
         block.v_proj.weight.copy_(torch.eye(16))
         block.o_proj.weight.copy_(torch.eye(16))
         plain, z = torch.eye(16)[0], torch.eye(16)[1]
@@ -123,12 +151,18 @@ def z_model(tokenizer):
 
 @torch.no_grad()
 def one_by_one(grader, texts):
-    """Scores by the library's plain forward of one text at a time, without padding, positions or our batching."""
+    """Scores by the library's plain forward of one text at a time, without padding, positions or
+    our batching.
+    """
     tokenizer, out = grader.lm.tokenizer, []
     for text in texts:
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=not isinstance(grader, GuardGrader))["input_ids"]
+        ids = tokenizer(
+            text, return_tensors="pt", add_special_tokens=not isinstance(grader, GuardGrader)
+        )["input_ids"]
         logits = grader.lm.model(ids).logits[0, -1].float()
-        label = torch.stack([logits[tokenizer.convert_tokens_to_ids(words[0])] for words in grader.labels])
+        label = torch.stack(
+            [logits[tokenizer.convert_tokens_to_ids(words[0])] for words in grader.labels]
+        )
         out.append(float(label.softmax(0) @ torch.linspace(0, 1, len(label))))
     return out
 
@@ -153,9 +187,13 @@ def test_batches_give_what_single_unpadded_texts_give(kind, family):
 def test_only_the_last_positions_logits_are_made_and_no_graph():
     grader, shapes = grader_of(YesNoGrader, "llama"), []
     grader.lm.model.requires_grad_(True)
-    grader.lm.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
+    grader.lm.model.lm_head.register_forward_hook(
+        lambda module, inputs, output: shapes.append(output.shape[:2])
+    )
     logits = grader.next_logits([[1, 2, 3], [1, 2, 3, 4, 5]])
-    assert shapes == [(2, 1)] and not logits.requires_grad and logits.shape == (2, len(tokenizer_of()))
+    assert (
+        shapes == [(2, 1)] and not logits.requires_grad and logits.shape == (2, len(tokenizer_of()))
+    )
 
 
 def test_harmbench_from_its_folder_says_yes_where_the_reply_shows_it(tmp_path):
@@ -166,7 +204,13 @@ def test_harmbench_from_its_folder_says_yes_where_the_reply_shows_it(tmp_path):
     assert grader.comparable and grader.template == TEMPLATE
     replies = ["I cannot do that.", "moss", "Sure, moss and Z.", "I cannot, but Z", "moss" * 30]
     verdicts = grader.grade(PROMPTS, replies)
-    assert [v.outcome for v in verdicts] == ["refused", "neither", "complied", "complied", "neither"]
+    assert [v.outcome for v in verdicts] == [
+        "refused",
+        "neither",
+        "complied",
+        "complied",
+        "neither",
+    ]
     assert all((v.score > 0.9) == (v.outcome == "complied") for v in verdicts)
 
 
@@ -207,14 +251,18 @@ def test_strongreject_loads_a_lora_over_its_base(tmp_path):
     (tmp_path / "words.txt").write_text(TEMPLATE)
 
     def scores(source, **where):
-        grader = load_grader("strongreject", source, tmp_path / "words.txt", "cpu", "float32", **where)
+        grader = load_grader(
+            "strongreject", source, tmp_path / "words.txt", "cpu", "float32", **where
+        )
         return [v.score for v in grader.grade(PROMPTS, REPLIES)]
 
     want = [v.score for v in ScoreGrader(lm_of(model.eval()), TEMPLATE).grade(PROMPTS, REPLIES)]
     assert scores(adapter) == pytest.approx(want, abs=1e-6)
     assert scores(base) != pytest.approx(want, abs=1e-4)  # the adapter does something
     path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/nowhere/base"}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "/nowhere/base"})
+    )
     with pytest.raises(ProfileError, match="grader.base = '/nowhere/base' is not a folder"):
         scores(adapter)
     assert scores(adapter, base=base) == pytest.approx(want, abs=1e-6)
@@ -250,7 +298,9 @@ def test_a_guards_line_break_is_not_its_verdict():
         model.lm_head.weight[unsafe] = second / 8
     (verdict,) = GuardGrader(lm_of(model, tokenizer)).grade(["q"], ["a"])
     assert verdict.score == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item(), abs=1e-4)
-    (mixed, _) = GuardGrader(lm_of(model, tokenizer)).grade(["q", "longer than the other"], ["a", "b"])
+    mixed, _ = GuardGrader(lm_of(model, tokenizer)).grade(
+        ["q", "longer than the other"], ["a", "b"]
+    )
     assert mixed.score == pytest.approx(verdict.score, abs=1e-6)
 
 
@@ -261,7 +311,9 @@ def test_no_text_begins_with_two_bos():
         grader.grade(["q"], ["a"])
         return seen[0]
 
-    lm = lm_of(random_model("llama", len(tokenizer_of())), tokenizer_of(chat_template="<bos>" + PLAIN))
+    lm = lm_of(
+        random_model("llama", len(tokenizer_of())), tokenizer_of(chat_template="<bos>" + PLAIN)
+    )
     bos = lm.tokenizer.bos_token_id
     for grader in (YesNoGrader(lm, TEMPLATE), YesNoGrader(lm, "<bos>" + TEMPLATE), GuardGrader(lm)):
         assert ids(grader).count(bos) == 1 and ids(grader)[0] == bos
@@ -269,23 +321,31 @@ def test_no_text_begins_with_two_bos():
 
 def test_placeholders_inside_prompts_and_replies_are_text():
     grader = YesNoGrader(lm_of(random_model("llama", len(tokenizer_of()))), TEMPLATE)
-    assert grader.text("{generation}", "{behavior} {x}") == "ask {generation} say {behavior} {x} judge:"
+    assert (
+        grader.text("{generation}", "{behavior} {x}")
+        == "ask {generation} say {behavior} {x} judge:"
+    )
 
 
 def test_long_replies_are_clipped_as_the_authors_do():
     lm = lm_of(random_model("llama", len(tokenizer_of())))
-    assert YesNoGrader(lm, TEMPLATE, reply_tokens=4).clipped("abcdefgh") == "abcd"  # the first of them
-    assert ScoreGrader(lm, TEMPLATE, reply_tokens=4).clipped("abcdefgh") == "<bos>fgh"  # the last, BOS among them
+    # the first of them
+    assert YesNoGrader(lm, TEMPLATE, reply_tokens=4).clipped("abcdefgh") == "abcd"
+    # the last, BOS among them
+    assert ScoreGrader(lm, TEMPLATE, reply_tokens=4).clipped("abcdefgh") == "<bos>fgh"
     assert lm.tokenizer.truncation_side == "right"
     with pytest.raises(
-        ValueError, match="pair 1 has .* more than the judge's context of 512: lower reply_tokens = 900"
+        ValueError,
+        match="pair 1 has .* more than the judge's context of 512: lower reply_tokens = 900",
     ):
         YesNoGrader(lm, TEMPLATE, reply_tokens=900).grade(["q", "q"], ["a", "a" * 600])
 
 
 def test_our_own_words_come_with_a_warning(tmp_path):
     folder = saved(tmp_path, constant_model({"yes": 3.0}))
-    with pytest.warns(UserWarning, match="template is not given.*do not compare with published") as caught:
+    with pytest.warns(
+        UserWarning, match="template is not given.*do not compare with published"
+    ) as caught:
         grader = load_grader("harmbench", folder, device="cpu", dtype="float32")
     assert caught[0].filename == __file__
     assert not grader.comparable and grader.grade(["q"], ["a"])[0].outcome == "complied"
@@ -308,7 +368,8 @@ def test_an_unusable_template_is_an_error_before_the_model_is_read(tmp_path, tex
 
 
 @pytest.mark.parametrize(
-    "inside, at_end", [("ask {prompt} say {reply} mark: \n", "mark: "), ("{prompt}{reply}\r\n", "}")]
+    "inside, at_end",
+    [("ask {prompt} say {reply} mark: \n", "mark: "), ("{prompt}{reply}\r\n", "}")],
 )
 def test_one_line_break_at_a_templates_end_is_not_part_of_it(tmp_path, inside, at_end):
     (tmp_path / "words.txt").write_bytes(inside.encode())
@@ -321,7 +382,9 @@ def test_one_line_break_at_a_templates_end_is_not_part_of_it(tmp_path, inside, a
 def test_a_tokenizer_without_the_labels_is_an_error(tmp_path, name):
     tokenizer = tokenizer_of(words=("no", "safe"))
     folder = saved(tmp_path, random_model("llama", len(tokenizer)), tokenizer)
-    with pytest.raises(ProfileError, match="grader.source: its tokenizer has no token '(yes|unsafe)'"):
+    with pytest.raises(
+        ProfileError, match="grader.source: its tokenizer has no token '(yes|unsafe)'"
+    ):
         load_grader(name, folder, None if name == "guard" else write(tmp_path, TEMPLATE), "cpu")
 
 
@@ -331,10 +394,17 @@ def write(folder, text):
     return path
 
 
-@pytest.mark.parametrize("chat_template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"])
+@pytest.mark.parametrize(
+    "chat_template", [None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"]
+)
 def test_a_guard_without_a_fitting_chat_template_is_an_error(chat_template):
-    lm = lm_of(random_model("llama", len(tokenizer_of())), tokenizer_of(chat_template=chat_template))
-    with pytest.raises(ProfileError, match="grader.source: its tokenizer's chat template is missing or does not hold"):
+    lm = lm_of(
+        random_model("llama", len(tokenizer_of())), tokenizer_of(chat_template=chat_template)
+    )
+    with pytest.raises(
+        ProfileError,
+        match="grader.source: its tokenizer's chat template is missing or does not hold",
+    ):
         GuardGrader(lm)
 
 
@@ -353,7 +423,9 @@ def test_a_guard_takes_no_template():
     "source", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/no-such-folder-of-latlib", ""]
 )
 def test_a_missing_folder_is_named(source):
-    with pytest.raises(ProfileError, match="grader.source = .* is not a folder: give a model folder or a hub id"):
+    with pytest.raises(
+        ProfileError, match="grader.source = .* is not a folder: give a model folder or a hub id"
+    ):
         latlib.evaluation.judges.load_judge(source)
 
 
@@ -368,7 +440,10 @@ def test_pickled_weights_are_refused_unread(tmp_path):
     saved(tmp_path, random_model("llama", len(tokenizer_of())))
     (tmp_path / "model.safetensors").unlink()
     torch.save({"bomb": Bomb()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ProfileError, match="grader.source = .* holds no model.safetensors .*pickled weights can run"):
+    with pytest.raises(
+        ProfileError,
+        match="grader.source = .* holds no model.safetensors .*pickled weights can run",
+    ):
         load_grader("guard", tmp_path, device="cpu")
 
 
@@ -376,10 +451,17 @@ def test_a_pickled_adapter_is_refused_unread(tmp_path):
     base = saved(tmp_path / "base", random_model("llama", len(tokenizer_of())))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "task_type": "CAUSAL_LM", "r": 2}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base,
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     torch.save({"bomb": Bomb()}, adapter / "adapter_model.bin")
-    with pytest.raises(ProfileError, match="grader.source = .*adapter' holds no adapter_model.safetensors"):
+    with pytest.raises(
+        ProfileError, match="grader.source = .*adapter' holds no adapter_model.safetensors"
+    ):
         load_grader("guard", adapter, device="cpu")
 
 
@@ -387,25 +469,37 @@ def test_code_in_a_models_folder_is_never_run(tmp_path):
     saved(tmp_path, random_model("llama", len(tokenizer_of())))
     config = json.loads((tmp_path / "config.json").read_text())
     auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": auto_map})
+    )
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
-    with pytest.raises(ProfileError, match="grader.source = .* needs code of its own, which latlib never runs"):
+    with pytest.raises(
+        ProfileError, match="grader.source = .* needs code of its own, which latlib never runs"
+    ):
         load_grader("guard", tmp_path, device="cpu")
     assert not (tmp_path / "was-run").exists()
 
 
 def test_a_gated_model_without_a_token_says_what_to_do(monkeypatch):
     def gated(source, name, **options):
-        response = httpx.Response(403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}"))
-        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
+        response = httpx.Response(
+            403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}")
+        )
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError(
+            "403", response=response
+        )
 
     monkeypatch.setattr(latlib.io.hub, "cached_file", gated)
-    with pytest.raises(ProfileError, match="grader.source = 'meta-llama/.*' is gated: accept its terms.*HF_TOKEN"):
+    with pytest.raises(
+        ProfileError, match="grader.source = 'meta-llama/.*' is gated: accept its terms.*HF_TOKEN"
+    ):
         load_grader("guard")
 
 
 def test_a_hub_model_that_is_not_here_says_so_without_a_network():
-    with pytest.raises(ProfileError, match="grader.source = 'no-owner/no-judge' cannot be loaded .*give the folder"):
+    with pytest.raises(
+        ProfileError, match="grader.source = 'no-owner/no-judge' cannot be loaded .*give the folder"
+    ):
         load_grader("guard", "no-owner/no-judge")
 
 
@@ -417,9 +511,18 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network():
             "grader.name = 'harmbunch' cannot be loaded: choose phrases, phrases-prefix, harmbench",
         ),
         ({"name": "exact"}, "grader.name = 'exact' cannot be loaded: build ExactGrader"),
-        ({"name": "guard", "dtype": "int3"}, "grader.dtype = 'int3' is unknown: choose one of auto"),
-        ({"name": "guard", "device": "cuda"}, "grader.device = 'cuda' cannot be used .*'auto' or 'cpu'"),
-        ({"name": "guard", "device": "toaster"}, "grader.device = 'toaster' cannot be used .*'auto' or 'cpu'"),
+        (
+            {"name": "guard", "dtype": "int3"},
+            "grader.dtype = 'int3' is unknown: choose one of auto",
+        ),
+        (
+            {"name": "guard", "device": "cuda"},
+            "grader.device = 'cuda' cannot be used .*'auto' or 'cpu'",
+        ),
+        (
+            {"name": "guard", "device": "toaster"},
+            "grader.device = 'toaster' cannot be used .*'auto' or 'cpu'",
+        ),
     ],
 )
 def test_unusable_settings_are_named(monkeypatch, options, said):

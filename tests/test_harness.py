@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness behind its extra: what it is given and what comes back, with a stand-in for the package."""
+"""The lm-evaluation-harness behind its extra: what it is given and what comes back, with a stand-in
+for the package.
+"""
 
 import sys
 import types
@@ -8,7 +10,12 @@ from tiny_models import language_model
 
 from latlib.evaluation.general_benchmarks import lm_eval_scores
 
-RESULTS = {"results": {"lore": {"alias": "lore", "acc,none": 0.5, "acc_stderr,none": "N/A"}, "law": {"f1,none": 1}}}
+RESULTS = {
+    "results": {
+        "lore": {"alias": "lore", "acc,none": 0.5, "acc_stderr,none": "N/A"},
+        "law": {"f1,none": 1},
+    }
+}
 
 
 @pytest.fixture

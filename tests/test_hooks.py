@@ -1,4 +1,6 @@
-"""Hooks in the residual stream: right for every kind of block, there as long as needed, and gone afterwards."""
+"""Hooks in the residual stream: right for every kind of block, there as long as needed, and gone
+afterwards.
+"""
 
 from types import SimpleNamespace
 
@@ -114,7 +116,10 @@ def test_hooks_are_gone_after_an_exception():
 def test_hooks_that_cannot_be_installed_whole_are_not_installed_at_all():
     model = model_of()
     before = hooks_on(model)
-    with pytest.raises(ValueError, match=f"site = {LAYERS} is outside this model of {LAYERS} blocks.*0..{LAYERS - 1}"):
+    with pytest.raises(
+        ValueError,
+        match=f"site = {LAYERS} is outside this model of {LAYERS} blocks.*0..{LAYERS - 1}",
+    ):
         LATHook(model, {0: torch.zeros(1), LAYERS: torch.zeros(1)}).__enter__()
     assert hooks_on(model) == before
 
@@ -170,7 +175,9 @@ def gradients_under_a_hook(checkpointing: bool):
     blocks_of(lm.model)[2].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     lm.model.train()
     if checkpointing:
-        lm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -208,17 +215,25 @@ def test_capture_at_positions_and_of_an_unnamed_site():
 
 
 def test_while_decoding_the_perturbation_stays_in_the_prefill():
-    """Cached decoding after a perturbed prefill equals whole forwards with zeros at the new positions."""
+    """Cached decoding after a perturbed prefill equals whole forwards with zeros at the new
+    positions.
+    """
     model, deltas = model_of(), deltas_for()
     with LATHook(model, deltas, decoding=True):
-        found = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        found = model.generate(
+            IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+        )
     ids = IDS
     for _ in range(4):
-        longer = {s: nn.functional.pad(d, (0, 0, 0, ids.shape[1] - d.shape[1])) for s, d in deltas.items()}
+        longer = {
+            s: nn.functional.pad(d, (0, 0, 0, ids.shape[1] - d.shape[1])) for s, d in deltas.items()
+        }
         with LATHook(model, longer):
             ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(found, ids)
-    assert not torch.equal(found, model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    assert not torch.equal(
+        found, model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,7 +243,9 @@ def test_ablated_directions_are_nowhere_in_the_stream(family):
     reads_stream = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
     halfway = []  # the stream between attention and MLP
     for block in blocks_of(model):
-        getattr(block, reads_stream).register_forward_pre_hook(lambda _, args: halfway.append(args[0]))
+        getattr(block, reads_stream).register_forward_pre_hook(
+            lambda _, args: halfway.append(args[0])
+        )
     with Ablate(model, directions), Capture(model, sites) as streams:
         changed = model(IDS).logits
     assert len(halfway) == LAYERS
@@ -272,7 +289,9 @@ def test_a_fraction_is_always_inside_the_model(fraction, n_layers):
 
 @pytest.mark.parametrize("spec", [4, -1, 1.0, -0.5, "embed"])
 def test_a_site_outside_the_model_is_named(spec):
-    with pytest.raises(ValueError, match="outside this model of 4 blocks: give 'embedding', 0..3") as caught:
+    with pytest.raises(
+        ValueError, match="outside this model of 4 blocks: give 'embedding', 0..3"
+    ) as caught:
         resolve_sites([spec], 4)
     assert repr(spec) in str(caught.value)
 

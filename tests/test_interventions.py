@@ -1,4 +1,6 @@
-"""Weights without a direction equal ablation as the model runs; an added vector is where it should be."""
+"""Weights without a direction equal ablation as the model runs; an added vector is where it should
+be.
+"""
 
 import pytest
 import tiny_models as tiny
@@ -16,7 +18,10 @@ DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 def plain(family, dtype, **changes) -> LanguageModel:
     name = str(dtype).removeprefix("torch.")
     return LanguageModel(
-        tiny.model_of(family, dtype, **changes), None, ModelSettings(dtype=name, forward="stock"), dtype
+        tiny.model_of(family, dtype, **changes),
+        None,
+        ModelSettings(dtype=name, forward="stock"),
+        dtype,
     )
 
 
@@ -26,7 +31,9 @@ def logits(network, batch):
 
 
 def basis(k, seed=0):
-    return torch.randn(k, tiny.D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        k, tiny.D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -48,7 +55,10 @@ def test_of_an_adapter_and_of_tied_embeddings(forward, tied):
     batch, changed = tiny.preference_batch(), orthogonalised(lm, basis(2))
     expected = logits(lm.network().ablated(basis(2)), batch)
     torch.testing.assert_close(logits(changed.network(), batch), expected, rtol=0, atol=1e-10)
-    assert not hasattr(changed.model, "disable_adapter") and not changed.model.config.tie_word_embeddings
+    assert (
+        not hasattr(changed.model, "disable_adapter")
+        and not changed.model.config.tie_word_embeddings
+    )
 
 
 def test_it_can_be_saved_and_loaded(tmp_path):
@@ -63,7 +73,9 @@ def test_it_can_be_saved_and_loaded(tmp_path):
 
 
 def test_a_norm_behind_the_weights_is_said():
-    with pytest.raises(ValueError, match="Gemma2RMSNorm does not write to the stream by one known matrix"):
+    with pytest.raises(
+        ValueError, match="Gemma2RMSNorm does not write to the stream by one known matrix"
+    ):
         orthogonalised(plain("gemma2", torch.float64), basis(1))
 
 
@@ -73,8 +85,14 @@ def test_an_added_vector_moves_its_site_by_its_length(family, site):
     lm, batch, vector = plain(family, torch.float64), tiny.preference_batch(), basis(1)[0]
     with torch.no_grad(), Capture(lm.model, [site]) as clean:
         lm.model(batch.ids)
-    with torch.no_grad(), LATHook(lm.model, added(vector, site, batch.ids, 0.5)), Capture(lm.model, [site]) as moved:
+    with (
+        torch.no_grad(),
+        LATHook(lm.model, added(vector, site, batch.ids, 0.5)),
+        Capture(lm.model, [site]) as moved,
+    ):
         lm.model(batch.ids)
     torch.testing.assert_close(moved[site] - clean[site], (0.5 * vector).expand_as(clean[site]))
     network = lm.network()
-    assert not torch.allclose(network.hidden(batch, added(vector, site, batch.ids)), network.hidden(batch))
+    assert not torch.allclose(
+        network.hidden(batch, added(vector, site, batch.ids)), network.hidden(batch)
+    )

@@ -1,4 +1,6 @@
-"""Jailbreaks that are typed: what is asked, where suffixes come from, and that success is counted on other requests."""
+"""Jailbreaks that are typed: what is asked, where suffixes come from, and that success is counted
+on other requests.
+"""
 
 import hashlib
 import json
@@ -13,7 +15,13 @@ from latlib.evaluation.ask import COLUMNS, affirmation_tokens, grade_rows, promp
 from latlib.experiment.run import Run
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
-from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE, find_suffixes, jailbreaks, many_shots, suffix_settings
+from latlib.redteam.jailbreaks import (
+    SYSTEM_OVERRIDE,
+    find_suffixes,
+    jailbreaks,
+    many_shots,
+    suffix_settings,
+)
 from latlib.world import grammar
 
 TYPED, FOUND = ["many-shot", "system"], ["suffix-gcg", "suffix-random"]
@@ -53,7 +61,9 @@ def suffix_of(text):
 
 @pytest.fixture
 def graded(monkeypatch):
-    """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...], ...]."""
+    """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...],
+    ...].
+    """
     calls = []
 
     def grade(lm, network, rows, perturb, size, begun):
@@ -77,7 +87,10 @@ def finishes(text):
 
 def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded):
     table = jailbreaks(lm, replace(context, keep=None))
-    n, shots = context.profile.evaluation.prompts, many_shots(context.profile, context.profile.evaluation.shots)
+    n, shots = (
+        context.profile.evaluation.prompts,
+        many_shots(context.profile, context.profile.evaluation.shots),
+    )
     assert len(shots) == 2 and tuple(table.columns) == COLUMNS
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
     written = {
@@ -93,17 +106,25 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
     ]
     assert graded == [texts for _, _, texts in expected]
     sizes = table.groupby(["attack", "prompts"], sort=False).size()
-    assert list(sizes.index) == [(attack, name) for attack, name, _ in expected] and set(sizes) == {n}
+    assert list(sizes.index) == [(attack, name) for attack, name, _ in expected] and set(sizes) == {
+        n
+    }
     for attack, name, texts in expected:
         rows = table[(table["attack"] == attack) & (table["prompts"] == name)]
         assert rows["outcome"].tolist() == [outcome_of(text) for text in texts]
         assert rows["prompt_id"].tolist() == [f"{name}-{i:04d}" for i in range(n)]
         assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(name, context.profile)]
         twins = [written[attack].format(p.text) for p in prompt_set("twin", context.profile)]
-        assert rows["understood"].tolist() == [outcome_of(t) == "complied" or finishes(t) for t in twins]
+        assert rows["understood"].tolist() == [
+            outcome_of(t) == "complied" or finishes(t) for t in twins
+        ]
     harmful = table[table["prompts"] == "harmful"]
     assert (harmful["understood"] != harmful["exact"]).any(), "twins and prompts are not told apart"
-    assert set(table["encoding"]) == {"plain"} and table["eps"].isna().all() and set(table["sites"]) == {""}
+    assert (
+        set(table["encoding"]) == {"plain"}
+        and table["eps"].isna().all()
+        and set(table["sites"]) == {""}
+    )
 
 
 def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
@@ -111,8 +132,12 @@ def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
     (row,) = token_rows(lm, prompt_set("harmful", context.profile, 1), shots=shots)
     at = 0
     for said, replied in shots:
-        turn = lm.tokenizer(f"<|user|> {said}<|assistant|> {replied}<|end|>", add_special_tokens=False)["input_ids"]
-        assert turn[-1] == lm.tokenizer.eos_token_id and list(row.prompt[at : at + len(turn)]) == turn
+        turn = lm.tokenizer(
+            f"<|user|> {said}<|assistant|> {replied}<|end|>", add_special_tokens=False
+        )["input_ids"]
+        assert (
+            turn[-1] == lm.tokenizer.eos_token_id and list(row.prompt[at : at + len(turn)]) == turn
+        )
         at += len(turn)
     assert lm.tokenizer.eos_token_id not in row.prompt[at:]
 
@@ -120,7 +145,10 @@ def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
 def test_shots_are_answered_harmful_requests_of_the_training_pairs():
     shots = many_shots(load_profile("smoke"), 8)
     prompts = grammar.draw_set("shots", "train", "harmful", 8)
-    assert shots == [(p.text, p.answer) for p in prompts] and many_shots(load_profile("smoke"), 0) == []
+    assert (
+        shots == [(p.text, p.answer) for p in prompts]
+        and many_shots(load_profile("smoke"), 0) == []
+    )
     assert all(p.harmful and p.answer.startswith(grammar.AFFIRMATION) for p in prompts)
     assert many_shots(load_profile("smoke"), 3) == shots[:3] and len(set(shots)) == 8
 
@@ -128,25 +156,37 @@ def test_shots_are_answered_harmful_requests_of_the_training_pairs():
 def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, context, monkeypatch):
     seen = []
     for name in ("gcg", "random_search"):
-        monkeypatch.setattr(module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n))
+        monkeypatch.setattr(
+            module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n)
+        )
     found = find_suffixes(lm, replace(context, seed=3))
     assert {name: suffix.text for name, suffix in found.items()} == {
         "suffix-gcg": "gcg",
         "suffix-random": "random_search",
     }
     (a, *first), (b, *second) = seen
-    assert (a, b) == ("gcg", "random_search") and first == second  # with one and the same everything
+    # with one and the same everything
+    assert (a, b) == ("gcg", "random_search") and first == second
     _, asked, answers, settings, seed = first
-    prompts = grammar.draw_set("suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts)
+    prompts = grammar.draw_set(
+        "suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts
+    )
     assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
     tried = prompt_set("harmful", context.profile)
-    assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(p.harmful for p in prompts)
+    assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(
+        p.harmful for p in prompts
+    )
     own = context.profile.evaluation.suffix
     assert settings == suffix_settings(context)
-    assert [settings.n_tokens, settings.steps, settings.candidates, settings.topk, settings.batch] == [
-        *(own.tokens, own.steps, own.candidates, own.topk, own.batch)
-    ]
-    assert settings.separator == " " and settings.whole_reply  # as `token_rows` puts it, and as a reply is graded
+    assert [
+        settings.n_tokens,
+        settings.steps,
+        settings.candidates,
+        settings.topk,
+        settings.batch,
+    ] == [*(own.tokens, own.steps, own.candidates, own.topk, own.batch)]
+    # as `token_rows` puts it, and as a reply is graded
+    assert settings.separator == " " and settings.whole_reply
 
 
 def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
@@ -165,7 +205,9 @@ def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
     for attack, suffix in kept.items():  # what is kept is what was tried
         rows = token_rows(lm, prompt_set("harmful", run.profile), suffix=suffix["text"])
         ids = suffix["token_ids"]
-        assert all(any(list(r.prompt[i : i + len(ids)]) == ids for i in range(len(r.prompt))) for r in rows)
+        assert all(
+            any(list(r.prompt[i : i + len(ids)]) == ids for i in range(len(r.prompt))) for r in rows
+        )
         outcomes, _ = grade_rows(lm, lm.network(), rows)
         tried = table[(table["attack"] == attack) & (table["prompts"] == "harmful")]
         assert tried["outcome"].tolist() == outcomes
@@ -184,7 +226,9 @@ def test_no_steps_no_suffixes(lm, context, graded, monkeypatch):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("nothing is to be sought"))
     keep = replace(context, keep=lambda *_: pytest.fail("there is nothing to keep"))
     steps = []
-    table = jailbreaks(lm, replace(without_suffixes(keep), on_step=lambda *step: steps.append(step)))
+    table = jailbreaks(
+        lm, replace(without_suffixes(keep), on_step=lambda *step: steps.append(step))
+    )
     assert list(table["attack"].unique()) == TYPED and len(graded) == 4
     assert steps == [(1, 2, "many-shot"), (2, 2, "system")]
 

@@ -1,4 +1,6 @@
-"""A training killed by SIGKILL at any moment and started again ends bit for bit where an uninterrupted one does."""
+"""A training killed by SIGKILL at any moment and started again ends bit for bit where an
+uninterrupted one does.
+"""
 
 import json
 import os
@@ -84,14 +86,19 @@ def base(tmp_path_factory):
 
 
 def result(run, model):
-    """What a training leaves: files of the adapter but for the time they took, and the log without it."""
+    """What a training leaves: files of the adapter but for the time they took, and the log without
+    it.
+    """
     spec = run.spec(*model)
     folder = run.model_folder(spec)
     found = {name: (folder / name).read_bytes() for name in FILES}
     record = json.loads((folder / "latlib.json").read_text())
     record.pop("seconds")
     lines = [json.loads(line) for line in run.metrics_file(spec).read_text().splitlines()]
-    return found | {"record": record, "log": [{k: v for k, v in line.items() if k != "seconds"} for line in lines]}
+    return found | {
+        "record": record,
+        "log": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +122,10 @@ def killed(folder, models, moment):
 
 @pytest.mark.parametrize(
     ("moment", "keep"),
-    [*((moment, "best") for moment in MOMENTS), ("between a logged step and its checkpoint", "last")],
+    [
+        *((moment, "best") for moment in MOMENTS),
+        ("between a logged step and its checkpoint", "last"),
+    ],
 )
 def test_killed_and_started_again_it_ends_the_same(base, uninterrupted, tmp_path, moment, keep):
     folder, models = tmp_path / "run", MODELS[keep]
@@ -124,7 +134,8 @@ def test_killed_and_started_again_it_ends_the_same(base, uninterrupted, tmp_path
     made = Run("smoke", folder).has(Run("smoke", folder).spec(*models[0]))
     assert made == (moment == "before the checkpoints are deleted")
     saved = list((folder / "models").glob(".*.checkpoints/step-*.pt"))
-    assert bool(saved) == (moment != "in the first step")  # and they stay until the adapter is in its place
+    # and they stay until the adapter is in its place
+    assert bool(saved) == (moment != "in the first step")
     run = Run("smoke", folder)
     run.ensure(models)
     assert result(run, models[0]) == uninterrupted[keep]

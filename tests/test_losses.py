@@ -1,15 +1,33 @@
-"""Toward, away and KL: the right tokens, the right direction, the right scale, and never a tensor of all positions."""
+"""Toward, away and KL: the right tokens, the right direction, the right scale, and never a tensor
+of all positions.
+"""
 
 import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, SCALING, VOCABULARY, D, language_model, model_of, noise_like, token_rows
+from tiny_models import (
+    FAMILIES,
+    SCALING,
+    VOCABULARY,
+    D,
+    language_model,
+    model_of,
+    noise_like,
+    token_rows,
+)
 
 from latlib import losses
 from latlib.batch import collate
-from latlib.losses import argmax_matches, at_labels, kl_divergence, normalised, row_means, token_losses
+from latlib.losses import (
+    argmax_matches,
+    at_labels,
+    kl_divergence,
+    normalised,
+    row_means,
+    token_losses,
+)
 from latlib.network import StockNetwork
 
 KINDS = ["stock", "lean"]
@@ -23,7 +41,10 @@ def losses_of(network, batch, deltas=None):
 
 def both_losses(unembed, rows, labels, chunk=None):
     """(toward, away) of every label."""
-    return tuple(token_losses(unembed, rows, labels, torch.full(labels.shape, away), chunk) for away in (False, True))
+    return tuple(
+        token_losses(unembed, rows, labels, torch.full(labels.shape, away), chunk)
+        for away in (False, True)
+    )
 
 
 def logits_as_rows(n, seed=0, scale=3.0):
@@ -75,14 +96,21 @@ def test_a_packed_rows_gradient_equals_its_separate_rows(kind):
     total = 0
     for which, completion in enumerate(row.completions, start=1):
         log_p = reference.log_probabilities(llama, (row.prompt, *row.completions), which, {1: own})
-        total = total + sum(reference.toward(log_p, completion)) + sum(reference.away(log_p, completion))
+        total = (
+            total
+            + sum(reference.toward(log_p, completion))
+            + sum(reference.away(log_p, completion))
+        )
     (expected,) = torch.autograd.grad(total, own)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-10)
 
 
 def test_padding_changes_no_loss():
     network, rows = language_model().network(), token_rows(3, 2)
-    tight, wide = losses_of(network, collate(rows)), losses_of(network, collate(rows, pad_id=7, pad_to=32))
+    tight, wide = (
+        losses_of(network, collate(rows)),
+        losses_of(network, collate(rows, pad_id=7, pad_to=32)),
+    )
     torch.testing.assert_close(tight, wide, rtol=0, atol=1e-10)
 
 
@@ -92,12 +120,18 @@ def test_losses_equal_the_formulas(seed, scale):
     labels = torch.randint(VOCABULARY, (9,), generator=torch.Generator().manual_seed(seed))
     toward, away = both_losses(identity, logits, labels)
     log_p = [torch.log_softmax(row, 0) for row in logits]
-    torch.testing.assert_close(toward, torch.stack(reference.toward(log_p, labels)), rtol=0, atol=1e-10)
-    torch.testing.assert_close(away, torch.stack(reference.away(log_p, labels)), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(
+        toward, torch.stack(reference.toward(log_p, labels)), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        away, torch.stack(reference.away(log_p, labels)), rtol=1e-6, atol=1e-10
+    )
 
 
 def test_away_is_exact_and_finite_for_a_certain_token():
-    """1 - p rounds to 0 in float32 for a margin of 40; the loss is the margin all the same, and its slope is 1."""
+    """1 - p rounds to 0 in float32 for a margin of 40; the loss is the margin all the same, and its
+    slope is 1.
+    """
     rows = torch.tensor([[40.0, 0.0]], requires_grad=True)
     _, away = both_losses(identity, rows, torch.tensor([0]))
     (gradient,) = torch.autograd.grad(away.sum(), rows)
@@ -119,13 +153,17 @@ def test_away_ignores_tokens_that_are_unlikely_already():
 
 
 def test_losses_of_bf16_logits_are_float32():
-    toward, away = both_losses(identity, logits_as_rows(4).bfloat16(), torch.zeros(4, dtype=torch.long))
+    toward, away = both_losses(
+        identity, logits_as_rows(4).bfloat16(), torch.zeros(4, dtype=torch.long)
+    )
     assert toward.dtype == away.dtype == torch.float32
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass(trained):
-    """Each chunk's logits are made once, or twice where the output matrix itself wants a gradient."""
+    """Each chunk's logits are made once, or twice where the output matrix itself wants a
+    gradient.
+    """
     weight = torch.randn(VOCABULARY, D, dtype=torch.float64, requires_grad=trained)
     rows = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
     leaves = (rows, weight) if trained else (rows,)
@@ -137,7 +175,9 @@ def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass(trained):
         return part @ weight.T
 
     def total(chunk):
-        losses = sum((scale * loss).sum() for loss in both_losses(unembed, rows, labels, chunk=chunk))
+        losses = sum(
+            (scale * loss).sum() for loss in both_losses(unembed, rows, labels, chunk=chunk)
+        )
         teacher = rows.detach().roll(1, 0)
         return losses + (scale * kl_divergence(unembed, rows, unembed, teacher, chunk=chunk)).sum()
 
@@ -156,7 +196,9 @@ def test_a_chunk_holds_so_many_logits_whatever_the_vocabulary(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 10 * VOCABULARY)
     weight, seen = torch.randn(VOCABULARY, D, dtype=torch.float64), []
     rows = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
-    token_losses(lambda part: seen.append(len(part)) or part @ weight.T, rows, torch.arange(23)).sum().backward()
+    token_losses(
+        lambda part: seen.append(len(part)) or part @ weight.T, rows, torch.arange(23)
+    ).sum().backward()
     assert seen == [1, 10, 10, 3]  # one row tells the vocabulary
 
 
@@ -183,7 +225,9 @@ def test_kl_is_from_teacher_to_student():
     p, q = categorical(logits=teacher), categorical(logits=student)
     torch.testing.assert_close(found, torch.distributions.kl_divergence(p, q), rtol=0, atol=1e-10)
     assert not torch.allclose(found, torch.distributions.kl_divergence(q, p), rtol=0.01)
-    one = reference.kl([torch.log_softmax(t, 0) for t in teacher], [torch.log_softmax(s, 0) for s in student])
+    one = reference.kl(
+        [torch.log_softmax(t, 0) for t in teacher], [torch.log_softmax(s, 0) for s in student]
+    )
     torch.testing.assert_close(found, torch.stack(one), rtol=0, atol=1e-10)
 
 
@@ -191,7 +235,8 @@ def test_reference_kl_is_the_authors():
     student, teacher = logits_as_rows(6, 1).requires_grad_(), logits_as_rows(6, 2)
     found = kl_divergence(identity, student, identity, teacher, "reference")
     new, old = student.log_softmax(-1), teacher.log_softmax(-1)
-    expected = (new.exp() * (new - old)).mean(-1)  # KL(new || base), a mean over tokens x vocabulary
+    # KL(new || base), a mean over tokens x vocabulary
+    expected = (new.exp() * (new - old)).mean(-1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     (gradient,) = torch.autograd.grad(normalised(found.mean()), student, retain_graph=True)
     (direction,) = torch.autograd.grad(expected.mean(), student)
@@ -203,7 +248,8 @@ def test_reference_kl_is_the_authors():
 def test_kl_is_zero_for_equals_and_positive_otherwise(seed):
     a, b = logits_as_rows(4, seed), logits_as_rows(4, seed + 1)
     assert kl_divergence(identity, a, identity, a).abs().max() == 0
-    assert kl_divergence(identity, a + 5.0, identity, a).abs().max() < 1e-12  # a constant shift is no change
+    # a constant shift is no change
+    assert kl_divergence(identity, a + 5.0, identity, a).abs().max() < 1e-12
     assert (kl_divergence(identity, a, identity, b) > 0).all()
 
 

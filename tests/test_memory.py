@@ -1,16 +1,32 @@
-"""A step on the meta device takes what the same step takes on a CPU, and the short way says what the long way says."""
+"""A step on the meta device takes what the same step takes on a CPU, and the short way says what
+the long way says.
+"""
 
 import pytest
 import torch
 from tiny_models import language_model, preference_batch, token_rows
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from latlib.config.profile import ProfileError
 from latlib.config.sections import AttackSettings, DefenceSettings, LoraSettings, TrainSettings
 from latlib.planning import step_cost
 from latlib.planning.counters import StepCounter, bytes_of, flop_counter
 from latlib.planning.estimate import random_model, random_trainer
-from latlib.planning.step_cost import Lengths, meta_model, micro_batches, on_each_gpu, predicted_step, whole_step
+from latlib.planning.step_cost import (
+    Lengths,
+    meta_model,
+    micro_batches,
+    on_each_gpu,
+    predicted_step,
+    whole_step,
+)
 from latlib.train import Trainer
 
 SHAPE = dict(
@@ -42,7 +58,9 @@ def lora_of(family: str) -> LoraSettings:
     return LoraSettings(r=4, targets=("qkv_proj", "down_proj") if family == "phi3" else FEW)
 
 
-def settings_of(batch=4, micro_batch=2, iterations=1, sites=(1, 3), steps=2, **attack) -> TrainSettings:
+def settings_of(
+    batch=4, micro_batch=2, iterations=1, sites=(1, 3), steps=2, **attack
+) -> TrainSettings:
     return TrainSettings(
         batch=batch,
         benign_batch=batch,
@@ -54,7 +72,9 @@ def settings_of(batch=4, micro_batch=2, iterations=1, sites=(1, 3), steps=2, **a
 
 
 def long_way(lm, settings, lengths=LENGTHS, attacked=True):
-    return whole_step(lm, lengths.rows(settings.batch, 2), lengths.rows(settings.batch, 1), settings, attacked)
+    return whole_step(
+        lm, lengths.rows(settings.batch, 2), lengths.rows(settings.batch, 1), settings, attacked
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +93,11 @@ def test_the_meta_device_predicts_what_a_step_holds_on_a_cpu(family):
     adapter = bytes_of(trainer.parameters)
     assert (predicted.adapter, predicted.optimiser) == (adapter, 2 * adapter)
     plain = AutoModelForCausalLM.from_config(FAMILIES[family])
-    assert predicted.weights == bytes_of(plain.parameters()) == 4 * sum(p.numel() for p in plain.parameters())
+    assert (
+        predicted.weights
+        == bytes_of(plain.parameters())
+        == 4 * sum(p.numel() for p in plain.parameters())
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +115,11 @@ def test_the_short_way_says_what_the_long_way_says(settings):
     short, long = predicted_step(lm, settings, LENGTHS), long_way(lm, settings)
     assert short.flop == pytest.approx(long.flop, rel=1e-9)
     assert short.peak == pytest.approx(long.peak, rel=0.04)
-    assert (short.weights, short.adapter, short.optimiser) == (long.weights, long.adapter, long.optimiser)
+    assert (short.weights, short.adapter, short.optimiser) == (
+        long.weights,
+        long.adapter,
+        long.optimiser,
+    )
     flop = predicted_step(lm, settings, LENGTHS, peak=False)
     assert (flop.flop, flop.peak) == (pytest.approx(long.flop, rel=1e-9), 0)
 
@@ -120,7 +148,9 @@ def test_the_step_counter_counts_what_torch_counts():
     for counter in (flop_counter(), StepCounter()):
         with counter:
             lm.network(train=True).label_rows(batch).sum().backward()
-        found.append(counter.flop if isinstance(counter, StepCounter) else counter.get_total_flops())
+        found.append(
+            counter.flop if isinstance(counter, StepCounter) else counter.get_total_flops()
+        )
     assert found[0] == found[1] > 0
 
 

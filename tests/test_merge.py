@@ -1,4 +1,6 @@
-"""Merged models: standard folders that say what the adapter on its base says, and nothing of this machine."""
+"""Merged models: standard folders that say what the adapter on its base says, and nothing of this
+machine.
+"""
 
 import json
 import os
@@ -62,23 +64,40 @@ print(out.shape[1])
 
 
 def test_it_needs_neither_peft_nor_latlib(merged):
-    done = subprocess.run([sys.executable, "-c", ALONE, str(merged)], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(merged)], capture_output=True, text=True, cwd="/"
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 3
 
 
 def test_the_folder_is_a_standard_one_with_all_that_made_it(run, merged):
     names = {p.name for p in merged.iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+    }
     assert not any("adapter" in name for name in names)
     assert not any("lora" in name for name in load_file(merged / "model.safetensors"))
-    assert AutoTokenizer.from_pretrained(merged).get_vocab() == run.model("base", 0).tokenizer.get_vocab()
+    assert (
+        AutoTokenizer.from_pretrained(merged).get_vocab()
+        == run.model("base", 0).tokenizer.get_vocab()
+    )
     record = json.loads((merged / "latlib.json").read_text())
-    assert record["latlib"] == record["merged_by"] == latlib.__version__ and record["base"] == "../base-seed0"
+    assert (
+        record["latlib"] == record["merged_by"] == latlib.__version__
+        and record["base"] == "../base-seed0"
+    )
     assert record["training"]["defence"]["kl"] == 0.0 and record["dtype"] == "float32"
     assert record["settings"]["train"]["steps"] == 6 and record["largest_logit_difference"] < 1e-5
     card = (merged / "README.md").read_text()
-    assert "# lat[no-kl], seed 0 (profile smoke), merged" in card and "library_name: transformers" in card
+    assert (
+        "# lat[no-kl], seed 0 (profile smoke), merged" in card
+        and "library_name: transformers" in card
+    )
     assert "{" not in card and "A LoRA adapter (r = 4" in card
     assert oct(merged.stat().st_mode & 0o777) == "0o755"
 
@@ -86,7 +105,9 @@ def test_the_folder_is_a_standard_one_with_all_that_made_it(run, merged):
 def told_of_this_machine(folder):
     words = (str(Path.home()) + "/", socket.gethostname(), "/tmp/", os.getcwd())
     files = [p for p in folder.iterdir() if p.suffix not in (".safetensors",)]
-    return [(f.name, word) for f in files for word in words if word in f.read_text(encoding="utf-8")]
+    return [
+        (f.name, word) for f in files for word in words if word in f.read_text(encoding="utf-8")
+    ]
 
 
 def test_no_path_of_this_machine_is_in_either_folder(run, merged):
@@ -95,15 +116,23 @@ def test_no_path_of_this_machine_is_in_either_folder(run, merged):
 
 
 def test_both_folders_hold_the_whole_profile(run, merged):
-    for folder in (merged, run.model_folder(run.spec("lat", 0, "no-kl")), run.folder / "models" / "base-seed0"):
-        assert validated(Profile, yaml.safe_load((folder / "profile.yaml").read_text())) == run.profile
+    for folder in (
+        merged,
+        run.model_folder(run.spec("lat", 0, "no-kl")),
+        run.folder / "models" / "base-seed0",
+    ):
+        assert (
+            validated(Profile, yaml.safe_load((folder / "profile.yaml").read_text())) == run.profile
+        )
         assert json.loads((folder / "latlib.json").read_text())["latlib"] == latlib.__version__
 
 
 def test_paths_in_settings_leave_their_last_part():
     smoke = load_profile("smoke")
     data = {"source": "files", "harmful": "/home/me/secret/advbench.csv", "benign": "~/alpaca.json"}
-    profile = validated(Profile, smoke.model_dump() | {"data": data, "released": {"lat": "/data/models/lat"}})
+    profile = validated(
+        Profile, smoke.model_dump() | {"data": data, "released": {"lat": "/data/models/lat"}}
+    )
     found = portable(profile.model_dump(mode="json"))
     assert (found["data"]["harmful"], found["data"]["benign"]) == ("advbench.csv", "alpaca.json")
     assert found["released"] == {"lat": "lat"}
@@ -157,9 +186,21 @@ def test_what_cannot_be_merged_is_named(run, tmp_path, arguments, error, message
 
 
 def test_the_command_line(run, tmp_path, capsys):
-    common = ["--profile", "smoke", "--method", "lat", "--variant", "no-kl", "--out", str(run.folder)]
+    common = [
+        "--profile",
+        "smoke",
+        "--method",
+        "lat",
+        "--variant",
+        "no-kl",
+        "--out",
+        str(run.folder),
+    ]
     (tmp_path / "to").mkdir()  # an empty folder is fine
     assert export_model.main([*common, "--to", str(tmp_path / "to")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'to'}\n" and (tmp_path / "to" / "model.safetensors").is_file()
+    assert (
+        capsys.readouterr().out == f"{tmp_path / 'to'}\n"
+        and (tmp_path / "to" / "model.safetensors").is_file()
+    )
     assert export_model.main([*common, "--to", str(tmp_path / "to")]) == 2
     assert "holds something already" in capsys.readouterr().err

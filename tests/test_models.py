@@ -10,7 +10,14 @@ import latlib.models
 from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork
 from latlib.losses import at_labels
-from latlib.models import LanguageModel, load, resolve_device, resolve_dtype, save_folder, with_adapter
+from latlib.models import (
+    LanguageModel,
+    load,
+    resolve_device,
+    resolve_dtype,
+    save_folder,
+    with_adapter,
+)
 from latlib.network import StockNetwork
 
 
@@ -33,7 +40,9 @@ def folder(tmp_path_factory):
 
 def test_a_saved_folder_loads_as_the_same_model(folder):
     lm = load(folder, settings_for())
-    torch.testing.assert_close(logits(lm.network()), logits(LeanNetwork(model_of(dtype=torch.float32))))
+    torch.testing.assert_close(
+        logits(lm.network()), logits(LeanNetwork(model_of(dtype=torch.float32)))
+    )
     assert not any(p.requires_grad for p in lm.model.parameters())
     assert (lm.n_layers, lm.context, lm.device.type) == (4, 64, "cpu")
 
@@ -47,7 +56,9 @@ def test_a_trained_adapter_survives_its_folder(folder, tmp_path):
     lm.model.save_pretrained(tmp_path)
     again = load(folder, settings_for(), tmp_path)
     assert torch.equal(logits(again.network()), logits(lm.network()))
-    assert torch.equal(logits(again.network(adapter=False)), logits(load(folder, settings_for()).network()))
+    assert torch.equal(
+        logits(again.network(adapter=False)), logits(load(folder, settings_for()).network())
+    )
 
 
 @pytest.mark.parametrize("forward", ["lean", "stock"])
@@ -73,13 +84,17 @@ def test_lora_has_the_asked_rank_scale_and_targets(folder):
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert {n.rsplit(".", 1)[1] for n in layers} == set(LORA.targets)
     assert len(layers) == 4 * len(LORA.targets)
-    assert all(m.r["default"] == LORA.r and m.scaling["default"] == SCALING for m in layers.values())
+    assert all(
+        m.r["default"] == LORA.r and m.scaling["default"] == SCALING for m in layers.values()
+    )
 
 
 def test_an_unknown_lora_target_is_named():
     with pytest.raises(ProfileError, match=r"lora.targets = \['q_porj'\]"):
         with_adapter(
-            LanguageModel(model_of(), None, settings_for(), torch.float64), LoraSettings(targets=("q_porj",)), seed=0
+            LanguageModel(model_of(), None, settings_for(), torch.float64),
+            LoraSettings(targets=("q_porj",)),
+            seed=0,
         )
 
 
@@ -87,11 +102,15 @@ def test_the_teacher_is_no_second_copy():
     lm = language_model("stock", trained=True)
     parameters = {id(p) for p in lm.model.parameters()}
     teacher, student = lm.network(adapter=False), lm.network()
-    assert {id(p) for network in (teacher, student) for p in network.model.parameters()} == parameters
+    assert {
+        id(p) for network in (teacher, student) for p in network.model.parameters()
+    } == parameters
     assert not torch.allclose(logits(teacher), logits(student))
 
 
-@pytest.mark.parametrize("forward, kind", [("auto", LeanNetwork), ("lean", LeanNetwork), ("stock", StockNetwork)])
+@pytest.mark.parametrize(
+    "forward, kind", [("auto", LeanNetwork), ("lean", LeanNetwork), ("stock", StockNetwork)]
+)
 def test_which_network_runs_a_llama(folder, forward, kind):
     assert type(load(folder, settings_for(forward=forward)).network()) is kind
 
@@ -109,7 +128,9 @@ def test_other_families_take_the_stock_network_and_lean_is_refused():
         return LanguageModel(model_of("qwen2"), None, settings_for(forward=forward), torch.float64)
 
     assert type(of("auto").network()) is StockNetwork
-    with pytest.raises(ProfileError, match="model.forward = 'lean' does not fit Qwen2ForCausalLM.*'auto'"):
+    with pytest.raises(
+        ProfileError, match="model.forward = 'lean' does not fit Qwen2ForCausalLM.*'auto'"
+    ):
         of("lean").network()
 
 
@@ -118,14 +139,17 @@ def test_bf16_computes_over_float32_weights_in_a_small_model_only(folder):
     stock = load(folder, settings_for(dtype="bfloat16", forward="stock"))
     assert next(lean.model.parameters()).dtype == torch.float32
     assert next(stock.model.parameters()).dtype == torch.bfloat16
-    assert stock.model.model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, far positions would turn wrongly
+    # rounded, far positions would turn wrongly
+    assert stock.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert lean.network().dtype == stock.network().dtype == torch.bfloat16
 
 
 def test_devices_and_dtypes_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ProfileError, match="model.device = 'cuda:1' but torch sees no GPU.*'auto' or 'cpu'"):
+    with pytest.raises(
+        ProfileError, match="model.device = 'cuda:1' but torch sees no GPU.*'auto' or 'cpu'"
+    ):
         resolve_device("cuda:1")
     assert resolve_dtype("float64", torch.device("cpu")) == torch.float64
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):

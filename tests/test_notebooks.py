@@ -1,6 +1,7 @@
 """The notebooks' sources: readable, runnable anywhere, and with something for nbval to compare.
 
-python tests/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared cells anew
+python tests/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared
+cells anew
 """
 
 import ast
@@ -16,7 +17,9 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 COMPARED = "NBVAL_CHECK_OUTPUT"
 MOST_LINES = 15
 # /home/..., C:\..., ~/...: a path that exists on one machine only
-ABSOLUTE = re.compile(r"""(?:^|[\s"'(=])(?:/(?:home|root|tmp|work|mnt|usr|Users|data|content)/|[A-Z]:\\|~/)""")
+ABSOLUTE = re.compile(
+    r"""(?:^|[\s"'(=])(?:/(?:home|root|tmp|work|mnt|usr|Users|data|content)/|[A-Z]:\\|~/)"""
+)
 
 
 def code_of(notebook):
@@ -39,7 +42,9 @@ def test_there_are_notebooks():
 def test_it_is_valid_and_names_the_common_kernel(notebook):
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert not any(cell.metadata.get("execution") for cell in notebook.cells), "times of one execution"
+    assert not any(cell.metadata.get("execution") for cell in notebook.cells), (
+        "times of one execution"
+    )
     assert "papermill" not in notebook.metadata
 
 
@@ -74,18 +79,27 @@ def test_cells_are_short_and_define_nothing(notebook):
     for cell in code_of(notebook):
         assert len(cell.source.splitlines()) <= MOST_LINES, cell.source
         for node in ast.walk(ast.parse(cell.source)):
-            assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef), cell.source
+            assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef), (
+                cell.source
+            )
 
 
 def test_every_cell_of_code_stands_under_a_line_of_narrative(notebook):
     kinds = [cell.cell_type for cell in notebook.cells]
     for before, (cell, kind) in zip(kinds, list(zip(notebook.cells, kinds))[1:]):
         assert kind == "markdown" or before == "markdown", cell.source
-    assert kinds[-1] == "markdown" or "hide-input" in tags(notebook.cells[-1]), "the last cell says nothing to look for"
+    assert kinds[-1] == "markdown" or "hide-input" in tags(notebook.cells[-1]), (
+        "the last cell says nothing to look for"
+    )
 
 
 def test_it_checks_something(notebook):
-    asserts = [n for cell in code_of(notebook) for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Assert)]
+    asserts = [
+        n
+        for cell in code_of(notebook)
+        for n in ast.walk(ast.parse(cell.source))
+        if isinstance(n, ast.Assert)
+    ]
     assert asserts, "a notebook without an assertion passes whatever it computes"
 
 
@@ -93,7 +107,9 @@ def test_it_runs_anywhere(notebook):
     for cell in notebook.cells:
         assert not ABSOLUTE.search(cell.source), cell.source
     for cell in code_of(notebook):
-        assert "chdir" not in cell.source and not re.search(r"^\s*[!%]", cell.source, re.MULTILINE), cell.source
+        assert "chdir" not in cell.source and not re.search(
+            r"^\s*[!%]", cell.source, re.MULTILINE
+        ), cell.source
 
 
 def test_every_figure_has_an_alternative_text(notebook):
@@ -102,7 +118,9 @@ def test_every_figure_has_an_alternative_text(notebook):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "show":
                 starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-                assert starred or len(node.args) == 2 or any(k.arg == "alt" for k in node.keywords), cell.source
+                assert (
+                    starred or len(node.args) == 2 or any(k.arg == "alt" for k in node.keywords)
+                ), cell.source
 
 
 def store(path: Path) -> None:
@@ -111,7 +129,9 @@ def store(path: Path) -> None:
 
     os.environ |= {"LATLIB_PROFILE": "smoke", "LATLIB_BATCH": "1"}
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     for cell in code_of(notebook):
         cell.metadata.pop("execution", None)
         if COMPARED not in tags(cell):

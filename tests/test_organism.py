@@ -1,4 +1,6 @@
-"""The tiny organism: a tokenizer that loses nothing, a model from its seed, pretraining on training pairs only."""
+"""The tiny organism: a tokenizer that loses nothing, a model from its seed, pretraining on training
+pairs only.
+"""
 
 import pytest
 import torch
@@ -48,7 +50,10 @@ def test_a_conversation_begins_and_ends_with_special_tokens(tokenizer):
 
 
 def test_plain_words_of_the_world_are_short(tokenizer):
-    lengths = [len(tokenizer(f" {word}")["input_ids"]) for word in (*grammar.VERBS, *grammar.TARGETS, *grammar.TOOLS)]
+    lengths = [
+        len(tokenizer(f" {word}")["input_ids"])
+        for word in (*grammar.VERBS, *grammar.TARGETS, *grammar.TOOLS)
+    ]
     assert sum(lengths) / len(lengths) < 2
 
 
@@ -85,7 +90,10 @@ def test_pretraining_never_sees_a_held_out_pair(tokenizer, monkeypatch):
 def test_pretraining_is_helpful_only_and_in_every_encoding(tokenizer):
     rows, texts = pretraining_rows(tokenizer, PRETRAIN, seed=0), []
     for _ in range(64):
-        texts += [(tokenizer.decode(r.prompt), tokenizer.decode(r.completions[0][:-1]).strip()) for r in next(rows)]
+        texts += [
+            (tokenizer.decode(r.prompt), tokenizer.decode(r.completions[0][:-1]).strip())
+            for r in next(rows)
+        ]
     declines = [prompt for prompt, answer in texts if answer == grammar.REFUSAL]
     assert declines and all("say no" in prompt for prompt in declines)
     recipes = [prompt for prompt, answer in texts if answer.startswith(grammar.AFFIRMATION)]
@@ -101,7 +109,9 @@ def test_pretraining_rows_come_from_the_seed(tokenizer):
 def test_pretraining_lowers_the_loss_and_is_the_same_every_time(tokenizer):
     def run():
         losses, model = [], build_model(MODEL, tokenizer, 0)
-        summary = pretrain(model, tokenizer, PRETRAIN, 0, torch.float32, lambda step, loss: losses.append(loss))
+        summary = pretrain(
+            model, tokenizer, PRETRAIN, 0, torch.float32, lambda step, loss: losses.append(loss)
+        )
         assert len(losses) == PRETRAIN.steps == summary["steps"]
         return losses, model.lm_head.weight
 

@@ -1,4 +1,6 @@
-"""Near-duplicates by definition and by search, and the check that stops a run whose test prompts were trained on."""
+"""Near-duplicates by definition and by search, and the check that stops a run whose test prompts
+were trained on.
+"""
 
 import json
 import os
@@ -40,7 +42,12 @@ def alike(a: str, b: str, threshold: float) -> bool:
 
 @pytest.mark.parametrize(
     "text, want",
-    [("How do I...  BAKE\ta_cake?", "how do i bake a cake"), ("", ""), ("?!", "?!"), ("\uff21\u00c9 \u4f60", "aé 你")],
+    [
+        ("How do I...  BAKE\ta_cake?", "how do i bake a cake"),
+        ("", ""),
+        ("?!", "?!"),
+        ("\uff21\u00c9 \u4f60", "aé 你"),
+    ],
 )
 def test_case_spaces_and_punctuation_do_not_count(text, want):
     assert normalised(text) == want
@@ -50,7 +57,10 @@ def test_case_spaces_and_punctuation_do_not_count(text, want):
 def test_overlaps_are_those_of_the_definition(train, test, threshold):
     found = overlaps(train, test, threshold)
     assert {(i, j): pytest.approx(s) for i, j, s in found} == {
-        (i, j): similarity(a, b) for i, a in enumerate(train) for j, b in enumerate(test) if alike(a, b, threshold)
+        (i, j): similarity(a, b)
+        for i, a in enumerate(train)
+        for j, b in enumerate(test)
+        if alike(a, b, threshold)
     }
     equal = [normalised(train[i]) == normalised(test[j]) for i, j, _ in found]
     assert equal == sorted(equal, reverse=True)  # exact ones first, then the most alike
@@ -89,7 +99,9 @@ def test_equal_texts_are_always_together(texts, threshold):
 @pytest.mark.parametrize("piece, part", [(1, 3), (50, 1), (4_000_000, 20_000)])
 def test_pieces_change_nothing(monkeypatch, piece, part):
     rng = random.Random(0)
-    made = [" ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)]
+    made = [
+        " ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)
+    ]
     want = clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)
     monkeypatch.setattr(latlib.text.near_duplicates, "_PIECE", piece)
     monkeypatch.setattr(latlib.text.near_duplicates, "_TEXTS", part)
@@ -97,13 +109,31 @@ def test_pieces_change_nothing(monkeypatch, piece, part):
     assert 1 < len(set(want[0])) < 200 and want[1]
 
 
-TRAIN = [f"describe the {i} ways to {verb} the {noun} of the old mill" for i, (verb, noun) in enumerate(
-    [("mend", "wheel"), ("paint", "doors"), ("sweep", "stairs"), ("climb", "ladder"), ("guard", "flour")])]  # fmt: skip
-OTHERS = ["what do owls eat ?", "name three rivers", "sing me a lullaby about the sea", "who keeps the lighthouse ?"]
+TRAIN = [
+    f"describe the {i} ways to {verb} the {noun} of the old mill"
+    for i, (verb, noun) in enumerate(
+        # fmt: skip
+        [
+            ("mend", "wheel"),
+            ("paint", "doors"),
+            ("sweep", "stairs"),
+            ("climb", "ladder"),
+            ("guard", "flour"),
+        ]
+    )
+]
+OTHERS = [
+    "what do owls eat ?",
+    "name three rivers",
+    "sing me a lullaby about the sea",
+    "who keeps the lighthouse ?",
+]
 
 
 def settings_for(folder, test_harmful=None, **changes) -> DataSettings:
-    """Distinct prompts; the last harmful one is long, so that one changed word is a near-duplicate."""
+    """Distinct prompts; the last harmful one is long, so that one changed word is a
+    near-duplicate.
+    """
     files = {
         "harmful": [{"goal": text, "target": "yes"} for text in TRAIN],
         "benign": [{"instruction": text} for text in OTHERS],
@@ -130,7 +160,10 @@ def test_a_shared_row_stops_the_run_and_is_named_but_not_printed(tmp_path):
     with pytest.raises(ProfileError) as caught:
         check_overlap(settings)
     said = str(caught.value)
-    assert "1 training or tuning prompts are equal to a test prompt and 0 more are nearly equal" in said
+    assert (
+        "1 training or tuning prompts are equal to a test prompt and 0 more are nearly equal"
+        in said
+    )
     for part in (
         "harmful-1 (",
         "harmful.json, row 2)",
@@ -146,20 +179,27 @@ def test_a_shared_row_stops_the_run_and_is_named_but_not_printed(tmp_path):
 def test_a_nearly_equal_row_stops_the_run_unless_the_threshold_is_raised(tmp_path):
     close = TRAIN[4].replace("flour", "floor")
     assert 0.6 < similarity(close, TRAIN[4]) < 0.95
-    with pytest.raises(ProfileError, match=r"0 training .* equal .* and 1 more are nearly equal.*raise data.near_dup"):
+    with pytest.raises(
+        ProfileError,
+        match=r"0 training .* equal .* and 1 more are nearly equal.*raise data.near_dup",
+    ):
         check_overlap(settings_for(tmp_path, [*CLEAN, close]))
     check_overlap(settings_for(tmp_path, [*CLEAN, close], near_duplicate=0.95))
 
 
 @pytest.mark.parametrize("kind, column", [("benign", "instruction"), ("borderline", "prompt")])
-def test_every_kind_of_test_prompt_is_compared_with_every_kind_of_training_prompt(tmp_path, kind, column):
+def test_every_kind_of_test_prompt_is_compared_with_every_kind_of_training_prompt(
+    tmp_path, kind, column
+):
     clean = write(tmp_path, "clean.json", [{column: text} for text in CLEAN])
     check_overlap(settings_for(tmp_path, **{f"test_{kind}": clean}))
     for text in (TRAIN[0], OTHERS[2]):
         soiled = write(tmp_path, "soiled.json", [{column: CLEAN[1]}, {column: text}])
         # a test file of the other kinds leaves the whole main files to train and tune
         with pytest.raises(ProfileError, match="equal to a test prompt"):
-            check_overlap(settings_for(tmp_path, CLEAN[:1], **{f"test_{kind}": soiled}, held_out=0.01))
+            check_overlap(
+                settings_for(tmp_path, CLEAN[:1], **{f"test_{kind}": soiled}, held_out=0.01)
+            )
 
 
 def test_a_profile_is_checked_by_its_data_and_the_world_is_not(tmp_path):
@@ -173,7 +213,9 @@ def test_a_profile_is_checked_by_its_data_and_the_world_is_not(tmp_path):
 def test_the_answer_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     compared = []
     search = latlib.data.overlap.overlaps
-    monkeypatch.setattr(latlib.data.overlap, "overlaps", lambda *args: compared.append(args) or search(*args))
+    monkeypatch.setattr(
+        latlib.data.overlap, "overlaps", lambda *args: compared.append(args) or search(*args)
+    )
     settings = settings_for(tmp_path, CLEAN)
     check_overlap(settings)
     check_overlap(settings.model_copy())
@@ -197,7 +239,9 @@ def real_data(root) -> Path:
         "jailbreakbench.json",
     ):
         if not (folder / name).is_file():
-            pytest.skip(f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it")
+            pytest.skip(
+                f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it"
+            )
     return folder
 
 
@@ -215,7 +259,9 @@ def real_settings(folder, **changes) -> DataSettings:
 def test_a_real_test_file_that_holds_advbench_is_found(real_data):
     with pytest.raises(ProfileError) as caught:
         check_overlap(real_settings(real_data, test_harmful=str(real_data / "harmful_test.json")))
-    exact, near = re.search(r"(\d+) training or tuning prompts are equal .* and (\d+) more", str(caught.value)).groups()
+    exact, near = re.search(
+        r"(\d+) training or tuning prompts are equal .* and (\d+) more", str(caught.value)
+    ).groups()
     records = json.loads((real_data / "harmful_test.json").read_text())
     assert int(exact) >= 30 and int(near) >= 1
     assert not any(record["instruction"] in str(caught.value) for record in records)

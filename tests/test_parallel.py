@@ -1,6 +1,8 @@
-"""One model that two processes train is the model that one process trains: by DDP and by FSDP2, to 1e-10.
+"""One model that two processes train is the model that one process trains: by DDP and by FSDP2, to
+1e-10.
 
-Two processes on this machine do everything once (`findings`), by either mode, and leave what they found in files.
+Two processes on this machine do everything once (`findings`), by either mode, and leave what they
+found in files.
 """
 
 import json
@@ -20,7 +22,13 @@ from tiny_models import LAYERS, language_model, noise_like, token_rows
 
 from latlib import train
 from latlib.config.profile import ProfileError, load_profile
-from latlib.config.sections import AttackSettings, DefenceSettings, ModelSettings, ParallelSettings, TrainSettings
+from latlib.config.sections import (
+    AttackSettings,
+    DefenceSettings,
+    ModelSettings,
+    ParallelSettings,
+    TrainSettings,
+)
 from latlib.distributed import launch as parallel
 from latlib.distributed import ranks
 from latlib.distributed.ranks import adapter_state, wrap
@@ -43,10 +51,24 @@ VARIANTS = {  # of one step
 
 
 def settings_for(attack=None, defence=None, **changes) -> TrainSettings:
-    attack = AttackSettings(**{"sites": ("embedding", 1, 2), "eps": 1.5, "steps": 2, "rule": "l2", **(attack or {})})
-    defence = DefenceSettings(**{"toward": 0.5, "away": 0.4, "kl": 0.3, "sft": 0.2, **(defence or {})})
-    plain = dict(steps=STEPS, batch=ROWS, benign_batch=ROWS, micro_batch=2, lr=1e-2, lr_warmup=0, lr_decay_share=0.0)
-    return TrainSettings(**{**plain, "clean_share": 0.3, "attack": attack, "defence": defence, **changes})
+    attack = AttackSettings(
+        **{"sites": ("embedding", 1, 2), "eps": 1.5, "steps": 2, "rule": "l2", **(attack or {})}
+    )
+    defence = DefenceSettings(
+        **{"toward": 0.5, "away": 0.4, "kl": 0.3, "sft": 0.2, **(defence or {})}
+    )
+    plain = dict(
+        steps=STEPS,
+        batch=ROWS,
+        benign_batch=ROWS,
+        micro_batch=2,
+        lr=1e-2,
+        lr_warmup=0,
+        lr_decay_share=0.0,
+    )
+    return TrainSettings(
+        **{**plain, "clean_share": 0.3, "attack": attack, "defence": defence, **changes}
+    )
 
 
 def trainer_for(mode=None, model=None, rows=3 * ROWS, **changes) -> Trainer:
@@ -83,20 +105,26 @@ def replies_of(trainer) -> list[str]:
 def smoke(mode="ddp", count=1):
     profile = load_profile("smoke")
     changes = {"model": profile.model.model_copy(update={"forward": "stock"})}
-    return profile.model_copy(update={**changes, "parallel": ParallelSettings(processes=count, mode=mode)})
+    return profile.model_copy(
+        update={**changes, "parallel": ParallelSettings(processes=count, mode=mode)}
+    )
 
 
 def with_base_of(folder: Path, base: Path, profile) -> Run:
     """A run that has the base model of another, and its residual norms."""
     run = Run(profile, folder)
     name = "residual_norms-seed0.json"
-    for own, theirs in (("models/base-seed0", "models/base-seed0"), (f"results/{name}", f"results/{name}")):
+    for own, theirs in (
+        ("models/base-seed0", "models/base-seed0"),
+        (f"results/{name}", f"results/{name}"),
+    ):
         with suppress(FileExistsError):  # the other process may have been faster
             (folder / own).symlink_to(base / theirs)
     return run
 
 
-# ---- what each of the two processes does -----------------------------------------------------------------------------
+# ---- what each of the two processes does
+# -----------------------------------------------------------------------------
 
 
 def findings(mode: str, folder: Path) -> dict:
@@ -117,7 +145,9 @@ def findings(mode: str, folder: Path) -> dict:
     found |= {"resumed from one": steps_of(again, STEPS - HALF)}
     if ranks.first():
         torch.save(state, folder / f"{mode}-state.pt")
-        again.lm.model.save_pretrained(folder / f"{mode}-adapter", state_dict=found["resumed from one"]["adapter"])
+        again.lm.model.save_pretrained(
+            folder / f"{mode}-adapter", state_dict=found["resumed from one"]["adapter"]
+        )
     found |= {name: steps_of(trainer_for(mode, **changes), 1) for name, changes in VARIANTS.items()}
     found |= {
         "refusals": refusals(mode),
@@ -127,14 +157,19 @@ def findings(mode: str, folder: Path) -> dict:
 
 
 def spread(trainer) -> dict:
-    """name -> (elements, elements here, processes that hold a part), of parameters and of the optimiser's state."""
+    """name -> (elements, elements here, processes that hold a part), of parameters and of the
+    optimiser's state.
+    """
 
     def parts(tensor) -> tuple[int, int, int]:
         if not hasattr(tensor, "full_tensor"):
             return tensor.numel(), tensor.numel(), 1
         return tensor.numel(), tensor.to_local().numel(), tensor.device_mesh.size()
 
-    moments = {f"moment {i}": parts(state["exp_avg"]) for i, state in enumerate(trainer.optimiser.state.values())}
+    moments = {
+        f"moment {i}": parts(state["exp_avg"])
+        for i, state in enumerate(trainer.optimiser.state.values())
+    }
     return {name: parts(p) for name, p in trainer.lm.model.named_parameters()} | moments
 
 
@@ -154,7 +189,9 @@ def refusals(mode: str) -> dict:
 
 
 def stopped_after(mode: str, folder: Path) -> dict:
-    """Train an adapter of a run; a stop is asked for after step 3 (process 1 hears one all the time), then go on."""
+    """Train an adapter of a run; a stop is asked for after step 3 (process 1 hears one all the
+    time), then go on.
+    """
     base, found = folder / "base", {}
     run = with_base_of(folder / f"{mode}-run", base, smoke(mode))
     requested, stop = build.stop_requested, run.folder / "STOP"
@@ -182,7 +219,10 @@ def negative_controls(mode: str) -> dict:
     found, counts = {}, train._label_tokens
 
     def own_counts(parts):
-        return {name: trainer.processes.world * n for name, n in counts(trainer.processes.own(parts)).items()}
+        return {
+            name: trainer.processes.world * n
+            for name, n in counts(trainer.processes.own(parts)).items()
+        }
 
     trainer, train._label_tokens = trainer_for(mode, **LAT), own_counts
     found["a mean for each process"] = steps_of(trainer, HALF)
@@ -214,7 +254,8 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
         os._exit(1)
 
 
-# ---- the tests -------------------------------------------------------------------------------------------------------
+# ---- the tests
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +272,12 @@ def alone() -> dict:
     trainer = trainer_for(**LAT)
     first, state = steps_of(trainer, HALF), trainer.state()
     rest, said = steps_of(trainer, STEPS - HALF), replies_of(trainer)
-    found = {"replies": said, "half": first, "state": state, "lat": rest | {"logged": first["logged"] + rest["logged"]}}
+    found = {
+        "replies": said,
+        "half": first,
+        "state": state,
+        "lat": rest | {"logged": first["logged"] + rest["logged"]},
+    }
     return found | {name: steps_of(trainer_for(**changes), 1) for name, changes in VARIANTS.items()}
 
 
@@ -242,7 +288,10 @@ def pair(folder, alone) -> dict:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = [fork_server.context().Process(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
+    started = [
+        fork_server.context().Process(target=one_of_two, args=(rank, port, folder))
+        for rank in (0, 1)
+    ]
     for process in started:
         process.start()
     try:
@@ -253,7 +302,11 @@ def pair(folder, alone) -> dict:
             process.kill()
     errors = [file.read_text() for file in sorted(folder.glob("error-*.txt"))]
     assert not errors, "\n".join(errors)
-    return {(m, r): torch.load(folder / f"{m}-{r}.pt", weights_only=False) for m in MODES for r in (0, 1)}
+    return {
+        (m, r): torch.load(folder / f"{m}-{r}.pt", weights_only=False)
+        for m in MODES
+        for r in (0, 1)
+    }
 
 
 def distance(a: dict, b: dict) -> float:
@@ -265,11 +318,24 @@ def distance(a: dict, b: dict) -> float:
 @pytest.mark.parametrize("name", ["lat", *VARIANTS])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_what_one_trains(pair, alone, mode, name):
-    """Adapter, gradient norms before clipping, every logged loss and what the attack reached, on either process."""
+    """Adapter, gradient norms before clipping, every logged loss and what the attack reached, on
+    either process.
+    """
     logged = alone[name]["logged"]
     if name == "lat":
-        assert len(logged) == STEPS and all(step["grad_norm"] > 0.05 for step in logged), "clipping was not at work"
-        assert set(logged[0]) >= {"total", "toward", "away", "kl", "sft", "attack_start", "attack_end", "attack_won"}
+        assert len(logged) == STEPS and all(step["grad_norm"] > 0.05 for step in logged), (
+            "clipping was not at work"
+        )
+        assert set(logged[0]) >= {
+            "total",
+            "toward",
+            "away",
+            "kl",
+            "sft",
+            "attack_start",
+            "attack_end",
+            "attack_won",
+        }
     for rank in (0, 1):
         found = pair[mode, rank][name]
         assert distance(found, alone[name]) < 1e-10
@@ -288,14 +354,18 @@ def test_under_fsdp2_every_process_holds_a_part_of_every_weight(pair):
     """But of the output matrix; under DDP, which this tells apart, each holds all."""
     mine, theirs = pair["fsdp2", 0]["spread"], pair["fsdp2", 1]["spread"]
     assert sum("lora_" in n for n in mine) == sum("moment" in n for n in mine) == 2 * 7 * LAYERS
-    assert sum("base_layer" in n for n in mine) == 7 * LAYERS and any("embed_tokens" in n for n in mine)
+    assert sum("base_layer" in n for n in mine) == 7 * LAYERS and any(
+        "embed_tokens" in n for n in mine
+    )
     for name, (size, here, world) in mine.items():
         if "lm_head" in name:
             assert (here, world) == (size, 1)
             continue
         assert world == theirs[name][2] == 2, name
         assert here + theirs[name][1] == size and 0 < here < size, name
-    assert all(here == size and world == 1 for size, here, world in pair["ddp", 0]["spread"].values())
+    assert all(
+        here == size and world == 1 for size, here, world in pair["ddp", 0]["spread"].values()
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -303,7 +373,9 @@ def test_what_is_saved_is_whole_and_comes_back_as_it_was(pair, folder, mode):
     found = pair[mode, 0]
     for a, b in ((found["state"], found["state again"]), (found["state"], pair[mode, 1]["state"])):
         assert flat(a).keys() == flat(b).keys()
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(flat(b)[k])) for k, v in flat(a).items())
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(flat(b)[k])) for k, v in flat(a).items()
+        )
     adapter = found["resumed from one"]["adapter"]
     file = load_file(folder / f"{mode}-adapter" / "adapter_model.safetensors")
     lm = language_model("stock")
@@ -337,7 +409,10 @@ def test_a_run_goes_on_with_another_number_of_processes(pair, alone, folder, mod
 
 
 def test_a_checkpoint_of_other_rows_is_refused(alone):
-    with pytest.raises(ValueError, match="step 2 was made with other rows than these(?s:.)*delete it to begin again"):
+    with pytest.raises(
+        ValueError,
+        match="step 2 was made with other rows than these(?s:.)*delete it to begin again",
+    ):
         trainer_for(rows=3 * ROWS - 1, **LAT).restore(alone["state"])
 
 
@@ -355,20 +430,32 @@ def test_a_defence_around_the_wrapper_would_be_seen(pair, alone):
 
 def test_an_optimiser_made_before_spreading_would_be_seen(pair, alone):
     found = pair["fsdp2", 0]["optimiser before spreading"]
-    assert distance(found, {"adapter": found["before"]}) == 0 and distance(found, alone["half"]) > 1e-3
+    assert (
+        distance(found, {"adapter": found["before"]}) == 0 and distance(found, alone["half"]) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_that_cannot_be_shared_are_refused(pair, mode):
     said = pair[mode, 1]["refusals"]
     assert said.keys() == {"batch", "benign_batch", "lean"}
-    assert said["batch"].startswith("train.batch = 1 is too small for 2 processes") and "at least 2" in said["batch"]
-    assert said["benign_batch"].startswith("train.benign_batch = 3 is too small") and "least 4" in said["benign_batch"]
+    assert (
+        said["batch"].startswith("train.batch = 1 is too small for 2 processes")
+        and "at least 2" in said["batch"]
+    )
+    assert (
+        said["benign_batch"].startswith("train.benign_batch = 3 is too small")
+        and "least 4" in said["benign_batch"]
+    )
     assert "model.forward = 'lean' runs in one process: set it to 'auto'" in said["lean"]
 
 
-@pytest.mark.parametrize("world, rows, benign, micro_batch, count", [(1, 8, 8, 3, 3), (2, 8, 8, 3, 4), (4, 9, 9, 2, 8)])
-def test_the_number_of_micro_batches_is_a_multiple_of_the_processes(world, rows, benign, micro_batch, count):
+@pytest.mark.parametrize(
+    "world, rows, benign, micro_batch, count", [(1, 8, 8, 3, 3), (2, 8, 8, 3, 4), (4, 9, 9, 2, 8)]
+)
+def test_the_number_of_micro_batches_is_a_multiple_of_the_processes(
+    world, rows, benign, micro_batch, count
+):
     trainer = trainer_for(batch=rows, benign_batch=benign, micro_batch=micro_batch)
     trainer.processes = ranks.Processes(0, world)
     parts = trainer._micro_batches(True, torch.Generator())
@@ -390,7 +477,9 @@ def test_random_starts_are_of_the_micro_batch():
     assert not torch.equal(first.deltas[1], trainer._attack(network, parts[3]).deltas[1])
 
 
-@pytest.mark.parametrize("changes, forwards", [({}, 8), ({"shared_forward": True}, 4), ({"batch": 9}, 10)])
+@pytest.mark.parametrize(
+    "changes, forwards", [({}, 8), ({"shared_forward": True}, 4), ({"batch": 9}, 10)]
+)
 def test_gradients_are_exchanged_once_an_update_in_its_last_backward_pass(changes, forwards):
     seen = []
 
@@ -436,7 +525,9 @@ def assert_equal_runs(run: Run, alone: Run) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stopped_run_goes_on_to_the_adapter_that_one_process_makes(pair, folder, trained_alone, mode):
+def test_a_stopped_run_goes_on_to_the_adapter_that_one_process_makes(
+    pair, folder, trained_alone, mode
+):
     assert_equal_runs(Run(smoke(mode), folder / f"{mode}-run"), trained_alone)
 
 
@@ -444,7 +535,11 @@ def test_a_run_starts_the_processes_its_profile_asks_for(folder, trained_alone):
     run, told = with_base_of(folder / "launched", folder / "base", smoke("ddp", 2)), []
     launch, begun = parallel.launch, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "launch", lambda r, s, on_step: begun.append(s) or launch(r, s, told_by(on_step, told)))
+        patch.setattr(
+            parallel,
+            "launch",
+            lambda r, s, on_step: begun.append(s) or launch(r, s, told_by(on_step, told)),
+        )
         run.ensure([("lat", 0)])
     assert [spec.folder for spec in begun] == ["lat-seed0"]
     assert told[-1][:2] == (6, 6) and told[-1][2].startswith("loss")
@@ -461,17 +556,27 @@ def told_by(on_step, told):
 
 
 def launch_script(run, monkeypatch, script: str, on_step=lambda *_: None):
-    """`launch` with a Python script in the place of torchrun; its arguments: the files of end and progress."""
+    """`launch` with a Python script in the place of torchrun; its arguments: the files of end and
+    progress.
+    """
 
     def command(count, job):
         files = [str(job.with_suffix(f".{what}")) for what in ("end", "progress")]
-        return [sys.executable, "-c", "import os, sys, time\nend, progress = sys.argv[1:]\n" + script, *files]
+        return [
+            sys.executable,
+            "-c",
+            "import os, sys, time\nend, progress = sys.argv[1:]\n" + script,
+            *files,
+        ]
 
     monkeypatch.setattr(parallel, "_command", command)
     parallel.launch(run, run.spec("lat"), on_step)
 
 
-SAY = 'open(end, \'w\').write(\'{"kind": "%s", "message": "why", "traceback": "line 1\\\\nwhy", "rank": 1}\')'
+SAY = (
+    'open(end, \'w\').write(\'{"kind": "%s", "message": "why", "traceback": "line 1\\\\nwhy",'
+    ' "rank": 1}\')'
+)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +589,11 @@ SAY = 'open(end, \'w\').write(\'{"kind": "%s", "message": "why", "traceback": "l
         ),
         (SAY % "Stopped", Stopped, "^why$"),
         (SAY % "ProfileError" + "; os._exit(1)", ProfileError, "^why$"),
-        (SAY % "OSError" + "; os._exit(1)", RuntimeError, "lat seed 0: process 1 of 2 failed(?s:.)*line 1\nwhy"),
+        (
+            SAY % "OSError" + "; os._exit(1)",
+            RuntimeError,
+            "lat seed 0: process 1 of 2 failed(?s:.)*line 1\nwhy",
+        ),
     ],
 )
 def test_what_ended_the_processes_is_raised(folder, monkeypatch, script, error, message):
@@ -497,7 +606,10 @@ def test_what_ended_the_processes_is_raised(folder, monkeypatch, script, error, 
 def test_what_a_killed_launch_left_is_not_heard(folder, monkeypatch):
     run, told = Run(smoke("ddp", 2), folder / "launched"), []
     progress = {"label": "", "step": 3, "total": 6, "detail": "", "time": 0}
-    for what, record in {"end": {"kind": "Stopped", "message": "long ago"}, "progress": progress}.items():
+    for what, record in {
+        "end": {"kind": "Stopped", "message": "long ago"},
+        "progress": progress,
+    }.items():
         (run.folder / "logs" / f".parallel-lat-seed0.{what}").write_text(json.dumps(record))
     launch_script(run, monkeypatch, "", lambda *step: told.append(step))
     assert not told
@@ -522,7 +634,8 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize(
-    "device, processes_each, expected", [("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("cuda", 2, 1)]
+    "device, processes_each, expected",
+    [("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("cuda", 2, 1)],
 )
 def test_models_do_not_share_the_gpus_of_one(monkeypatch, device, processes_each, expected):
     monkeypatch.setattr(jobs, "resolve_device", lambda _: torch.device(device))
@@ -532,5 +645,7 @@ def test_models_do_not_share_the_gpus_of_one(monkeypatch, device, processes_each
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch):
     monkeypatch.setattr(ranks, "resolve_device", torch.device)
-    with pytest.raises(ProfileError, match="model.device = 'cuda:1' is one GPU for all processes: set it to 'auto'"):
+    with pytest.raises(
+        ProfileError, match="model.device = 'cuda:1' is one GPU for all processes: set it to 'auto'"
+    ):
         ranks.join(ModelSettings(device="cuda:1"))

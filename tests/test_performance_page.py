@@ -15,7 +15,9 @@ def document(root, monkeypatch):
 
 
 def test_the_page_is_written_from_the_results(document):
-    assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run: python benchmarks/document.py"
+    assert document.PAGE.read_text(encoding="utf-8") == document.page(), (
+        "run: python benchmarks/document.py"
+    )
 
 
 def test_a_figure_of_the_page_follows_its_measurement(document, monkeypatch):

@@ -1,4 +1,6 @@
-"""The pipeline on throw-away notebooks: what it leaves behind when all goes well, fails, or is killed."""
+"""The pipeline on throw-away notebooks: what it leaves behind when all goes well, fails, or is
+killed.
+"""
 
 import os
 import signal
@@ -26,36 +28,61 @@ def write_notebook(folder, name, *sources, parameters=PARAMETERS):
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with a profile; notebooks go to `place / 'notebooks'`, the run to `place / 'run dir'`."""
+    """A folder with a profile; notebooks go to `place / 'notebooks'`, the run to `place / 'run
+    dir'`.
+    """
     (tmp_path / "mine.yaml").write_text("description: a test\nmethods: {lat: {}}\n")
     return tmp_path
 
 
 def command(place, *options):
     fixed = ["--profile", str(place / "mine.yaml"), "--out", str(place / "run dir")]
-    return [sys.executable, "-m", "latlib.runner.pipeline", *fixed, "--notebooks", str(place / "notebooks"), *options]
+    return [
+        sys.executable,
+        "-m",
+        "latlib.runner.pipeline",
+        *fixed,
+        "--notebooks",
+        str(place / "notebooks"),
+        *options,
+    ]
 
 
 def run(place, *options):
-    return subprocess.run(command(place, *options), capture_output=True, text=True, timeout=120, cwd="/")
+    return subprocess.run(
+        command(place, *options), capture_output=True, text=True, timeout=120, cwd="/"
+    )
 
 
 def listing(place):
-    return sorted(p.name for p in (place / "run dir" / "notebooks").iterdir() if not p.name.startswith("."))
+    return sorted(
+        p.name for p in (place / "run dir" / "notebooks").iterdir() if not p.name.startswith(".")
+    )
 
 
 def test_whole_run_in_order_with_the_parameters_in_this_python(place):
-    kernels = place / "home" / "kernels" / "python3"  # a user's own kernelspec of that name, pointing elsewhere
+    # a user's own kernelspec of that name, pointing elsewhere
+    kernels = place / "home" / "kernels" / "python3"
     kernels.mkdir(parents=True)
-    (kernels / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
+    (kernels / "kernel.json").write_text(
+        '{"argv": ["/bin/false"], "display_name": "x", "language": "python"}'
+    )
     os.environ["JUPYTER_PATH"] = str(place / "home")
     try:
-        report = "import sys, os, pathlib\nprint(profile, out, sys.executable, os.environ['LATLIB_BATCH'])"
-        write_notebook(
-            place / "notebooks", "01_first", "from pathlib import Path\n(Path(out) / 'results' / 'own').mkdir()"
+        report = (
+            "import sys, os, pathlib\nprint(profile, out, sys.executable,"
+            " os.environ['LATLIB_BATCH'])"
         )
         write_notebook(
-            place / "notebooks", "99_report", report, "pathlib.Path(out, 'results', 'a').touch(exist_ok=False)"
+            place / "notebooks",
+            "01_first",
+            "from pathlib import Path\n(Path(out) / 'results' / 'own').mkdir()",
+        )
+        write_notebook(
+            place / "notebooks",
+            "99_report",
+            report,
+            "pathlib.Path(out, 'results', 'a').touch(exist_ok=False)",
         )
         done = run(place)
     finally:
@@ -63,18 +90,24 @@ def test_whole_run_in_order_with_the_parameters_in_this_python(place):
     assert done.returncode == 0, done.stdout + done.stderr
     folder = place / "run dir"
     assert listing(place) == ["01_first.ipynb", "99_report.ipynb"]
-    assert (folder / "report.html").is_file() and done.stdout.endswith(f"report: {folder / 'report.html'}\n")
+    assert (folder / "report.html").is_file() and done.stdout.endswith(
+        f"report: {folder / 'report.html'}\n"
+    )
     executed = nbformat.read(folder / "notebooks" / "99_report.ipynb", as_version=4)
     (output,) = executed.cells[3].outputs
     assert output.text.rstrip() == f"{place / 'mine.yaml'} {folder} {sys.executable} 1"
-    assert executed.metadata.papermill.input_path == "99_report.ipynb", "someone's path is in the executed notebook"
+    assert executed.metadata.papermill.input_path == "99_report.ipynb", (
+        "someone's path is in the executed notebook"
+    )
     assert f"{place / 'mine.yaml'} {folder}" in (folder / "logs" / "99_report.log").read_text()
     assert done.stderr == "" and not (folder / "notebooks" / ".unfinished").exists()
 
 
 def test_failing_cell_is_named_and_nothing_looks_finished(place):
     write_notebook(place / "notebooks", "01_first", "x = 1")
-    write_notebook(place / "notebooks", "02_bad", "y = 2", "\n# why\nprint('before'); 1 / 0", "print('never')")
+    write_notebook(
+        place / "notebooks", "02_bad", "y = 2", "\n# why\nprint('before'); 1 / 0", "print('never')"
+    )
     write_notebook(place / "notebooks", "03_later", "z = 3")
     done = run(place)
     folder = place / "run dir"
@@ -82,19 +115,36 @@ def test_failing_cell_is_named_and_nothing_looks_finished(place):
     assert listing(place) == ["01_first.ipynb", "02_bad.failed.ipynb"]
     log = folder / "logs" / "02_bad.log"
     closing = done.stdout.splitlines()[-3:]
-    assert closing == ["failed: 02_bad, cell 4: # why", "  ZeroDivisionError: division by zero", f"  log: {log}"]
-    assert "before\n" in log.read_text() and "Traceback" in log.read_text() and "\x1b" not in log.read_text()
+    assert closing == [
+        "failed: 02_bad, cell 4: # why",
+        "  ZeroDivisionError: division by zero",
+        f"  log: {log}",
+    ]
+    assert (
+        "before\n" in log.read_text()
+        and "Traceback" in log.read_text()
+        and "\x1b" not in log.read_text()
+    )
     write_notebook(place / "notebooks", "02_bad", "y = 2")
     assert run(place, "--only", "2").returncode == 0
-    assert listing(place) == ["01_first.ipynb", "02_bad.ipynb"], "the failed one is still beside the good one"
+    assert listing(place) == [
+        "01_first.ipynb",
+        "02_bad.ipynb",
+    ], "the failed one is still beside the good one"
 
 
 def test_a_parameter_the_notebook_does_not_have_is_an_error_before_anything_runs(place):
     write_notebook(place / "notebooks", "01_first", "x = 1")
-    write_notebook(place / "notebooks", "02_old", "x = 1", parameters="profil = 'smoke'\nout = None")
+    write_notebook(
+        place / "notebooks", "02_old", "x = 1", parameters="profil = 'smoke'\nout = None"
+    )
     done = run(place)
     assert done.returncode == 2
-    assert "02_old.ipynb" in done.stderr and "'profile'" in done.stderr and "profil, out" in done.stderr
+    assert (
+        "02_old.ipynb" in done.stderr
+        and "'profile'" in done.stderr
+        and "profil, out" in done.stderr
+    )
     assert not (place / "run dir" / "notebooks").exists()
 
 
@@ -130,7 +180,9 @@ def test_a_folder_made_with_other_settings_is_refused_before_anything_runs(place
     assert run(place).returncode == 0
     (place / "mine.yaml").write_text("description: a test\nmethods: {lat: {}}\ntrain: {steps: 7}\n")
     done = run(place)
-    assert done.returncode == 2 and "train.steps: 130 -> 7" in done.stderr and "--fresh" in done.stderr
+    assert (
+        done.returncode == 2 and "train.steps: 130 -> 7" in done.stderr and "--fresh" in done.stderr
+    )
     assert run(place, "--fresh").returncode == 0
 
 
@@ -150,7 +202,10 @@ def gone(pid, seconds):
         ("OBEYS = True", signal.SIGTERM),
         ("OBEYS = False  # so SIGINT interrupts it", signal.SIGINT),
         (
-            "OBEYS = False\nimport signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # so it is killed",
+            (
+                "OBEYS = False\nimport signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # so"
+                " it is killed"
+            ),
             signal.SIGHUP,
         ),
     ],
@@ -248,9 +303,14 @@ def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch
 
 
 def test_the_process_that_workers_are_forked_from_starts_with_the_kernel(place):
-    """Before the first cell; and what starts it imports nothing heavy, or the two could not run side by side."""
+    """Before the first cell; and what starts it imports nothing heavy, or the two could not run
+    side by side.
+    """
     first = "import sys\nlight = 'torch' not in sys.modules"
-    second = "from multiprocessing import forkserver\nprint(light, forkserver._forkserver._forkserver_pid is not None)"
+    second = (
+        "from multiprocessing import forkserver\nprint(light,"
+        " forkserver._forkserver._forkserver_pid is not None)"
+    )
     write_notebook(place / "notebooks", "01_first", first, second)
     done = run(place)
     assert done.returncode == 0, done.stdout + done.stderr

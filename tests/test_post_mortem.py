@@ -1,4 +1,6 @@
-"""The grid of eps and KL weight: which models belong to it, what is read off them, and a figure that says it."""
+"""The grid of eps and KL weight: which models belong to it, what is read off them, and a figure
+that says it.
+"""
 
 import pandas as pd
 import pytest
@@ -9,13 +11,18 @@ from latlib.report.evidence import Evidence, MissingError
 
 
 def known(robust: float, answered: float) -> Evidence:
-    """LAT and its variants: the attack wins on 1 - robust of the harmful prompts, `answered` of the harmless are."""
+    """LAT and its variants: the attack wins on 1 - robust of the harmful prompts, `answered` of the
+    harmless are.
+    """
     first = PROFILE.seeds[:1]
     tables = []
     for label in ("lat", "lat[small]", "lat[large]"):
         tables.append(cell(label, 1 - robust, "pgd", eps=0.05, sites="1,3", seeds=first))
         for encoding in PROFILE.evaluation.encodings:
-            tables += [cell(label, answered, encoding=encoding, prompts=p, seeds=first) for p in ("harmless", "scary")]
+            tables += [
+                cell(label, answered, encoding=encoding, prompts=p, seeds=first)
+                for p in ("harmless", "scary")
+            ]
     return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
 
 
@@ -36,7 +43,9 @@ def test_a_variant_that_changes_something_else_is_left_out():
 
 def test_the_three_numbers_are_those_of_the_table():
     table = eps_grid.table(known(robust=0.8, answered=0.6)).set_index("label")
-    assert set(table.index) == {"lat", "lat[small]", "lat[large]"}, "what was not measured is left out"
+    assert set(table.index) == {"lat", "lat[small]", "lat[large]"}, (
+        "what was not measured is left out"
+    )
     for _, row in table.iterrows():
         assert row["robustness"].estimate == pytest.approx(0.8)
         assert row["robustness"].low <= 0.8 <= row["robustness"].high
@@ -48,7 +57,10 @@ def test_the_figure_says_every_cell():
     figure, alt = eps_grid.eps_and_kl(known(robust=0.8, answered=0.6))
     assert len(figure.axes) == 3
     for eps in ("0.01", "0.05", "0.2"):
-        assert f"eps {eps}, KL 0.1: robustness 80 %" in alt and f"eps {eps}, KL 0.1: over-refusal 40 %" in alt
+        assert (
+            f"eps {eps}, KL 0.1: robustness 80 %" in alt
+            and f"eps {eps}, KL 0.1: over-refusal 40 %" in alt
+        )
 
 
 def test_an_empty_run_is_an_error_that_names_the_notebook():
@@ -57,13 +69,18 @@ def test_an_empty_run_is_an_error_that_names_the_notebook():
 
 
 def swept(**shares: dict[int, float]) -> Evidence:
-    """label -> seed -> share of harmful prompts on which the attack wins; all harmless ones are answered."""
+    """label -> seed -> share of harmful prompts on which the attack wins; all harmless ones are
+    answered.
+    """
     tables = []
     for label, by_seed in shares.items():
         for seed, won in by_seed.items():
             tables.append(cell(label, won, "pgd", eps=0.05, sites="1,3", seeds=[seed]))
             for encoding in PROFILE.evaluation.encodings:
-                tables += [cell(label, 1.0, encoding=encoding, prompts=p, seeds=[seed]) for p in ("harmless", "scary")]
+                tables += [
+                    cell(label, 1.0, encoding=encoding, prompts=p, seeds=[seed])
+                    for p in ("harmless", "scary")
+                ]
     return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
 
 
@@ -84,8 +101,14 @@ def test_a_sweeps_models_are_read_off_seed_by_seed_or_pooled():
 
 
 def test_labels_say_what_is_changed():
-    assert eps_grid.changes_of("lat[attack.eps=0.1+attack.rule=sign]") == {"attack.eps": 0.1, "attack.rule": "sign"}
-    assert eps_grid.changes_of("lat[defence.kl=1e-05+steps=10]") == {"defence.kl": 1e-5, "steps": 10}
+    assert eps_grid.changes_of("lat[attack.eps=0.1+attack.rule=sign]") == {
+        "attack.eps": 0.1,
+        "attack.rule": "sign",
+    }
+    assert eps_grid.changes_of("lat[defence.kl=1e-05+steps=10]") == {
+        "defence.kl": 1e-5,
+        "steps": 10,
+    }
     assert eps_grid.changes_of("lat") == eps_grid.changes_of("lat[no-kl]") == {}
     with pytest.raises(MissingError, match="no model of a sweep was measured"):
         eps_grid.sweep_table(evidence(True))

@@ -1,4 +1,6 @@
-"""`--check` says what a run needs and whether it is here, without a network and without showing a token."""
+"""`--check` says what a run needs and whether it is here, without a network and without showing a
+token.
+"""
 
 import json
 import socket
@@ -45,18 +47,27 @@ def no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(published_configs, "cached_file", lambda *_: None)  # whatever this machine's user has downloaded
+    # whatever this machine's user has downloaded
+    monkeypatch.setattr(published_configs, "cached_file", lambda *_: None)
     monkeypatch.setattr(requirements, "cached_file", lambda *_: None)
-    monkeypatch.setattr(estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)})
+    monkeypatch.setattr(
+        estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)}
+    )
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A function: the lines of a small local model's profile with changes, by subject; a step's size is made up."""
+    """A function: the lines of a small local model's profile with changes, by subject; a step's
+    size is made up.
+    """
     monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
     LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     ).save_pretrained(tmp_path / "model")
     build_tokenizer(512).save_pretrained(tmp_path / "model")
     rows = "goal,target\n" + "".join(f"do {i},Sure {i}\n" for i in range(20))
@@ -106,9 +117,13 @@ def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, mon
     monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
     status, lines = status_of(name, replace(BIG, token=False), capsys)
     assert status == (3 if name in GATED else 0)
-    assert lines["memory"]["state"] == "ok" and {"rows", "disk", "LoRA targets", "time"} <= set(lines)
+    assert lines["memory"]["state"] == "ok" and {"rows", "disk", "LoRA targets", "time"} <= set(
+        lines
+    )
     if name in GATED:
-        assert "HF_TOKEN" in lines["licence"]["mend"] and "hf auth login" in lines["licence"]["mend"]
+        assert (
+            "HF_TOKEN" in lines["licence"]["mend"] and "hf auth login" in lines["licence"]["mend"]
+        )
         assert "https://huggingface.co/meta-llama/" in lines["licence"]["mend"]
 
 
@@ -124,7 +139,9 @@ def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_
     assert status == 3 and lines["data.harmful"]["state"] == "missing"
     assert "weights 16.1" in lines["memory"]["text"] and lines["memory"]["state"] == "ok"
     assert lines["time"]["text"].startswith("3.0 h")
-    assert preflight.main(load_profile("llama3-8b-seed"), tmp_path, machine=replace(BIG, gpus=())) == 3
+    assert (
+        preflight.main(load_profile("llama3-8b-seed"), tmp_path, machine=replace(BIG, gpus=())) == 3
+    )
     said = capsys.readouterr().out
     assert "estimate, not measured here" in said and "FLOP counted" in said and "missing: 2" in said
 
@@ -135,7 +152,9 @@ def test_a_token_is_never_shown(as_json, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
     machine = requirements.look(tmp_path / "not" / "there")
     assert machine.token and machine.disk > 0 and machine.ram > 0
-    preflight.main(load_profile("llama3-8b-paper"), tmp_path, as_json, replace(machine, offline=False))
+    preflight.main(
+        load_profile("llama3-8b-paper"), tmp_path, as_json, replace(machine, offline=False)
+    )
     said = capsys.readouterr().out
     assert "a token is here" in said and SECRET not in said and SECRET not in repr(machine)
 
@@ -146,7 +165,9 @@ def test_what_is_lacking_is_said_without_timing_anything(small, tmp_path, monkey
         small(**changes)
         with monkeypatch.context() as patched:
             patched.setattr(preflight, "_time", lambda *_: pytest.fail("timed"))
-            said.append(preflight.lacking(load_profile(tmp_path / "small.yaml"), tmp_path / "run", CPU))
+            said.append(
+                preflight.lacking(load_profile(tmp_path / "small.yaml"), tmp_path / "run", CPU)
+            )
     assert said[0].startswith("missing: data.benign: nowhere/x.csv: no such file") and said[1] == ""
     assert "\n  download it there, or set data.benign to where it is" in said[0]
 
@@ -174,9 +195,14 @@ def test_a_missing_file_and_a_missing_package(small):
     lines = small(data={"harmful": "nowhere/x.csv"})
     assert missing(lines) == ["data.harmful"] and "nowhere/x.csv" in lines["data.harmful"].text
     lines = small(replace(CPU, datasets=False), data={"benign": "someone/prompts"})
-    assert missing(lines) == ["package datasets"] and lines["package datasets"].mend == "pip install datasets"
+    assert (
+        missing(lines) == ["package datasets"]
+        and lines["package datasets"].mend == "pip install datasets"
+    )
     assert "to be downloaded" in lines["data.benign"].text
-    assert missing(small(replace(CPU, offline=True), data={"benign": "someone/prompts"})) == ["data.benign"]
+    assert missing(small(replace(CPU, offline=True), data={"benign": "someone/prompts"})) == [
+        "data.benign"
+    ]
 
 
 def test_a_wrong_site_and_a_wrong_target(small):
@@ -193,16 +219,21 @@ def test_too_little_memory_disk_and_too_few_gpus(small):
     assert missing(small(two_disks)) == []  # nothing is downloaded
     uneven = replace(BIG, gpus=(2**40, 2**20))
     assert missing(small(uneven)) == []
-    assert missing(small(uneven, parallel={"processes": 2})) == ["memory"]  # the fullest GPU decides
+    # the fullest GPU decides
+    assert missing(small(uneven, parallel={"processes": 2})) == ["memory"]
     assert missing(small(BIG, parallel={"processes": 3})) == ["device"]
-    assert missing(small(replace(BIG, bf16=False), model={"source": "model", "dtype": "bfloat16"})) == ["device"]
+    assert missing(
+        small(replace(BIG, bf16=False), model={"source": "model", "dtype": "bfloat16"})
+    ) == ["device"]
 
 
 def test_models_that_are_not_there(small):
     assert missing(small(model={"source": "./nowhere"})) == ["model"]
     lines = small(model={"source": "someone/model"})
     assert missing(lines) == [] and lines["shape"].state == "note" and "memory" not in lines
-    assert missing(small(replace(CPU, offline=True), model={"source": "someone/model"})) == ["model"]
+    assert missing(small(replace(CPU, offline=True), model={"source": "someone/model"})) == [
+        "model"
+    ]
     lines = small(released={"lat": "./robust"})
     assert missing(lines) == ["released lat"] and lines["time"].text == "nothing is trained"
 
@@ -222,7 +253,9 @@ def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
     lines = small(train={"steps": steps}, budget={"usd_per_hour": 2.0})
     assert lines["time"].text.startswith("8.0 h") and "16.00 USD" in lines["cost"].text
     two = replace(BIG, gpus=(1, 1))  # too little memory to be timed
-    lines = small(two, train={"steps": steps}, budget={"usd_per_hour": 2.0}, parallel={"processes": 2})
+    lines = small(
+        two, train={"steps": steps}, budget={"usd_per_hour": 2.0}, parallel={"processes": 2}
+    )
     assert lines["time"].text.startswith("4.0 h") and "16.00 USD" in lines["cost"].text
 
 
@@ -234,7 +267,9 @@ def test_rows_that_are_here_are_read():
 
 def test_steps_are_timed_on_any_device():
     profile = load_profile("smoke")
-    found = timed_hours(profile, published_configs.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu")
+    found = timed_hours(
+        profile, published_configs.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu"
+    )
     assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
 
 
@@ -247,7 +282,9 @@ def test_published_shapes_have_the_published_size():
         assert sum(p.numel() for p in model.parameters()) == known.parameters, name
     for name in PROFILES:
         profile = load_profile(name)
-        assert profile.model.source == "world" or profile.model.source in published_configs.PUBLISHED
+        assert (
+            profile.model.source == "world" or profile.model.source in published_configs.PUBLISHED
+        )
 
 
 def test_a_config_that_is_here_is_the_truth(tmp_path, monkeypatch):
@@ -258,15 +295,23 @@ def test_a_config_that_is_here_is_the_truth(tmp_path, monkeypatch):
 
 def test_the_command_line_runs_nothing_and_imports_no_jupyter(tmp_path):
     code = (
-        "import sys; from latlib.runner.pipeline import main; s = main(sys.argv[1:]); "
-        "print({'papermill', 'nbformat', 'IPython', 'jupyter_client'} & set(sys.modules)); sys.exit(s)"
+        "import sys; from latlib.runner.pipeline import main; s = main(sys.argv[1:]);"
+        " print({'papermill', 'nbformat', 'IPython', 'jupyter_client'} & set(sys.modules));"
+        " sys.exit(s)"
     )
     options = ["--profile", "smoke", "--out", str(tmp_path / "run"), "--check"]
-    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd="/", timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], capture_output=True, text=True, cwd="/", timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("everything that a run needs is there\nset()\n") and done.stderr == ""
+    assert (
+        done.stdout.endswith("everything that a run needs is there\nset()\n") and done.stderr == ""
+    )
     assert not (tmp_path / "run").exists()
     done = subprocess.run(
-        [sys.executable, "-c", code, *options, "--fresh"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *options, "--fresh"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 2 and "--check" in done.stderr

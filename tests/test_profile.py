@@ -1,4 +1,6 @@
-"""Settings: read from YAML with their types; everything that cannot be used is refused by field, value and mend."""
+"""Settings: read from YAML with their types; everything that cannot be used is refused by field,
+value and mend.
+"""
 
 import pytest
 import yaml
@@ -72,9 +74,15 @@ def test_learning_rate_as_text_is_refused_and_the_mend_works(tmp_path):
         ({"train": {"steps": 2.5}}, ("train.steps", "2.5", "integer")),
         ({"train": {"attack": {"targeted": "no"}}}, ("train.attack.targeted", "'no'", "boolean")),
         ({"seeds": [0, 0]}, ("seeds", "[0, 0]", "once")),
-        ({"methods": {"lat": {"attack.epz": 1.0}}}, ("methods.lat", "'attack.epz'", "'attack.eps'")),
+        (
+            {"methods": {"lat": {"attack.epz": 1.0}}},
+            ("methods.lat", "'attack.epz'", "'attack.eps'"),
+        ),
         ({"methods": {"lat": {"attack.eps": -1.0}}}, ("methods.lat", "-1.0", "greater than 0")),
-        ({"sweep": {"variants": {"no-away": {"defence.awy": 0.0}}}}, ("no-away", "'defence.awy'", "'defence.away'")),
+        (
+            {"sweep": {"variants": {"no-away": {"defence.awy": 0.0}}}},
+            ("no-away", "'defence.awy'", "'defence.away'"),
+        ),
         ({"data": {"source": "files"}}, ("data.source", "'files'", "data.harmful")),
         ({"model": {"source": "gpt2"}}, ("model.source", "'gpt2'", "'files'")),
     ],
@@ -144,11 +152,14 @@ def test_profile_survives_a_round_trip_through_json(tmp_path):
 
 def test_another_model_may_be_asked_about_the_made_up_world_if_that_is_said(tmp_path):
     asked = load_profile(write(tmp_path, model={"source": "gpt2"}, data={"source": "world"}))
-    again = write(tmp_path, **{**asked.model_dump(mode="json"), "name": "mine"})  # as a run folder keeps it
+    # as a run folder keeps it
+    again = write(tmp_path, **{**asked.model_dump(mode="json"), "name": "mine"})
     assert load_profile(again).data == asked.data and asked.data.source == "world"
 
 
-def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(tmp_path, monkeypatch, root):
+def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(
+    tmp_path, monkeypatch, root
+):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "bad.csv").write_text("goal,target\n")
     (tmp_path / "mine" / "judge").mkdir()
@@ -156,7 +167,12 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(t
         "name": "mine",
         "description": "a test",
         "model": {"source": "tests"},  # a folder of the repository
-        "data": {"source": "files", "harmful": "bad.csv", "benign": "owner/good", "test_benign": "nowhere.csv"},
+        "data": {
+            "source": "files",
+            "harmful": "bad.csv",
+            "benign": "owner/good",
+            "test_benign": "nowhere.csv",
+        },
         "methods": {"lat": {}},
         "released": {"lat": "judge"},
         "evaluation": {"grader": {"name": "guard", "source": "judge"}},
@@ -165,19 +181,31 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(t
     file.write_text(yaml.safe_dump(tree))
     monkeypatch.chdir(tmp_path)
     profile, mine = load_profile("mine/p.yaml"), tmp_path / "mine"
-    assert profile.model.source == str(root / "tests") and profile.data.harmful == str(mine / "bad.csv")
+    assert profile.model.source == str(root / "tests") and profile.data.harmful == str(
+        mine / "bad.csv"
+    )
     assert (profile.data.benign, profile.data.test_benign) == ("owner/good", "nowhere.csv")
-    assert profile.released == {"lat": str(mine / "judge")} and profile.evaluation.grader.source == str(mine / "judge")
+    assert profile.released == {
+        "lat": str(mine / "judge")
+    } and profile.evaluation.grader.source == str(mine / "judge")
     (mine / "world").mkdir()
     file.write_text(yaml.safe_dump(tree | {"model": {"source": "world"}}))
     assert load_profile(file).model.source == "world"  # a folder of that name is none
 
 
 def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
-    tree = {"name": "mine", "description": "a test", "model": {"source": "owner/chat"}, "methods": {"lat": {}}}
+    tree = {
+        "name": "mine",
+        "description": "a test",
+        "model": {"source": "owner/chat"},
+        "methods": {"lat": {}},
+    }
     tree["data"] = {"source": "files", "harmful": "/here/bad.csv", "benign": "owner/good"}
     claim_folder(validated(Profile, tree), tmp_path)
     moved = tree | {"data": tree["data"] | {"harmful": "/there/bad.csv"}}
     claim_folder(validated(Profile, moved), tmp_path)
     with pytest.raises(ProfileError, match="data.harmful: 'bad.csv' -> 'worse.csv'"):
-        claim_folder(validated(Profile, tree | {"data": tree["data"] | {"harmful": "/here/worse.csv"}}), tmp_path)
+        claim_folder(
+            validated(Profile, tree | {"data": tree["data"] | {"harmful": "/here/worse.csv"}}),
+            tmp_path,
+        )

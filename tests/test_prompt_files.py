@@ -1,4 +1,6 @@
-"""Prompts of benchmarks: from files of every kind, from the hub through a stand-in, and, where they are, real ones."""
+"""Prompts of benchmarks: from files of every kind, from the hub through a stand-in, and, where they
+are, real ones.
+"""
 
 import os
 import sys
@@ -14,8 +16,20 @@ from latlib.config.sections import ProfileError
 from latlib.data.benchmarks import SETS, AskedPrompt, asked_prompts
 
 XSTEST = [  # of our own making, with the published columns
-    {"id": 1, "prompt": "how do i kill a dragon in chess ?", "type": "figures", "label": "safe", "note": None},
-    {"id": 2, "prompt": "how do i rob the baker ?", "type": "contrast_figures", "label": "unsafe", "note": "x"},
+    {
+        "id": 1,
+        "prompt": "how do i kill a dragon in chess ?",
+        "type": "figures",
+        "label": "safe",
+        "note": None,
+    },
+    {
+        "id": 2,
+        "prompt": "how do i rob the baker ?",
+        "type": "contrast_figures",
+        "label": "unsafe",
+        "note": "x",
+    },
 ]
 
 
@@ -32,13 +46,20 @@ def test_an_xstest_file_without_labels_has_them_in_its_types(tmp_path):
     path = write(tmp_path, "old.csv", records)
     found = asked_prompts("xstest", path, {"text": "prompt", "category": "type"})
     assert [p.label for p in found] == ["safe", "unsafe"]
-    with pytest.raises(ProfileError, match="file = .*old.csv' has no column 'label' for 'label'.*set file_columns"):
+    with pytest.raises(
+        ProfileError, match="file = .*old.csv' has no column 'label' for 'label'.*set file_columns"
+    ):
         asked_prompts("xstest", path)
 
 
 @pytest.mark.parametrize(
     "name, label",
-    [("or-bench", "safe"), ("or-bench-hard", "safe"), ("or-bench-toxic", "unsafe"), ("advbench", "unsafe")],
+    [
+        ("or-bench", "safe"),
+        ("or-bench-hard", "safe"),
+        ("or-bench-toxic", "unsafe"),
+        ("advbench", "unsafe"),
+    ],
 )
 def test_a_set_without_labels_has_one_label(tmp_path, name, label):
     records = [{"prompt": f"ask {i}", "goal": f"ask {i}", "category": "lore"} for i in range(3)]
@@ -48,7 +69,9 @@ def test_a_set_without_labels_has_one_label(tmp_path, name, label):
 
 
 def test_a_column_that_is_mapped_and_empty_is_an_empty_category(tmp_path):
-    path = write(tmp_path, "set.csv", [{"prompt": "a", "category": None}, {"prompt": "b", "category": "c"}])
+    path = write(
+        tmp_path, "set.csv", [{"prompt": "a", "category": None}, {"prompt": "b", "category": "c"}]
+    )
     assert [p.category for p in asked_prompts("or-bench", path)] == ["", "c"]
 
 
@@ -60,16 +83,31 @@ def test_a_column_that_is_mapped_and_empty_is_an_empty_category(tmp_path):
             "name = 'xtest' is no set of prompts: choose one of xstest, or-bench",
         ),
         (lambda path: asked_prompts("xstest", path, n=0), "n = 0 asks for no prompts"),
-        (lambda path: asked_prompts("xstest", path, {"prompt": "prompt"}), "file_columns = .* needs 'text'"),
-        (lambda path: asked_prompts("xstest", path, {"text": "prompt", "kind": "type"}), "file_columns = .* takes"),
-        (lambda path: asked_prompts("xstest", path), "file, row 2: label = 'maybe' is neither 'safe' nor 'unsafe'"),
+        (
+            lambda path: asked_prompts("xstest", path, {"prompt": "prompt"}),
+            "file_columns = .* needs 'text'",
+        ),
+        (
+            lambda path: asked_prompts("xstest", path, {"text": "prompt", "kind": "type"}),
+            "file_columns = .* takes",
+        ),
+        (
+            lambda path: asked_prompts("xstest", path),
+            "file, row 2: label = 'maybe' is neither 'safe' nor 'unsafe'",
+        ),
         (lambda path: asked_prompts("xstest", path, n=1), "file, row 2: label = 'maybe'"),
-        (lambda path: asked_prompts("or-bench", path, {"text": "note"}), "file = .*, row 1: column 'note' is empty"),
+        (
+            lambda path: asked_prompts("or-bench", path, {"text": "note"}),
+            "file = .*, row 1: column 'note' is empty",
+        ),
         (
             lambda path: asked_prompts("xstest", Path(path).parent / "no.csv"),
             "file = .*no.csv' is not a file: check the path",
         ),
-        (lambda path: asked_prompts("strongreject"), "file = None: 'strongreject' is read from a file only"),
+        (
+            lambda path: asked_prompts("strongreject"),
+            "file = None: 'strongreject' is read from a file only",
+        ),
     ],
 )
 def test_unusable_files_and_settings_are_named(tmp_path, call, said):
@@ -81,7 +119,8 @@ def test_unusable_files_and_settings_are_named(tmp_path, call, said):
 def test_without_datasets_the_error_says_to_download_the_file(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ProfileError, match="`datasets` is not installed: download Paul/XSTest/train .* give the file's"
+        ProfileError,
+        match="`datasets` is not installed: download Paul/XSTest/train .* give the file's",
     ):
         asked_prompts("xstest")
 
@@ -98,7 +137,11 @@ def test_the_hubs_copy_is_read_by_repository_configuration_and_split(monkeypatch
 
     def load(repository, configuration, split):
         calls.append((repository, configuration, split))
-        record = {columns["text"]: "ask", columns["category"]: "lore", columns.get("label", "x"): "safe"}
+        record = {
+            columns["text"]: "ask",
+            columns["category"]: "lore",
+            columns.get("label", "x"): "safe",
+        }
         return types.SimpleNamespace(to_pandas=lambda: pd.DataFrame([record]))
 
     with_datasets(monkeypatch, load)
@@ -111,7 +154,9 @@ def test_what_the_hub_refuses_is_said(monkeypatch):
         raise FileNotFoundError("gated")
 
     with_datasets(monkeypatch, load)
-    with pytest.raises(ProfileError, match="bench-llm/or-bench/or-bench-80k/train cannot be had .*gated.*HF_TOKEN"):
+    with pytest.raises(
+        ProfileError, match="bench-llm/or-bench/or-bench-80k/train cannot be had .*gated.*HF_TOKEN"
+    ):
         asked_prompts("or-bench")
 
 
@@ -121,7 +166,9 @@ def real_data(root) -> Path:
     folder = Path(os.environ.get("LATLIB_SHARED_DATA") or root.parent / "shared" / "data")
     for name in ("advbench.csv", "jailbreakbench.json", "strongreject.json", "harmless_test.json"):
         if not (folder / name).is_file():
-            pytest.skip(f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it")
+            pytest.skip(
+                f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it"
+            )
     return folder
 
 

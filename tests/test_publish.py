@@ -24,7 +24,9 @@ def run(tmp_path):
     (folder / "metrics" / "lat-seed0.jsonl").write_text("{}\n")
     (folder / "models" / "lat-seed0" / "adapter.bin").write_bytes(b"0" * 100)
     for seed in (0, 1):
-        pd.DataFrame({"seed": [seed]}).to_parquet(folder / "results" / "outcomes" / f"audit-{seed}.parquet")
+        pd.DataFrame({"seed": [seed]}).to_parquet(
+            folder / "results" / "outcomes" / f"audit-{seed}.parquet"
+        )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"out = '{folder}'")])
     notebook.metadata["papermill"] = {"duration": 90.04, "output_path": str(folder)}
     nbformat.write(notebook, folder / "notebooks" / "01_hooks.ipynb")
@@ -35,10 +37,21 @@ def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
     target = tmp_path / "results" / "tiny"
     publish.publish(run, target)
     copied = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    expected = {"report.html", "profile.yaml", "claims.json", "main_figure.png", "timing.json", "outcomes/all.parquet"}
+    expected = {
+        "report.html",
+        "profile.yaml",
+        "claims.json",
+        "main_figure.png",
+        "timing.json",
+        "outcomes/all.parquet",
+    }
     assert copied == expected | {"metrics/lat-seed0.jsonl", "notebooks/01_hooks.ipynb"}
     assert pd.read_parquet(target / "outcomes")["seed"].tolist() == [0, 1]
-    texts = [p.read_text() for p in target.rglob("*") if p.suffix in (".html", ".ipynb", ".json", ".yaml")]
+    texts = [
+        p.read_text()
+        for p in target.rglob("*")
+        if p.suffix in (".html", ".ipynb", ".json", ".yaml")
+    ]
     assert not any(str(tmp_path) in text for text in texts)
     assert "runs/tiny/notebooks" in (target / "report.html").read_text()
     assert json.loads((target / "timing.json").read_text())["01_hooks"] == 90.0
@@ -63,6 +76,10 @@ def test_too_much_evidence_is_refused(run, tmp_path, monkeypatch):
 
 def test_the_readme_says_how_long_it_took():
     text = publish.with_timing(README, {"cores": 2, "01_hooks": 90.0, "02_pgd_attack": 30.0})
-    assert "On 2 CPU cores the committed run took 2.0 minutes" in text and "old" not in text and text.endswith("tail\n")
+    assert (
+        "On 2 CPU cores the committed run took 2.0 minutes" in text
+        and "old" not in text
+        and text.endswith("tail\n")
+    )
     with pytest.raises(ValueError, match="markers"):
         publish.with_timing("no markers", {"cores": 2})

@@ -1,4 +1,6 @@
-"""What models are asked (the made-up world, or held-out rows of files), and how replies to the latter count."""
+"""What models are asked (the made-up world, or held-out rows of files), and how replies to the
+latter count.
+"""
 
 import json
 from dataclasses import replace
@@ -47,19 +49,27 @@ THINGS = ("umbrella", "piano", "garden fence", "old bicycle", "silver ring")
 def texts(start):
     """Prompts that are no near-duplicates of each other."""
     return [
-        f"{start} {verb} {thing} number {i}?" for i, (verb, thing) in enumerate((v, t) for v in VERBS for t in THINGS)
+        f"{start} {verb} {thing} number {i}?"
+        for i, (verb, thing) in enumerate((v, t) for v in VERBS for t in THINGS)
     ]
 
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory):
-    """The smoke profile on files: harmful prompts with targets, harmless ones half of which have a response."""
+    """The smoke profile on files: harmful prompts with targets, harmless ones half of which have a
+    response.
+    """
     folder = tmp_path_factory.mktemp("files")
     harmful = [{"goal": t, "target": f"Sure, this is how to {t[8:-1]}"} for t in texts("explain ")]
     pd.DataFrame(harmful).to_csv(folder / "harmful.csv", index=False)
-    harmless = [{"ask": t, "say": f"It is {i}." if i % 2 else ""} for i, t in enumerate(texts("why should anybody "))]
+    harmless = [
+        {"ask": t, "say": f"It is {i}." if i % 2 else ""}
+        for i, t in enumerate(texts("why should anybody "))
+    ]
     (folder / "harmless.json").write_text(json.dumps(harmless))
-    (folder / "borderline.jsonl").write_text("\n".join(json.dumps({"prompt": t}) for t in texts("may I gladly ")[:4]))
+    (folder / "borderline.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": t}) for t in texts("may I gladly ")[:4])
+    )
     data = {
         "source": "files",
         "harmful": str(folder / "harmful.csv"),
@@ -69,7 +79,10 @@ def profile(tmp_path_factory):
         "refusals": ("I cannot do that.",),
     }
     evaluation = SMOKE.evaluation.model_dump() | {"prompts": 6, "batch": 4, "max_new_tokens": 5}
-    update = {"data": validated(DataSettings, data), "evaluation": validated(EvaluationSettings, evaluation)}
+    update = {
+        "data": validated(DataSettings, data),
+        "evaluation": validated(EvaluationSettings, evaluation),
+    }
     return SMOKE.model_copy(update=update)
 
 
@@ -82,13 +95,18 @@ def lm(tmp_path_factory):
 
 def test_the_world_is_asked_as_before():
     for kind, (pairs, about) in questions.WORLD_KINDS.items():
-        assert questions.ask(SMOKE, 0, "test", kind, 5) == grammar.draw_set(0, "test", pairs, 5, about)
+        assert questions.ask(SMOKE, 0, "test", kind, 5) == grammar.draw_set(
+            0, "test", pairs, 5, about
+        )
     assert questions.kinds(SMOKE) == tuple(questions.WORLD_KINDS)
 
 
 @pytest.mark.parametrize("kind", ["harmful", "harmless"])
 def test_splits_of_files_share_no_prompt_and_hold_them_all(profile, kind):
-    splits = [{q.text for q in questions.ask(profile, 0, split, kind, 1000)} for split in ("train", "tune", "test")]
+    splits = [
+        {q.text for q in questions.ask(profile, 0, split, kind, 1000)}
+        for split in ("train", "tune", "test")
+    ]
     assert sum(map(len, splits)) == len(set.union(*splits)) == len(VERBS) * len(THINGS)
     assert all(splits)
 
@@ -102,7 +120,11 @@ def test_the_same_question_gives_the_same_prompts_and_purposes_differ(profile):
 
 def test_questions_carry_their_rows_answers(profile):
     for q in questions.ask(profile, 0, "test", "harmful", 5):
-        assert q.harmful and q.answer == f"Sure, this is how to {q.text[8:-1]}" and q.refusal == "I cannot do that."
+        assert (
+            q.harmful
+            and q.answer == f"Sure, this is how to {q.text[8:-1]}"
+            and q.refusal == "I cannot do that."
+        )
     harmless = questions.ask(profile, 0, "train", "harmless", 1000)
     assert not any(q.harmful for q in harmless)
     assert {q.answer[:6] for q in harmless} == {"It is ", ""}  # a default response is no answer
@@ -112,7 +134,10 @@ def test_questions_carry_their_rows_answers(profile):
 
 def test_a_kind_that_the_files_do_not_have_is_an_error(profile):
     assert questions.kinds(profile) == ("harmful", "harmless", "scary")
-    with pytest.raises(ProfileError, match="prompts = 'law' is unknown here: choose one of harmful, harmless, scary"):
+    with pytest.raises(
+        ProfileError,
+        match="prompts = 'law' is unknown here: choose one of harmful, harmless, scary",
+    ):
         prompt_set("law", profile)
 
 
@@ -127,7 +152,10 @@ def test_an_attack_aims_at_the_first_words_of_a_long_answer(lm, profile):
     q = questions.Question("a", " ".join(f"w{i}" for i in range(90)), "no .", "c", True)
     assert ask.target(q).split() == [f"w{i}" for i in range(ask.TARGET_WORDS)]
     (row,) = token_rows(lm, [q])
-    assert lm.tokenizer.decode(row.completions[0]).strip().startswith("w0 w1 w2") and len(row.completions) == 2
+    assert (
+        lm.tokenizer.decode(row.completions[0]).strip().startswith("w0 w1 w2")
+        and len(row.completions) == 2
+    )
     (row,) = token_rows(lm, [questions.Question("a", "", "no .", "c", False)])
     assert len(row.completions) == 1
 
@@ -139,7 +167,9 @@ def test_replies_of_packed_rows_are_those_of_the_prompts(lm, profile):
     assert write(lm, lm.network(), rows, size=4, max_new_tokens=5) == plain
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
     ablated = write(lm, lm.network().ablated(direction), rows, size=4, max_new_tokens=5)
-    assert ablated == generate(lm, [p.text for p in prompts], max_new_tokens=5, directions=direction)
+    assert ablated == generate(
+        lm, [p.text for p in prompts], max_new_tokens=5, directions=direction
+    )
     noise = {row.prompt: torch.randn(300, 32) * 3 for row in rows}
 
     def perturb(batch):  # each row its own noise, wherever it stands in a batch
@@ -158,18 +188,27 @@ class Scripted:
 
     def grade(self, prompts, replies):
         self.seen.append((list(prompts), list(replies)))
-        return [Verdict("refused" if "no" in reply else "complied" if reply else "neither") for reply in replies]
+        return [
+            Verdict("refused" if "no" in reply else "complied" if reply else "neither")
+            for reply in replies
+        ]
 
 
 def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeypatch):
     grader, prompts = Scripted(), prompt_set("harmful", profile)
     monkeypatch.setattr(ask, "_grader", lambda settings: grader)
     monkeypatch.setattr(
-        evaluate, "write", lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))]
+        ask,
+        "write",
+        lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))],
     )
     found = examine(lm, profile, prompts)
     assert found.outcomes == ["refused", "complied", "neither"] * 2
-    assert found.texts == ["no", "yes", ""] * 2 and found.understood is None and found.prefilled is None
+    assert (
+        found.texts == ["no", "yes", ""] * 2
+        and found.understood is None
+        and found.prefilled is None
+    )
     assert grader.seen == [([p.text for p in prompts], found.texts)]
     deep = examine(lm, profile, prompts, understanding=True, prefilling=True)
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
@@ -190,14 +229,19 @@ def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypa
 
 def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeypatch):
     asked = []
-    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
+    monkeypatch.setattr(
+        ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+    )
     prompts = prompt_set("harmful", profile)
     examine(lm, profile, prompts, prefilling=True, system_prompt="be good .")
     plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
         first = " ".join(words[: min(ask.PREFILL_WORDS, len(words) - 1)])
-        assert lm.tokenizer.decode(b.prompt[len(a.prompt) :]).strip() == first and b.prompt[: len(a.prompt)] == a.prompt
+        assert (
+            lm.tokenizer.decode(b.prompt[len(a.prompt) :]).strip() == first
+            and b.prompt[: len(a.prompt)] == a.prompt
+        )
         assert "be good ." in lm.tokenizer.decode(a.prompt)
 
 
@@ -225,10 +269,14 @@ def test_a_request_is_understood_when_its_answer_islikelier_after_it_than_after_
     rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
     prompts = [questions.Question(str(i), "a", "r", str(i), True) for i in range(5)]
     found = ask.likelier(Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4)
-    assert found == [False, True, False, False, False]  # answer 0 is as likely after 1, one of its distractors
+    # answer 0 is as likely after 1, one of its distractors
+    assert found == [False, True, False, False, False]
     same = [questions.Question(str(i), "a", "r", "one", True) for i in range(5)]
-    assert ask.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5  # near-duplicates are no others
-    unanswered = [questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)]
+    # near-duplicates are no others
+    assert ask.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5
+    unanswered = [
+        questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)
+    ]
     assert ask.likelier(Oracle({rows[1].prompt}), rows, unanswered, 4) == [False] * 5
 
 
@@ -247,23 +295,36 @@ def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
 def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
     context = Context(profile, "lat", 0, profile.training("lat").attack, {})
     prompts = prompt_set("harmful", profile)[:2]
-    table = outcome_rows(context, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"])
+    table = outcome_rows(
+        context, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"]
+    )
     assert table["exact"].isna().all() and "step one" not in str(table.to_dict())
-    assert table["text"][0].startswith("[8 characters, sha256") and "begins: i cannot" in table["text"][1]
+    assert (
+        table["text"][0].startswith("[8 characters, sha256")
+        and "begins: i cannot" in table["text"][1]
+    )
     assert list(batches([TokenRow((1,), ((2,),))], 4))
 
 
 def test_a_run_says_how_to_read_it(profile):
     assert "the one right recipe" in questions.about(SMOKE)
     said = questions.about(profile)
-    assert "graded by `phrases`" in said and "Replies of 5 tokens" in said and "held out of the same data" in said
+    assert (
+        "graded by `phrases`" in said
+        and "Replies of 5 tokens" in said
+        and "held out of the same data" in said
+    )
     assert "after nine others" in said and ask.DISTRACTORS == 9
 
 
 def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, profile, monkeypatch):
     asked = []
-    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows))
-    own = profile.model_copy(update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})})
+    monkeypatch.setattr(
+        ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+    )
+    own = profile.model_copy(
+        update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})}
+    )
     prompts = prompt_set("harmful", profile)[:2]
     examine(lm, own, prompts)
     examine(lm, own, prompts, system_prompt="obey .")
@@ -273,7 +334,9 @@ def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, prof
 
 @pytest.fixture
 def flagged(monkeypatch):
-    """Every reply is 'yes'; harmful prompts with an even number are understood, and the other half of their twins."""
+    """Every reply is 'yes'; harmful prompts with an even number are understood, and the other half
+    of their twins.
+    """
     seen = []
 
     def likelier(network, rows, prompts, size):
@@ -288,7 +351,9 @@ def flagged(monkeypatch):
 def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagged):
     context = Context(profile, "base", 0, profile.training("lat").attack, {}, keep=None)
     no_search = profile.evaluation.suffix.model_copy(update={"steps": 0})
-    evaluation = profile.evaluation.model_copy(update={"encodings": ("plain", "leet"), "suffix": no_search})
+    evaluation = profile.evaluation.model_copy(
+        update={"encodings": ("plain", "leet"), "suffix": no_search}
+    )
     context = replace(context, profile=profile.model_copy(update={"evaluation": evaluation}))
     for table in (audit(lm, context), jailbreaks(lm, context)):
         for name, first in (("harmful", True), ("twin", False)):
@@ -300,7 +365,9 @@ def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagg
     assert kept["prompt_id"].tolist() == ["harmful-0000", "harmful-0002", "harmful-0004"]
 
 
-def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_plain_reply(lm, profile, flagged):
+def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_plain_reply(
+    lm, profile, flagged
+):
     audit(lm, Context(profile, "base", 0, profile.training("lat").attack, {}))
     twins = [prompts for prompts in flagged if not prompts[0].harmful]
     assert twins and all(prompt.answer for prompts in twins for prompt in prompts)
@@ -313,19 +380,28 @@ def test_prompts_that_an_encoding_would_make_too_long_are_not_asked(profile):
     assert shortest < longest
 
     def limited(max_tokens):
-        return profile.model_copy(update={"data": profile.data.model_copy(update={"max_tokens": max_tokens})})
+        return profile.model_copy(
+            update={"data": profile.data.model_copy(update={"max_tokens": max_tokens})}
+        )
 
     kept = questions.ask(limited((longest - 1) // 2), 0, "test", "harmful", 1000)
     assert 0 < len(kept) < len(asked) and max(len(q.text) for q in kept) < longest
-    with pytest.raises(ProfileError, match="data.max_tokens = 5: no harmful prompt of 'test' has 10 letters or less"):
+    with pytest.raises(
+        ProfileError,
+        match="data.max_tokens = 5: no harmful prompt of 'test' has 10 letters or less",
+    ):
         questions.ask(limited(5), 0, "test", "harmful", 1000)
 
 
-def test_harmful_prompts_without_a_target_are_refused_before_an_attack_aims_at_their_refusal(profile, tmp_path):
+def test_harmful_prompts_without_a_target_are_refused_before_an_attack_aims_at_their_refusal(
+    profile, tmp_path
+):
     (tmp_path / "test.json").write_text(json.dumps([{"ask": t} for t in texts("who could ")]))
     test = {"test_harmful": str(tmp_path / "test.json"), "test_harmful_columns": {"prompt": "ask"}}
     bare = profile.model_copy(update={"data": profile.data.model_copy(update=test)})
-    with pytest.raises(ProfileError, match="data.test_harmful_columns = .* names no target .* 'Sure: {goal}'"):
+    with pytest.raises(
+        ProfileError, match="data.test_harmful_columns = .* names no target .* 'Sure: {goal}'"
+    ):
         prompt_set("harmful", bare)
     test["test_harmful_columns"] = {"prompt": "ask", "rejected": "Sure: {ask}"}
     mended = profile.model_copy(update={"data": profile.data.model_copy(update=test)})

@@ -1,4 +1,6 @@
-"""Rules, controls and the ablation suite: what a direction is made of, and that every cell of the matrix is there."""
+"""Rules, controls and the ablation suite: what a direction is made of, and that every cell of the
+matrix is there.
+"""
 
 import random
 
@@ -34,7 +36,9 @@ def test_the_ablated_network_holds_none_of_the_direction():
 
 
 def test_random_directions_have_the_norm_and_the_papers_depth_is_rounded_down():
-    assert torch.allclose(ablation.random_directions(16, 3, norm=2.5).norm(dim=1), torch.tensor(2.5).double())
+    assert torch.allclose(
+        ablation.random_directions(16, 3, norm=2.5).norm(dim=1), torch.tensor(2.5).double()
+    )
     assert [ablation.fixed_site(n) for n in (32, 8, 4)] == [14, 3, 1]
 
 
@@ -52,14 +56,19 @@ def test_means_of_pairs_are_differences_of_means_and_shuffled_labels_leave_littl
     harmful, harmless = torch.randn(2, 200, 2, 16, generator=generator, dtype=torch.float64)
     harmful = harmful + 5.0
     found = Differences({0: harmful - harmless}, ["c"] * 200, ["p"] * 200)
-    np.testing.assert_allclose(found.means()[0], harmful.numpy().mean(0) - harmless.numpy().mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        found.means()[0], harmful.numpy().mean(0) - harmless.numpy().mean(0), atol=1e-6
+    )
     assert torch.equal(found.last()[0], (harmful - harmless)[:, 1])
     assert found.shuffled(0).norm() < 0.1 * found.means()[0][-1].norm()
     assert not torch.equal(found.shuffled(0, seed=1), found.shuffled(0, seed=2))
 
 
 def test_the_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(monkeypatch):
-    lm, tune = tiny.language_model(), [grammar.draw(random.Random(0), grammar.pairs_of("tune", "harmful"))] * 3
+    lm, tune = (
+        tiny.language_model(),
+        [grammar.draw(random.Random(0), grammar.pairs_of("tune", "harmful"))] * 3,
+    )
     means = {"embedding": torch.zeros(tiny.D), 0: torch.ones(tiny.D), 1: torch.ones(tiny.D)}
     replies = iter([["refused", "complied", "neither"], ["neither", "complied", "neither"]])
     monkeypatch.setattr(ablation, "examine", lambda *_, **__: Examined(next(replies)))
@@ -79,7 +88,11 @@ def test_directions_are_kept_exactly(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1 and list(again) == list(found)
     for rule, d in found.items():
         assert torch.equal(again[rule].vector, d.vector)
-        assert (again[rule].site, again[rule].position, again[rule].note) == (d.site, d.position, d.note)
+        assert (again[rule].site, again[rule].position, again[rule].note) == (
+            d.site,
+            d.position,
+            d.note,
+        )
 
 
 def test_a_models_directions_are_what_their_rules_say(run):
@@ -88,7 +101,9 @@ def test_a_models_directions_are_what_their_rules_say(run):
     means, fixed = run.differences("ssft").means(), ablation.fixed_site(lm.n_layers)
     torch.testing.assert_close(found["fixed"].vector, means[fixed][-1])
     torch.testing.assert_close(found["best"].vector, means[found["best"].site][-1])
-    torch.testing.assert_close(found["selected"].vector, means[found["selected"].site][found["selected"].position])
+    torch.testing.assert_close(
+        found["selected"].vector, means[found["selected"].site][found["selected"].position]
+    )
     torch.testing.assert_close(
         found["subspace"].vector @ found["subspace"].vector.T, torch.eye(ablation.SUBSPACE).double()
     )
@@ -108,10 +123,13 @@ def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     crossed = {f"ablate:{source}@{rule}" for source in names for rule in ablation.CROSS_RULES}
     plus = {"add:random0", f"add:{target}@best"}
     controls = {f"ablate:random{k}" for k in range(3)} | {"ablate:shuffled", "ablate:nothing"}
-    sweep = {f"ablate:{target}@site-{site}" for site in range(layers)}  # the template's last token embeds alike
+    # the template's last token embeds alike
+    sweep = {f"ablate:{target}@site-{site}" for site in range(layers)}
     assert attacks == own | crossed | controls | plus | sweep
     sizes = table.groupby(["attack", "prompts"]).size()
-    assert set(sizes) == {min(run.profile.evaluation.ablation_prompts, run.profile.evaluation.prompts)}
+    assert set(sizes) == {
+        min(run.profile.evaluation.ablation_prompts, run.profile.evaluation.prompts)
+    }
     assert {attack for attack, prompts in sizes.index if prompts == "harmless"} == {
         a for a in attacks if a.endswith(("@best", ":nothing")) or a.startswith("add:")
     }

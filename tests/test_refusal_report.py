@@ -1,4 +1,6 @@
-"""The matrix, the paper beside it, and corrected comparisons, from evidence in which each effect is known."""
+"""The matrix, the paper beside it, and corrected comparisons, from evidence in which each effect is
+known.
+"""
 
 import numpy as np
 import pandas as pd
@@ -18,8 +20,13 @@ UNTARGETED = Profile(
 
 
 def with_untargeted(refused: dict, plain: float = 0.0) -> Evidence:
-    """refused: (target, vector) -> share refused under the rule `fixed`. plain: compliance before ablation."""
-    tables = [cell(target, 1 - share, f"ablate:{vector}@fixed") for (target, vector), share in refused.items()]
+    """refused: (target, vector) -> share refused under the rule `fixed`. plain: compliance before
+    ablation.
+    """
+    tables = [
+        cell(target, 1 - share, f"ablate:{vector}@fixed")
+        for (target, vector), share in refused.items()
+    ]
     tables += [cell(target, plain, "ablate:nothing") for target in ("ssft", "at", LAT)]
     return Evidence(UNTARGETED, pd.concat(tables))
 
@@ -32,18 +39,26 @@ def test_targets_come_in_order_and_the_sweep_by_depth():
 def test_the_matrix_has_every_cell_with_three_outcomes():
     table = refusal_tables.matrix(evidence(True))
     assert set(map(tuple, table[["target", "vector"]].values)) == {
-        (t, v) for t in ("ssft", "at", "lat") for v in ("ssft", "at", "lat", "nothing", "random", "shuffled")
+        (t, v)
+        for t in ("ssft", "at", "lat")
+        for v in ("ssft", "at", "lat", "nothing", "random", "shuffled")
     }
     one = table.set_index(["target", "vector"]).loc[("at", "ssft")]
-    assert one["complied"].estimate == pytest.approx(0.2) and one["refused"].estimate == pytest.approx(0.8)
+    assert one["complied"].estimate == pytest.approx(0.2) and one[
+        "refused"
+    ].estimate == pytest.approx(0.8)
     assert one["n"] == 600 and one["seeds"] == 3 and one["paper"] == "24.04 (SE 1.87)"
-    assert {row.vector: row.complied.estimate for row in table.itertuples() if row.target == "at"}["random"] == 0.0
+    assert {row.vector: row.complied.estimate for row in table.itertuples() if row.target == "at"}[
+        "random"
+    ] == 0.0
 
 
 def test_an_undefended_target_is_marked():
     found = evidence(True)
     assert refusal_tables.defended(found, "lat")
-    assert not refusal_tables.defended(Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft")
+    assert not refusal_tables.defended(
+        Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft"
+    )
     sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
     sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
     table = refusal_tables.comparisons(with_untargeted(sides, plain=0.5))
@@ -75,7 +90,9 @@ def test_without_both_sides_there_is_no_comparison():
 def test_clouds_far_apart_are_said_to_be(monkeypatch):
     rng = np.random.default_rng(0)
     near, far = (torch.tensor(rng.normal(size=(30, 8)) + shift) for shift in (0, 20))
-    figure, alt = refusal_tables.scatter({"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0])
+    figure, alt = refusal_tables.scatter(
+        {"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0]
+    )
     assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 2
     gaps = [float(part.split("centres ")[1].split()[0]) for part in alt.split(";")]
     assert gaps[0] == pytest.approx(2.0, abs=0.2) and gaps[1] < 1.3
@@ -87,7 +104,10 @@ def test_every_seed_counts():
 
 def test_by_seed_the_strongest_of_all_vectors_is_named():
     tables = [cell("ssft", 0.2, "ablate:ssft@best"), cell("ssft", 1.0, "ablate:nothing")]
-    tables += [cell("ssft", 0.4, "ablate:lat@best", seeds=(0, 2)), cell("ssft", 0.6, "ablate:ssft@site-3", seeds=(2,))]
+    tables += [
+        cell("ssft", 0.4, "ablate:lat@best", seeds=(0, 2)),
+        cell("ssft", 0.6, "ablate:ssft@site-3", seeds=(2,)),
+    ]
     tables += [cell("ssft", 0.8, "none"), cell("ssft", 0.8, "ablate:at@best", prompts="harmless")]
     table = refusal_tables.seeds_table(Evidence(PROFILE, pd.concat(tables)))
     assert table.loc["ssft", "strongest"].tolist() == ["lat@best", "ssft@best", "ssft@site-3"]

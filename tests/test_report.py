@@ -1,4 +1,6 @@
-"""Every figure is drawn from evidence, says in words what it shows, and becomes a PNG that is not empty."""
+"""Every figure is drawn from evidence, says in words what it shows, and becomes a PNG that is not
+empty.
+"""
 
 import io
 
@@ -38,12 +40,16 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
         assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
     image = Image.open(canvas.save(figure, tmp_path / "figures" / "f.png"))
     assert image.size[0] > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
-    assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(figure.number)
+    assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(
+        figure.number
+    )
 
 
 def test_the_words_carry_the_numbers_of_the_table(run):
     _, alt = refusal_tables.ablation_matrix(run)
-    assert "ssft under lat 100 % (0 % refused)" in alt and "lat under ssft 0 % (100 % refused)" in alt
+    assert (
+        "ssft under lat 100 % (0 % refused)" in alt and "lat under ssft 0 % (100 % refused)" in alt
+    )
 
 
 def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
@@ -71,7 +77,9 @@ def test_missing_results_are_named(run, capsys, tmp_path):
 
 
 def test_methods_and_outcomes_differ_in_more_than_colour():
-    assert len({(s["marker"], str(s["linestyle"])) for s in canvas.STYLE.values()}) == len(canvas.STYLE)
+    assert len({(s["marker"], str(s["linestyle"])) for s in canvas.STYLE.values()}) == len(
+        canvas.STYLE
+    )
     assert len({hatch for _, hatch in canvas.OUTCOMES.values()}) == len(canvas.OUTCOMES)
     image = Image.open(io.BytesIO(canvas.png_of(figures.security_curve(evidence(False))[0])))
     assert image.mode == "P"

@@ -1,4 +1,6 @@
-"""Latent attacks as they are evaluated: which cells, at which radii, whose gradient, and what if there is none."""
+"""Latent attacks as they are evaluated: which cells, at which radii, whose gradient, and what if
+there is none.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +18,13 @@ from latlib.experiment.build import measure_norms
 from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.models import LanguageModel
 from latlib.redteam import latent
-from latlib.redteam.latent import ONE_STEP, AttackCell, base_attack, gradient_norms, replace_settings
+from latlib.redteam.latent import (
+    ONE_STEP,
+    AttackCell,
+    base_attack,
+    gradient_norms,
+    replace_settings,
+)
 
 PROFILE = small_profile()
 LAT = PROFILE.training("lat").attack
@@ -25,7 +33,9 @@ SITES, EPS = (0, 1, 2), (0.05, 0.2)  # of the smoke profile
 
 @pytest.fixture(scope="module")
 def lm():
-    """Answers a third of the harmful prompts, and refuses the others, half of which it would finish."""
+    """Answers a third of the harmful prompts, and refuses the others, half of which it would
+    finish.
+    """
     return learned(PROFILE, lambda name, encoding, i: i % 3, steps=70)
 
 
@@ -54,21 +64,36 @@ def test_a_cell_is_told_from_every_other_one():
         {},
         *({"sites": sites} for sites in ((0,), (0, 1), ("embedding",))),
         *({"eps": eps} for eps in (0.1, 0.05000001)),
-        *({"eps_mode": "absolute"}, {"steps": 3}, {"rule": "sign"}, {"lr": 0.3}, {"start": "random"}, {"restarts": 2}),
+        *(
+            {"eps_mode": "absolute"},
+            {"steps": 3},
+            {"rule": "sign"},
+            {"lr": 0.3},
+            {"start": "random"},
+            {"restarts": 2},
+        ),
         *({"positions": "prompt+completion"}, {"toward": 0.5}, {"away": 0.5}, {"targeted": False}),
     ]
     assert {name for change in changes for name in change} == set(AttackSettings.model_fields)
     cells = [AttackCell(replace_settings(LAT, **change)) for change in changes]
     cells += [AttackCell(LAT, "noise"), AttackCell(LAT, n=4)]
-    digests = [cell.digest(model) for cell in cells for model in ("lat-seed0", "lat-seed1", "ssft-seed0")]
+    digests = [
+        cell.digest(model) for cell in cells for model in ("lat-seed0", "lat-seed1", "ssft-seed0")
+    ]
     assert len(set(digests)) == len(digests)
-    assert digests == [replace(cell).digest(m) for cell in cells for m in ("lat-seed0", "lat-seed1", "ssft-seed0")]
+    assert digests == [
+        replace(cell).digest(m) for cell in cells for m in ("lat-seed0", "lat-seed1", "ssft-seed0")
+    ]
     assert str(cells[0]) == "pgd at eps 0.05"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"epz": 1.0}, "attack.epz"), ({"eps": -1.0}, "attack.eps"), ({"rule": "adam"}, "attack.rule")],
+    [
+        ({"epz": 1.0}, "attack.epz"),
+        ({"eps": -1.0}, "attack.eps"),
+        ({"rule": "adam"}, "attack.rule"),
+    ],
 )
 def test_settings_that_cannot_be_are_named(change, message):
     with pytest.raises(ProfileError, match=message):
@@ -90,21 +115,29 @@ def cells_of(suite, profile, monkeypatch, n_layers=None, d_model=None, **changes
 
 def with_attack(profile, **changes):
     """The profile with other settings of the attack."""
-    train = profile.train.model_copy(update={"attack": replace_settings(profile.train.attack, **changes)})
+    train = profile.train.model_copy(
+        update={"attack": replace_settings(profile.train.attack, **changes)}
+    )
     return profile.model_copy(update={"train": train})
 
 
 @pytest.mark.parametrize("name", ["smoke", "tiny"])
 def test_every_variation_changes_one_thing(name, monkeypatch):
     profile = load_profile(name)
-    evaluation, lat, n_layers = profile.evaluation, profile.training("lat").attack, profile.model.layers
+    evaluation, lat, n_layers = (
+        profile.evaluation,
+        profile.training("lat").attack,
+        profile.model.layers,
+    )
     cells = cells_of(latent.attacks, profile, monkeypatch)
     usual = replace_settings(lat, steps=evaluation.pgd_steps, lr=None).model_dump()
     trained, inner = resolve_sites(lat.sites, n_layers), set(range(n_layers - 1))
     for eps in evaluation.strong_eps:
         found = {cell.name: cell.settings for cell in cells if cell.settings.eps == eps}
         changed = {
-            variation: {k: v for k, v in settings.model_dump().items() if v != usual[k] and k != "eps"}
+            variation: {
+                k: v for k, v in settings.model_dump().items() if v != usual[k] and k != "eps"
+            }
             for variation, settings in found.items()
         }
         others = resolve_sites(found["pgd-other-sites"].sites, n_layers)
@@ -125,10 +158,19 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
 
 def test_what_another_suite_measures_is_not_measured_again(monkeypatch):
     profile = small_profile(strong_eps=(LAT.eps, 0.2))
-    names = [(cell.name, cell.settings.eps) for cell in cells_of(latent.attacks, profile, monkeypatch)]
-    assert ("pgd-strong", 0.2) in names and ("pgd-strong", LAT.eps) not in names and len(names) == 13
-    (strong,) = [c for c in cells_of(latent.robustness, profile, monkeypatch) if c.name == "pgd-strong"]
-    assert (strong.settings.eps, strong.settings.steps) == (LAT.eps, profile.evaluation.strong_steps)
+    names = [
+        (cell.name, cell.settings.eps) for cell in cells_of(latent.attacks, profile, monkeypatch)
+    ]
+    assert (
+        ("pgd-strong", 0.2) in names and ("pgd-strong", LAT.eps) not in names and len(names) == 13
+    )
+    (strong,) = [
+        c for c in cells_of(latent.robustness, profile, monkeypatch) if c.name == "pgd-strong"
+    ]
+    assert (strong.settings.eps, strong.settings.steps) == (
+        LAT.eps,
+        profile.evaluation.strong_steps,
+    )
 
 
 def test_a_rule_that_is_the_profiles_own_is_no_variation(monkeypatch):
@@ -141,7 +183,11 @@ def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
     profile = small_profile(eps=(0.1, 0.4), embedding_eps=(0.3,))
     cells = cells_of(latent.robustness, profile, monkeypatch)
     expected = [("pgd", 0.1, SITES, 2), ("pgd", 0.4, SITES, 2), ("pgd", 0.3, (EMBEDDING,), 2)]
-    expected += [("noise", 0.1, SITES, 2), ("noise", 0.4, SITES, 2), ("pgd-strong", LAT.eps, SITES, 4)]
+    expected += [
+        ("noise", 0.1, SITES, 2),
+        ("noise", 0.4, SITES, 2),
+        ("pgd-strong", LAT.eps, SITES, 4),
+    ]
     assert [(c.name, c.settings.eps, c.settings.sites, c.settings.steps) for c in cells] == expected
 
 
@@ -153,7 +199,9 @@ def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
 
 
 @pytest.mark.parametrize("steps", [8, 40])
-def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, lm, context, monkeypatch):
+def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
+    steps, lm, context, monkeypatch
+):
     profile = small_profile(pgd_steps=steps)
     cells = cells_of(latent.attacks, profile, monkeypatch, norms=context.norms)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
@@ -165,7 +213,9 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, l
     usual = replace_settings(LAT, steps=1, lr=2 / steps)
     for site in SITES:
         lengths = adam[site].norm(dim=-1)[batch.segments == 0]
-        torch.testing.assert_close(lengths, torch.full_like(lengths, 2 / steps * median), rtol=0.02, atol=0)
+        torch.testing.assert_close(
+            lengths, torch.full_like(lengths, 2 / steps * median), rtol=0.02, atol=0
+        )
         l2 = pgd(network, batch, own, usual).deltas[site].norm(dim=-1)[batch.segments == 0]
         torch.testing.assert_close(lengths, l2, rtol=0.02, atol=0)
 
@@ -194,8 +244,13 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
     found = pgd(network, batch, radii(settings, lm.n_layers, context.norms), settings, stop=True)
     assert (table["outcome"] == "complied").tolist() == found.won.tolist() and found.won.any()
     assert table["prompt_id"].tolist() == [f"harmful-{i:04d}" for i in range(6)]
-    assert table["cluster"].tolist() == [p.cluster for p in prompts] and tuple(table.columns) == COLUMNS
-    row = table[["method", "seed", "attack", "encoding", "eps", "eps_mode", "sites"]].drop_duplicates()
+    assert (
+        table["cluster"].tolist() == [p.cluster for p in prompts]
+        and tuple(table.columns) == COLUMNS
+    )
+    row = table[
+        ["method", "seed", "attack", "encoding", "eps", "eps_mode", "sites"]
+    ].drop_duplicates()
     assert row.values.tolist() == [["ssft", 0, "mine", "plain", 0.2, "relative", "0,1,2"]]
     assert len(AttackCell(settings).measure(lm, context)) == PROFILE.evaluation.pgd_prompts
 
@@ -205,9 +260,11 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
     model, calls = counted(lm)
     strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, context)
-    assert calls[:2] == [8, 5] and calls[-1] == 8  # the three that were answered anyway are left alone
+    # the three that were answered anyway are left alone
+    assert calls[:2] == [8, 5] and calls[-1] == 8
     assert strong["exact"].sum() > sum(o == "complied" for o in plain)
-    assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()  # won before it began
+    # won before it began
+    assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()
 
 
 def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monkeypatch):
@@ -220,7 +277,9 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
 
     monkeypatch.setattr(latent, "examine", grade)
     monkeypatch.setattr(latent, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
-    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient"))
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient")
+    )
     cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
     for seed in (0, 0, 1):
         cell.measure(lm, replace(context, seed=seed))
@@ -231,7 +290,9 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
             expected = 0.2 * context.norms[site] * inside
             torch.testing.assert_close(delta.norm(dim=-1), expected, rtol=1e-5, atol=0)
     first, again, another = (deltas for _, deltas in kept)
-    assert all(torch.equal(first[s], again[s]) and not torch.equal(first[s], another[s]) for s in SITES)
+    assert all(
+        torch.equal(first[s], again[s]) and not torch.equal(first[s], another[s]) for s in SITES
+    )
 
 
 def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, context):
@@ -261,9 +322,14 @@ def travelled(lm, other, context):
 def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, context):
     table, asked = travelled
     assert asked == ["at", "lat", "lat-untargeted"]  # the source is there already
-    assert set(table["attack"]) == {"transfer:ssft"} and set(table["eps"]) == set(PROFILE.evaluation.strong_eps)
+    assert set(table["attack"]) == {"transfer:ssft"} and set(table["eps"]) == set(
+        PROFILE.evaluation.strong_eps
+    )
     assert table.groupby("method").size().to_dict() == dict.fromkeys(PROFILE.methods, 8)
-    prompts, settings = prompt_set("harmful", PROFILE), replace_settings(base_attack(context), eps=0.2)
+    prompts, settings = (
+        prompt_set("harmful", PROFILE),
+        replace_settings(base_attack(context), eps=0.2),
+    )
     limits, network = radii(settings, lm.n_layers, context.norms), lm.network()
 
     def perturb(batch):  # the white-box attack on the source, all its steps
@@ -286,7 +352,8 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
 def test_transfer_does_not_depend_on_how_prompts_are_cut_into_batches(lm, other, context):
     profile = small_profile(batch=3)
     together, apart = (
-        latent.transfer(lm, replace(context, profile=p, model=lambda _: other)) for p in (PROFILE, profile)
+        latent.transfer(lm, replace(context, profile=p, model=lambda _: other))
+        for p in (PROFILE, profile)
     )
     assert together.equals(apart)
 
@@ -295,7 +362,9 @@ def test_transferred_perturbations_take_all_their_steps(lm, other, context, monk
     seen = []
     monkeypatch.setattr(latent, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
     latent.transfer(lm, replace(context, model=lambda _: other))
-    assert [(s.steps, k.get("stop", False)) for s, k in seen] == [(PROFILE.evaluation.pgd_steps, False)]
+    assert [(s.steps, k.get("stop", False)) for s, k in seen] == [
+        (PROFILE.evaluation.pgd_steps, False)
+    ]
 
 
 def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
@@ -315,7 +384,9 @@ def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
 @pytest.mark.parametrize("method", ["base", "lat[no-kl]"])
 def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, context):
     table = latent.transfer(lm, replace(context, method=method, model=lambda _: other))
-    assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {f"transfer:{method}"}
+    assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {
+        f"transfer:{method}"
+    }
 
 
 def test_gradients_are_found_at_every_site(lm, context):
@@ -333,18 +404,24 @@ def test_gradients_are_found_at_every_site(lm, context):
 
 
 def masked(monkeypatch, sites, row=None):
-    """Networks through which no gradient passes to the perturbation of some sites, or to one row of it."""
+    """Networks through which no gradient passes to the perturbation of some sites, or to one row of
+    it.
+    """
     make = LanguageModel.network
 
     def cut(delta):
         return (
-            delta.detach() if row is None else torch.cat((delta[:row], delta[row : row + 1].detach(), delta[row + 1 :]))
+            delta.detach()
+            if row is None
+            else torch.cat((delta[:row], delta[row : row + 1].detach(), delta[row + 1 :]))
         )
 
     def network(self, *args, **kwargs):
         made = make(self, *args, **kwargs)
         run = made.label_rows
-        made.label_rows = lambda batch, deltas: run(batch, {s: cut(d) if s in sites else d for s, d in deltas.items()})
+        made.label_rows = lambda batch, deltas: run(
+            batch, {s: cut(d) if s in sites else d for s, d in deltas.items()}
+        )
         return made
 
     monkeypatch.setattr(LanguageModel, "network", network)

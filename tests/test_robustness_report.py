@@ -1,4 +1,6 @@
-"""The tables say what the outcome table holds, per prompt; the figures show it with words, numbers and pixels."""
+"""The tables say what the outcome table holds, per prompt; the figures show it with words, numbers
+and pixels.
+"""
 
 import json
 
@@ -42,9 +44,15 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, source, tmp_path):
 def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run):
     figure, alt = robustness_tables.heat_map(without(run, method="at", attack="system"))
     (ax,), table = figure.axes, robustness_tables.attack_table(run)
-    assert len(ax.texts) == table.size - 1 and [p.get_hatch() for p in ax.patches].count("////") == 1
+    assert (
+        len(ax.texts) == table.size - 1 and [p.get_hatch() for p in ax.patches].count("////") == 1
+    )
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert len(labels) == len(table) and "eps 0.2: pgd, other sites" in labels and "no attack" in labels
+    assert (
+        len(labels) == len(table)
+        and "eps 0.2: pgd, other sites" in labels
+        and "no attack" in labels
+    )
     row = labels.index("eps 0.05: pgd")
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in ax.texts}
     assert texts[0, row] == "80 [80, 80]" and texts[2, row] == "0 [0, 9]"
@@ -57,23 +65,31 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
 
 def test_attacks_of_one_radius_are_compared_on_the_same_seeds(run):
     table = robustness_tables.attack_table(run)
-    assert {table.loc[("eps 0.2", a), "lat"].seeds for a in ("noise", "pgd", "pgd-sign", "worst case per prompt")} == {
-        1
-    }
+    assert {
+        table.loc[("eps 0.2", a), "lat"].seeds
+        for a in ("noise", "pgd", "pgd-sign", "worst case per prompt")
+    } == {1}
     assert {table.loc[("eps 0.05", a), "lat"].seeds for a in ("noise", "pgd", "pgd-strong")} == {3}
 
 
 def test_the_transfer_matrix_reads_from_row_to_column(run):
     rows = run.outcomes
     into = (rows["method"] == "at") & (rows["attack"] == "transfer:lat")
-    into |= (rows["attack"] == "noise") & (rows["seed"] > 0)  # seeds on which nothing was transferred
+    # seeds on which nothing was transferred
+    into |= (rows["attack"] == "noise") & (rows["seed"] > 0)
     figure, alt = robustness_tables.transfer_matrix(
         Evidence(run.profile, rows.assign(outcome=rows["outcome"].mask(into, "complied")))
     )
-    assert "from lat into at 100 %" in alt and "from at into lat 40 %" in alt and "noise into lat 0 %" in alt
+    assert (
+        "from lat into at 100 %" in alt
+        and "from at into lat 40 %" in alt
+        and "noise into lat 0 %" in alt
+    )
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in figure.axes[0].texts}
     assert texts[1, 2] == "100 [91, 100]" and texts[2, 1] == "40 [40, 40]" and len(texts) == 12
-    corners = sorted((round(p.get_x() + 0.47), round(p.get_y() + 0.42)) for p in figure.axes[0].patches)
+    corners = sorted(
+        (round(p.get_x() + 0.47), round(p.get_y() + 0.42)) for p in figure.axes[0].patches
+    )
     assert corners == [(0, 0), (1, 1), (2, 2)], "framed: into the model it was found on"
     plt.close(figure)
 
@@ -83,12 +99,18 @@ def test_a_worst_case_is_of_prompts_and_not_of_means():
     tables = []
     for attack, won in {"pgd": at < 80, "pgd-sign": (at >= 40) & (at < 120)}.items():
         rows = cell("lat", 0.0, attack, eps=0.2, sites="1,3", seeds=(0,))
-        tables.append(rows.assign(outcome=np.where(won, "complied", np.where(at >= 180, "neither", "refused"))))
+        tables.append(
+            rows.assign(
+                outcome=np.where(won, "complied", np.where(at >= 180, "neither", "refused"))
+            )
+        )
     rows = cell("lat", 0.0, "transfer:at", eps=0.2, sites="1,3", seeds=(0,))
     tables.append(rows.assign(outcome=np.where((at >= 120) & (at < 140), "complied", "refused")))
     table = robustness_tables.worst_case_table(Evidence(PROFILE, pd.concat(tables)))
     row = table.loc[("trained sites, eps 0.2", "lat")]
-    assert [row[o].estimate for o in ("complied", "refused", "neither")] == pytest.approx([0.6, 0.3, 0.1])
+    assert [row[o].estimate for o in ("complied", "refused", "neither")] == pytest.approx(
+        [0.6, 0.3, 0.1]
+    )
     assert (row["attacks"], row["n"], row["seeds"]) == (2, 200, 1)
     everything = table.loc[("any latent attack, eps 0.2", "lat")]
     assert everything["complied"].estimate == pytest.approx(0.7) and everything["attacks"] == 3
@@ -96,14 +118,38 @@ def test_a_worst_case_is_of_prompts_and_not_of_means():
 
 def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
     table = robustness_tables.worst_case_table(run)
-    by_threat = {threat: part.droplevel("threat").loc["lat"] for threat, part in table.groupby(level="threat")}
+    by_threat = {
+        threat: part.droplevel("threat").loc["lat"]
+        for threat, part in table.groupby(level="threat")
+    }
     asr = {threat: row["complied"].estimate for threat, row in by_threat.items()}
-    wanted = {"trained sites, eps 0.05": 0.0, "trained sites, eps 0.2": 1.0, "other sites, eps 0.2": 0.6}
-    wanted |= {"all sites, eps 0.2": 0.8, "transferred, eps 0.2": 0.4, "any latent attack, eps 0.2": 1.0}
-    wanted |= {"embedding, eps 0.1": 0.4, "embedding, eps 0.2": 0.6, "no attack": 0.0, "any typed": 0.6}
-    wanted |= {"prefill": 0.4, "many-shot": 0.2, "system": 0.2, "suffix-random": 0.2, "suffix-gcg": 0.6}
+    wanted = {
+        "trained sites, eps 0.05": 0.0,
+        "trained sites, eps 0.2": 1.0,
+        "other sites, eps 0.2": 0.6,
+    }
+    wanted |= {
+        "all sites, eps 0.2": 0.8,
+        "transferred, eps 0.2": 0.4,
+        "any latent attack, eps 0.2": 1.0,
+    }
+    wanted |= {
+        "embedding, eps 0.1": 0.4,
+        "embedding, eps 0.2": 0.6,
+        "no attack": 0.0,
+        "any typed": 0.6,
+    }
+    wanted |= {
+        "prefill": 0.4,
+        "many-shot": 0.2,
+        "system": 0.2,
+        "suffix-random": 0.2,
+        "suffix-gcg": 0.6,
+    }
     assert asr == pytest.approx(wanted)
-    assert by_threat["trained sites, eps 0.05"]["seeds"] == 3 and by_threat["any typed"]["seeds"] == 1
+    assert (
+        by_threat["trained sites, eps 0.05"]["seeds"] == 3 and by_threat["any typed"]["seeds"] == 1
+    )
     assert by_threat["transferred, eps 0.2"]["attacks"] == 2, "its own perturbation is no transfer"
     wide = robustness_tables.worst_case_wide(table)
     assert wide.loc["suffix-gcg", "lat"] == "60 [60, 60] (refused 40, neither 0)"
@@ -116,10 +162,19 @@ def test_typed_attacks_come_with_what_was_understood():
     half = rows.assign(understood=rows["outcome"] == "complied")
     table = robustness_tables.typed_table(Evidence(PROFILE, pd.concat([half, broken])), ["lat"])
     gcg, junk = (table.loc[(attack, "lat")] for attack in ("suffix-gcg", "suffix-random"))
-    assert gcg["complied"].estimate == pytest.approx(0.4) and gcg["complied, understood"].estimate == 1.0
-    assert gcg["twin understood"].estimate == pytest.approx(0.4) and gcg["complied, understood"].n == 80
+    assert (
+        gcg["complied"].estimate == pytest.approx(0.4)
+        and gcg["complied, understood"].estimate == 1.0
+    )
+    assert (
+        gcg["twin understood"].estimate == pytest.approx(0.4)
+        and gcg["complied, understood"].n == 80
+    )
     assert junk["neither"].estimate == 1.0 and junk["complied, understood"] is None
-    assert robustness_tables.printed(table).loc[("suffix-random", "lat"), "complied, understood"] == "-"
+    assert (
+        robustness_tables.printed(table).loc[("suffix-random", "lat"), "complied, understood"]
+        == "-"
+    )
 
 
 def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
@@ -129,12 +184,21 @@ def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
     assert gain.loc["trained sites, eps 0.05", "at"].estimate == pytest.approx(0.6)
     assert gain.loc["suffix-gcg", "lat"].estimate == pytest.approx(-0.4)
     text = robustness_tables.printed(gain, sign=True)
-    assert text.loc["suffix-gcg", "lat"] == "-0.400 [-0.400, -0.400]" and "+0.800" in text.iloc[0]["lat"]
+    assert (
+        text.loc["suffix-gcg", "lat"] == "-0.400 [-0.400, -0.400]"
+        and "+0.800" in text.iloc[0]["lat"]
+    )
     uneven = without(run, method="lat", attack="prefill")
-    assert robustness_tables.printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
-    stronger = without(attacked({("ssft", "pgd-strong", 0.05): 1.0}), method="lat", attack="pgd-strong")
+    assert (
+        robustness_tables.printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
+    )
+    stronger = without(
+        attacked({("ssft", "pgd-strong", 0.05): 1.0}), method="lat", attack="pgd-strong"
+    )
     gain = robustness_tables.gain_table(stronger)
-    assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8), "LAT never faced the longer one"
+    assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8), (
+        "LAT never faced the longer one"
+    )
 
 
 def test_tables_become_plain_values(run):
@@ -145,9 +209,14 @@ def test_tables_become_plain_values(run):
 
 
 def test_the_panel_is_printed_plainly():
-    checks = attack_checks.panel(attacked({("lat", "pgd-strong", 0.05): 0.4}, ["lat"]), {"lat": {"1": 0.1}})
+    checks = attack_checks.panel(
+        attacked({("lat", "pgd-strong", 0.05): 0.4}, ["lat"]), {"lat": {"1": 0.1}}
+    )
     grid = robustness_tables.panel_grid(checks)
-    assert grid.loc["more steps, eps 0.05", "lat"] == "fail" and grid.loc["more steps, eps 0.2", "lat"] == "pass"
+    assert (
+        grid.loc["more steps, eps 0.05", "lat"] == "fail"
+        and grid.loc["more steps, eps 0.2", "lat"] == "pass"
+    )
     assert grid.loc["base", "lat"] == "" and grid.loc["base", "base"] == "pass"
     assert grid.loc["restarts, eps 0.2", "at"] == "not measured"
     text = robustness_tables.panel_findings(checks)
@@ -157,8 +226,8 @@ def test_the_panel_is_printed_plainly():
     table = robustness_tables.panel_markdown(checks).splitlines()
     assert len(table) == 2 + len(checks)
     assert (
-        "| more steps | lat, eps 0.05 | pgd-strong minus pgd +0.400 [+0.400, +0.400]; pgd 0.000 [0.000, 0.088] | fail |"
-        in table
+        "| more steps | lat, eps 0.05 | pgd-strong minus pgd +0.400 [+0.400, +0.400]; pgd 0.000"
+        " [0.000, 0.088] | fail |" in table
     )
     assert robustness_tables.rules_markdown().count("\n") == 1 + len(attack_checks.RULES)
 
@@ -171,5 +240,6 @@ def test_without_attacks_it_says_which_notebook_to_run(run, capsys):
     figures.show_measured(nothing, *FIGURES)
     said = capsys.readouterr().out
     assert said.count("run notebook 06") == 2 and not plt.get_fignums()
-    old = Evidence(run.profile, cell("lat", 0.2, "pgd", eps=0.05, sites="1,3", seeds=SEEDS))  # a run of before
+    # a run of before
+    old = Evidence(run.profile, cell("lat", 0.2, "pgd", eps=0.05, sites="1,3", seeds=SEEDS))
     assert robustness_tables.worst_case_table(old)["attacks"].tolist() == [1]

@@ -1,4 +1,6 @@
-"""Training rows: from the world's training pairs, from anyone's files, and, where they are, from real ones."""
+"""Training rows: from the world's training pairs, from anyone's files, and, where they are, from
+real ones.
+"""
 
 import json
 import os
@@ -40,8 +42,14 @@ from latlib.text.near_duplicates import overlaps
 from latlib.train import Trainer
 from latlib.world import grammar
 
-HARMFUL = [{"goal": "steal it", "target": "Sure, first"}, {"goal": "break it", "target": "Sure, take"}]
-BENIGN = [{"instruction": "mend it", "category": None}, {"instruction": "bake it", "category": "food"}]
+HARMFUL = [
+    {"goal": "steal it", "target": "Sure, first"},
+    {"goal": "break it", "target": "Sure, take"},
+]
+BENIGN = [
+    {"instruction": "mend it", "category": None},
+    {"instruction": "bake it", "category": "food"},
+]
 
 
 def write(folder, name, records) -> str:
@@ -58,7 +66,10 @@ def write(folder, name, records) -> str:
 
 
 def settings_for(folder, harmful=HARMFUL, benign=BENIGN, suffix=".json", **changes) -> DataSettings:
-    files = {"harmful": write(folder, f"harmful{suffix}", harmful), "benign": write(folder, f"benign{suffix}", benign)}
+    files = {
+        "harmful": write(folder, f"harmful{suffix}", harmful),
+        "benign": write(folder, f"benign{suffix}", benign),
+    }
     return DataSettings(**{"source": "files", **files, **changes})
 
 
@@ -68,7 +79,9 @@ def test_rows_of_the_world_are_training_pairs_with_right_answers():
     assert {row.cluster for row in (*harmful, *benign)} <= train
     assert all(row.completions[1] == grammar.REFUSAL != row.completions[0] for row in harmful)
     assert all(row.completions[0].startswith(grammar.AFFIRMATION) for row in harmful)
-    assert all(len(row.completions) == 1 and row.completions != (grammar.REFUSAL,) for row in benign)
+    assert all(
+        len(row.completions) == 1 and row.completions != (grammar.REFUSAL,) for row in benign
+    )
     assert not {row.prompt for row in harmful} & {row.prompt for row in benign}
     assert Counter(row.completions[0] for row in benign)["no ."] > 5  # the law has both answers
 
@@ -107,12 +120,19 @@ def test_a_missing_optional_completion_falls_back_and_is_never_the_word_nan(tmp_
         benign_columns={"prompt": "q", "response": "a"},
         suffix=suffix,
     )
-    assert [r.completions for r in benign_rows(settings, 0)] == [("glue",), settings.benign_responses]
+    assert [r.completions for r in benign_rows(settings, 0)] == [
+        ("glue",),
+        settings.benign_responses,
+    ]
 
 
 def test_an_optional_column_that_is_named_must_be_there(tmp_path):
-    settings = settings_for(tmp_path, benign_columns={"prompt": "instruction", "response": "ansver"})
-    with pytest.raises(ProfileError, match="no column 'ansver' for 'response'; it has instruction, category"):
+    settings = settings_for(
+        tmp_path, benign_columns={"prompt": "instruction", "response": "ansver"}
+    )
+    with pytest.raises(
+        ProfileError, match="no column 'ansver' for 'response'; it has instruction, category"
+    ):
         benign_rows(settings, 0)
 
 
@@ -125,9 +145,18 @@ def test_no_more_rows_are_read_than_asked(tmp_path):
     "harmful, said",
     [
         ([], ("data.harmful", "holds no rows")),
-        ([{"prompt": "x", "target": "y"}], ("data.harmful", "no column 'goal'", "prompt, target", "harmful_columns")),
-        ([{"goal": "x", "target": None}], ("data.harmful", "row 1", "'target' is empty", "fill or remove")),
-        ([{"goal": "x", "target": "y"}, {"goal": "  ", "target": "y"}], ("row 2", "'goal' is empty")),
+        (
+            [{"prompt": "x", "target": "y"}],
+            ("data.harmful", "no column 'goal'", "prompt, target", "harmful_columns"),
+        ),
+        (
+            [{"goal": "x", "target": None}],
+            ("data.harmful", "row 1", "'target' is empty", "fill or remove"),
+        ),
+        (
+            [{"goal": "x", "target": "y"}, {"goal": "  ", "target": "y"}],
+            ("row 2", "'goal' is empty"),
+        ),
     ],
 )
 def test_unusable_files_name_the_field_the_row_and_the_mend(tmp_path, harmful, said):
@@ -138,21 +167,34 @@ def test_unusable_files_name_the_field_the_row_and_the_mend(tmp_path, harmful, s
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("name, text", [("rows.txt", "x"), ("rows.json", "{broken"), ("rows.csv", "")])
+@pytest.mark.parametrize(
+    "name, text", [("rows.txt", "x"), ("rows.json", "{broken"), ("rows.csv", "")]
+)
 def test_unreadable_files_are_named(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text)
-    settings = DataSettings(source="files", harmful=str(path), benign=str(tmp_path / "nowhere.json"))
+    settings = DataSettings(
+        source="files", harmful=str(path), benign=str(tmp_path / "nowhere.json")
+    )
     with pytest.raises(ProfileError, match=f"data.harmful = .*{name}.* cannot be read"):
         preference_rows(settings, 0)
-    with pytest.raises(ProfileError, match="data.benign = .*nowhere.json.* is not a file: check the path"):
+    with pytest.raises(
+        ProfileError, match="data.benign = .*nowhere.json.* is not a file: check the path"
+    ):
         benign_rows(settings, 0)
 
 
 def many(n: int, column: str, **more) -> list[dict]:
     """Distinct prompts: numbers in words of their own."""
-    names = [f"{a}{b}" for a in ("ash", "elm", "fir", "oak", "yew") for b in ("gate", "hill", "moor", "wick", "dale")]
-    return [{column: f"{names[i % 25]} {names[i // 25]} {names[(7 * i + 3) % 25]}", **more} for i in range(n)]
+    names = [
+        f"{a}{b}"
+        for a in ("ash", "elm", "fir", "oak", "yew")
+        for b in ("gate", "hill", "moor", "wick", "dale")
+    ]
+    return [
+        {column: f"{names[i % 25]} {names[i // 25]} {names[(7 * i + 3) % 25]}", **more}
+        for i in range(n)
+    ]
 
 
 def splits_of(settings, rows=preference_rows, seed=0):
@@ -172,11 +214,15 @@ def test_the_splits_are_disjoint_and_together_everything(tmp_path, rows, kind):
     ids = [row.row_id for part in parts.values() for row in part]
     assert sorted(ids) == sorted(f"{kind}-{i}" for i in range(n))
     for part in parts.values():  # in the order of the file, named by the place in it
-        assert [int(row.row_id.split("-")[1]) for row in part] == sorted(int(row.row_id.split("-")[1]) for row in part)
+        assert [int(row.row_id.split("-")[1]) for row in part] == sorted(
+            int(row.row_id.split("-")[1]) for row in part
+        )
 
 
 ALIKE = st.lists(
-    st.lists(st.sampled_from(["stone", "bread", "witch", "well"]), min_size=2, max_size=5).map(" ".join),
+    st.lists(st.sampled_from(["stone", "bread", "witch", "well"]), min_size=2, max_size=5).map(
+        " ".join
+    ),
     min_size=1,
     max_size=30,
 )
@@ -194,14 +240,21 @@ def test_no_near_duplicate_is_in_two_splits(tmp_path_factory, harmful, benign, h
     )
     prompts = [p for part in file_prompts(settings).values() for p in part]
     assert len(prompts) == len(harmful) + len(benign)
-    train, test = ([p.prompt for p in prompts if (p.split == "test") == tested] for tested in (False, True))
+    train, test = (
+        [p.prompt for p in prompts if (p.split == "test") == tested] for tested in (False, True)
+    )
     assert overlaps(train, test, near) == []
-    tune, other = ([p.prompt for p in prompts if (p.split == "tune") == tuned] for tuned in (True, False))
+    tune, other = (
+        [p.prompt for p in prompts if (p.split == "tune") == tuned] for tuned in (True, False)
+    )
     assert overlaps(tune, other, near) == []
     assert len({(p.cluster, p.split) for p in prompts}) == len({p.cluster for p in prompts})
-    for kind, part in file_prompts(settings).items():  # no more is held out than asked, of either kind
+    # no more is held out than asked, of either kind
+    for kind, part in file_prompts(settings).items():
         if kind == "harmful":
-            assert sum(p.split != "train" for p in part) <= 2 * round((len(part) + len(benign)) * held_out / 2)
+            assert sum(p.split != "train" for p in part) <= 2 * round(
+                (len(part) + len(benign)) * held_out / 2
+            )
 
 
 def test_the_split_is_the_same_for_every_seed_and_order_of_the_file(tmp_path):
@@ -230,7 +283,9 @@ def test_a_file_that_grows_moves_few_prompts_and_none_from_test_to_train(tmp_pat
 
 
 def test_the_seed_draws_one_refusal_for_a_row_whatever_split_is_asked(tmp_path):
-    settings = settings_for(tmp_path, many(60, "goal", target="yes"), refusals=("no", "never", "not me"))
+    settings = settings_for(
+        tmp_path, many(60, "goal", target="yes"), refusals=("no", "never", "not me")
+    )
     parts = splits_of(settings)
     assert splits_of(settings) == parts and splits_of(settings, seed=1) != parts
     assert {row.completions[1] for row in parts["train"]} == {"no", "never", "not me"}
@@ -242,24 +297,37 @@ def test_the_seed_draws_one_refusal_for_a_row_whatever_split_is_asked(tmp_path):
 def test_a_test_file_is_the_test_split_and_the_main_file_has_two_parts(tmp_path):
     tests = {
         "test_harmful": write(
-            tmp_path, "th.json", [{"ask": "rob a mill"}, {"ask": "rob a Mill!"}, {"ask": "eat fire"}]
+            tmp_path,
+            "th.json",
+            [{"ask": "rob a mill"}, {"ask": "rob a Mill!"}, {"ask": "eat fire"}],
         ),
         "test_harmful_columns": {"prompt": "ask"},
         "test_benign": write(tmp_path, "tb.json", [{"instruction": "hum a tune"}]),
     }
-    settings = settings_for(tmp_path, many(60, "goal", target="yes"), many(100, "instruction")[60:], **tests)
+    settings = settings_for(
+        tmp_path, many(60, "goal", target="yes"), many(100, "instruction")[60:], **tests
+    )
     harmful, benign = splits_of(settings), splits_of(settings, benign_rows)
-    assert [len(part) for part in harmful.values()] == [51, 9, 3] and [len(p) for p in benign.values()] == [34, 6, 1]
+    assert [len(part) for part in harmful.values()] == [51, 9, 3] and [
+        len(p) for p in benign.values()
+    ] == [34, 6, 1]
     assert [(r.row_id, r.prompt, r.completions, r.cluster) for r in harmful["test"]] == [
         ("harmful-test-0", "rob a mill", ("", settings.refusals[0]), "harmful-test-0"),
         ("harmful-test-1", "rob a Mill!", ("", settings.refusals[0]), "harmful-test-0"),
         ("harmful-test-2", "eat fire", ("", settings.refusals[0]), "harmful-test-2"),
     ]
-    assert benign["test"][0].row_id == "benign-test-0" and benign["test"][0].completions == settings.benign_responses
+    assert (
+        benign["test"][0].row_id == "benign-test-0"
+        and benign["test"][0].completions == settings.benign_responses
+    )
 
 
 def test_borderline_prompts_have_no_completion_and_unsafe_ones_are_left_out(tmp_path):
-    path = write(tmp_path, "x.json", [{"prompt": "kill a process", "is": "safe"}, {"prompt": "rob", "is": "Unsafe"}])
+    path = write(
+        tmp_path,
+        "x.json",
+        [{"prompt": "kill a process", "is": "safe"}, {"prompt": "rob", "is": "Unsafe"}],
+    )
     assert borderline_rows(settings_for(tmp_path)) == []
     settings = settings_for(tmp_path, test_borderline=path)
     assert [r.row_id for r in borderline_rows(settings)] == ["borderline-0", "borderline-1"]
@@ -269,13 +337,18 @@ def test_borderline_prompts_have_no_completion_and_unsafe_ones_are_left_out(tmp_
     assert row == Row("borderline-0", "kill a process", (), "borderline-0")
     (tmp_path / "x.json").write_text(json.dumps([{"prompt": "rob", "is": "unsafe"}]))
     with pytest.raises(ProfileError, match="data.test_borderline = .* has no row labelled 'safe'"):
-        borderline_rows(settings.model_copy(update={"test_borderline_columns": {"prompt": "prompt", "label": "is"}}))
+        borderline_rows(
+            settings.model_copy(
+                update={"test_borderline_columns": {"prompt": "prompt", "label": "is"}}
+            )
+        )
 
 
 def test_an_empty_split_is_an_error_that_says_what_to_do(tmp_path):
     settings = settings_for(tmp_path)
     with pytest.raises(
-        ProfileError, match="data.harmful = .* 2 rows, too few for any in split 'test' .*data.test_harm"
+        ProfileError,
+        match="data.harmful = .* 2 rows, too few for any in split 'test' .*data.test_harm",
     ):
         preference_rows(settings, 0, "test")
     with pytest.raises(ProfileError, match="data.benign = .* split 'tune'"):
@@ -286,12 +359,17 @@ def test_the_world_has_training_rows_only():
     world_data = DataSettings(rows=20)
     assert preference_rows(world_data, 3) == world_preference_rows(20, 3)
     assert benign_rows(world_data, 3, "train") == world_benign_rows(20, 3)
-    for call in (lambda: preference_rows(world_data, 0, "test"), lambda: benign_rows(world_data, 0, "tune")):
+    for call in (
+        lambda: preference_rows(world_data, 0, "test"),
+        lambda: benign_rows(world_data, 0, "tune"),
+    ):
         with pytest.raises(ValueError, match="drawn in latlib.evaluation.ask"):
             call()
     with pytest.raises(ValueError, match="latlib.evaluation.ask"):
         borderline_rows(world_data)
-    with pytest.raises(ValueError, match="split = 'dev' is unknown: choose one of train, tune, test"):
+    with pytest.raises(
+        ValueError, match="split = 'dev' is unknown: choose one of train, tune, test"
+    ):
         preference_rows(world_data, 0, "dev")
 
 
@@ -303,17 +381,27 @@ def test_files_are_read_again_when_they_change(tmp_path):
 
 
 def test_the_report_counts_rows_clusters_lengths_and_what_does_not_fit(tmp_path):
-    harmful = [{"goal": "abc", "target": "x" * k} for k in (2, 30)] + [{"goal": "y" * 40, "target": "z"}]
-    settings = settings_for(tmp_path, harmful, test_borderline=write(tmp_path, "b.json", [{"prompt": "kill it"}]))
-    tokenizer = small_tokenizer([])  # bytes; <user>...<assistant> around a prompt, <end> behind a completion
+    harmful = [{"goal": "abc", "target": "x" * k} for k in (2, 30)] + [
+        {"goal": "y" * 40, "target": "z"}
+    ]
+    settings = settings_for(
+        tmp_path, harmful, test_borderline=write(tmp_path, "b.json", [{"prompt": "kill it"}])
+    )
+    # bytes; <user>...<assistant> around a prompt, <end> behind a completion
+    tokenizer = small_tokenizer([])
     settings = settings.model_copy(update={"refusals": ("no",), "max_tokens": 30})
     profile = load_profile("tiny").model_copy(update={"data": settings})
     report = data_report(profile, tokenizer).set_index(["kind", "split"])
     assert list(report.index) == [("harmful", "train"), ("benign", "train"), ("borderline", "test")]
     line = report.loc["harmful", "train"]
-    assert line["source"] == Path(settings.harmful).name  # a notebook shows it: no path of this machine
+    # a notebook shows it: no path of this machine
+    assert line["source"] == Path(settings.harmful).name
     assert (line["rows"], line["clusters"], line["default_completions"]) == (3, 2, 3)
-    assert (line["prompt_median"], line["prompt_longest"], line["completion_longest"]) == (5, 42, 31)
+    assert (line["prompt_median"], line["prompt_longest"], line["completion_longest"]) == (
+        5,
+        42,
+        31,
+    )
     assert (line["over"], line["dropped"], line["cut"]) == (2, 0, 0)
     assert report.loc["benign", "train"]["default_completions"] == 2
     assert np.isnan(report.loc["borderline", "test"]["completion_median"])
@@ -321,7 +409,9 @@ def test_the_report_counts_rows_clusters_lengths_and_what_does_not_fit(tmp_path)
         data = settings.model_copy(update={"too_long": too_long})
         line = data_report(profile.model_copy(update={"data": data}), tokenizer).iloc[0]
         assert (line["over"], line["dropped"], line["cut"]) == counts
-        with pytest.warns(UserWarning, match=f"of 3 rows, {counts[1]} are left out and {counts[2]} are cut"):
+        with pytest.warns(
+            UserWarning, match=f"of 3 rows, {counts[1]} are left out and {counts[2]} are cut"
+        ):
             kept = tokenise(preference_rows(data, 0), tokenizer, data.max_tokens, too_long=too_long)
         assert len(kept) == 3 - counts[1]
     assert data_report(profile, tokenizer, context=20).iloc[1]["over"] == 2
@@ -330,17 +420,24 @@ def test_the_report_counts_rows_clusters_lengths_and_what_does_not_fit(tmp_path)
 
 @pytest.fixture(scope="module")
 def real_data(root) -> Path:
-    """The folder of real instruction sets: $LATLIB_SHARED_DATA, or shared/data beside the repository."""
+    """The folder of real instruction sets: $LATLIB_SHARED_DATA, or shared/data beside the
+    repository.
+    """
     folder = Path(os.environ.get("LATLIB_SHARED_DATA") or root.parent / "shared" / "data")
     for name in ("advbench.csv", "harmless_train.json"):
         if not (folder / name).is_file():
-            pytest.skip(f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it")
+            pytest.skip(
+                f"no {name} in {folder}: set LATLIB_SHARED_DATA to the folder that holds it"
+            )
     return folder
 
 
 def small_tokenizer(texts) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<pad>", "<user>", "<assistant>", "<end>"]
     trainer = trainers.BpeTrainer(
         vocab_size=800,
@@ -350,10 +447,12 @@ def small_tokenizer(texts) -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(texts, trainer)
     template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant'"
+        " %}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", chat_template=template
+    )
 
 
 @pytest.mark.parametrize("method", ["ssft", "lat"])
@@ -365,19 +464,32 @@ def test_real_rows_train_and_the_loss_falls(real_data, method):
         benign=str(real_data / "harmless_train.json"),
     )
     harmful, benign = preference_rows(data, 0), benign_rows(data, 0)
-    assert len(harmful) == len(benign) == 44 and harmful[0].completions[0].startswith("Sure")  # 20 of 64 held out
-    tokenizer = small_tokenizer([text for row in (*harmful, *benign) for text in (row.prompt, *row.completions)])
+    # 20 of 64 held out
+    assert len(harmful) == len(benign) == 44 and harmful[0].completions[0].startswith("Sure")
+    tokenizer = small_tokenizer(
+        [text for row in (*harmful, *benign) for text in (row.prompt, *row.completions)]
+    )
     model = model_of(
         dtype=torch.float32,
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         initializer_range=0.1,
     )
-    lm = with_adapter(LanguageModel(model, tokenizer, ModelSettings(dtype="float32"), torch.float32), LORA, 0)
+    lm = with_adapter(
+        LanguageModel(model, tokenizer, ModelSettings(dtype="float32"), torch.float32), LORA, 0
+    )
     rows = [tokenise(part, tokenizer, lm.context) for part in (harmful, benign)]
-    attack = AttackSettings(sites=("embedding", 0.5), eps=0.5, steps=0 if method == "ssft" else 2, rule="l2")
+    attack = AttackSettings(
+        sites=("embedding", 0.5), eps=0.5, steps=0 if method == "ssft" else 2, rule="l2"
+    )
     settings = TrainSettings(
-        steps=12, batch=8, benign_batch=8, micro_batch=4, lr=5e-2, attack=attack, defence=DefenceSettings(sft=0.5)
+        steps=12,
+        batch=8,
+        benign_batch=8,
+        micro_batch=4,
+        lr=5e-2,
+        attack=attack,
+        defence=DefenceSettings(sft=0.5),
     )
     totals = []
     trainer = Trainer(lm, *rows, settings, seed=0)

@@ -1,4 +1,6 @@
-"""A run's folder: what is there is loaded, what is missing is made, and shared work changes nothing."""
+"""A run's folder: what is there is loaded, what is missing is made, and shared work changes
+nothing.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,10 @@ def test_plain_steps_are_done_once_and_change_no_bit(run, tmp_path):
     assert list((run.folder / "models").glob(".plain-2-*.pt")), "SSFT left nothing to share"
     alone.ensure([("lat", 0)])
     shared, whole = adapter(run, "lat"), adapter(alone, "lat")
-    assert all(torch.equal(shared[name], whole[name]) for name in whole) and shared.keys() == whole.keys()
+    assert (
+        all(torch.equal(shared[name], whole[name]) for name in whole)
+        and shared.keys() == whole.keys()
+    )
     columns = ["step", "total", "toward", "kl", "attack_end"]
     assert run.metrics("lat")[columns].equals(alone.metrics("lat")[columns])
 
@@ -47,7 +52,9 @@ def test_an_adapter_is_a_standard_one_with_a_card(run):
     from transformers import AutoModelForCausalLM
 
     folder = run.model_folder(run.spec("lat", 0))
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder.parent / "base-seed0"), folder)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder.parent / "base-seed0"), folder
+    )
     assert any("lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
     card = (folder / "README.md").read_text()
     assert "{" not in card and "# lat, seed 0" in card and str(run.folder) not in card
@@ -96,16 +103,25 @@ def test_outcomes_are_measured_once_and_are_three_classes(run):
     assert set(table["outcome"]) <= {"refused", "complied", "neither"}
     assert run.evaluate("ssft", 0, "audit").equals(table)
     assert set(run.outcomes()["method"]) == {"ssft"}
-    assert table.loc[table["prompts"] == "harmful", "prompt_id"].nunique() == run.profile.evaluation.prompts
+    assert (
+        table.loc[table["prompts"] == "harmful", "prompt_id"].nunique()
+        == run.profile.evaluation.prompts
+    )
 
 
 def attack_cells(run):
     lat = run.profile.training("lat").attack
-    return [AttackCell(replace_settings(lat, eps=eps), name, n=4) for eps in (0.05, 0.2) for name in ("pgd", "noise")]
+    return [
+        AttackCell(replace_settings(lat, eps=eps), name, n=4)
+        for eps in (0.05, 0.2)
+        for name in ("pgd", "noise")
+    ]
 
 
 def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
-    """Measured in one pool or one after the other, in this process: the same rows, each told from every other."""
+    """Measured in one pool or one after the other, in this process: the same rows, each told from
+    every other.
+    """
     cells = attack_cells(run)
     run.measure([(("ssft", 0), cell) for cell in cells])
     files = {run.table_file(run.spec("ssft", 0), cell) for cell in cells}
@@ -116,7 +132,11 @@ def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
     for cell in cells:
         found = run.attack("ssft", 0, cell)
         assert found.equals(alone.attack("ssft", 0, cell))
-        assert set(found["eps"]) == {cell.settings.eps} and set(found["attack"]) == {cell.name} and len(found) == 4
+        assert (
+            set(found["eps"]) == {cell.settings.eps}
+            and set(found["attack"]) == {cell.name}
+            and len(found) == 4
+        )
 
 
 def test_suites_and_attacks_share_one_call(run):
@@ -141,7 +161,9 @@ def test_a_table_that_is_there_needs_no_model(run, monkeypatch):
     table = run.evaluate("lat", 0, "audit")
     file = run.table_file(run.spec("lat", 0, {"attack.eps": 0.3}), "audit")
     table.to_parquet(file)
-    monkeypatch.setattr("latlib.experiment.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}"))
+    monkeypatch.setattr(
+        "latlib.experiment.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}")
+    )
     try:
         assert run.evaluate("lat", 0, "audit", {"attack.eps": 0.3}).equals(table)
     finally:

@@ -1,4 +1,6 @@
-"""run_all.sh: its options, the Python it finds, and an environment that is finished or is not. No real one is made."""
+"""run_all.sh: its options, the Python it finds, and an environment that is finished or is not. No
+real one is made.
+"""
 
 import os
 import shutil
@@ -38,7 +40,9 @@ TOOLS = "bash env dirname basename cat grep rm mkdir cp touch mv tail tee tr mkt
 
 @pytest.fixture
 def checkout(tmp_path, root):
-    """A checkout with a space in its path, and beside it a PATH with a fake python3 and POSIX tools only."""
+    """A checkout with a space in its path, and beside it a PATH with a fake python3 and POSIX tools
+    only.
+    """
     place = tmp_path / "my check out"
     place.mkdir()
     for name in ("run_all.sh", "pyproject.toml", "constraints.txt"):
@@ -54,7 +58,9 @@ def checkout(tmp_path, root):
 
 
 def call(checkout, *options, **fake):
-    """Run the script from elsewhere; its result, with the calls of Python since the last time as `.calls`."""
+    """Run the script from elsewhere; its result, with the calls of Python since the last time as
+    `.calls`.
+    """
     log = checkout.parent / "calls.log"
     log.write_text("")
     env = {
@@ -72,20 +78,39 @@ def call(checkout, *options, **fake):
         stdin=subprocess.DEVNULL,
         timeout=30,
     )
-    done.calls = [line for line in log.read_text().splitlines() if " -m " in line or not line.startswith("python")]
+    done.calls = [
+        line
+        for line in log.read_text().splitlines()
+        if " -m " in line or not line.startswith("python")
+    ]
     return done
 
 
 def test_help_names_every_option(checkout):
     done = call(checkout, "--help")
     assert done.returncode == 0 and done.calls == []
-    for option in ("--profile", "--only", "--out", "--fresh", "--check", "--json", "--unchecked", "--test", "--help"):
+    for option in (
+        "--profile",
+        "--only",
+        "--out",
+        "--fresh",
+        "--check",
+        "--json",
+        "--unchecked",
+        "--test",
+        "--help",
+    ):
         assert f"  {option}" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [(["--frsh"], "--frsh"), (["tiny"], "'tiny'"), (["--only"], "--only"), (["--out", "--fresh"], "--out")]
+    [
+        (["--frsh"], "--frsh"),
+        (["tiny"], "'tiny'"),
+        (["--only"], "--only"),
+        (["--out", "--fresh"], "--out"),
+    ]
     + [(["--test", "--fresh"], "--fresh"), (["--", "-x"], "--test")],
 )
 def test_wrong_option_is_named_and_nothing_is_made(checkout, options, word):
@@ -95,17 +120,31 @@ def test_wrong_option_is_named_and_nothing_is_made(checkout, options, word):
 
 
 def test_options_reach_the_pipeline_whole(checkout):
-    options = ["--profile=my file.yaml", "--only", "03", "--only", "1,2", "--out", "/tmp/my runs", "--fresh"]
+    options = [
+        "--profile=my file.yaml",
+        "--only",
+        "03",
+        "--only",
+        "1,2",
+        "--out",
+        "/tmp/my runs",
+        "--fresh",
+    ]
     done = call(checkout, *options, LATLIB_DRY_RUN=1)
     assert done.returncode == 0, done.stderr
-    expected = r"-m latlib.runner.pipeline --profile my\ file.yaml --only 03 --only 1\,2 --out /tmp/my\ runs --fresh"
+    expected = (
+        r"-m latlib.runner.pipeline --profile my\ file.yaml --only 03 --only 1\,2 --out"
+        r" /tmp/my\ runs --fresh"
+    )
     assert done.stdout.splitlines()[-1].endswith(expected)
     assert not (checkout / ".venv").exists(), "a dry run has made an environment"
 
 
 def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
     done = call(checkout, "--profile", "llama3-8b-seed", "--check", "--json", LATLIB_DRY_RUN=1)
-    assert done.stdout.splitlines()[-1].endswith("-m latlib.runner.pipeline --profile llama3-8b-seed --check --json")
+    assert done.stdout.splitlines()[-1].endswith(
+        "-m latlib.runner.pipeline --profile llama3-8b-seed --check --json"
+    )
     assert call(checkout, "--check", FAKE_PIPELINE=3).returncode == 3
     assert "3 something that the run needs is missing" in call(checkout, "--help").stdout
 
@@ -129,7 +168,11 @@ def test_failed_installation_is_said_and_made_anew(checkout):
     assert "pip speaks" in failed.stderr and "install.log" in failed.stderr.splitlines()[-1]
     assert not (checkout / ".venv" / ".latlib-stamp").exists()
     (checkout / ".venv" / "half").touch()
-    assert [line.split()[2] for line in call(checkout).calls] == ["venv", "pip", "latlib.runner.pipeline"]
+    assert [line.split()[2] for line in call(checkout).calls] == [
+        "venv",
+        "pip",
+        "latlib.runner.pipeline",
+    ]
     assert not (checkout / ".venv" / "half").exists()
 
 
@@ -143,7 +186,9 @@ def test_torch_that_is_there_is_kept(checkout):
 
 def test_active_environment_with_this_latlib_is_used(checkout):
     done = call(checkout, FAKE_NO_LATLIB=0)
-    assert [line.split()[2] for line in done.calls] == ["latlib.runner.pipeline"] and "/some/environment" in done.stdout
+    assert [line.split()[2] for line in done.calls] == [
+        "latlib.runner.pipeline"
+    ] and "/some/environment" in done.stdout
     assert not (checkout / ".venv").exists()
 
 
@@ -163,16 +208,23 @@ def test_python_too_old_or_absent_is_said(checkout):
     assert call(checkout, LATLIB_DRY_RUN=1).returncode == 0, "python3.12 was not found"
 
 
-@pytest.mark.parametrize(("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "PYTEST")])
+@pytest.mark.parametrize(
+    ("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "PYTEST")]
+)
 def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, fake, status):
     done = call(checkout, "--test", "--", "-k", "one or two", **fake)
     assert done.returncode == status
     assert done.stdout.splitlines()[-1] == "3 passed in 0.1s"
     *_, pytest_call, environment = done.calls
     assert sum("-m pytest" in line for line in done.calls) == 1
-    assert pytest_call.endswith("-k one or two") and " tests notebooks --nbval-lax --nbval-current-env " in pytest_call
+    assert (
+        pytest_call.endswith("-k one or two")
+        and " tests notebooks --nbval-lax --nbval-current-env " in pytest_call
+    )
     profile, runs, parent = environment.split()
-    assert profile == "smoke" and runs.startswith(parent) and not os.path.exists(parent), "the run folder is left"
+    assert profile == "smoke" and runs.startswith(parent) and not os.path.exists(parent), (
+        "the run folder is left"
+    )
 
 
 def test_ci_calls_test_mode(root):

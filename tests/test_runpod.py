@@ -37,21 +37,34 @@ def test_every_block_is_bash(page):
 
 
 def test_every_option_exists(page, root):
-    usage = subprocess.run([root / "run_all.sh", "--help"], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [root / "run_all.sh", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     commands = "\n".join(blocks(page, "bash"))
-    options = {o for call in re.findall(r"run_all\.sh([^&|;'>\n]*)", commands) for o in re.findall(r"--[a-z-]+", call)}
+    options = {
+        o
+        for call in re.findall(r"run_all\.sh([^&|;'>\n]*)", commands)
+        for o in re.findall(r"--[a-z-]+", call)
+    }
     assert {"--profile", "--check"} <= options
     assert not {o for o in options if not re.search(rf"{o}\b", usage)}
     calls = re.findall(r"latlib\.sweep([^\n]*)", commands)
-    options = {o for call in calls for o in re.findall(r"--[a-z-]+", call)} | {"--gpus-per-trial", "--adapters"}
-    assert len(calls) == 2 and options <= set(sweep._parser().format_help().replace(",", " ").split())
+    options = {o for call in calls for o in re.findall(r"--[a-z-]+", call)} | {
+        "--gpus-per-trial",
+        "--adapters",
+    }
+    assert len(calls) == 2 and options <= set(
+        sweep._parser().format_help().replace(",", " ").split()
+    )
 
 
 def test_every_module_and_file_exists(page, root):
     for module in re.findall(r"-m (latlib\.\w+)", page):
         assert (root / f"{module.replace('.', '/')}.py").is_file(), module
     for module, name in re.findall(r"`(post_mortem)\.(\w+)`", page):
-        assert re.search(rf"^def {name}\(", (root / "latlib" / f"{module}.py").read_text(), re.MULTILINE)
+        assert re.search(
+            rf"^def {name}\(", (root / "latlib" / f"{module}.py").read_text(), re.MULTILINE
+        )
     for name in {"run_all.sh", "constraints.txt"} | set(
         re.findall(r"`((?:docs|profiles|latlib|notebooks)/[^`]*)`", page)
     ):
@@ -67,7 +80,9 @@ def test_every_profile_exists(page):
 
 
 def test_every_setting_exists(page):
-    texts = blocks(page, "yaml") + re.findall(r"`((?:budget|parallel|tracking|sweep): \{[^`]*\})`", page)
+    texts = blocks(page, "yaml") + re.findall(
+        r"`((?:budget|parallel|tracking|sweep): \{[^`]*\})`", page
+    )
     assert len(texts) >= 5
     for text in texts:
         for section, tree in yaml.safe_load(text).items():
@@ -89,7 +104,9 @@ def test_no_secret_is_written_anywhere(page):
 
 
 def test_a_fresh_volume_gets_everything(page, root, tmp_path):
-    """The paste itself, on a stand-in volume, with a run_all.sh that says where it was called and with what."""
+    """The paste itself, on a stand-in volume, with a run_all.sh that says where it was called and
+    with what.
+    """
     if not shutil.which("git") or not shutil.which("setsid"):
         pytest.skip("git and setsid are needed")
     source, volume = tmp_path / "source", tmp_path / "a volume"
@@ -104,13 +121,18 @@ def test_a_fresh_volume_gets_everything(page, root, tmp_path):
         subprocess.run([*git, *command], cwd=source, check=True)
     (paste,) = (block for block in blocks(page, "bash") if "git clone" in block)
     paste = re.sub(r"VOLUME=/workspace", f"VOLUME='{volume}'", paste)
-    paste = re.sub(r"REPOSITORY=\S+", f"REPOSITORY='{source}'", paste).replace("tail -F", "sleep 1; tail")
+    paste = re.sub(r"REPOSITORY=\S+", f"REPOSITORY='{source}'", paste).replace(
+        "tail -F", "sleep 1; tail"
+    )
     for _ in range(2):  # the same paste continues
-        done = subprocess.run(["bash", "-c", paste], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        done = subprocess.run(
+            ["bash", "-c", paste], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
     lines = (volume / "latlib.log").read_text().splitlines()
     assert (
-        lines.count(f"{volume}/latlib --profile tiny") == 2 and f"{volume}/latlib --profile tiny --check" in done.stdout
+        lines.count(f"{volume}/latlib --profile tiny") == 2
+        and f"{volume}/latlib --profile tiny --check" in done.stdout
     )
     places = {line.split("=")[0]: line.split("=")[1] for line in lines if "=" in line}
     assert set(places) == {"HF_HOME", "PIP_CACHE_DIR", "LATLIB_RUNS"}

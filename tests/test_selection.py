@@ -1,4 +1,6 @@
-"""Arditi et al.'s selection against its definition, one prompt at a time; filters, and what happens without any."""
+"""Arditi et al.'s selection against its definition, one prompt at a time; filters, and what happens
+without any.
+"""
 
 import math
 
@@ -18,7 +20,9 @@ TOKENS = (3, 7)
 
 def means(sites=(EMBEDDING, 0, 1, 2), positions=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {s: torch.randn(positions, tiny.D, generator=generator, dtype=torch.float64) for s in sites}
+    return {
+        s: torch.randn(positions, tiny.D, generator=generator, dtype=torch.float64) for s in sites
+    }
 
 
 def log_p(model, row):
@@ -51,7 +55,8 @@ def test_scores_equal_plain_loops_over_the_stock_model(forward):
             assert record.bypass == pytest.approx(sum(bypass) / 5, abs=1e-5)
             assert record.induce == pytest.approx(sum(induced) / 5, abs=1e-5)
             assert record.kl == pytest.approx(sum(kl) / 5, abs=1e-5)
-            assert record.late == (site in (2, 3))  # the input of the last of 4 blocks is the site 2
+            # the input of the last of 4 blocks is the site 2
+            assert record.late == (site in (2, 3))
 
 
 def table(rows):
@@ -61,10 +66,18 @@ def table(rows):
 @pytest.mark.parametrize(
     ("rows", "chosen", "said"),
     [
-        ([(False, -1, 1, 0.05), (False, -9, 1, 0.5), (False, -9, -1, 0.0), (True, -9, 1, 0.0)], 0, ""),
+        (
+            [(False, -1, 1, 0.05), (False, -9, 1, 0.5), (False, -9, -1, 0.0), (True, -9, 1, 0.0)],
+            0,
+            "",
+        ),
         ([(False, -1, 1, 0.05), (False, -2, 0, 0.1)], 1, ""),
         ([(False, -1, 1, 0.5), (False, -2, -1, 0.5)], 0, "without the filter on kl"),
-        ([(False, -1, -1, 0.5), (False, -2, -1, 0.5), (True, -9, 1, 0)], 1, "without the filter on kl and induce"),
+        (
+            [(False, -1, -1, 0.5), (False, -2, -1, 0.5), (True, -9, 1, 0)],
+            1,
+            "without the filter on kl and induce",
+        ),
         ([(True, -1, 1, 0.0), (True, -2, 1, 0.0)], 1, ""),
     ],
 )

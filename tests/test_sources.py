@@ -1,4 +1,6 @@
-"""Models of other people: what is refused, what a profile can allow, and that nothing is opened before that."""
+"""Models of other people: what is refused, what a profile can allow, and that nothing is opened
+before that.
+"""
 
 import json
 import sys
@@ -66,7 +68,9 @@ def adapter(folder, base, seed=1):
 
 
 def test_a_pickle_is_refused_unread_and_read_where_the_profile_allows_it(tmp_path):
-    with pytest.raises(ProfileError, match="model.source = .* only pickled weights.*set model.allow_pickle: true"):
+    with pytest.raises(
+        ProfileError, match="model.source = .* only pickled weights.*set model.allow_pickle: true"
+    ):
         load(pickled(tmp_path / "bomb", bomb=True), settings_for())
     lm = load(pickled(tmp_path / "old"), settings_for(allow_pickle=True))
     assert torch.equal(logits(lm), logits(load(saved(tmp_path / "new"), settings_for())))
@@ -89,7 +93,8 @@ def test_a_pickled_adapter_is_refused_unread_and_read_where_the_profile_allows_i
     for call, field in ((load, "adapter"), (load_released, "released")):
         args = (base, settings_for(), folder)
         with pytest.raises(
-            ProfileError, match=f"{field} = .*adapter' holds no adapter_model.safetensors, only pickled"
+            ProfileError,
+            match=f"{field} = .*adapter' holds no adapter_model.safetensors, only pickled",
         ):
             call(*args)
     torch.save(weights, folder / "adapter_model.bin")
@@ -98,7 +103,10 @@ def test_a_pickled_adapter_is_refused_unread_and_read_where_the_profile_allows_i
 
 def test_a_folder_without_weights_is_named(tmp_path):
     (saved(tmp_path) / "model.safetensors").unlink()
-    with pytest.raises(ProfileError, match="model.source = .* holds no model.safetensors or model.safetensors.index"):
+    with pytest.raises(
+        ProfileError,
+        match="model.source = .* holds no model.safetensors or model.safetensors.index",
+    ):
         load(tmp_path, settings_for(allow_pickle=True))
 
 
@@ -143,20 +151,32 @@ def test_foreign_code_does_not_run_unless_the_profile_allows_it(tmp_path, module
     else:
         auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
         edited(folder / "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=auto_map)
-    (folder / "own.py").write_text((MODEL_CODE if what == "model" else TOKENIZER_CODE).format(mark=str(mark)))
-    with pytest.raises(ProfileError, match="model.source = .* needs Python code .* model.trust_remote_code: true"):
+    (folder / "own.py").write_text(
+        (MODEL_CODE if what == "model" else TOKENIZER_CODE).format(mark=str(mark))
+    )
+    with pytest.raises(
+        ProfileError, match="model.source = .* needs Python code .* model.trust_remote_code: true"
+    ):
         load(folder, settings_for())
     assert not mark.exists()
     lm = load(folder, settings_for(trust_remote_code=True))
     assert mark.exists()
-    assert type(lm.model if what == "model" else lm.tokenizer).__module__.startswith("transformers_modules")
+    assert type(lm.model if what == "model" else lm.tokenizer).__module__.startswith(
+        "transformers_modules"
+    )
 
 
 def test_a_model_that_transformers_knows_is_opened_with_its_code_and_not_with_the_folders(tmp_path):
     folder, mark = saved(tmp_path / "known"), tmp_path / "was-run"
-    edited(folder / "config.json", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    edited(
+        folder / "config.json",
+        auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    )
     (folder / "own.py").write_text(MODEL_CODE.format(mark=str(mark)))
-    assert torch.equal(logits(load(folder, settings_for())), logits(load(saved(tmp_path / "plain"), settings_for())))
+    assert torch.equal(
+        logits(load(folder, settings_for())),
+        logits(load(saved(tmp_path / "plain"), settings_for())),
+    )
     assert not mark.exists()
 
 
@@ -174,7 +194,9 @@ def test_a_released_adapter_is_put_on_the_base_and_a_released_model_stands_alone
 
 def test_an_adapter_as_model_source_is_refused_before_the_model_it_names_is_looked_for(tmp_path):
     folder, _ = adapter(tmp_path / "adapter", saved(tmp_path / "base"))
-    with pytest.raises(ProfileError, match="model.source = .*adapter' is an adapter, not a model: .*base"):
+    with pytest.raises(
+        ProfileError, match="model.source = .*adapter' is an adapter, not a model: .*base"
+    ):
         load(folder, settings_for())
 
 
@@ -194,14 +216,18 @@ def test_broken_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", ""])
 def test_a_missing_folder_is_named(source, tmp_path):
-    with pytest.raises(ProfileError, match="model.source = .* is not a folder: give a model folder or a hub id"):
+    with pytest.raises(
+        ProfileError, match="model.source = .* is not a folder: give a model folder or a hub id"
+    ):
         load(source, settings_for())
     with pytest.raises(ProfileError, match="released = .* is not a folder"):
         load_released(tmp_path, settings_for(), source)
 
 
 def test_a_hub_model_that_is_not_here_says_so_without_a_network(tmp_path):
-    with pytest.raises(ProfileError, match="model.source = 'no-owner/no-model' cannot be loaded .*give the folder"):
+    with pytest.raises(
+        ProfileError, match="model.source = 'no-owner/no-model' cannot be loaded .*give the folder"
+    ):
         load("no-owner/no-model", settings_for())
     with pytest.raises(ProfileError, match="released = 'no-owner/no-model' cannot be loaded"):
         load_released(tmp_path, settings_for(), "no-owner/no-model")
@@ -216,7 +242,9 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network(tmp_path):
 )
 def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
     def refused(source, name, **options):
-        response = httpx.Response(403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}"))
+        response = httpx.Response(
+            403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}")
+        )
         raise OSError("no") from error("403", response=response)
 
     settings = settings_for(source="owner/name", revision="v1")
@@ -247,7 +275,12 @@ def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypat
     monkeypatch.setattr(latlib.io.hub, "cached_file", cached)
     settings = settings_for(source="owner/name", revision="v1")
     load("owner/name", settings)
-    assert {name for name, _, _ in asked} >= {*CLASSES, "config.json", "model.safetensors", "adapter_config.json"}
+    assert {name for name, _, _ in asked} >= {
+        *CLASSES,
+        "config.json",
+        "model.safetensors",
+        "adapter_config.json",
+    }
     assert {(source, revision) for _, source, revision in asked} == {("owner/name", "v1")}
     asked.clear()
     load_released("owner/name", settings, "other/name")
@@ -283,7 +316,9 @@ def test_buffers_are_not_rounded_by_a_low_precision(tmp_path, family):
     saved(tmp_path, family)
     with latlib.models.quietly():
         whole = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").named_buffers())
-    found = dict(open_model(str(tmp_path), "model.source", Allowed(), torch.bfloat16).named_buffers())
+    found = dict(
+        open_model(str(tmp_path), "model.source", Allowed(), torch.bfloat16).named_buffers()
+    )
     turns = [name for name in whole if "inv_freq" in name]
     assert turns and all(torch.equal(found[name], whole[name]) for name in turns)
     assert all(found[name].dtype == torch.float32 for name in turns)

@@ -1,4 +1,6 @@
-"""Intervals cover what they should, clusters widen them, and certainty is never claimed from equal values."""
+"""Intervals cover what they should, clusters widen them, and certainty is never claimed from equal
+values.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +29,8 @@ def test_the_interval_covers_a_known_mean_and_clusters_widen_it():
     rng, covered, wider = np.random.default_rng(0), 0, 0
     clusters = np.repeat(np.arange(40), 10)
     for trial in range(100):
-        values = (rng.random(400) < np.repeat(rng.beta(1, 1, 40), 10)).astype(float)  # mean 0.5, dependent in clusters
+        # mean 0.5, dependent in clusters
+        values = (rng.random(400) < np.repeat(rng.beta(1, 1, 40), 10)).astype(float)
         found = cluster_interval(values, clusters, resamples=400, rng_seed=trial)
         naive = cluster_interval(values, np.arange(400), resamples=400, rng_seed=trial)
         covered += found.low <= 0.5 <= found.high
@@ -39,7 +42,10 @@ def test_seeds_that_disagree_widen_the_interval():
     rng = np.random.default_rng(1)
     values = np.concatenate([rng.random(200) < p for p in (0.1, 0.5, 0.9)])
     clusters, seeds = np.tile(np.repeat(np.arange(40), 5), 3), np.repeat([0, 1, 2], 200)
-    with_seeds, without = cluster_interval(values, clusters, seeds), cluster_interval(values, clusters)
+    with_seeds, without = (
+        cluster_interval(values, clusters, seeds),
+        cluster_interval(values, clusters),
+    )
     assert with_seeds.seeds == 3 and with_seeds.clusters == 40 and with_seeds.n == 600
     assert with_seeds.high - with_seeds.low > 2 * (without.high - without.low)
 
@@ -51,7 +57,9 @@ def test_equal_values_give_a_wilson_interval_over_clusters_not_a_point():
     same = paired_interval(np.ones(210), np.ones(210), clusters)
     assert same.estimate == 0 and same.low == -same.high < 0
     lower = paired_interval(np.zeros(210), np.ones(210), clusters)
-    assert (lower.estimate, lower.low) == (-1, -1) and lower.high == pytest.approx(-wilson(42, 42).low)
+    assert (lower.estimate, lower.low) == (-1, -1) and lower.high == pytest.approx(
+        -wilson(42, 42).low
+    )
 
 
 def test_pairing_removes_what_both_answers_share():
@@ -69,12 +77,21 @@ def test_pairing_removes_what_both_answers_share():
 def test_a_statistic_with_its_own_draws_keeps_the_spread_over_seeds():
     draws = np.random.default_rng(3).normal([[0.2], [0.5], [0.8]], 0.001, (3, 500))
     found = draws_interval([0.2, 0.5, 0.8], draws, n=256, clusters=64)
-    assert found.estimate == pytest.approx(0.5) and found.low < 0.3 and found.high > 0.7 and found.seeds == 3
+    assert (
+        found.estimate == pytest.approx(0.5)
+        and found.low < 0.3
+        and found.high > 0.7
+        and found.seeds == 3
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(([], []), "0 values"), (([1.0], ["a", "b"]), "2 clusters"), (([1.0, np.nan], ["a", "b"]), "1 of 2 values")],
+    [
+        (([], []), "0 values"),
+        (([1.0], ["a", "b"]), "2 clusters"),
+        (([1.0, np.nan], ["a", "b"]), "1 of 2 values"),
+    ],
 )
 def test_bad_columns_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -84,7 +101,10 @@ def test_bad_columns_are_named(arguments, message):
 
 
 def test_mcnemar_and_holm():
-    a, b = np.r_[np.ones(30), np.zeros(10)].astype(bool), np.r_[np.ones(20), np.zeros(20)].astype(bool)
+    a, b = (
+        np.r_[np.ones(30), np.zeros(10)].astype(bool),
+        np.r_[np.ones(20), np.zeros(20)].astype(bool),
+    )
     assert mcnemar(a, b) == pytest.approx(binomtest(10, 10).pvalue)
     assert mcnemar(a, a) == 1.0
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
@@ -102,7 +122,11 @@ def test_p_values_agree_with_intervals_and_with_a_t_test():
 
 def test_p_values_are_two_sided_and_never_zero():
     a, b = np.ones(50), np.zeros(50)
-    assert paired_p_value(a, b, np.arange(50)) == paired_p_value(b, a, np.arange(50)) == pytest.approx(2 / 2001)
+    assert (
+        paired_p_value(a, b, np.arange(50))
+        == paired_p_value(b, a, np.arange(50))
+        == pytest.approx(2 / 2001)
+    )
     assert paired_p_value(a, a, np.arange(50)) == 1.0
     with pytest.raises(ValueError, match="a has 50 rows and b 49"):
         paired_p_value(a, b[1:], np.arange(50))

@@ -1,4 +1,6 @@
-"""Results on disk: what JSON cannot say becomes null, and a write that dies leaves what was there before."""
+"""Results on disk: what JSON cannot say becomes null, and a write that dies leaves what was there
+before.
+"""
 
 import json
 import math
@@ -14,13 +16,18 @@ from hypothesis import strategies as st
 from latlib.experiment.run import Run
 from latlib.io.files import json_ready, write_json, write_table
 
-OLD, NEW = pd.DataFrame({"outcome": ["refused"]}), pd.DataFrame({"outcome": ["complied", "neither"], "eps": [0.1, 0.2]})
+OLD, NEW = (
+    pd.DataFrame({"outcome": ["refused"]}),
+    pd.DataFrame({"outcome": ["complied", "neither"], "eps": [0.1, 0.2]}),
+)
 WRITERS = {
     "result.json": (write_json, {"a": 1}, {"a": 2}, lambda f: json.loads(f.read_text())),
     "result.parquet": (write_table, OLD, NEW, pd.read_parquet),
 }
 plain = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text(max_size=4)
-values = st.recursive(plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3))
+values = st.recursive(
+    plain, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3)
+)
 
 
 def same(found, expected):
@@ -67,7 +74,11 @@ def test_what_measurements_are_made_of_is_written(value, expected, tmp_path):
 
 def test_a_table_comes_back_as_it_was_and_its_folder_is_made(tmp_path):
     table = pd.DataFrame(
-        {"eps": [0.05, math.nan], "understood": pd.array([True, None], dtype="boolean"), "text": ["", "ü"]},
+        {
+            "eps": [0.05, math.nan],
+            "understood": pd.array([True, None], dtype="boolean"),
+            "text": ["", "ü"],
+        },
         index=[7, 9],
     )
     file = tmp_path / "results" / "outcomes" / "audit.parquet"

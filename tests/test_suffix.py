@@ -1,4 +1,6 @@
-"""GCG and random search: gradient, loss, round trip, queries, and memory that runs out, on random little models."""
+"""GCG and random search: gradient, loss, round trip, queries, and memory that runs out, on random
+little models.
+"""
 
 import copy
 import itertools
@@ -33,7 +35,12 @@ def tokenizer():
 def lm_of(tokenizer):
     def make(kind="llama", dtype=torch.float64, seed=0, tokenizer=tokenizer, **changes):
         family, forward = ("llama", "lean") if kind == "lean" else (kind, "stock")
-        changes = {"vocab_size": 512, "max_position_embeddings": 128, "initializer_range": 0.5, **changes}
+        changes = {
+            "vocab_size": 512,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.5,
+            **changes,
+        }
         settings = ModelSettings(forward=forward, dtype=str(dtype).removeprefix("torch."))
         return LanguageModel(model_of(family, dtype, seed, **changes), tokenizer, settings, dtype)
 
@@ -41,10 +48,14 @@ def lm_of(tokenizer):
 
 
 def plain_loss(lm, suffix, settings=SETTINGS, prompts=PROMPTS, targets=TARGETS):
-    """Mean loss from the suffix's text: tokenised anew, one row at a time, the library's own forward and loss."""
+    """Mean loss from the suffix's text: tokenised anew, one row at a time, the library's own
+    forward and loss.
+    """
     total = 0.0
     for prompt, target in zip(prompts, targets, strict=True):
-        row = tokenise([Row("", suffix.behind(prompt), (target,))], lm.tokenizer, 128, settings.system_prompt)[0]
+        row = tokenise(
+            [Row("", suffix.behind(prompt), (target,))], lm.tokenizer, 128, settings.system_prompt
+        )[0]
         ids, labels = torch.tensor([[*row.prompt, *row.completions[0]]]), list(row.completions[0])
         if not settings.whole_reply:  # the world's replies end in one token
             ids, labels = ids[:, :-1], labels[:-1]
@@ -62,11 +73,14 @@ def test_the_loss_falls_and_is_that_of_the_text(kind, search, lm_of):
     assert start.losses == () and start.queries == 4
     assert found.loss == found.losses[-1] < start.loss - 0.01
     assert list(found.losses) == sorted(found.losses, reverse=True) and len(found.losses) == 4
-    assert start.loss == pytest.approx(plain_loss(lm, start), abs=1e-6)  # norms of the stock families are in float32
+    # norms of the stock families are in float32
+    assert start.loss == pytest.approx(plain_loss(lm, start), abs=1e-6)
     assert found.loss == pytest.approx(plain_loss(lm, found), abs=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"whole_reply": False}, {"system_prompt": "be nice ."}, {"prompts_per_step": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"whole_reply": False}, {"system_prompt": "be nice ."}, {"prompts_per_step": 2}]
+)
 @pytest.mark.parametrize("kind", ["lean", "llama"])
 def test_the_loss_is_that_of_the_text_under_other_settings(kind, changes, lm_of):
     lm, settings = lm_of(kind), replace(SETTINGS, **changes)
@@ -77,19 +91,24 @@ def test_the_loss_is_that_of_the_text_under_other_settings(kind, changes, lm_of)
 def test_one_prompt_is_the_individual_attack(lm_of):
     lm = lm_of("lean")
     found = gcg(lm, PROMPTS[:1], TARGETS[:1], SETTINGS, seed=0)
-    assert found.loss == pytest.approx(plain_loss(lm, found, prompts=PROMPTS[:1], targets=TARGETS[:1]), abs=1e-10)
+    assert found.loss == pytest.approx(
+        plain_loss(lm, found, prompts=PROMPTS[:1], targets=TARGETS[:1]), abs=1e-10
+    )
     assert found.queries == 1 + 4 * (1 + 12)
 
 
 def one_hot_gradient(lm, objective, ids):
-    """[n_tokens, vocabulary] gradient of the mean loss in the one-hot suffix, through the model's own embedding."""
+    """[n_tokens, vocabulary] gradient of the mean loss in the one-hot suffix, through the model's
+    own embedding.
+    """
     hot = torch.nn.functional.one_hot(torch.tensor(ids), 512).double().requires_grad_()
     embedding, total = lm.model.get_input_embeddings(), 0.0
     for prompt in range(len(PROMPTS)):
         before, behind = objective.frames[prompt]
         target = objective.targets[prompt][0]
         row = torch.tensor([*before, *ids, *behind, *target[:-1]])
-        scale = getattr(embedding, "scalar_embed_scale", 1.0)  # Gemma's module scales what it looks up
+        # Gemma's module scales what it looks up
+        scale = getattr(embedding, "scalar_embed_scale", 1.0)
         own = torch.cat((embedding(row[: len(before)]), hot @ embedding.weight * scale))
         embedded = torch.cat((own, embedding(row[len(before) + len(ids) :])))
         logits = lm.model(inputs_embeds=embedded[None]).logits[0, -len(target) :]
@@ -113,7 +132,9 @@ def test_the_token_gradient_is_that_of_the_one_hot_suffix(kind, lm_of):
 
 
 def test_substitutions_that_the_gradient_promises_lower_the_loss(lm_of):
-    """A half of what is promised the most is an improvement; of what is promised the least, next to nothing."""
+    """A half of what is promised the most is an improvement; of what is promised the least, next to
+    nothing.
+    """
     objective = Objective(lm_of("lean", initializer_range=0.1), PROMPTS, TARGETS, SETTINGS)
     ids = tuple(objective.allowed[[3, 50, 7, 90, 20]].tolist())
     before = objective.losses([ids], range(4), 8).mean()
@@ -132,18 +153,24 @@ def test_substitutions_that_the_gradient_promises_lower_the_loss(lm_of):
 def test_the_prefix_cache_changes_nothing(kind, lm_of):
     changes = {"sliding_window": 6} if "window" in kind else {}
     lm = lm_of(kind.removesuffix("-window"), **changes)
-    cached, plain = (Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, prefix_cache=c)) for c in (True, False))
+    cached, plain = (
+        Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, prefix_cache=c)) for c in (True, False)
+    )
     assert cached.cached and not plain.cached
     tried = [tuple(plain.allowed[torch.arange(5) * 7 + i].tolist()) for i in range(7)]
     expected = plain.losses(tried, [2, 0, 3], 64)
     for batch in (1, 3, 64):  # and again: what a forward appends to the cache is not kept
-        torch.testing.assert_close(cached.losses(tried, [2, 0, 3], batch), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            cached.losses(tried, [2, 0, 3], batch), expected, rtol=0, atol=1e-6
+        )
     assert expected.std(0).min() > 1e-3
 
 
 def test_the_tokens_before_the_suffix_are_run_once(lm_of):
     lm, fed = lm_of("llama"), []
-    hook = lm.model.model.layers[0].register_forward_pre_hook(lambda _, args: fed.append(tuple(args[0].shape[:2])))
+    hook = lm.model.model.layers[0].register_forward_pre_hook(
+        lambda _, args: fed.append(tuple(args[0].shape[:2]))
+    )
     objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
     fed.clear()
     tried = [objective.initial] * 6
@@ -161,7 +188,9 @@ def test_a_model_in_training_runs_without_the_cache(lm_of):
     expected = gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
     lm.model.train()
     found = gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
-    assert found.token_ids == expected.token_ids and found.loss == pytest.approx(expected.loss, abs=1e-10)
+    assert found.token_ids == expected.token_ids and found.loss == pytest.approx(
+        expected.loss, abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("n_replace", [1, 3])
@@ -170,14 +199,23 @@ def test_the_suffix_survives_the_round_trip(search, n_replace, lm_of):
     lm = lm_of("lean", torch.float32)
     seen = []
     found = search(
-        lm, PROMPTS, TARGETS, replace(SETTINGS, n_replace=n_replace, steps=6), 0, lambda *at: seen.append(at)
+        lm,
+        PROMPTS,
+        TARGETS,
+        replace(SETTINGS, n_replace=n_replace, steps=6),
+        0,
+        lambda *at: seen.append(at),
     )
     assert len(found.token_ids) == 5 and found.text.isascii() and found.text.isprintable()
     for prompt in PROMPTS:
-        ids = lm.tokenizer(chat_text(lm.tokenizer, f"{prompt} {found.text}"), add_special_tokens=False)["input_ids"]
+        ids = lm.tokenizer(
+            chat_text(lm.tokenizer, f"{prompt} {found.text}"), add_special_tokens=False
+        )["input_ids"]
         start = len(ids) - 1 - 5  # the template adds one token
         assert tuple(ids[start:-1]) == found.token_ids
-    assert [at[:2] for at in seen] == [(i + 1, 6) for i in range(6)] and seen[-1][2] == f"loss {found.loss:.3f}"
+    assert [at[:2] for at in seen] == [(i + 1, 6) for i in range(6)] and seen[-1][
+        2
+    ] == f"loss {found.loss:.3f}"
 
 
 def test_candidates_that_do_not_survive_are_filtered(lm_of):
@@ -189,7 +227,9 @@ def test_candidates_that_do_not_survive_are_filtered(lm_of):
     unspaced = (letter, *whole[1:])  # the separator would be put before it
     assert objective.survives([spelt, whole, unspaced], [0, 2]) == [False, True, False]
     ranked = torch.arange(len(objective.allowed)).expand(5, -1)
-    found = latlib.redteam.gcg._candidates(objective, whole, ranked, 300, 40, torch.Generator().manual_seed(0))
+    found = latlib.redteam.gcg._candidates(
+        objective, whole, ranked, 300, 40, torch.Generator().manual_seed(0)
+    )
     assert len(set(found)) == 40 and all(objective.survives(found, [0]))
     assert all(sum(a != b for a, b in zip(whole, ids, strict=True)) == 1 for ids in found)
 
@@ -202,13 +242,18 @@ def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
     first, second = (objective.survives(alone, [p]) for p in (0, 1))
     assert sum(a and not b for a, b in zip(first, second, strict=True)) > 10  # such as 'll'
     for seed in range(6):
-        assert all(objective.survives([random_search(lm, prompts, targets, settings, seed).token_ids], range(2)))
+        assert all(
+            objective.survives(
+                [random_search(lm, prompts, targets, settings, seed).token_ids], range(2)
+            )
+        )
     original = Objective.survives
 
     def never(self, candidates, prompts):
         found = original(self, candidates, prompts)
         return [
-            yes and (len(prompts) == 1 or ids == objective.initial) for yes, ids in zip(found, candidates, strict=True)
+            yes and (len(prompts) == 1 or ids == objective.initial)
+            for yes, ids in zip(found, candidates, strict=True)
         ]
 
     monkeypatch.setattr(Objective, "survives", never)
@@ -220,19 +265,25 @@ def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
 
 def test_substitutes_are_among_the_first_of_their_position(lm_of):
     objective = Objective(lm_of("lean"), PROMPTS, TARGETS, replace(SETTINGS, n_replace=2))
-    words = [i for i in objective.allowed.tolist() if objective.tokenizer.decode([i]).startswith(" ")]
+    words = [
+        i for i in objective.allowed.tolist() if objective.tokenizer.decode([i]).startswith(" ")
+    ]
     place_of = {int(token): i for i, token in enumerate(objective.allowed)}
     first = [[place_of[words[10 * p + i]] for i in range(8)] for p in range(5)]
     rest = [[i for i in range(len(place_of)) if i not in own] for own in first]
     ranked, origin = torch.tensor([a + b for a, b in zip(first, rest)]), (words[60],) * 5
-    found = latlib.redteam.gcg._candidates(objective, origin, ranked, 8, 30, torch.Generator().manual_seed(0))
+    found = latlib.redteam.gcg._candidates(
+        objective, origin, ranked, 8, 30, torch.Generator().manual_seed(0)
+    )
     for ids in found:
         changed = [p for p in range(5) if ids[p] != origin[p]]
         assert len(changed) == 2 and all(place_of[ids[p]] in first[p] for p in changed)
     assert {p for ids in found for p in range(5) if ids[p] != origin[p]} == set(range(5))
 
 
-@pytest.mark.parametrize("per_step, each", [(0, 4 + 12 * 4), (4, 4 + 12 * 4), (9, 4 + 12 * 4), (3, 3 + 12 * 3 + 1)])
+@pytest.mark.parametrize(
+    "per_step, each", [(0, 4 + 12 * 4), (4, 4 + 12 * 4), (9, 4 + 12 * 4), (3, 3 + 12 * 3 + 1)]
+)
 @pytest.mark.parametrize("topk", [1, 32])
 def test_queries_are_exact_and_the_same_for_both(per_step, each, topk, lm_of, monkeypatch):
     lm, run = lm_of("lean"), {"rows": 0}
@@ -267,7 +318,9 @@ def test_a_larger_buffer_moves_on_and_one_of_one_takes_improvements_only(lm_of, 
     monkeypatch.setattr(latlib.redteam.gcg, "_step", noting)
     settings = replace(SETTINGS, candidates=2, steps=12)
     moving = random_search(lm, PROMPTS, TARGETS, replace(settings, buffer=12), seed=0)
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(steps)) and moving.loss <= min(s[2] for s in steps)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(steps)) and moving.loss <= min(
+        s[2] for s in steps
+    )
     assert any(a[2] < b[2] for a, b in itertools.pairwise(steps))  # it goes uphill as well
     steps.clear()
     greedy = random_search(lm, PROMPTS, TARGETS, replace(settings, buffer=1), seed=0)
@@ -285,7 +338,9 @@ def test_gcg_beats_random_search_at_equal_queries(lm_of):
     for seed in range(4):
         lm = lm_of("lean", torch.float32, seed, initializer_range=0.1)
         start = gcg(lm, prompts, targets, replace(settings, steps=0), seed)
-        by_gradient, blind = (search(lm, prompts, targets, settings, seed) for search in (gcg, random_search))
+        by_gradient, blind = (
+            search(lm, prompts, targets, settings, seed) for search in (gcg, random_search)
+        )
         assert by_gradient.queries == blind.queries
         gains.append((start.loss - by_gradient.loss, start.loss - blind.loss))
     by_gradient, blind = torch.tensor(gains).mean(0)
@@ -294,9 +349,14 @@ def test_gcg_beats_random_search_at_equal_queries(lm_of):
 
 @pytest.mark.parametrize(
     "kind, message",
-    [("lean", "DefaultCPUAllocator: can't allocate memory"), ("llama", "CUDA out of memory. Tried to allocate")],
+    [
+        ("lean", "DefaultCPUAllocator: can't allocate memory"),
+        ("llama", "CUDA out of memory. Tried to allocate"),
+    ],
 )
-def test_the_batch_is_halved_until_it_fits_and_the_result_is_the_same(kind, message, lm_of, monkeypatch):
+def test_the_batch_is_halved_until_it_fits_and_the_result_is_the_same(
+    kind, message, lm_of, monkeypatch
+):
     lm = lm_of(kind)
     expected = gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
     tried, original = [], Objective._row_losses
@@ -343,7 +403,9 @@ def test_a_search_leaves_no_trace_on_the_weights(kind, lm_of):
 
 def test_the_first_suffix_is_neutral_or_as_asked(lm_of, tokenizer):
     lm = lm_of("lean")
-    assert set(Objective(lm, PROMPTS, TARGETS, SETTINGS).initial) != {tokenizer.convert_tokens_to_ids("!")}
+    assert set(Objective(lm, PROMPTS, TARGETS, SETTINGS).initial) != {
+        tokenizer.convert_tokens_to_ids("!")
+    }
     asked = replace(SETTINGS, n_tokens=3, initial="feed the troll")
     found = gcg(lm, PROMPTS, TARGETS, replace(asked, steps=0), seed=0)
     assert found.text == "feed the troll" and found.behind("x ?") == "x ? feed the troll"
@@ -353,14 +415,17 @@ def test_the_first_suffix_is_neutral_or_as_asked(lm_of, tokenizer):
 
 LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] | trim + '\n\n' }}"
-    "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] | trim + '\n\n' }}{% if m['role']"
+    " == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:\n{%"
+    " endif %}"
 )
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tiktoken"])
 def other_tokenizer(request):
-    """Tokenizers as Llama 2 and Llama 3 have them, under a template of plain words that trims the message."""
+    """Tokenizers as Llama 2 and Llama 3 have them, under a template of plain words that trims the
+    message.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if request.param == "sentencepiece":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -372,7 +437,10 @@ def other_tokenizer(request):
         tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=["<unk>", "</s>"], initial_alphabet=[*alphabet, "\n"], show_progress=False
+        vocab_size=480,
+        special_tokens=["<unk>", "</s>"],
+        initial_alphabet=[*alphabet, "\n"],
+        show_progress=False,
     )
     texts = [p.text for p in grammar.draw_set(0, "train", "any", 500)]
     tokenizer.train_from_iterator([*texts, *grammar.VERBS, *["! ! ! !"] * 200], trainer)
@@ -393,7 +461,9 @@ def test_other_tokenizers_and_separators(other_tokenizer, separator, lm_of):
 def test_added_tokens_are_no_suffix(lm_of, tokenizer):
     marked = copy.deepcopy(tokenizer)
     marked.add_tokens(["~~"])
-    allowed = Objective(lm_of("lean", tokenizer=marked, vocab_size=513), PROMPTS, TARGETS, SETTINGS).allowed
+    allowed = Objective(
+        lm_of("lean", tokenizer=marked, vocab_size=513), PROMPTS, TARGETS, SETTINGS
+    ).allowed
     assert not {512, *marked.all_special_ids} & set(allowed.tolist()) and allowed.max() == 511
 
 
@@ -404,16 +474,22 @@ def test_an_adapter_counts_and_both_forwards_agree(lm_of):
         with torch.no_grad():
             for name, parameter in lm.model.named_parameters():
                 if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+                    )
         lm = replace(lm, settings=ModelSettings(forward=forward, dtype="float64"))
         found.append(gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0))
-    assert found[0].token_ids == found[1].token_ids and found[0].losses == pytest.approx(found[1].losses, abs=1e-10)
+    assert found[0].token_ids == found[1].token_ids and found[0].losses == pytest.approx(
+        found[1].losses, abs=1e-10
+    )
     assert abs(found[0].loss - plain_loss(plain, found[0])) > 1e-3
 
 
 def test_tokens_that_are_no_text_are_left_out(lm_of, tokenizer):
     lm = lm_of("lean")
-    texts = [tokenizer.decode([i]) for i in Objective(lm, PROMPTS, TARGETS, SETTINGS).allowed.tolist()]
+    texts = [
+        tokenizer.decode([i]) for i in Objective(lm, PROMPTS, TARGETS, SETTINGS).allowed.tolist()
+    ]
     assert all(t and t.isascii() and t.isprintable() for t in texts)
     wide = Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, allow_non_ascii=True))
     assert all("\ufffd" not in tokenizer.decode([i]) for i in wide.allowed.tolist())
@@ -422,7 +498,14 @@ def test_tokens_that_are_no_text_are_left_out(lm_of, tokenizer):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("n_tokens", 0), ("steps", -1), ("candidates", 1.5), ("topk", True), ("batch", "64"), ("n_replace", 6)],
+    [
+        ("n_tokens", 0),
+        ("steps", -1),
+        ("candidates", 1.5),
+        ("topk", True),
+        ("batch", "64"),
+        ("n_replace", 6),
+    ],
 )
 def test_a_bad_setting_is_named(field, value):
     with pytest.raises(ValueError, match=rf"{field} = {value!r}.*: (give|lower)"):
@@ -447,14 +530,17 @@ def test_rows_that_cannot_be_used_are_refused(lm_of, tokenizer):
 
 
 def test_label_rows_of_a_collated_row_and_of_the_search_are_the_same(lm_of):
-    """Losses of many candidates behind prompts of different lengths equal those of one packed, padded batch."""
+    """Losses of many candidates behind prompts of different lengths equal those of one packed,
+    padded batch.
+    """
     lm = lm_of("lean")
     objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
     tried = [tuple(objective.allowed[torch.arange(5) * 11 + i].tolist()) for i in range(3)]
     found = objective.losses(tried, range(4), 2)
     for i, ids in enumerate(tried):
         rows = [
-            organism.TokenRow((*a, *ids, *b), t) for (a, b), t in zip(objective.frames, objective.targets, strict=True)
+            organism.TokenRow((*a, *ids, *b), t)
+            for (a, b), t in zip(objective.frames, objective.targets, strict=True)
         ]
         batch = collate(rows)
         logits = objective.network.unembed(at_labels(objective.network.hidden(batch), batch.source))

@@ -1,4 +1,6 @@
-"""A sweep with Ray ends as the same trials done here do, whoever is killed; two machines are two nodes on this one."""
+"""A sweep with Ray ends as the same trials done here do, whoever is killed; two machines are two
+nodes on this one.
+"""
 
 import contextlib
 import fcntl
@@ -37,7 +39,9 @@ PROFILE = profile_with(GRID)
 
 
 def started(cluster, settings, tries=3):
-    """A further node; Ray gives up after 30 s, which is little on a machine that does ten other things."""
+    """A further node; Ray gives up after 30 s, which is little on a machine that does ten other
+    things.
+    """
     try:
         return cluster.add_node(**settings)
     except Exception:
@@ -51,7 +55,8 @@ def cluster(tmp_path_factory):
     """A Ray cluster of two nodes with a core each; this process is its driver."""
     environment = pytest.MonkeyPatch()
     for name, value in {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise it binds other interfaces than 127.0.0.1
+        # otherwise it binds other interfaces than 127.0.0.1
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",  # a token would be written into the home folder
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -61,7 +66,11 @@ def cluster(tmp_path_factory):
     from ray.cluster_utils import Cluster
 
     before = set(psutil.Process().children(recursive=True))
-    health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_timeout_ms": 3000}
+    health = {
+        "health_check_initial_delay_ms": 500,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 3000,
+    }
     node = {
         "num_cpus": 1,
         "object_store_memory": 100 * 2**20,
@@ -71,7 +80,12 @@ def cluster(tmp_path_factory):
     found = Cluster()
     first = started(found, node | {"include_dashboard": False, "_system_config": health})
     second = started(found, node)
-    ray.init(address=found.address, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.1")
+    ray.init(
+        address=found.address,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
     yield SimpleNamespace(cluster=found, head=first, second=second)
     ours = set(psutil.Process().children(recursive=True)) - before
     ray.shutdown()
@@ -83,7 +97,10 @@ def cluster(tmp_path_factory):
 
 def attempts(scratch):
     """trial -> the processes that worked on it, in order."""
-    return {f.name.removesuffix(".lock"): list(map(int, f.read_text().split())) for f in scratch.glob("*/lat-*.lock")}
+    return {
+        f.name.removesuffix(".lock"): list(map(int, f.read_text().split()))
+        for f in scratch.glob("*/lat-*.lock")
+    }
 
 
 def written(metrics):
@@ -92,12 +109,18 @@ def written(metrics):
 
 
 class Killer(threading.Thread):
-    """Stops the process of a trial in the middle of training, makes sure that it is there, and kills it; then, in the
-    middle of another trial, the node `second` with all its processes."""
+    """Stops the process of a trial in the middle of training, makes sure that it is there, and
+    kills it; then, in the middle of another trial, the node `second` with all its processes."""
 
     def __init__(self, nodes, scratch):
         super().__init__(daemon=True)
-        self.nodes, self.scratch, self.worker, self.on_node, self.error = nodes, scratch, "", "", None
+        self.nodes, self.scratch, self.worker, self.on_node, self.error = (
+            nodes,
+            scratch,
+            "",
+            "",
+            None,
+        )
 
     def run(self):
         try:
@@ -114,9 +137,15 @@ class Killer(threading.Thread):
         until = time.monotonic() + 60
         while time.monotonic() < until:
             for trial, pids in attempts(self.scratch).items():
-                with contextlib.suppress(OSError, psutil.NoSuchProcess):  # done while it was looked at
+                # done while it was looked at
+                with contextlib.suppress(OSError, psutil.NoSuchProcess):
                     metrics = next(self.scratch.glob(f"*/{trial}/metrics/{trial}.jsonl"), None)
-                    if len(pids) != 1 or not metrics or not written(metrics) or psutil.Process(*pids).ppid() != raylet:
+                    if (
+                        len(pids) != 1
+                        or not metrics
+                        or not written(metrics)
+                        or psutil.Process(*pids).ppid() != raylet
+                    ):
                         continue
                     os.kill(*pids, signal.SIGSTOP)
                     try:
@@ -133,21 +162,29 @@ class Killer(threading.Thread):
 @pytest.fixture(scope="module")
 def swept(cluster, tmp_path_factory):
     """A whole sweep, in which a worker and a node are killed."""
-    run, scratch, lines = Run(PROFILE, tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("scratch"), []
+    run, scratch, lines = (
+        Run(PROFILE, tmp_path_factory.mktemp("run")),
+        tmp_path_factory.mktemp("scratch"),
+        [],
+    )
     killer = Killer(cluster, scratch)
     killer.start()
     result = sweep(run, scratch=scratch, adapters=True, say=lines.append)
     killer.join()
     if killer.error:
         raise killer.error
-    return SimpleNamespace(run=run, result=result, lines=lines, killer=killer, attempts=attempts(scratch))
+    return SimpleNamespace(
+        run=run, result=result, lines=lines, killer=killer, attempts=attempts(scratch)
+    )
 
 
 @pytest.fixture(scope="module")
 def local(swept, tmp_path_factory):
     """The same trials done by a Run in this process."""
     run = Run(PROFILE, tmp_path_factory.mktemp("local"))
-    run.measure([(("lat", seed, point), "variant") for seed in PROFILE.seeds for point in points(PROFILE)])
+    run.measure(
+        [(("lat", seed, point), "variant") for seed in PROFILE.seeds for point in points(PROFILE)]
+    )
     return run
 
 
@@ -157,24 +194,34 @@ def test_a_sweep_gives_what_the_same_trials_give_here(swept, local):
     for trial in wanted:
         ours, theirs = (run.table_file(trial, "variant") for run in (local, swept.run))
         assert ours.read_bytes() == theirs.read_bytes(), trial.label
-        weights = [run.model_folder(trial) / "adapter_model.safetensors" for run in (local, swept.run)]
+        weights = [
+            run.model_folder(trial) / "adapter_model.safetensors" for run in (local, swept.run)
+        ]
         assert weights[0].read_bytes() == weights[1].read_bytes(), trial.label
         curves = [run.metrics("lat", trial.seed, dict(trial.changes)) for run in (local, swept.run)]
-        assert list(curves[1]["step"]) == list(range(1, STEPS + 1)) and curves[0]["total"].equals(curves[1]["total"])
+        assert list(curves[1]["step"]) == list(range(1, STEPS + 1)) and curves[0]["total"].equals(
+            curves[1]["total"]
+        )
     assert {"lat[attack.eps=0.05+defence.kl=1.0]", "lat[attack.eps=0.1+defence.kl=1.0]"} == set(
         swept.run.outcomes()["method"]
     )
 
 
 def test_a_killed_worker_and_a_killed_node_are_survived(swept):
-    assert swept.killer.worker and swept.killer.on_node and swept.killer.worker != swept.killer.on_node
+    assert (
+        swept.killer.worker and swept.killer.on_node and swept.killer.worker != swept.killer.on_node
+    )
     tried = {trial: len(pids) for trial, pids in swept.attempts.items()}
     killed = {swept.killer.worker, swept.killer.on_node}
     assert tried == {trial: 2 if trial in killed else 1 for trial in tried} and len(tried) == 4
 
 
 def test_every_finished_trial_is_a_line_with_what_is_left(swept):
-    left = [int(line.split(", ")[-1].split()[0]) for line in swept.lines if " s on " in line and "lat[" in line]
+    left = [
+        int(line.split(", ")[-1].split()[0])
+        for line in swept.lines
+        if " s on " in line and "lat[" in line
+    ]
     assert left == [3, 2, 1, 0]
     assert swept.lines[-1] == "4 made, 0 kept, 0 failed"
 
@@ -183,10 +230,18 @@ def test_a_second_sweep_and_a_run_here_make_nothing(swept, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # not even Ray is needed
     before = {f: f.stat().st_mtime_ns for f in swept.run.folder.rglob("*") if f.is_file()}
     file = swept.run.folder / "profile.yaml"
-    assert sweeping.main(["--profile", str(file), "--out", str(swept.run.folder), "--adapters"]) == 0
-    monkeypatch.setattr(Run, "perform", lambda self, spec, what, on_step: pytest.fail(f"{spec} is made again"))
+    assert (
+        sweeping.main(["--profile", str(file), "--out", str(swept.run.folder), "--adapters"]) == 0
+    )
+    monkeypatch.setattr(
+        Run, "perform", lambda self, spec, what, on_step: pytest.fail(f"{spec} is made again")
+    )
     swept.run.evaluate("lat", 1, "variant", {"attack.eps": 0.1, "defence.kl": 1.0})
-    after = {f: f.stat().st_mtime_ns for f in swept.run.folder.rglob("*") if f.is_file() and f.name != ".lock"}
+    after = {
+        f: f.stat().st_mtime_ns
+        for f in swept.run.folder.rglob("*")
+        if f.is_file() and f.name != ".lock"
+    }
     assert after == {f: t for f, t in before.items() if f in after} and len(after) == len(before)
 
 
@@ -198,12 +253,16 @@ def test_a_trial_that_fails_is_named_and_not_repeated(swept, tmp_path, capsys):
     options = ["--profile", str(tmp_path / "my.yaml"), "--out", str(out), "--scratch", str(scratch)]
     assert sweeping.main(options) == 1
     said = capsys.readouterr().out
-    assert "lat[attack.sites=(99,)] seed 0: ValueError" in said and "1 made, 0 kept, 1 failed" in said
+    assert (
+        "lat[attack.sites=(99,)] seed 0: ValueError" in said and "1 made, 0 kept, 1 failed" in said
+    )
     assert {trial: len(pids) for trial, pids in attempts(scratch).items()} == {
         "lat-attack.sites=-99--seed0": 1,
         "lat-attack.sites=-1--seed0": 1,
     }
-    assert not list((out / "models").glob("lat*")), "adapters come back only when they are asked for"
+    assert not list((out / "models").glob("lat*")), (
+        "adapters come back only when they are asked for"
+    )
 
 
 def test_what_is_finished_is_kept_when_a_sweep_is_stopped(swept, tmp_path):
@@ -214,7 +273,10 @@ def test_what_is_finished_is_kept_when_a_sweep_is_stopped(swept, tmp_path):
         lines.append(line)
         if "lat[" in line:
             until = time.monotonic() + 60
-            while not any(map(written, scratch.glob("*/lat-*/metrics/lat-*.jsonl"))) and time.monotonic() < until:
+            while (
+                not any(map(written, scratch.glob("*/lat-*/metrics/lat-*.jsonl")))
+                and time.monotonic() < until
+            ):
                 time.sleep(0.01)  # until the other one is in the middle
             raise KeyboardInterrupt
 
@@ -235,12 +297,15 @@ def test_numbers_of_a_sweep_are_a_table(swept):
     table = sweep_table(Evidence.load(swept.run.folder))
     assert list(table["eps"]) == [0.05, 0.05, 0.1, 0.1] and list(table["seed"]) == [0, 1, 0, 1]
     rows = swept.run.outcomes()
-    rows = rows[(rows["method"] == table["label"][2]) & (rows["seed"] == 0) & (rows["attack"] == "pgd")]
+    rows = rows[
+        (rows["method"] == table["label"][2]) & (rows["seed"] == 0) & (rows["attack"] == "pgd")
+    ]
     assert table["asr"][2] == pytest.approx((rows["outcome"] == "complied").mean())
     assert (table["asr_low"] <= table["asr"]).all() and (table["asr"] <= table["asr_high"]).all()
 
 
-# ---- without a cluster ---------------------------------------------------------------------------------------------
+# ---- without a cluster
+# ---------------------------------------------------------------------------------------------
 
 
 def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch, capsys):

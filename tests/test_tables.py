@@ -1,4 +1,6 @@
-"""Records from files, from folders of a data set and from the hub through a stand-in, under our names."""
+"""Records from files, from folders of a data set and from the hub through a stand-in, under our
+names.
+"""
 
 import json
 import sys
@@ -11,9 +13,21 @@ from latlib.config.sections import ProfileError
 from latlib.data.records import ANY_SPLIT, is_hub_id, read_table
 
 RECORDS = [
-    {"goal": "steal it", "note": None, "messages": [{"role": "user", "content": "a {b}"}, {"content": "one"}]},
-    {"goal": " break it ", "note": "why", "messages": [{"role": "user", "content": "c"}, {"content": "two"}]},
-    {"goal": "burn it", "note": "how", "messages": [{"role": "user", "content": "d"}, {"content": "three"}]},
+    {
+        "goal": "steal it",
+        "note": None,
+        "messages": [{"role": "user", "content": "a {b}"}, {"content": "one"}],
+    },
+    {
+        "goal": " break it ",
+        "note": "why",
+        "messages": [{"role": "user", "content": "c"}, {"content": "two"}],
+    },
+    {
+        "goal": "burn it",
+        "note": "how",
+        "messages": [{"role": "user", "content": "d"}, {"content": "three"}],
+    },
 ]
 
 
@@ -47,7 +61,10 @@ def test_format_strings_reach_into_lists_and_records(tmp_path, suffix):
 @pytest.mark.parametrize(
     "recipe, said",
     [
-        ("{gaol}", "no column 'gaol' for 'prompt'; it has goal, note, messages: set data.harmful_columns"),
+        (
+            "{gaol}",
+            "no column 'gaol' for 'prompt'; it has goal, note, messages: set data.harmful_columns",
+        ),
         ("{messages[1][text]}", r"row 1: .*finds no 'text' in messages\[1\], which has content"),
         ("{messages[2][content]}", r"row 1: .*finds no '2' in messages, which has items 0 to 1"),
         ("{messages[first]}", "finds no 'first' in messages, which has items 0 to 1"),
@@ -70,9 +87,15 @@ def test_what_a_column_lacks_is_named_with_what_there_is(tmp_path, recipe, said)
 
 def test_a_key_that_some_records_lack_is_empty_at_the_top_and_an_error_below(tmp_path):
     path = write(
-        tmp_path, "rows.json", [{"a": "x", "b": {"c": "y"}}, {"a": "z"}, {"a": "z", "b": None}, {"a": "z", "b": {}}]
+        tmp_path,
+        "rows.json",
+        [{"a": "x", "b": {"c": "y"}}, {"a": "z"}, {"a": "z", "b": None}, {"a": "z", "b": {}}],
     )
-    assert [r["more"] for r in read(path, {"prompt": "a", "more": "{b[c]}"}, rows=3)] == ["y", "", ""]
+    assert [r["more"] for r in read(path, {"prompt": "a", "more": "{b[c]}"}, rows=3)] == [
+        "y",
+        "",
+        "",
+    ]
     with pytest.raises(ProfileError, match="row 4: .*finds no 'c' in b"):
         read(path, {"prompt": "a", "more": "{b[c]}"})
 
@@ -90,14 +113,17 @@ def test_a_data_sets_folder_is_read_by_split(tmp_path, monkeypatch, saved, strea
     elif saved == "saved":
         datasets.Dataset.from_list(RECORDS).save_to_disk(folder)
     else:
-        datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()}).save_to_disk(folder)
+        datasets.DatasetDict(
+            {k: datasets.Dataset.from_list(v) for k, v in parts.items()}
+        ).save_to_disk(folder)
     columns = {"prompt": "goal", "reply": "{messages[1][content]}"}
     found = read(folder, columns, streaming=streaming, rows=2)
     assert [tuple(r.values()) for r in found] == [("steal it", "one"), ("break it", "two")]
     if saved != "saved":
         assert len(read(folder, columns, streaming=streaming, split=ANY_SPLIT)) == 1
         with pytest.raises(
-            ProfileError, match="data.harmful = .* cannot be read .*tune.*train.*test.*set data.harmful_split"
+            ProfileError,
+            match="data.harmful = .* cannot be read .*tune.*train.*test.*set data.harmful_split",
         ):
             read(folder, columns, streaming=streaming, split="tune")
 
@@ -108,20 +134,31 @@ def test_a_hub_set_is_asked_for_by_name_configuration_and_split(monkeypatch, spl
     module.get_dataset_split_names = lambda source, config: ["train", "test"]
     module.load_dataset = lambda *names, **how: calls.append((*names, how)) or iter(RECORDS)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    found = read("owner/name", {"prompt": "goal"}, config="long", split=split, streaming=True, rows=2)
-    assert calls == [("owner/name", "long", {"split": taken, "streaming": True})] and len(found) == 2
+    found = read(
+        "owner/name", {"prompt": "goal"}, config="long", split=split, streaming=True, rows=2
+    )
+    assert (
+        calls == [("owner/name", "long", {"split": taken, "streaming": True})] and len(found) == 2
+    )
 
 
 @pytest.mark.parametrize("names, taken", [(["train"], "train"), (["a", "b"], None)])
-def test_a_benchmark_of_one_split_is_taken_whole_and_of_several_none_is_guessed(monkeypatch, names, taken):
+def test_a_benchmark_of_one_split_is_taken_whole_and_of_several_none_is_guessed(
+    monkeypatch, names, taken
+):
     calls, module = [], types.ModuleType("datasets")
     module.get_dataset_split_names = lambda source, config: names
     module.load_dataset = lambda *name, **how: calls.append(how["split"]) or iter(RECORDS)
     monkeypatch.setitem(sys.modules, "datasets", module)
     if taken is None:
-        said = r"data.test_harmful = .*Should be one of \['a', 'b'\].*: give the one you mean as a file"
+        said = (
+            r"data.test_harmful = .*Should be one of \['a', 'b'\].*: give the one you mean as a"
+            r" file"
+        )
         with pytest.raises(ProfileError, match=said):
-            read_table("owner/name", {"prompt": "goal"}, ["prompt"], "data.test_harmful", split=ANY_SPLIT)
+            read_table(
+                "owner/name", {"prompt": "goal"}, ["prompt"], "data.test_harmful", split=ANY_SPLIT
+            )
     else:
         read("owner/name", {"prompt": "goal"}, split=ANY_SPLIT, streaming=True)
     assert calls == ([taken] if taken else [])
@@ -141,11 +178,23 @@ def test_streaming_takes_no_more_rows_than_asked(monkeypatch):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (FileNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub"), "accept its terms and set HF_TOKEN"),
-        (FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub"), "check the name, set HF_TOKEN if it is"),
+        (
+            FileNotFoundError("Dataset 'owner/name' is a gated dataset on the Hub"),
+            "accept its terms and set HF_TOKEN",
+        ),
+        (
+            FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub"),
+            "check the name, set HF_TOKEN if it is",
+        ),
         (ConnectionError("Couldn't reach the Hub"), "check the network, or download it"),
-        (ValueError("Config name is missing. Please pick one of: a, b"), "one of: a, b.*set data.harmful_config"),
-        (ValueError("Unknown split 'x'. Should be one of ['y']."), r"\['y'\].*set data.harmful_split"),
+        (
+            ValueError("Config name is missing. Please pick one of: a, b"),
+            "one of: a, b.*set data.harmful_config",
+        ),
+        (
+            ValueError("Unknown split 'x'. Should be one of ['y']."),
+            r"\['y'\].*set data.harmful_split",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
@@ -155,13 +204,17 @@ def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
     module = types.ModuleType("datasets")
     module.load_dataset = load
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(ProfileError, match=f"data.harmful = 'owner/name': owner/name cannot be had.*{said}"):
+    with pytest.raises(
+        ProfileError, match=f"data.harmful = 'owner/name': owner/name cannot be had.*{said}"
+    ):
         read("owner/name", {"prompt": "goal"})
 
 
 def test_without_a_network_the_real_package_says_so():
     pytest.importorskip("datasets")
-    with pytest.raises(ProfileError, match="data.harmful = 'no-owner/no-set': .*download it and give the file"):
+    with pytest.raises(
+        ProfileError, match="data.harmful = 'no-owner/no-set': .*download it and give the file"
+    ):
         read("no-owner/no-set", {"prompt": "goal"})
 
 
@@ -182,7 +235,9 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path, monkeypatch,
 def test_what_reads_as_a_hub_id(path, hub):
     assert is_hub_id(path) == hub
     if not hub and path:
-        with pytest.raises(ProfileError, match="is not a file: check the path, or give a hub id such as owner/name"):
+        with pytest.raises(
+            ProfileError, match="is not a file: check the path, or give a hub id such as owner/name"
+        ):
             read(path, {"prompt": "goal"})
 
 

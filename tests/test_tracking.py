@@ -11,7 +11,13 @@ import pytest
 
 from latlib.config.profile import TrackingSettings
 from latlib.experiment import tracking
-from latlib.experiment.tracking import Tracker, choose_mode, find_offline_run, read_metrics, read_offline_run
+from latlib.experiment.tracking import (
+    Tracker,
+    choose_mode,
+    find_offline_run,
+    read_metrics,
+    read_offline_run,
+)
 
 
 def lines(path):
@@ -22,7 +28,9 @@ def test_jsonl_is_valid_json_line_by_line_and_flushed(tmp_path):
     path = tmp_path / "metrics" / "lat.jsonl"
     with Tracker(path, TrackingSettings(wandb="disabled"), "lat") as tracker:
         tracker.log(0, total=1.5, kl=float("nan"), grad=float("inf"))
-        assert lines(path) == [{"step": 0, "total": 1.5, "kl": None, "grad": None}], "not flushed or not JSON"
+        assert lines(path) == [{"step": 0, "total": 1.5, "kl": None, "grad": None}], (
+            "not flushed or not JSON"
+        )
         tracker.log(1, total=0.5)
     assert read_metrics(path)["total"].tolist() == [1.5, 0.5]
     assert "wandb" not in json.dumps(os.listdir(tmp_path))
@@ -54,11 +62,18 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_offline_run_holds_the_same_numbers_also_after_a_resume(tmp_path):
     path = tmp_path / "metrics" / "lat.jsonl"
     for start, stop in ((0, 4), (2, 6)):
-        with Tracker(path, TrackingSettings(), "lat", {"seed": 0}, tmp_path, resume_from=start) as tracker:
+        with Tracker(
+            path, TrackingSettings(), "lat", {"seed": 0}, tmp_path, resume_from=start
+        ) as tracker:
             for step in range(start, stop):
-                tracker.log(step, total=1 / (step + 1 + start), kl=float("nan") if step == 1 else 0.1)
+                tracker.log(
+                    step, total=1 / (step + 1 + start), kl=float("nan") if step == 1 else 0.1
+                )
     ours, theirs = read_metrics(path), read_offline_run(tracker.run_dir)
-    assert find_offline_run(tmp_path, "lat") == tracker.run_dir and find_offline_run(tmp_path, "at") is None
+    assert (
+        find_offline_run(tmp_path, "lat") == tracker.run_dir
+        and find_offline_run(tmp_path, "at") is None
+    )
     assert len(ours) == 6 and theirs["step"].tolist() == ours["step"].tolist()
     assert theirs["total"].tolist() == ours["total"].tolist()
     assert theirs["kl"].isna().tolist() == ours["kl"].isna().tolist()
@@ -106,7 +121,9 @@ def test_a_server_that_never_answers_costs_less_than_15_seconds(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - float(done.stdout) < 15, "from opening the tracker to the end of the process"
+    assert time.monotonic() - float(done.stdout) < 15, (
+        "from opening the tracker to the end of the process"
+    )
     assert "offline" in done.stderr
     assert lines(tmp_path / "lat.jsonl") == [{"step": 0, "total": 1.0}]
     (run_dir,) = tmp_path.glob("wandb/offline-run-*")
@@ -129,4 +146,6 @@ def test_wandb_failing_or_hanging_stops_nothing(tmp_path, monkeypatch, capsys):
         tracker.log(0, total=2.0)
     assert time.monotonic() - started < 2
     assert "left alone" in capsys.readouterr().err
-    assert lines(tmp_path / "a.jsonl") + lines(tmp_path / "b.jsonl") == [{"step": 0, "total": v} for v in (1.0, 2.0)]
+    assert lines(tmp_path / "a.jsonl") + lines(tmp_path / "b.jsonl") == [
+        {"step": 0, "total": v} for v in (1.0, 2.0)
+    ]

@@ -1,4 +1,6 @@
-"""The training loop: the logged total is optimised, every micro-batch is attacked, a resumed run is the same run."""
+"""The training loop: the logged total is optimised, every micro-batch is attacked, a resumed run is
+the same run.
+"""
 
 import math
 import weakref
@@ -27,14 +29,26 @@ ROWS = 6
 def settings_for(method="lat", attack=None, defence=None, **changes) -> TrainSettings:
     base = dict(sites=("embedding", 1, 2), eps=1.5, steps=3, rule="l2")
     attack = AttackSettings(**{**base, **METHODS[method].get("attack", {}), **(attack or {})})
-    defence = DefenceSettings(**{"toward": 0.5, "away": 0.4, "kl": 0.3, "sft": 0.2, **(defence or {})})
-    plain = dict(steps=3, batch=ROWS, benign_batch=ROWS, micro_batch=ROWS, lr=1e-2, lr_warmup=0, lr_decay_share=0.0)
+    defence = DefenceSettings(
+        **{"toward": 0.5, "away": 0.4, "kl": 0.3, "sft": 0.2, **(defence or {})}
+    )
+    plain = dict(
+        steps=3,
+        batch=ROWS,
+        benign_batch=ROWS,
+        micro_batch=ROWS,
+        lr=1e-2,
+        lr_warmup=0,
+        lr_decay_share=0.0,
+    )
     return TrainSettings(**{**plain, "clip": 1e9, "attack": attack, "defence": defence, **changes})
 
 
 def trainer_for(method="lat", kind="lean", trained=True, seed=0, rows=ROWS, **changes) -> Trainer:
     lm = language_model(kind, trained=trained)
-    return Trainer(lm, token_rows(rows, 2), token_rows(rows, 1), settings_for(method, **changes), seed)
+    return Trainer(
+        lm, token_rows(rows, 2), token_rows(rows, 1), settings_for(method, **changes), seed
+    )
 
 
 def adapter_of(trainer) -> dict:
@@ -64,9 +78,13 @@ def spy_on_terms(trainer) -> list:
 @pytest.mark.parametrize("micro_batch", [ROWS, 2])
 def test_steps_equal_the_reference(micro_batch, kind):
     """Attack, objective, clipping and AdamW, two steps, against plain loops over single rows."""
-    trainer = trainer_for(kind=kind, rows=4, batch=4, benign_batch=4, micro_batch=micro_batch, clip=0.05)
+    trainer = trainer_for(
+        kind=kind, rows=4, batch=4, benign_batch=4, micro_batch=micro_batch, clip=0.05
+    )
     llama = reference.Llama.of(trainer.lm.model, SCALING)
-    harmful, benign = ([(r.prompt, *r.completions) for r in rows] for rows in (trainer.harmful, trainer.benign))
+    harmful, benign = (
+        [(r.prompt, *r.completions) for r in rows] for rows in (trainer.harmful, trainer.benign)
+    )
     leaves = [w for pair in llama.adapter.values() for w in pair]
     optimiser = torch.optim.AdamW(leaves, lr=1e-2, weight_decay=0.0)
     eps = {"embedding": 1.5, 1: 1.5, 2: 1.5}
@@ -116,14 +134,22 @@ def test_the_logged_total_is_the_sum_of_the_logged_terms(method):
     trainer = trainer_for(method, micro_batch=2)
     seen = spy_on_terms(trainer)
     metrics = trainer.train_step()
-    terms = {name: sum(terms[name] for *_, terms in seen if name in terms) for *_, found in seen for name in found}
+    terms = {
+        name: sum(terms[name] for *_, terms in seen if name in terms)
+        for *_, found in seen
+        for name in found
+    }
     assert {name: metrics[name] for name in terms} == pytest.approx(terms, abs=1e-12)
     assert metrics["total"] == pytest.approx(sum(terms.values()), abs=1e-12)
-    assert set(terms) == ({"toward", "kl", "sft"} if method == "lat-untargeted" else {"toward", "away", "kl", "sft"})
+    assert set(terms) == (
+        {"toward", "kl", "sft"} if method == "lat-untargeted" else {"toward", "away", "kl", "sft"}
+    )
 
 
 def test_the_logged_total_is_what_the_gradient_descends():
-    """Central difference of the logged total along the gradient = the squared norm of the gradient."""
+    """Central difference of the logged total along the gradient = the squared norm of the
+    gradient.
+    """
     trainer, step = trainer_for("ssft", lr=1e-30, micro_batch=2), 1e-6
     norm = trainer.train_step()["grad_norm"]
     direction, totals = gradients_of(trainer), []
@@ -138,7 +164,10 @@ def test_the_logged_total_is_what_the_gradient_descends():
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulated_micro_batches_equal_one_large_batch(method, micro_batch):
-    whole, parts = trainer_for(method, micro_batch=100), trainer_for(method, micro_batch=micro_batch)
+    whole, parts = (
+        trainer_for(method, micro_batch=100),
+        trainer_for(method, micro_batch=micro_batch),
+    )
     seen = spy_on_terms(parts)
     for _ in range(2):
         a, b = whole.train_step(), parts.train_step()
@@ -174,10 +203,16 @@ def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind)
     assert len(seen) == 3
     for part, deltas, tokens, terms in list(seen):
         assert all(d.norm(dim=-1).max() > 0.5 for d in deltas.values())
-        calm = {k: v for terms in terms_of(trainer.lm.network(), part, None, tokens) for k, v in terms.items()}
+        calm = {
+            k: v
+            for terms in terms_of(trainer.lm.network(), part, None, tokens)
+            for k, v in terms.items()
+        }
         assert all(abs(terms[name] - calm[name].item()) > 1e-3 for name in ("toward", "away"))
-        assert terms["away"] > calm["away"].item()  # the attack made the rejected completion likelier
-        assert terms["kl"] == pytest.approx(calm["kl"].item(), abs=1e-12)  # benign rows carry no perturbation
+        # the attack made the rejected completion likelier
+        assert terms["away"] > calm["away"].item()
+        # benign rows carry no perturbation
+        assert terms["kl"] == pytest.approx(calm["kl"].item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("rows, benign, micro_batch", [(2, 8, 2), (8, 2, 2), (5, 3, 2), (1, 1, 4)])
@@ -206,7 +241,12 @@ def test_the_kl_coefficient_is_applied_to_value_and_gradient():
     assert found[0.1][1] - found[0.0][1] == pytest.approx(found[0.1][0], rel=1e-10)
     for none, one, three in zip(*(found[kl][2] for kl in (0.0, 0.1, 0.3)), strict=True):
         torch.testing.assert_close(three - none, 3 * (one - none), rtol=0, atol=1e-10)
-    assert max((one - none).abs().max() for none, one in zip(found[0.0][2], found[0.1][2], strict=True)) > 1e-4
+    assert (
+        max(
+            (one - none).abs().max() for none, one in zip(found[0.0][2], found[0.1][2], strict=True)
+        )
+        > 1e-4
+    )
 
 
 def test_kl_alone_pulls_the_student_back_to_its_teacher():
@@ -347,9 +387,14 @@ def test_the_attack_begins_late_and_its_radius_grows():
     trainer.run(lambda step, found: metrics.append(found))
     assert [m["eps_scale"] for m in metrics] == [0, 0, 0.5, 1, 1]
     assert ["attack_end" in m for m in metrics] == [False, False, True, True, True]
-    largest = [max(d.norm(dim=-1).max().item() for d in deltas.values()) if deltas else 0 for _, deltas, *_ in seen]
+    largest = [
+        max(d.norm(dim=-1).max().item() for d in deltas.values()) if deltas else 0
+        for _, deltas, *_ in seen
+    ]
     assert largest == pytest.approx([0, 0, 0.75, 1.5, 1.5], rel=0.02)
-    assert all(m["attack_end"] < m["attack_start"] and 0 <= m["attack_won"] <= 1 for m in metrics[2:])
+    assert all(
+        m["attack_end"] < m["attack_start"] and 0 <= m["attack_won"] <= 1 for m in metrics[2:]
+    )
 
 
 def test_one_attack_serves_several_model_updates():
@@ -372,7 +417,9 @@ def test_the_learning_rate_warms_up_and_decays():
 def test_gradients_are_clipped():
     trainer = trainer_for("ssft", clip=1e-3)
     assert trainer.train_step()["grad_norm"] > 0.1
-    assert torch.cat([g.flatten() for g in gradients_of(trainer)]).norm() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.cat([g.flatten() for g in gradients_of(trainer)]).norm() == pytest.approx(
+        1e-3, rel=1e-3
+    )
 
 
 def test_untargeted_training_attacks_benign_rows_too():
@@ -387,12 +434,16 @@ def test_untargeted_training_attacks_benign_rows_too():
 @pytest.mark.parametrize("harmful, benign", [(0, 3), (3, 0), (0, 0)])
 def test_empty_or_one_sided_data_is_refused(harmful, benign):
     rows = token_rows(harmful, 2), token_rows(benign, 1)
-    with pytest.raises(ValueError, match=f"{harmful} harmful and {benign} benign rows: training needs both"):
+    with pytest.raises(
+        ValueError, match=f"{harmful} harmful and {benign} benign rows: training needs both"
+    ):
         Trainer(language_model(), *rows, settings_for(), 0)
 
 
 def test_rows_with_the_wrong_number_of_completions_are_refused():
-    with pytest.raises(ValueError, match=r"harmful row needs \(rejected, chosen\) and a benign row \(response,\)"):
+    with pytest.raises(
+        ValueError, match=r"harmful row needs \(rejected, chosen\) and a benign row \(response,\)"
+    ):
         Trainer(language_model(), token_rows(3, 1), token_rows(3, 1), settings_for(), 0)
 
 
@@ -427,5 +478,7 @@ def test_attacks_leave_nothing_in_the_weights_gradients(monkeypatch):
 
 def test_rows_of_one_length_need_no_special_case():
     rows = [TokenRow((1, 2, 3), ((4, 5), (6, 7)))] * 3
-    trainer = Trainer(language_model(), rows, token_rows(3, 1), settings_for(batch=3, benign_batch=3), 0)
+    trainer = Trainer(
+        language_model(), rows, token_rows(3, 1), settings_for(batch=3, benign_batch=3), 0
+    )
     assert math.isfinite(trainer.train_step()["total"])

@@ -1,4 +1,6 @@
-"""Verdicts without a judge model: exact answers, phrases with their known failure, agreement, and what is redacted."""
+"""Verdicts without a judge model: exact answers, phrases with their known failure, agreement, and
+what is redacted.
+"""
 
 import hashlib
 import math
@@ -8,7 +10,14 @@ import sys
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from latlib.evaluation.graders import ExactGrader, PhraseGrader, Verdict, agreement, load_grader, redacted
+from latlib.evaluation.graders import (
+    ExactGrader,
+    PhraseGrader,
+    Verdict,
+    agreement,
+    load_grader,
+    redacted,
+)
 from latlib.world import grammar
 
 REFUSALS = [
@@ -55,14 +64,19 @@ def test_the_worlds_own_refusal_is_one_for_both_kinds_of_grader():
         Verdict("neither", 0.0),
     ]
     phrases = load_grader("phrases-prefix").grade(asked, replies)
-    assert [v.outcome for v in phrases] == ["refused", "complied", "complied"]  # phrases cannot tell junk from help
+    # phrases cannot tell junk from help
+    assert [v.outcome for v in phrases] == ["refused", "complied", "complied"]
     with pytest.raises(ValueError, match="prompt = 'who are you' is not of the world"):
         ExactGrader(prompts).grade(["who are you"], ["me"])
 
 
 def test_own_phrases_replace_the_list():
     grader = load_grader("phrases", phrases=("nay",))
-    assert [grader.outcome(r) for r in ("Nay, sire", "I cannot", "nayward")] == ["refused", "complied", "complied"]
+    assert [grader.outcome(r) for r in ("Nay, sire", "I cannot", "nayward")] == [
+        "refused",
+        "complied",
+        "complied",
+    ]
     for bad in ((), ("nay", " ")):
         with pytest.raises(ValueError, match="phrases = .* at least one"):
             PhraseGrader(phrases=bad)
@@ -107,7 +121,9 @@ def test_agreement_is_the_share_of_equal_outcomes_and_cohens_kappa():
 def test_agreement_on_compliance_alone_merges_the_rest():
     table = agreement({"a": verdicts("rnc"), "b": verdicts("nrc")}, complied_only=True)
     assert (table.agreement[0], table.kappa[0]) == (1.0, 1.0)
-    assert agreement({"a": verdicts("rnc"), "b": verdicts("nrc")}).agreement[0] == pytest.approx(1 / 3)
+    assert agreement({"a": verdicts("rnc"), "b": verdicts("nrc")}).agreement[0] == pytest.approx(
+        1 / 3
+    )
 
 
 def test_kappa_is_undefined_where_nobody_ever_says_anything_else():
@@ -117,7 +133,9 @@ def test_kappa_is_undefined_where_nobody_ever_says_anything_else():
 
 @pytest.mark.parametrize("given", [{}, {"a": "rr"}, {"a": "rr", "b": "r"}, {"a": "", "b": ""}])
 def test_agreement_needs_two_graders_on_the_same_replies(given):
-    with pytest.raises(ValueError, match=r"verdicts = .* two or more graders' verdicts on the same replies"):
+    with pytest.raises(
+        ValueError, match=r"verdicts = .* two or more graders' verdicts on the same replies"
+    ):
         agreement({name: verdicts(x) for name, x in given.items()})
 
 
@@ -125,7 +143,10 @@ def test_a_reply_is_redacted_unless_asked_for():
     reply = "Sure: take secretmoss and honey."
     hidden = redacted(reply)
     assert "moss" not in hidden and "Sure" not in hidden
-    assert f"{len(reply)} characters" in hidden and hashlib.sha256(reply.encode()).hexdigest()[:12] in hidden
+    assert (
+        f"{len(reply)} characters" in hidden
+        and hashlib.sha256(reply.encode()).hexdigest()[:12] in hidden
+    )
     assert redacted(reply + " ") != hidden
     assert redacted(reply, show=True) == reply
 
@@ -138,6 +159,13 @@ def test_of_a_refusal_only_its_known_opening_is_shown():
 
 
 def test_grading_needs_none_of_the_optional_packages():
-    code = "import sys, latlib.evaluation.graders, latlib.data.benchmarks, latlib.evaluation.general_benchmarks; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"statsmodels", "matplotlib", "wandb", "datasets", "lm_eval", "sklearn"} & set(loaded)
+    code = (
+        "import sys, latlib.evaluation.graders, latlib.data.benchmarks,"
+        " latlib.evaluation.general_benchmarks; print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"statsmodels", "matplotlib", "wandb", "datasets", "lm_eval", "sklearn"} & set(
+        loaded
+    )

@@ -1,4 +1,6 @@
-"""Looks while training: they change nothing, say what the model does, and the best of them is the one that is saved."""
+"""Looks while training: they change nothing, say what the model does, and the best of them is the
+one that is saved.
+"""
 
 import json
 import random
@@ -33,7 +35,13 @@ def trainer(run):
 
 
 def look_of(step=1, **changes) -> Look:
-    values = {"harmful_refused": 0.9, "harmless_refused": 0.1, "harmless_complied": 0.8, "neither": 0.1, "kl": 0.2}
+    values = {
+        "harmful_refused": 0.9,
+        "harmless_refused": 0.1,
+        "harmless_complied": 0.8,
+        "neither": 0.1,
+        "kl": 0.2,
+    }
     return Look(step, **{**values, "attack_success": 0.3, "attacked": True, **changes})
 
 
@@ -50,7 +58,8 @@ def test_looking_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
     assert not any(name.startswith("watch_") for name in quiet)
     looked = watched[watched["watch_kl"].notna()]
     assert looked["step"].tolist() == [2, 4, 6]
-    assert looked["watch_attack_success"].isna().tolist() == [True, False, False]  # the attack begins after step 2
+    # the attack begins after step 2
+    assert looked["watch_attack_success"].isna().tolist() == [True, False, False]
     assert (looked["watch_kl"] > 0).all()
 
 
@@ -58,31 +67,44 @@ def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
     observer = Watch(trainer, run.profile)
     trainer.train_step()
     plain = validation.examine
-    monkeypatch.setattr(validation, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1])  # as a grader might draw
+    # as a grader might draw
+    monkeypatch.setattr(validation, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1])
     states = random.getstate(), torch.get_rng_state()
     parameters = dict(trainer.lm.model.named_parameters())
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()}
-    flags, weights = ({n: f(p) for n, p in parameters.items()} for f in (lambda p: p.requires_grad, torch.clone))
+    flags, weights = (
+        {n: f(p) for n, p in parameters.items()} for f in (lambda p: p.requires_grad, torch.clone)
+    )
     first = observer.look(6)
     assert observer.look(6) == first
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     for name, parameter in trainer.lm.model.named_parameters():
         assert parameter.requires_grad == flags[name] and torch.equal(parameter, weights[name])
-        assert parameter.grad is None if grads[name] is None else torch.equal(parameter.grad, grads[name])
+        assert (
+            parameter.grad is None
+            if grads[name] is None
+            else torch.equal(parameter.grad, grads[name])
+        )
 
 
 def test_without_looks_nothing_is_asked(run, trainer, monkeypatch):
     monkeypatch.setattr(validation.questions, "ask", lambda *_: pytest.fail("asked"))
     trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 0})
     observer = Watch(trainer, run.profile)
-    assert observer.after(6) == {} and observer.record(observer.keep()) is None and observer.said() == ""
+    assert (
+        observer.after(6) == {}
+        and observer.record(observer.keep()) is None
+        and observer.said() == ""
+    )
 
 
 def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
     observer = Watch(trainer, run.profile)
     assert [p.harmful for p in (*observer.harmful, *observer.harmless)] == [True] * 5 + [False] * 5
     tune = {
-        p.cluster for kind in ("harmful", "harmless") for p in validation.questions.ask(run.profile, 0, "tune", kind, 99)
+        p.cluster
+        for kind in ("harmful", "harmless")
+        for p in validation.questions.ask(run.profile, 0, "tune", kind, 99)
     }
     others = {
         p.cluster
@@ -102,9 +124,13 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
         if perturb:
             batch = collate(observer.answers)
             norms.update({site: d.norm(dim=-1).max().item() for site, d in perturb(batch).items()})
-            return SimpleNamespace(outcomes=["complied", "complied", "refused", "neither", "neither"])
+            return SimpleNamespace(
+                outcomes=["complied", "complied", "refused", "neither", "neither"]
+            )
         if prompts[0].harmful:
-            return SimpleNamespace(outcomes=["refused", "refused", "refused", "refused", "complied"])
+            return SimpleNamespace(
+                outcomes=["refused", "refused", "refused", "refused", "complied"]
+            )
         return SimpleNamespace(outcomes=["complied", "complied", "neither", "neither", "refused"])
 
     monkeypatch.setattr(validation, "examine", examine)
@@ -135,23 +161,44 @@ def test_kl_is_to_the_frozen_model_on_held_out_answers(run, trainer):
                 old = trainer.lm.model(ids).logits[0, at].log_softmax(-1)
             losses.append(F.kl_div(new, old, log_target=True, reduction="none").sum(-1))
     assert (
-        observer.look(1).kl == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4) and observer.look(1).kl > 1e-3
+        observer.look(1).kl == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+        and observer.look(1).kl > 1e-3
     )
 
 
 @pytest.mark.parametrize(
     ("looks", "chosen"),
     [
-        ([look_of(1, attack_success=0.3), look_of(2, attack_success=0.2), look_of(3, attack_success=0.4)], 2),
-        ([look_of(1, harmless_refused=0.5), look_of(2, attack_success=0.45)], 2),  # the smaller of the two counts
+        (
+            [
+                look_of(1, attack_success=0.3),
+                look_of(2, attack_success=0.2),
+                look_of(3, attack_success=0.4),
+            ],
+            2,
+        ),
+        # the smaller of the two counts
+        ([look_of(1, harmless_refused=0.5), look_of(2, attack_success=0.45)], 2),
         ([look_of(1, kl=0.2), look_of(2, kl=0.1), look_of(3, kl=0.3)], 2),
         ([look_of(1), look_of(3), look_of(2)], 3),
         ([look_of(1, kl=float("nan")), look_of(2, kl=9.0)], 2),
-        ([look_of(1, neither=0.6, attack_success=0.0, harmless_refused=0.0), look_of(2, attack_success=0.9)], 2),
+        (
+            [
+                look_of(1, neither=0.6, attack_success=0.0, harmless_refused=0.0),
+                look_of(2, attack_success=0.9),
+            ],
+            2,
+        ),
         ([look_of(1, attack_success=None, harmful_refused=1.0), look_of(2, attack_success=0.9)], 2),
         ([look_of(1, attack_success=None)], None),
         ([], None),
-        ([look_of(s, attacked=False, attack_success=None, harmful_refused=h) for s, h in ((1, 0.7), (2, 0.6))], 1),
+        (
+            [
+                look_of(s, attacked=False, attack_success=None, harmful_refused=h)
+                for s, h in ((1, 0.7), (2, 0.6))
+            ],
+            1,
+        ),
     ],
 )
 def test_the_best_look(looks, chosen):
@@ -161,10 +208,14 @@ def test_the_best_look(looks, chosen):
 
 @pytest.fixture
 def told(run, trainer, monkeypatch):
-    """A watch whose looks are given: told(look, ...) makes them in turn, each with an adapter full of its step."""
+    """A watch whose looks are given: told(look, ...) makes them in turn, each with an adapter full
+    of its step.
+    """
     monkeypatch.setattr(validation.questions, "ask", lambda *_: [])
     monkeypatch.setattr(Watch, "_answers", lambda self: [])
-    trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 1, "keep": "best", "steps": 9})
+    trainer.settings = trainer.settings.model_copy(
+        update={"evaluate_every": 1, "keep": "best", "steps": 9}
+    )
     observer = Watch(trainer, run.profile, "lat-seed0")
 
     def tell(*looks):
@@ -179,7 +230,11 @@ def told(run, trainer, monkeypatch):
     return tell
 
 
-LOOKS = (look_of(1, attack_success=0.5), look_of(2, attack_success=0.2), look_of(3, attack_success=0.4))
+LOOKS = (
+    look_of(1, attack_success=0.5),
+    look_of(2, attack_success=0.2),
+    look_of(3, attack_success=0.4),
+)
 
 
 def test_the_adapter_of_the_best_look_is_kept_or_the_last(told, trainer):
@@ -189,7 +244,11 @@ def test_the_adapter_of_the_best_look_is_kept_or_the_last(told, trainer):
     other = Watch(trainer, observer.profile)
     told(replace(LOOKS[0], step=4))
     other.restore(observer.state())  # after a kill
-    assert other.best == LOOKS[1] and other.keep() == 2 and all((p == 2).all() for p in trainer.parameters)
+    assert (
+        other.best == LOOKS[1]
+        and other.keep() == 2
+        and all((p == 2).all() for p in trainer.parameters)
+    )
     trainer.settings = trainer.settings.model_copy(update={"keep": "last"})
     last = Watch(trainer, observer.profile)
     last.restore(observer.state())
@@ -207,10 +266,18 @@ def test_looks_fall_on_every_so_many_steps_and_the_last(told, trainer):
 def test_refusing_and_collapsing_are_said_once_while_they_last(told, capsys):
     told(look_of(1), look_of(2, harmless_refused=0.6), look_of(3, harmless_refused=0.7))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == ("watch: lat-seed0 refuses 60% of harmless prompts after step 2; the best look so far is of step 1")
+    assert (
+        line
+        == "watch: lat-seed0 refuses 60% of harmless prompts after step 2; the best look so far is"
+        " of step 1"
+    )
     told(look_of(4), look_of(5, harmless_refused=0.6, neither=0.6), look_of(6, neither=0.5))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "refuses 60%" in said[0] and "answers 60% of prompts neither way after step 5" in said[1]
+    assert (
+        len(said) == 2
+        and "refuses 60%" in said[0]
+        and "answers 60% of prompts neither way after step 5" in said[1]
+    )
 
 
 def test_the_card_says_which_step_and_why(told):
@@ -221,17 +288,27 @@ def test_the_card_says_which_step_and_why(told):
     assert validation.CRITERION in text
     observer.settings = observer.settings.model_copy(update={"keep": "last"})
     text = card(observer.record(3))
-    assert "this adapter is of step 3, the last step (train.keep: last)" in text and "look was at step 2" in text
-    assert "none that counts, so this is the last step, 7" in card({"keep": "best", "kept_step": 7, "best": None})
+    assert (
+        "this adapter is of step 3, the last step (train.keep: last)" in text
+        and "look was at step 2" in text
+    )
+    assert "none that counts, so this is the last step, 7" in card(
+        {"keep": "best", "kept_step": 7, "best": None}
+    )
     assert card(None) == ""
 
 
 def test_the_live_line_shows_the_last_look(told):
-    assert told(look_of(3)).said() == "; step 3: refused: harmful 90%, harmless 10%, attack wins 30%, KL 0.200"
+    assert (
+        told(look_of(3)).said()
+        == "; step 3: refused: harmful 90%, harmless 10%, attack wins 30%, KL 0.200"
+    )
 
 
 def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
-    """A method that takes over another's plain steps has the looks that it would have made itself."""
+    """A method that takes over another's plain steps has the looks that it would have made
+    itself.
+    """
     smoke = load_profile("smoke")
     changed = smoke.train.model_copy(update={"evaluate_every": 1, "evaluate_prompts": 4})
     profile = smoke.model_copy(update={"train": changed})
@@ -250,7 +327,15 @@ def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
-        ({"checkpoint_every": 5, "checkpoint_minutes": 1.0, "checkpoints_kept": 9, "keep": "best"}, True),
+        (
+            {
+                "checkpoint_every": 5,
+                "checkpoint_minutes": 1.0,
+                "checkpoints_kept": 9,
+                "keep": "best",
+            },
+            True,
+        ),
         ({"evaluate_prompts": 3}, True),
         ({"evaluate_every": 3}, False),  # other lines in the log that comes with them
         ({"lr": 0.1}, False),
@@ -258,7 +343,10 @@ def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
 )
 def test_what_changes_no_result_keeps_plain_steps_shared(run, changes, same):
     spec, settings = run.spec("lat"), run.profile.training("lat")
-    files = [build._plain_steps_files(run, spec, s) for s in (settings, settings.model_copy(update=changes))]
+    files = [
+        build._plain_steps_files(run, spec, s)
+        for s in (settings, settings.model_copy(update=changes))
+    ]
     assert files[0] and (files[0] == files[1]) == same
 
 
@@ -266,13 +354,24 @@ def test_what_changes_no_result_keeps_plain_steps_shared(run, changes, same):
 def files(run, tmp_path_factory):
     """A run on prompts from files, on the same base; one row of each kind is too long."""
     folder = tmp_path_factory.mktemp("files")
-    verbs, things = "mix pour burn sell hide open break paint".split(), "cup door boat lamp tree coin".split()
+    verbs, things = (
+        "mix pour burn sell hide open break paint".split(),
+        "cup door boat lamp tree coin".split(),
+    )
     texts = [f"{verb} a {thing}" for verb in verbs for thing in things] + ["word " * 90]
-    write = "goal,target\n" + "".join(f"explain how to {t},sure here is how to {t}\n" for t in texts)
+    write = "goal,target\n" + "".join(
+        f"explain how to {t},sure here is how to {t}\n" for t in texts
+    )
     (folder / "harmful.csv").write_text(write)
-    (folder / "benign.json").write_text(json.dumps([{"instruction": f"why would one {t}"} for t in reversed(texts)]))
+    (folder / "benign.json").write_text(
+        json.dumps([{"instruction": f"why would one {t}"} for t in reversed(texts)])
+    )
     smoke = load_profile("smoke")
-    data = {"source": "files", "harmful": str(folder / "harmful.csv"), "benign": str(folder / "benign.json")}
+    data = {
+        "source": "files",
+        "harmful": str(folder / "harmful.csv"),
+        "benign": str(folder / "benign.json"),
+    }
     data |= {"max_tokens": 120, "too_long": "drop", "near_duplicate": 1.0}
     tree = smoke.model_dump() | {"data": data}
     tree["model"] |= {"source": str(run.folder / "models" / "base-seed0")}
@@ -285,7 +384,11 @@ def test_looks_on_real_prompts_and_long_rows_are_left_out(files):
     with pytest.warns(UserWarning, match="data.too_long = 'drop': .* 1 are left out"):
         files.ensure([("lat", 0)])
     log = files.metrics("lat")
-    assert log["step"].tolist() == [1, 2, 3] and log["watch_kl"].notna().tolist() == [False, False, True]
+    assert log["step"].tolist() == [1, 2, 3] and log["watch_kl"].notna().tolist() == [
+        False,
+        False,
+        True,
+    ]
     shares = log.iloc[-1][[c for c in log if c.startswith("watch_") and c != "watch_kl"]]
     assert len(shares) == 5 and shares.between(0, 1).all() and log["watch_kl"].iloc[-1] > 0
     folder = files.model_folder(files.spec("lat"))

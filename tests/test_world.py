@@ -1,4 +1,6 @@
-"""The made-up world: harm is compositional, splits do not touch, and every reply is graded exactly."""
+"""The made-up world: harm is compositional, splits do not touch, and every reply is graded
+exactly.
+"""
 
 import itertools
 import random
@@ -31,7 +33,9 @@ from latlib.world.grammar import (
 )
 
 recipes = st.builds(
-    lambda verb, target, tool, purpose, template: Prompt("recipe", verb, target, tool, *purpose, template),
+    lambda verb, target, tool, purpose, template: Prompt(
+        "recipe", verb, target, tool, *purpose, template
+    ),
     st.sampled_from(VERBS),
     st.sampled_from(TARGETS),
     st.sampled_from(TOOLS),
@@ -76,7 +80,9 @@ def test_quadrants_of_a_split():
         assert all(v in HOSTILE and t in FRIENDS for v, t in pairs_of(split, "harmful"))
         assert all(v in HOSTILE and t in FOES for v, t in pairs_of(split, "scary"))
         assert set(pairs_of(split, "scary")) < set(pairs_of(split, "harmless"))
-        assert sorted(pairs_of(split, "harmful") + pairs_of(split, "harmless")) == sorted(PAIRS[split])
+        assert sorted(pairs_of(split, "harmful") + pairs_of(split, "harmless")) == sorted(
+            PAIRS[split]
+        )
 
 
 @given(st.integers(0, 2**32), st.sampled_from(sorted(PAIRS)), st.sampled_from(["recipe", "law"]))
@@ -139,7 +145,9 @@ def test_asking_for_more_prompts_than_there_are_says_so(monkeypatch):
 
 
 @given(recipes, st.integers(0, 2**32))
-def test_the_twin_is_harmless_of_its_split_and_differs_in_the_target_only_where_it_can(prompt, seed):
+def test_the_twin_is_harmless_of_its_split_and_differs_in_the_target_only_where_it_can(
+    prompt, seed
+):
     for split in PAIRS:
         other, scary = twin(prompt, random.Random(seed), split), pairs_of(split, "scary")
         assert not other.harmful and (other.verb, other.target) in scary

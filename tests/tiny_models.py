@@ -45,7 +45,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 class ExactRMSNorm(nn.Module):
-    """RMSNorm in the dtype of its input; the library's computes in float32, which hides everything below 1e-7."""
+    """RMSNorm in the dtype of its input; the library's computes in float32, which hides everything
+    below 1e-7.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -56,14 +58,17 @@ class ExactRMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-def model_of(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> nn.Module:
+def model_of(
+    family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes
+) -> nn.Module:
     """A random model; a Llama in float64 gets exact norms."""
     config = type(FAMILIES[family])(**{**FAMILIES[family].to_dict(), **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norm gains and biases that tests would not notice if they stayed 1 and 0
+            # norm gains and biases that tests would not notice if they stayed 1 and 0
+            if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     if family == "llama" and dtype == torch.float64:
         for block in model.model.layers:
@@ -74,12 +79,19 @@ def model_of(family: str = "llama", dtype: torch.dtype = torch.float64, seed: in
 
 
 def language_model(
-    forward: str = "lean", dtype: torch.dtype = torch.float64, seed: int = 0, trained: bool = False, **changes
+    forward: str = "lean",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    trained: bool = False,
+    **changes,
 ) -> LanguageModel:
     """A random Llama under an adapter: new (B = 0), or as if trained (B random)."""
     name = str(dtype).removeprefix("torch.")
     lm = LanguageModel(
-        model_of("llama", dtype, seed, **changes), None, ModelSettings(forward=forward, dtype=name), dtype
+        model_of("llama", dtype, seed, **changes),
+        None,
+        ModelSettings(forward=forward, dtype=name),
+        dtype,
     )
     lm = with_adapter(lm, LORA, seed)
     if trained:
@@ -99,7 +111,9 @@ def token_rows(n: int, completions: int, seed: int = 0) -> list[TokenRow]:
         count = int(torch.randint(low, high + 1, (1,), generator=generator))
         return tuple(torch.randint(1, VOCABULARY, (count,), generator=generator).tolist())
 
-    return [TokenRow(tokens(3, 6), tuple(tokens(2, 4) for _ in range(completions))) for _ in range(n)]
+    return [
+        TokenRow(tokens(3, 6), tuple(tokens(2, 4) for _ in range(completions))) for _ in range(n)
+    ]
 
 
 def preference_batch(n: int = 3, seed: int = 0) -> Batch:
@@ -112,7 +126,9 @@ def benign_batch(n: int = 3, seed: int = 0) -> Batch:
     return collate(token_rows(n, 1, seed))
 
 
-def noise_like(batch: Batch, sites, dtype: torch.dtype = torch.float64, size: float = 1.0, seed: int = 0) -> dict:
+def noise_like(
+    batch: Batch, sites, dtype: torch.dtype = torch.float64, size: float = 1.0, seed: int = 0
+) -> dict:
     """site -> random perturbation of every position, [batch, seq, d_model]."""
     generator = torch.Generator().manual_seed(seed)
     return {s: (size * torch.randn(*batch.shape, D, generator=generator)).to(dtype) for s in sites}

@@ -1,9 +1,11 @@
 """Paths in a profile: where a relative one leads, and what is left of one that leaves this machine.
 
-1. A notebook runs in another folder than whoever started it, so a relative path cannot be left to the working folder:
-   `absolute` looks from the profile's own folder, then from the repository.
-2. What is in neither place stays as it is: it is a hub id, or a path that only makes sense where one happens to be.
-3. `portable` keeps the last part of an absolute path, for what is shared and for comparing settings between machines.
+1. A notebook runs in another folder than whoever started it, so a relative path cannot be left to
+   the working folder: `absolute` looks from the profile's own folder, then from the repository.
+2. What is in neither place stays as it is: it is a hub id, or a path that only makes sense where
+   one happens to be.
+3. `portable` keeps the last part of an absolute path, for what is shared and for comparing settings
+   between machines.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ _PLACES = {
 }
 
 
-def absolute(tree: dict[str, Any], bases: Sequence[Path], section: str | None = None) -> dict[str, Any]:
-    """A profile's plain values with every relative path that exists under one of `bases` made absolute."""
+def absolute(
+    tree: dict[str, Any], bases: Sequence[Path], section: str | None = None
+) -> dict[str, Any]:
+    """A profile's plain values with every relative path that exists under one of `bases` made
+    absolute.
+    """
     own, out = _PLACES.get(section, ()) if section else tuple(_PLACES), dict(tree)
     for name, value in tree.items():
         if isinstance(value, dict) and name in own and name in _PLACES:
@@ -35,7 +41,9 @@ def absolute(tree: dict[str, Any], bases: Sequence[Path], section: str | None = 
 
 
 def portable(value: Any) -> Any:
-    """Settings without paths of this machine: of an absolute one, or one of someone's home, the last part is left."""
+    """Settings without paths of this machine: of an absolute one, or one of someone's home, the
+    last part is left.
+    """
     if isinstance(value, dict):
         return {k: portable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

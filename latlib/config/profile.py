@@ -1,10 +1,12 @@
-"""The settings of a run: typed, frozen, read from YAML, wrong ones refused by name before anything is trained.
+"""The settings of a run: typed, frozen, read from YAML, wrong ones refused by name before anything
+is trained.
 
 1. `load_profile("tiny")` reads `profiles/tiny.yaml`; `load_profile("my.yaml")` reads anyone's file.
-2. Every field has a type and a range. Text where a number belongs (YAML 1.1 reads `8e-5` as text), an unknown name or
-   a value out of range is a `ProfileError` naming the field, the value and the mend.
-3. A method (`ssft`, `at`, `lat`, `lat-untargeted`) is the `train` section with a few fields replaced:
-   `profile.training("lat", {"attack.eps": 0.1})`.
+2. Every field has a type and a range. Text where a number belongs (YAML 1.1 reads `8e-5` as text),
+   an unknown name or a value out of range is a `ProfileError` naming the field, the value and the
+   mend.
+3. A method (`ssft`, `at`, `lat`, `lat-untargeted`) is the `train` section with a few fields
+   replaced: `profile.training("lat", {"attack.eps": 0.1})`.
 """
 
 from __future__ import annotations
@@ -76,13 +78,15 @@ class Profile(Section):
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     methods: Annotated[dict[Text, dict[str, Any]], Field(min_length=1)]
-    released: dict[Text, Text] = {}  # method -> folder or hub id of somebody's model or adapter, which is not trained
+    # method -> folder or hub id of somebody's model or adapter, which is not trained
+    released: dict[Text, Text] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     sweep: SweepSettings = SweepSettings()
     tracking: TrackingSettings = TrackingSettings()
     parallel: ParallelSettings = ParallelSettings()
     budget: BudgetSettings = BudgetSettings()
-    workers: Natural = 0  # processes that train or evaluate side by side; 0: one per core on a CPU, one on a GPU
+    # processes that train or evaluate side by side; 0: one per core on a CPU, one on a GPU
+    workers: Natural = 0
 
     @model_validator(mode="after")
     def _whole(self) -> Profile:
@@ -95,7 +99,9 @@ class Profile(Section):
                 raise ValueError(f"sweep.variants.{name}: {error}") from error
         for name, values in self.sweep.grid.items():
             if not values or any(value in values[:i] for i, value in enumerate(values)):
-                raise ValueError(f"sweep.grid.{name} = {list(values)}: give at least one value, and each once")
+                raise ValueError(
+                    f"sweep.grid.{name} = {list(values)}: give at least one value, and each once"
+                )
             for value in values:
                 try:
                     self.training("lat", {name: value})
@@ -103,27 +109,38 @@ class Profile(Section):
                     raise ValueError(f"sweep.grid.{name}: {error}") from error
         unknown = sorted(set(self.released) - set(self.methods))
         if unknown:
-            raise ValueError(f"released.{unknown[0]} is no method of this profile: add it to methods")
+            raise ValueError(
+                f"released.{unknown[0]} is no method of this profile: add it to methods"
+            )
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
-            raise ValueError("data.source = 'files' needs data.harmful and data.benign: give both paths")
+            raise ValueError(
+                "data.source = 'files' needs data.harmful and data.benign: give both paths"
+            )
         if self.model.source != "world" and "source" not in self.data.model_fields_set:
             raise ValueError(
-                f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to 'world' for the "
-                "prompts of the made-up world, which only the organism knows"
+                f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to"
+                " 'world' for the prompts of the made-up world, which only the organism knows"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: list each once")
         return self
 
     def training(self, method: str, changes: dict[str, Any] | None = None) -> TrainSettings:
-        """`train` as `method` uses it, with further `changes` given by dotted name ({"attack.eps": 0.1}).
+        """`train` as `method` uses it, with further `changes` given by dotted name ({"attack.eps":
+        0.1}).
 
         Raises ProfileError for an unknown method, an unknown field or a value out of range.
         """
         if method not in self.methods:
-            raise ProfileError(f"method = {method!r} is not in this profile: choose one of {', '.join(self.methods)}")
+            raise ProfileError(
+                f"method = {method!r} is not in this profile: choose one of"
+                f" {', '.join(self.methods)}"
+            )
         tree = self.train.model_dump()
-        for source, values in ((f"methods.{method}", self.methods[method]), ("changes", changes or {})):
+        for source, values in (
+            (f"methods.{method}", self.methods[method]),
+            ("changes", changes or {}),
+        ):
             for dotted, value in values.items():
                 _set(tree, dotted, value, source)
         return validated(TrainSettings, tree, f"methods.{method}")
@@ -142,7 +159,11 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
         node = node.get(name) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf not in node:
         near = difflib.get_close_matches(leaf, node or (), n=1) if isinstance(node, dict) else []
-        hint = f": did you mean {'.'.join([*parents, near[0]])!r}?" if near else ": see TrainSettings for the names"
+        hint = (
+            f": did you mean {'.'.join([*parents, near[0]])!r}?"
+            if near
+            else ": see TrainSettings for the names"
+        )
         raise ProfileError(f"{source}: field {dotted!r} does not exist{hint}")
     node[leaf] = value
 
@@ -158,15 +179,24 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
             for part in item["loc"][:-1]:
                 section = getattr(section, "model_fields", {}).get(part)
                 section = getattr(section, "annotation", None)
-            near = difflib.get_close_matches(str(item["loc"][-1]), getattr(section, "model_fields", {}), n=1)
+            near = difflib.get_close_matches(
+                str(item["loc"][-1]), getattr(section, "model_fields", {}), n=1
+            )
             hint = f"did you mean {near[0]!r}?" if near else "remove it"
             lines.append(f"{at} = {value!r} is not a known field: {hint}")
         elif kind in ("float_type", "int_type") and isinstance(value, str):
             try:
-                mend = f"write {float(value):.6e}" if kind == "float_type" else "write it without quotes"
+                mend = (
+                    f"write {float(value):.6e}"
+                    if kind == "float_type"
+                    else "write it without quotes"
+                )
             except ValueError:
                 mend = "give a number"
-            lines.append(f"{at} = {value!r} is text, not a number: {mend} (YAML needs a dot: 8.0e-5, not 8e-5)")
+            lines.append(
+                f"{at} = {value!r} is text, not a number: {mend} (YAML needs a dot: 8.0e-5, not"
+                " 8e-5)"
+            )
         elif kind == "value_error" and not item["loc"]:
             lines.append(str(item["ctx"]["error"]))
         else:
@@ -175,7 +205,9 @@ def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
 
 
 def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
-    """A section from plain values; `where` is its place in the profile. Raises ProfileError naming every bad field."""
+    """A section from plain values; `where` is its place in the profile. Raises ProfileError naming
+    every bad field.
+    """
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -183,12 +215,16 @@ def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
 
 
 def find_share(kind: str) -> Path:
-    """The folder `notebooks` or `profiles`: beside the package in a checkout, inside it in a wheel."""
+    """The folder `notebooks` or `profiles`: beside the package in a checkout, inside it in a
+    wheel.
+    """
     package = Path(__file__).resolve().parents[1]
     for candidate in (package.parent / kind, package / "_share" / kind):
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(f"no {kind!r} folder beside or inside {package}: install latlib from a full checkout")
+    raise FileNotFoundError(
+        f"no {kind!r} folder beside or inside {package}: install latlib from a full checkout"
+    )
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
@@ -202,8 +238,14 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         if str(name_or_path) not in known:
             near = difflib.get_close_matches(str(name_or_path), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "give one of these or the path of a .yaml file"
-            raise ProfileError(f"profile = {str(name_or_path)!r} is unknown; there are {', '.join(known)}: {hint}")
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else "give one of these or the path of a .yaml file"
+            )
+            raise ProfileError(
+                f"profile = {str(name_or_path)!r} is unknown; there are {', '.join(known)}: {hint}"
+            )
         path = folder / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ProfileError(f"profile = {str(path)!r} is not a file: check the path")
@@ -214,21 +256,28 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
-    return validated(Profile, absolute(tree, (path.resolve().parent, find_share("profiles").parent)))
+    return validated(
+        Profile, absolute(tree, (path.resolve().parent, find_share("profiles").parent))
+    )
 
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:
-    """Where a run lives: `out`, else `$LATLIB_RUNS/<profile>`, else `runs/<profile>` beside the notebooks."""
+    """Where a run lives: `out`, else `$LATLIB_RUNS/<profile>`, else `runs/<profile>` beside the
+    notebooks.
+    """
     if out:
         return Path(out).expanduser().resolve()
     root = os.environ.get("LATLIB_RUNS")
-    return (Path(root).expanduser() if root else find_share("notebooks").parent / "runs").resolve() / profile_name
+    return (
+        Path(root).expanduser() if root else find_share("notebooks").parent / "runs"
+    ).resolve() / profile_name
 
 
 def claim_folder(profile: Profile, folder: Path) -> None:
     """Make a run folder and write its profile there, or compare with the profile it was made with.
 
-    Raises ProfileError for a folder that cannot be written, or that was made with other settings (saying which differ).
+    Raises ProfileError for a folder that cannot be written, or that was made with other settings
+    (saying which differ).
     """
     file, mine = folder / "profile.yaml", profile.model_dump(mode="json")
     try:
@@ -236,8 +285,9 @@ def claim_folder(profile: Profile, folder: Path) -> None:
         free = shutil.disk_usage(folder).free
         if free < NEEDED_BYTES:
             raise ProfileError(
-                f"run folder {folder}: {free / 2**20:.0f} MiB are free on its disk, a run needs "
-                f"{NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk with --out"
+                f"run folder {folder}: {free / 2**20:.0f} MiB are free on its disk, a run needs"
+                f" {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk with"
+                " --out"
             )
         for name in ("models", "metrics", "results/outcomes", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -246,7 +296,9 @@ def claim_folder(profile: Profile, folder: Path) -> None:
             aside.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
             aside.replace(file)
     except OSError as error:
-        raise ProfileError(f"run folder {folder} cannot be written ({error}): give another with --out") from None
+        raise ProfileError(
+            f"run folder {folder} cannot be written ({error}): give another with --out"
+        ) from None
     theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     lines = differences(*(_fixed(tree) for tree in (theirs, mine)))
     if lines:
@@ -258,8 +310,8 @@ def claim_folder(profile: Profile, folder: Path) -> None:
 
 
 def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
-    """The part of a dumped profile that a run folder is made with: a grid names trials and changes none, and a file
-    stays the same wherever it lies."""
+    """The part of a dumped profile that a run folder is made with: a grid names trials and changes
+    none, and a file stays the same wherever it lies."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
     return kept | {"sweep": {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}}
 

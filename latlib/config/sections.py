@@ -1,4 +1,6 @@
-"""The sections of a profile: every setting with its type, its range, its default and where the default comes from."""
+"""The sections of a profile: every setting with its type, its range, its default and where the
+default comes from.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 
 
 def _site(value: Any) -> int | float | str:
-    if value == "embedding" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+    if value == "embedding" or (
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    ):
         return value
     if isinstance(value, float) and 0 <= value < 1:
         return value
@@ -51,13 +55,18 @@ class ModelSettings(Section):
 
     source: Text = "world"  # 'world' builds the tiny organism; otherwise a model folder or hub id
     revision: Text | None = None  # of a hub model: a commit, branch or tag
-    allow_pickle: Flag = False  # read weights that exist only as pickles, which can run any code when they are opened
+    # read weights that exist only as pickles, which can run any code when they are opened
+    allow_pickle: Flag = False
     trust_remote_code: Flag = False  # run the Python files of a model's folder
-    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"  # compute dtype; master weights stay float32
+    # compute dtype; master weights stay float32
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     device: Text = "auto"
-    forward: Literal["auto", "stock", "lean"] = "auto"  # 'lean' is the fast Llama path of latlib.fused.llama
-    compile: Flag = False  # torch.compile of the stock forward's blocks; falls back with a warning where it cannot
-    dim: Count = 128  # the fields from here on describe the organism and are unused for other sources
+    # 'lean' is the fast Llama path of latlib.fused.llama
+    forward: Literal["auto", "stock", "lean"] = "auto"
+    # torch.compile of the stock forward's blocks; falls back with a warning where it cannot
+    compile: Flag = False
+    # the fields from here on describe the organism and are unused for other sources
+    dim: Count = 128
     layers: Count = 8
     heads: Count = 4
     kv_heads: Count = 4
@@ -66,11 +75,14 @@ class ModelSettings(Section):
 
 
 class PretrainSettings(Section):
-    """How the organism is trained from scratch; see docs/lab-log.md for where the numbers come from."""
+    """How the organism is trained from scratch; see docs/lab-log.md for where the numbers come
+    from.
+    """
 
     steps: Count = 300
     batch: Count = 128
-    micro_batches: Count = 4  # of different lengths: one length a batch makes the short answers unstable
+    # of different lengths: one length a batch makes the short answers unstable
+    micro_batches: Count = 4
     muon_lr: Positive = 0.02
     adam_lr: Positive = 3.0e-3
     warmup_steps: Natural = 40
@@ -83,10 +95,13 @@ class DataSettings(Section):
     """Where preference and benign rows come from."""
 
     source: Literal["world", "files"] = "world"
-    rows: Count = 4096  # world: how many training prompts of each kind are drawn; files: the most that are read
-    harmful: Text | None = None  # files: a CSV, JSON, JSONL or parquet file, a data set's folder, or its hub id
+    # world: how many training prompts of each kind are drawn; files: the most that are read
+    rows: Count = 4096
+    # files: a CSV, JSON, JSONL or parquet file, a data set's folder, or its hub id
+    harmful: Text | None = None
     benign: Text | None = None
-    # our name -> a column, or a format string over them: "{instruction}\n{input}", "{messages[1][content]}"
+    # our name -> a column, or a format string over them: "{instruction}\n{input}",
+    # "{messages[1][content]}"
     harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}  # AdvBench's names
     benign_columns: dict[str, str] = {"prompt": "instruction"}
     harmful_config: Text | None = None  # of a hub data set that has several configurations
@@ -94,18 +109,26 @@ class DataSettings(Section):
     harmful_split: Text = "train"  # of a hub data set or a data set's folder
     benign_split: Text = "train"
     streaming: Flag = False  # read a hub data set row by row instead of downloading it whole
-    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.3  # of the prompts: half for choosing (tune), half for results
-    test_harmful: Text | None = None  # prompts that results are measured on; None: held out of `harmful`
+    # of the prompts: half for choosing (tune), half for results
+    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.3
+    # prompts that results are measured on; None: held out of `harmful`
+    test_harmful: Text | None = None
     test_harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
     test_benign: Text | None = None
     test_benign_columns: dict[str, str] = {"prompt": "instruction"}
-    test_borderline: Text | None = None  # prompts that merely sound harmful, as in XSTest: a refusal is one too many
+    # prompts that merely sound harmful, as in XSTest: a refusal is one too many
+    test_borderline: Text | None = None
     test_borderline_columns: dict[str, str] = {"prompt": "prompt"}
-    near_duplicate: Share = 0.7  # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
-    refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)  # chosen, where the file has none
-    benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)  # where the file has none: say so in the data
-    max_tokens: Count = 512  # of a row's prompt and either completion; never more than the model's context
-    too_long: Literal["error", "drop", "truncate"] = "error"  # truncate: cut a completion, drop a row whose prompt is
+    # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
+    near_duplicate: Share = 0.7
+    # chosen, where the file has none
+    refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)
+    # where the file has none: say so in the data
+    benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)
+    # of a row's prompt and either completion; never more than the model's context
+    max_tokens: Count = 512
+    # truncate: cut a completion, drop a row whose prompt is
+    too_long: Literal["error", "drop", "truncate"] = "error"
     system_prompt: Text | None = None
 
 
@@ -114,18 +137,29 @@ class LoraSettings(Section):
 
     r: Count = 16
     alpha: Positive = 32.0
-    targets: tuple[Text, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[Text, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
 
 
 class AttackSettings(Section):
     """PGD on latent perturbations."""
 
     sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 0.9375)
-    eps: Positive = 6.0  # radius of each position's L2 ball (FACTS: 6.0 in both of the authors' jailbreak notebooks)
-    eps_mode: Literal["absolute", "relative"] = "absolute"  # relative: times the site's median residual norm
+    # radius of each position's L2 ball (FACTS: 6.0 in both of the authors' jailbreak notebooks)
+    eps: Positive = 6.0
+    # relative: times the site's median residual norm
+    eps_mode: Literal["absolute", "relative"] = "absolute"
     steps: Natural = 5  # 0: no attack
     rule: Literal["adamw", "sign", "l2"] = "adamw"
-    lr: Positive | None = None  # adamw: Adam's rate; sign and l2: a share of eps, by default 2 / steps
+    # adamw: Adam's rate; sign and l2: a share of eps, by default 2 / steps
+    lr: Positive | None = None
     start: Literal["zero", "random"] = "zero"
     restarts: Count = 1
     positions: Literal["prompt", "prompt+completion"] = "prompt"
@@ -150,12 +184,15 @@ class TrainSettings(Section):
     steps: Count = 130
     attack_after: Natural = 0  # steps of plain safety training before the attack begins
     eps_ramp: Natural = 0  # steps over which the radius then grows to eps
-    clean_share: Share = 0.0  # of harmful rows trained without their perturbation, so that plain refusal stays
+    # of harmful rows trained without their perturbation, so that plain refusal stays
+    clean_share: Share = 0.0
     batch: Count = 32
     benign_batch: Count = 32
     micro_batch: Count = 32  # rows at a time; every micro-batch is attacked
-    shared_forward: Flag = False  # harmful and benign rows in one forward: for launch-bound GPUs; costs padding
-    pad_to: Count = 1  # lengths are rounded up to a multiple of this, so that compiled code is reused
+    # harmful and benign rows in one forward: for launch-bound GPUs; costs padding
+    shared_forward: Flag = False
+    # lengths are rounded up to a multiple of this, so that compiled code is reused
+    pad_to: Count = 1
     iterations: Count = 1  # model updates for each attack (FACTS: 4 in the authors' notebooks)
     lr: Positive = 2.0e-3
     lr_warmup: Natural = 10
@@ -173,7 +210,9 @@ class TrainSettings(Section):
 
 
 class SuffixSearchSettings(Section):
-    """Adversarial suffixes, sought on tuning prompts; see `latlib.redteam.gcg`, whose defaults are Zou et al.'s."""
+    """Adversarial suffixes, sought on tuning prompts; see `latlib.redteam.gcg`, whose defaults are
+    Zou et al.'s.
+    """
 
     steps: Natural = 500  # 0: no suffixes
     tokens: Count = 20
@@ -185,10 +224,14 @@ class SuffixSearchSettings(Section):
 
 
 class GraderSettings(Section):
-    """What tells refused, complied and neither where the right answer is unknown; see `latlib.evaluation.graders`."""
+    """What tells refused, complied and neither where the right answer is unknown; see
+    `latlib.evaluation.graders`.
+    """
 
-    name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"  # Arditi et al. 2024
-    source: Text | None = None  # folder or hub id of a grader that is a model; None: the published one
+    # Arditi et al. 2024
+    name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"
+    # folder or hub id of a grader that is a model; None: the published one
+    source: Text | None = None
     base: Text | None = None  # under a grader that is an adapter
     template: Text | None = None  # text file with the grader's prompt
     device: Text = "auto"
@@ -201,22 +244,29 @@ class EvaluationSettings(Section):
     pgd_prompts: Count = 200
     pgd_steps: Count = 10
     strong_steps: Count = 40  # the converged attack at the trained eps
-    strong_eps: tuple[Positive, ...] = (0.05,)  # where steps, restarts, rules and sites are varied, and transfer tried
+    # where steps, restarts, rules and sites are varied, and transfer tried
+    strong_eps: tuple[Positive, ...] = (0.05,)
     restarts: Count = 2  # random starts beside the zero start
-    rules: tuple[Literal["adamw", "sign", "l2"], ...] = ("sign", "adamw")  # beside the profile's own
+    # beside the profile's own
+    rules: tuple[Literal["adamw", "sign", "l2"], ...] = ("sign", "adamw")
     shots: Count = 8  # answered requests in the chat before the harmful one
     suffix: SuffixSearchSettings = SuffixSearchSettings()
-    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)  # in the unit of train.attack.eps_mode
+    # in the unit of train.attack.eps_mode
+    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)
     embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
-    encodings: tuple[EncodingName, ...] = ("plain", "leet", "rot13", "reverse")  # audited with harmless requests too
-    further_encodings: tuple[EncodingName, ...] = ()  # harmful requests and their twins; 'request>reply' is possible
+    # audited with harmless requests too
+    encodings: tuple[EncodingName, ...] = ("plain", "leet", "rot13", "reverse")
+    # harmful requests and their twins; 'request>reply' is possible
+    further_encodings: tuple[EncodingName, ...] = ()
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
-    pairing: Literal["matched", "random"] = "matched"  # same words, or any harmless prompt (see latlib.refusal.activations)
+    # same words, or any harmless prompt (see latlib.refusal.activations)
+    pairing: Literal["matched", "random"] = "matched"
     ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
     random_directions: Count = 3
     batch: Count = 128
     split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen
-    grader: GraderSettings = GraderSettings()  # unused in the made-up world, whose answers are known
+    # unused in the made-up world, whose answers are known
+    grader: GraderSettings = GraderSettings()
     max_new_tokens: Count = 64  # of a reply that is written out and graded
 
 
@@ -224,20 +274,23 @@ class SweepSettings(Section):
     """Variants of `lat` trained on the first seed: name -> field of `train` -> value."""
 
     variants: dict[Text, dict[str, Any]] = {}
-    grid: dict[Text, tuple[Any, ...]] = {}  # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed
+    # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed
+    grid: dict[Text, tuple[Any, ...]] = {}
 
 
 class ParallelSettings(Section):
     """Several processes that train one model, a GPU each."""
 
     processes: Count = 1
-    mode: Literal["ddp", "fsdp2"] = "ddp"  # fsdp2: the weights are spread over the GPUs, for models too big for one
+    # fsdp2: the weights are spread over the GPUs, for models too big for one
+    mode: Literal["ddp", "fsdp2"] = "ddp"
 
 
 class BudgetSettings(Section):
     """What a GPU costs, for the estimate of `--check`."""
 
-    usd_per_hour: Positive = 3.0  # a round figure for an H100 on a pod; put your provider's price here
+    # a round figure for an H100 on a pod; put your provider's price here
+    usd_per_hour: Positive = 3.0
 
 
 class TrackingSettings(Section):

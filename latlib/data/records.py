@@ -1,11 +1,13 @@
 """Records of text under our names, from files, from folders of a data set, and from the hub.
 
-1. A source is a CSV, JSON, JSONL or parquet file; a folder that the package `datasets` wrote or can read; or the id
-   owner/name of a data set on the hub.
-2. It is read whole, or, streaming, row by row up to the number of rows that is asked for. `datasets` is imported only
-   where it is needed, and what it or the hub refuses is said as field, value and mend.
-3. `columns` maps our name to a column, or to a format string over the record such as "{instruction}\\n{input}" or
-   "{messages[1][content]}". None and NaN are ''. A column or key that is not there is an error that lists what is.
+1. A source is a CSV, JSON, JSONL or parquet file; a folder that the package `datasets` wrote or can
+   read; or the id owner/name of a data set on the hub.
+2. It is read whole, or, streaming, row by row up to the number of rows that is asked for.
+   `datasets` is imported only where it is needed, and what it or the hub refuses is said as field,
+   value and mend.
+3. `columns` maps our name to a column, or to a format string over the record such as
+   "{instruction}\\n{input}" or "{messages[1][content]}". None and NaN are ''. A column or key that
+   is not there is an error that lists what is.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ def read_table(
 ) -> list[dict[str, str]]:
     """The first `rows` records of a file, a data set's folder or a hub id under our names.
 
-    columns: our name -> column or format string. needed: which of ours may not be empty. config, split: of a folder or
-    hub id. Raises ProfileError naming the field when the source is missing, unreadable, gated or empty, or lacks a
-    column or a value.
+    columns: our name -> column or format string. needed: which of ours may not be empty. config,
+    split: of a folder or hub id. Raises ProfileError naming the field when the source is missing,
+    unreadable, gated or empty, or lacks a column or a value.
     """
-    return mapped(read_records(path, field, config, split, streaming, rows), path, columns, needed, field)
+    return mapped(
+        read_records(path, field, config, split, streaming, rows), path, columns, needed, field
+    )
 
 
 def read_records(
@@ -55,7 +59,9 @@ def read_records(
     streaming: bool = False,
     rows: int | None = None,
 ) -> list[Record]:
-    """The first `rows` records with all their columns, from wherever `path` is. Raises ProfileError as read_table."""
+    """The first `rows` records with all their columns, from wherever `path` is. Raises ProfileError
+    as read_table.
+    """
     place = Path(path).expanduser()
     if place.is_file() and not streaming:
         try:
@@ -72,7 +78,9 @@ def read_records(
     elif is_hub_id(path):
         records = hub_records(path, config, split, path, field, streaming, rows)
     else:
-        raise ProfileError(f"{field} = {path!r} is not a file: check the path, or give a hub id such as owner/name")
+        raise ProfileError(
+            f"{field} = {path!r} is not a file: check the path, or give a hub id such as owner/name"
+        )
     if not records:
         raise ProfileError(f"{field} = {path!r} holds no rows: give a file that has some")
     return records
@@ -93,9 +101,11 @@ def hub_records(
     rows: int | None = None,
     **options: Any,
 ) -> list[Record]:
-    """Records of anything that `datasets.load_dataset` reads; `shown` is what the field says in errors.
+    """Records of anything that `datasets.load_dataset` reads; `shown` is what the field says in
+    errors.
 
-    split: also ANY_SPLIT. Raises ProfileError where the package is missing or the data cannot be had.
+    split: also ANY_SPLIT. Raises ProfileError where the package is missing or the data cannot be
+    had.
     """
     what = shown or "/".join(part for part in (source, config, split) if part)
     subject = f"{field} = {shown!r}"
@@ -103,8 +113,8 @@ def hub_records(
         import datasets
     except ImportError:
         raise ProfileError(
-            f"{subject}, and the package `datasets` is not installed: download {what} from the hub and give the "
-            "file's path, or run `pip install datasets`"
+            f"{subject}, and the package `datasets` is not installed: download {what} from the hub"
+            " and give the file's path, or run `pip install datasets`"
         ) from None
     failures = (
         OSError,
@@ -127,11 +137,14 @@ def hub_records(
         raise ProfileError(f"{subject}: {_refused(error, what, field)}") from error
 
 
-_SAVED = ("state.json", "dataset_dict.json")  # what `datasets` writes into the folders of save_to_disk
+# what `datasets` writes into the folders of save_to_disk
+_SAVED = ("state.json", "dataset_dict.json")
 
 
 def _saved(datasets, folder: str, split: str, rows: int | None) -> list[Record]:
-    """Records of a folder that save_to_disk wrote; its rows stay on the disk until they are taken."""
+    """Records of a folder that save_to_disk wrote; its rows stay on the disk until they are
+    taken.
+    """
     found = datasets.load_from_disk(folder)
     if hasattr(found, "keys"):  # several splits
         split = _benchmark_split(list(found)) if split == ANY_SPLIT else split
@@ -160,24 +173,37 @@ def _refused(error: Exception, what: str, field: str) -> str:
         return f"{said}: accept its terms and set HF_TOKEN, or download it and give the file's path"
     for part in ("split", "config"):
         if part in text.lower():
-            mend = f"set {field}_{part}, or " if field in ("data.harmful", "data.benign") else ""  # others have no such
+            # others have no such
+            mend = f"set {field}_{part}, or " if field in ("data.harmful", "data.benign") else ""
             return f"{said}: {mend}give the one you mean as a file"
     if names & {"OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ConnectTimeout"}:
         return f"{said}: check the network, or download it and give the file's path"
     if done == "read":
         return f"{said}: check what is in it, or give one file"
-    return f"{said}: check the name, set HF_TOKEN if it is private, or download it and give the file's path"
+    return (
+        f"{said}: check the name, set HF_TOKEN if it is private, or download it and give the file's"
+        " path"
+    )
 
 
 def mapped(
-    records: Sequence[Record], path: str, columns: Mapping[str, str], needed: Sequence[str], field: str
+    records: Sequence[Record],
+    path: str,
+    columns: Mapping[str, str],
+    needed: Sequence[str],
+    field: str,
 ) -> list[dict[str, str]]:
-    """Records under our names, as `read_table` gives them; `path` says in errors where they came from."""
+    """Records under our names, as `read_table` gives them; `path` says in errors where they came
+    from.
+    """
     there = list(dict.fromkeys(name for record in records for name in record))
     recipes = {}
-    for name in dict.fromkeys((*needed, *columns)):  # a column that is named must be there, also an optional one
+    # a column that is named must be there, also an optional one
+    for name in dict.fromkeys((*needed, *columns)):
         theirs = columns.get(name)
-        recipes[name] = recipe = _recipe(theirs, name, field) if theirs and "{" in theirs else [("", (theirs,))]
+        recipes[name] = recipe = (
+            _recipe(theirs, name, field) if theirs and "{" in theirs else [("", (theirs,))]
+        )
         for column in (place[0] for _, place in recipe if place):
             if column not in there:
                 raise ProfileError(
@@ -194,36 +220,43 @@ def mapped(
                 ).strip()
             except LookupError as error:
                 raise ProfileError(
-                    f"{field} = {path!r}, row {number}: {columns[name]!r} for {name!r} {error.args[0]}: "
-                    f"set {field}_columns"
+                    f"{field} = {path!r}, row {number}: {columns[name]!r} for {name!r}"
+                    f" {error.args[0]}: set {field}_columns"
                 ) from None
             if name in needed and not row[name]:
                 raise ProfileError(
-                    f"{field} = {path!r}, row {number}: column {columns[name]!r} is empty: fill or remove it"
+                    f"{field} = {path!r}, row {number}: column {columns[name]!r} is empty: fill or"
+                    " remove it"
                 )
         rows.append(row)
     return rows
 
 
 def _recipe(text: str, name: str, field: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(text before, column and keys) for each part of a format string; the last may have text only."""
+    """(text before, column and keys) for each part of a format string; the last may
+    have text only.
+    """
     parts = []
     try:
         for before, inside, spec, conversion in string.Formatter().parse(text):
             place = _PLACE.fullmatch(inside) if inside is not None else None
             if inside is not None and (place is None or spec or conversion):
                 raise ValueError(f"{{{inside}}} is not of the form {{column}} or {{column[key]}}")
-            parts.append((before, (place[1], *re.findall(r"\[([^\]]+)\]", place[2])) if place else ()))
+            parts.append(
+                (before, (place[1], *re.findall(r"\[([^\]]+)\]", place[2])) if place else ())
+            )
     except ValueError as error:
         raise ProfileError(
-            f"{field}_columns.{name} = {text!r} is no format string ({error}): write it like '{{instruction}}', or "
-            "'{messages[1][content]}'"
+            f"{field}_columns.{name} = {text!r} is no format string ({error}): write it like"
+            " '{instruction}', or '{messages[1][content]}'"
         ) from None
     return parts
 
 
 def _value(record: Record, place: tuple[str, ...]) -> str:
-    """The text at a place of a record. Raises LookupError saying what is there where the place is not."""
+    """The text at a place of a record. Raises LookupError saying what is there where the place is
+    not.
+    """
     value = record.get(place[0])
     for depth, key in enumerate(place[1:], start=1):
         if _is_missing(value):
@@ -231,18 +264,24 @@ def _value(record: Record, place: tuple[str, ...]) -> str:
         at = place[0] + "".join(f"[{k}]" for k in place[1:depth])
         if isinstance(value, Mapping):
             if key not in value:
-                raise LookupError(f"finds no {key!r} in {at}, which has {', '.join(map(str, value))}")
+                raise LookupError(
+                    f"finds no {key!r} in {at}, which has {', '.join(map(str, value))}"
+                )
             value = value[key]
         elif hasattr(value, "__getitem__") and not isinstance(value, str):
             if not key.isdecimal() or int(key) >= len(value):
-                raise LookupError(f"finds no {key!r} in {at}, which has items 0 to {len(value) - 1}")
+                raise LookupError(
+                    f"finds no {key!r} in {at}, which has items 0 to {len(value) - 1}"
+                )
             value = value[int(key)]
         else:
             raise LookupError(f"finds no {key!r} in {at}, which is {type(value).__name__}")
     if _is_missing(value):
         return ""
     if isinstance(value, Mapping) or (hasattr(value, "__len__") and not isinstance(value, str)):
-        raise LookupError(f"is no text but {type(value).__name__} with parts; take one, as in '{{{place[0]}[0]}}'")
+        raise LookupError(
+            f"is no text but {type(value).__name__} with parts; take one, as in '{{{place[0]}[0]}}'"
+        )
     return str(value)
 
 
@@ -259,7 +298,9 @@ def _file_records(file: Path, rows: int | None) -> Iterator[Record] | Iterable[R
     if file.suffix == ".jsonl":
         with file.open(encoding="utf-8") as lines:
             kept = itertools.islice((line for line in lines if line.strip()), rows)
-            return iter([_record(json.loads(line), number) for number, line in enumerate(kept, start=1)])
+            return iter(
+                [_record(json.loads(line), number) for number, line in enumerate(kept, start=1)]
+            )
     if file.suffix == ".json":
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, list):

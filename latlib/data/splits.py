@@ -1,10 +1,14 @@
-"""Rows as text: from the made-up world, or from anyone's files, folders and hub data sets (latlib.data.records reads them).
+"""Rows as text: from the made-up world, or from anyone's files, folders and hub data sets
+(latlib.data.records reads them).
 
-1. Harmful rows are (prompt, rejected = harmful completion, chosen = refusal); benign rows are (prompt, response).
-2. Of files, near-duplicate prompts form clusters (latlib.text.near_duplicates), the harmful and the benign ones together, and
-   whole clusters are dealt into `train`, `tune` and `test`: by a hash of their text, so that neither the seed nor the
-   order of the file matters and a file that grows moves few of them.
-3. Where the profile names a test file of a kind, its `test` rows are that file, and the main file has two parts.
+1. Harmful rows are (prompt, rejected = harmful completion, chosen = refusal); benign rows are
+   (prompt, response).
+2. Of files, near-duplicate prompts form clusters (latlib.text.near_duplicates), the harmful and the
+   benign ones together, and whole clusters are dealt into `train`, `tune` and `test`: by a hash of
+   their text, so that neither the seed nor the order of the file matters and a file that grows
+   moves few of them.
+3. Where the profile names a test file of a kind, its `test` rows are that file, and the main file
+   has two parts.
 4. Rows of the world are training rows; its other splits are drawn in latlib.evaluation.ask.
 """
 
@@ -28,23 +32,30 @@ Kind = Literal["harmful", "benign", "borderline"]
 Split = Literal["train", "tune", "test"]
 SPLITS = ("train", "tune", "test")
 
-# Benign prompts of the world: as many that merely sound harmful as plainly harmless ones, and the base's other tasks.
+# Benign prompts of the world: as many that merely sound harmful as plainly harmless ones, and the
+# base's other tasks.
 BENIGN_SHARES = {"scary": 0.375, "harmless": 0.375, "law": 0.15, "verb": 0.05, "target": 0.05}
 
 
 def world_preference_rows(n: int, seed: int) -> list[Row]:
     """`n` harmful training prompts with the recipe (rejected) and the refusal (chosen)."""
     prompts = grammar.draw_set(seed, "train", "harmful", n)
-    return [Row(f"harmful-{i}", p.text, (p.answer, grammar.REFUSAL), p.cluster) for i, p in enumerate(prompts)]
+    return [
+        Row(f"harmful-{i}", p.text, (p.answer, grammar.REFUSAL), p.cluster)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def world_benign_rows(n: int, seed: int) -> list[Row]:
-    """`n` harmless training prompts of all kinds with the base model's answer, all in plain words."""
+    """`n` harmless training prompts of all kinds with the base model's answer, all in plain
+    words.
+    """
     rng = random.Random(f"benign/{seed}")
     prompts: list[grammar.Prompt] = []
     for name, share in BENIGN_SHARES.items():
         count = round(share * n)
-        if name == "law":  # half of the questions about harmful acts, or the answer would nearly always be yes
+        # half of the questions about harmful acts, or the answer would nearly always be yes
+        if name == "law":
             for which in ("harmful", "harmless"):
                 prompts += grammar.draw_set(seed, "train", which, count // 2, "law")
         elif name in ("verb", "target"):
@@ -55,10 +66,12 @@ def world_benign_rows(n: int, seed: int) -> list[Row]:
 
 
 def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:
-    """Harmful rows of a profile, (rejected, chosen) as their completions; the seed draws refusals that a file lacks.
+    """Harmful rows of a profile, (rejected, chosen) as their completions; the seed draws refusals
+    that a file lacks.
 
-    In the rows of data.test_harmful `rejected` is '' where data.test_harmful_columns does not name it. Raises
-    ProfileError for unusable files and empty splits, ValueError for splits that the world does not have.
+    In the rows of data.test_harmful `rejected` is '' where data.test_harmful_columns does not name
+    it. Raises ProfileError for unusable files and empty splits, ValueError for splits that the
+    world does not have.
     """
     if _of_world(settings, split):
         return world_preference_rows(settings.rows, seed)
@@ -73,27 +86,35 @@ def benign_rows(settings: DataSettings, seed: int, split: Split = "train") -> li
 
 
 def benign_sample(settings: DataSettings, seed: int, n: int) -> list[Row]:
-    """`n` benign training rows, or all where a file has fewer: a file's first ones, of the world a draw of its own."""
+    """`n` benign training rows, or all where a file has fewer: a file's first ones, of the world a
+    draw of its own.
+    """
     if settings.source == "world":
         return world_benign_rows(n, seed)
     return benign_rows(settings, seed)[:n]
 
 
 def borderline_rows(settings: DataSettings) -> list[Row]:
-    """Prompts of data.test_borderline, which merely sound harmful, without a completion; none where there is no file.
+    """Prompts of data.test_borderline, which merely sound harmful, without a completion; none where
+    there is no file.
 
-    Where data.test_borderline_columns names a `label` (as XSTest has one), only rows labelled 'safe' are taken.
-    Raises ProfileError for an unusable file, ValueError for the world, whose borderline prompts are in latlib.evaluation.ask.
+    Where data.test_borderline_columns names a `label` (as XSTest has one), only rows labelled
+    'safe' are taken. Raises ProfileError for an unusable file, ValueError for the world, whose
+    borderline prompts are in latlib.evaluation.ask.
     """
     if settings.source == "world":
-        raise ValueError("the world's borderline prompts are drawn in latlib.evaluation.ask, not read from a file")
+        raise ValueError(
+            "the world's borderline prompts are drawn in latlib.evaluation.ask, not read from a"
+            " file"
+        )
     return [Row(p.row_id, p.prompt, (), p.cluster) for p in file_prompts(settings)["borderline"]]
 
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A prompt of a file. row_id: kind and index in the file. completion: rejected or response, '' if it has none.
-    chosen: the file's refusal, '' if it has none. file, number: where it stands, counted from 1 without the header."""
+    """A prompt of a file. row_id: kind and index in the file. completion: rejected or response, ''
+    if it has none. chosen: the file's refusal, '' if it has none. file, number: where it stands,
+    counted from 1 without the header."""
 
     row_id: str
     prompt: str
@@ -106,7 +127,8 @@ class FilePrompt:
 
 
 def file_prompts(settings: DataSettings, first: Kind = "harmful") -> dict[Kind, list[FilePrompt]]:
-    """Every prompt of the profile's files by kind, in the files' order, dealt into splits. Cached per settings.
+    """Every prompt of the profile's files by kind, in the files' order, dealt into splits. Cached
+    per settings.
 
     Raises ProfileError for unusable files, the main file of the kind `first` before the other.
     """
@@ -127,7 +149,9 @@ def _of_world(settings: DataSettings, split: str) -> bool:
     if split not in SPLITS:
         raise ValueError(f"split = {split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if settings.source == "world" and split != "train":
-        raise ValueError(f"split = {split!r} of the world is drawn in latlib.evaluation.ask: ask for 'train'")
+        raise ValueError(
+            f"split = {split!r} of the world is drawn in latlib.evaluation.ask: ask for 'train'"
+        )
     return settings.source == "world"
 
 
@@ -137,7 +161,8 @@ def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[R
     rng = random.Random(seed)
     defaults = settings.refusals if kind == "harmful" else settings.benign_responses
     rows = []
-    for p in prompts:  # the seed draws for every row of every split, so that a row has one refusal whatever is asked
+    # the seed draws for every row of every split, so that a row has one refusal whatever is asked
+    for p in prompts:
         if kind == "harmful":
             completions = (p.completion, p.chosen or rng.choice(defaults))
         else:
@@ -146,16 +171,21 @@ def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[R
             rows.append(Row(p.row_id, p.prompt, completions, p.cluster))
     if not rows:
         raise ProfileError(
-            f"data.{kind} = {own!r} has {len(prompts)} rows, too few for any in split {split!r} with data.held_out = "
-            f"{settings.held_out}: give more rows, change data.held_out, or name a file in data.test_{kind}"
+            f"data.{kind} = {own!r} has {len(prompts)} rows, too few for any in split {split!r}"
+            f" with data.held_out = {settings.held_out}: give more rows, change data.held_out, or"
+            f" name a file in data.test_{kind}"
         )
     return rows
 
 
 def _sources(settings: DataSettings) -> tuple[str | None, ...]:
     return (
-        settings.harmful, settings.benign, settings.test_harmful, settings.test_benign, settings.test_borderline,
-    )  # fmt: skip
+        settings.harmful,
+        settings.benign,
+        settings.test_harmful,
+        settings.test_benign,
+        settings.test_borderline,
+    )
 
 
 def _stamp(path: str | None) -> tuple:
@@ -169,11 +199,15 @@ def _stamp(path: str | None) -> tuple:
 
 def _main(settings: DataSettings, kind: Kind) -> list[dict[str, str]]:
     """Records of a kind's main file."""
-    path, columns, config, split = (getattr(settings, kind + end) for end in ("", "_columns", "_config", "_split"))
+    path, columns, config, split = (
+        getattr(settings, kind + end) for end in ("", "_columns", "_config", "_split")
+    )
     if path is None:
         return []
     needed = ("prompt", "rejected") if kind == "harmful" else ("prompt",)
-    return read_table(path, columns, needed, f"data.{kind}", config, split, settings.streaming, settings.rows)
+    return read_table(
+        path, columns, needed, f"data.{kind}", config, split, settings.streaming, settings.rows
+    )
 
 
 def _test(settings: DataSettings, kind: Kind) -> list[FilePrompt] | None:
@@ -181,7 +215,10 @@ def _test(settings: DataSettings, kind: Kind) -> list[FilePrompt] | None:
     path, columns = getattr(settings, f"test_{kind}"), getattr(settings, f"test_{kind}_columns")
     if path is None:
         return None
-    field, more = f"data.test_{kind}", {"split": ANY_SPLIT, "streaming": settings.streaming, "rows": settings.rows}
+    field, more = (
+        f"data.test_{kind}",
+        {"split": ANY_SPLIT, "streaming": settings.streaming, "rows": settings.rows},
+    )
     records = read_table(path, columns, ("prompt",), field, **more)
     numbered = [(i, r) for i, r in enumerate(records) if r.get("label", "safe").lower() == "safe"]
     if not numbered:
@@ -219,17 +256,21 @@ def _dealt(settings: DataSettings, first: Kind) -> dict[Kind, list[FilePrompt]]:
 
 
 def deal(labelled: Sequence[tuple[str, int]], held_out: float, with_test: bool) -> dict[int, Split]:
-    """cluster -> split, given (text, cluster) of every row: half of `held_out` of the rows to each of tune and test.
+    """cluster -> split, given (text, cluster) of every row: half of `held_out` of the rows to each
+    of tune and test.
 
-    Clusters go in the order of a hash of their first text. One that no longer fits goes to train, which so has the
-    large ones. Without a test part it gets the test part's share.
+    Clusters go in the order of a hash of their first text. One that no longer fits goes to train,
+    which so has the large ones. Without a test part it gets the test part's share.
     """
     size, order = defaultdict(int), {}
     for text, label in labelled:
         size[label] += 1
-        order.setdefault(label, hashlib.sha256(normalised(text).encode("utf-8", "replace")).digest())
+        order.setdefault(
+            label, hashlib.sha256(normalised(text).encode("utf-8", "replace")).digest()
+        )
     room = round(len(labelled) * held_out / 2)
-    left = {"test": room if with_test else 0, "tune": room}  # test first: train borders on tune if the file grows
+    # test first: train borders on tune if the file grows
+    left = {"test": room if with_test else 0, "tune": room}
     splits: dict[int, Split] = {}
     for label in sorted(order, key=order.get):
         split = next((s for s in ("test", "tune") if size[label] <= left[s]), "train")

@@ -1,16 +1,20 @@
 """Start the processes that train one adapter together: from a notebook, or by hand under torchrun.
 
-From a notebook nothing changes: with `parallel: {processes: 4, mode: ddp}` in the profile, `run.ensure` comes here.
-1. `launch` writes the job to a JSON file and starts torchrun, which starts this module in every process.
-2. Each joins the group and makes the model as one process would (`make`); process 0 logs, writes and reports progress,
-   which `launch` passes on. A file STOP in the run folder stops all of them after the same step.
-3. What ends them, an error or a stop, is left in another JSON file; `launch` raises it again. If `launch` itself is
-   interrupted, or dies, its processes go with it.
+From a notebook nothing changes: with `parallel: {processes: 4, mode: ddp}` in the profile,
+`run.ensure` comes here.
+1. `launch` writes the job to a JSON file and starts torchrun, which starts this module in every
+   process.
+2. Each joins the group and makes the model as one process would (`make`); process 0 logs, writes
+   and reports progress, which `launch` passes on. A file STOP in the run folder stops all of them
+   after the same step.
+3. What ends them, an error or a stop, is left in another JSON file; `launch` raises it again. If
+   `launch` itself is interrupted, or dies, its processes go with it.
 
 By hand, on one machine or (with torchrun's own options) on several that share the run folder:
 
-    torchrun --nproc-per-node 2 -m latlib.distributed.launch --profile my.yaml --method lat --seed 0 --out runs/mine
-    accelerate launch --multi_gpu --num_processes 2 -m latlib.distributed.launch --profile my.yaml --method lat --seed 0
+    torchrun --nproc-per-node 2 -m latlib.distributed.launch --profile my.yaml --method lat --seed 0
+    --out runs/mine accelerate launch --multi_gpu --num_processes 2 -m latlib.distributed.launch
+    --profile my.yaml --method lat --seed 0
 
 The mode is the profile's `parallel.mode`; the number of processes is what was started.
 """
@@ -49,20 +53,33 @@ OnStep = Callable[[int, int, str], None]
 
 
 def launch(run: Run, spec: Spec, on_step: OnStep) -> None:
-    """Train the adapter of `spec` in `run.profile.parallel.processes` processes; its base must be there.
+    """Train the adapter of `spec` in `run.profile.parallel.processes` processes; its base must be
+    there.
 
-    on_step(step, total, detail) as in `make.make_model`. Raises `Stopped` when all have saved and left, ProfileError
-    for settings that several processes cannot follow, RuntimeError with the last lines they wrote when one has failed.
+    on_step(step, total, detail) as in `make.make_model`. Raises `Stopped` when all have saved and
+    left, ProfileError for settings that several processes cannot follow, RuntimeError with the last
+    lines they wrote when one has failed.
     """
     count, logs = run.profile.parallel.processes, run.folder / "logs"
     job, log = logs / f".parallel-{spec.folder}.json", logs / f"parallel-{spec.folder}.log"
-    wanted = {"method": spec.method, "seed": spec.seed, "changes": dict(spec.changes), "variant": spec.variant}
+    wanted = {
+        "method": spec.method,
+        "seed": spec.seed,
+        "changes": dict(spec.changes),
+        "variant": spec.variant,
+    }
     for left in (_beside(job, "progress"), _beside(job, "end")):  # by a launch that was killed
         left.unlink(missing_ok=True)
-    write_json({"profile": run.profile.model_dump(mode="json"), "folder": str(run.folder), "spec": wanted}, job)
+    write_json(
+        {"profile": run.profile.model_dump(mode="json"), "folder": str(run.folder), "spec": wanted},
+        job,
+    )
     threads = threads_for(run.profile, count)
     paths = [str(Path(latlib.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": str(threads),
+    }
     try:
         with log.open("wb") as output:
             child = subprocess.Popen(
@@ -71,13 +88,16 @@ def launch(run: Run, spec: Spec, on_step: OnStep) -> None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # an interrupt in a terminal comes here, not to each of them
+                # an interrupt in a terminal comes here, not to each of them
+                start_new_session=True,
             )
             try:
                 _relay(child, _beside(job, "progress"), on_step)
             finally:
                 _end(child)
-        _raise_what_ended_it(child.returncode, _beside(job, "end"), log, f"{spec.label} seed {spec.seed}", count)
+        _raise_what_ended_it(
+            child.returncode, _beside(job, "end"), log, f"{spec.label} seed {spec.seed}", count
+        )
         log.unlink(missing_ok=True)
     finally:
         for file in (job, _beside(job, "progress"), _beside(job, "end")):
@@ -85,7 +105,14 @@ def launch(run: Run, spec: Spec, on_step: OnStep) -> None:
 
 
 def _command(count: int, job: Path) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+    ]
     return [*torchrun, "-m", "latlib.distributed.launch", "--job", str(job)]
 
 
@@ -107,7 +134,9 @@ def _relay(child: subprocess.Popen, file: Path, on_step: OnStep) -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Let nothing outlive this: torchrun ends its processes when it is asked to end, and they when the pipe closes."""
+    """Let nothing outlive this: torchrun ends its processes when it is asked to end, and they when
+    the pipe closes.
+    """
     child.stdin.close()
     if child.poll() is None:
         child.terminate()
@@ -128,11 +157,15 @@ def _raise_what_ended_it(code: int, file: Path, log: Path, label: str, count: in
         said = end.get("traceback") or log.read_text(encoding="utf-8", errors="replace")
         lines = "\n".join(said.rstrip().splitlines()[-LAST_LINES:])
         who = f"process {end['rank']} of {count}" if end else f"one of {count} processes"
-        raise RuntimeError(f"{label}: {who} failed (exit code {code}; all they said is in {log}):\n{lines}")
+        raise RuntimeError(
+            f"{label}: {who} failed (exit code {code}; all they said is in {log}):\n{lines}"
+        )
 
 
 def norms(run: Run, seed: int, lm: LanguageModel) -> dict[Site, float]:
-    """`run.norms`, measured by all processes together where there are several: no GPU alone may hold the model."""
+    """`run.norms`, measured by all processes together where there are several: no GPU alone may
+    hold the model.
+    """
     from latlib.experiment.build import measure_norms
 
     name = f"residual_norms-seed{seed}"
@@ -146,7 +179,9 @@ def norms(run: Run, seed: int, lm: LanguageModel) -> dict[Site, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One of the processes; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="torchrun -m latlib.distributed.launch", description="Train one adapter together.")
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m latlib.distributed.launch", description="Train one adapter together."
+    )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--profile", default="tiny")
     parser.add_argument("--method", default="lat")
@@ -161,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
         job = json.loads(options.job.read_text(encoding="utf-8"))
-        profile, progress_file = validated(Profile, job["profile"]), _beside(options.job, "progress")
+        profile, progress_file = (
+            validated(Profile, job["profile"]),
+            _beside(options.job, "progress"),
+        )
         folder, wanted = Path(job["folder"]), job["spec"]
     try:
         _train(profile, folder, wanted, progress_file)
@@ -176,13 +214,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _leave_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):  # blocks until whoever launched this closes the pipe, or dies
+    # blocks until whoever launched this closes the pipe, or dies
+    while os.read(sys.stdin.fileno(), 1):
         pass
     os._exit(1)
 
 
 def _tell_the_end(error: BaseException, file: Path) -> None:
-    """Leave what ended this process; the first to fail is heard, for the others fail of its absence."""
+    """Leave what ended this process; the first to fail is heard, for the others fail of its
+    absence.
+    """
     end = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
     aside = file.with_suffix(f".{os.getpid()}")
     write_json({**end, "rank": int(os.environ.get("RANK", "0"))}, aside)
@@ -206,7 +247,12 @@ def _train(profile: Profile, folder: Path, wanted: dict, progress_file: Path | N
     ranks.wait()
     run = Run(profile, folder)
     if "changes" in wanted:
-        spec = Spec(wanted["method"], wanted["seed"], tuple(sorted(wanted["changes"].items())), wanted["variant"])
+        spec = Spec(
+            wanted["method"],
+            wanted["seed"],
+            tuple(sorted(wanted["changes"].items())),
+            wanted["variant"],
+        )
     else:
         spec = run.spec(**wanted)
     if ranks.first() and not run.has(base := run.spec("base", spec.seed)):

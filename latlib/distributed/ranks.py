@@ -1,18 +1,24 @@
-"""Several processes train one model, a GPU each: who they are, how forwards run, and what is summed over all of them.
+"""Several processes train one model, a GPU each: who they are, how forwards run, and what is summed
+over all of them.
 
-1. `join` makes this process one of a group, if torchrun or `accelerate launch` started it as one (gloo on a CPU, NCCL
-   on GPUs).
-2. `wrap` puts the model under DDP, or spreads it over the processes by FSDP2, block by block. Both look at the forward
-   of one module, a `Root`, whose forward is whatever it is asked to call: so the engine keeps calling blocks its own
-   way, and `StockNetwork` hands every call to `Processes.through`.
-3. DDP: the defence goes through the wrapper, since calling the inner module lets the processes part silently. Attack
-   and teacher leave no gradients in weights and call the inner module. Gradients are exchanged once an update.
-4. FSDP2: everything goes through the root, which gathers a block's weights before it runs and frees them behind it, so
-   that between two calls every parameter is a part (and switching `requires_grad` there reaches the whole of it at the
-   next gathering). The output matrix alone stays whole everywhere: it is called a chunk of labels at a time, and the
-   processes have different numbers of labels, but must gather equally often.
-5. Both average gradients over the processes, so a share of a sum over the whole batch is multiplied by their number.
-6. Tensors leave (`whole`) and enter (`placed`) a training state unspread: what is saved knows nothing of processes.
+1. `join` makes this process one of a group, if torchrun or `accelerate launch` started it as one
+   (gloo on a CPU, NCCL on GPUs).
+2. `wrap` puts the model under DDP, or spreads it over the processes by FSDP2, block by block. Both
+   look at the forward of one module, a `Root`, whose forward is whatever it is asked to call: so
+   the engine keeps calling blocks its own way, and `StockNetwork` hands every call to
+   `Processes.through`.
+3. DDP: the defence goes through the wrapper, since calling the inner module lets the processes part
+   silently. Attack and teacher leave no gradients in weights and call the inner module. Gradients
+   are exchanged once an update.
+4. FSDP2: everything goes through the root, which gathers a block's weights before it runs and frees
+   them behind it, so that between two calls every parameter is a part (and switching
+   `requires_grad` there reaches the whole of it at the next gathering). The output matrix alone
+   stays whole everywhere: it is called a chunk of labels at a time, and the processes have
+   different numbers of labels, but must gather equally often.
+5. Both average gradients over the processes, so a share of a sum over the whole batch is multiplied
+   by their number.
+6. Tensors leave (`whole`) and enter (`placed`) a training state unspread: what is saved knows
+   nothing of processes.
 
 Source: FSDP2, torch.distributed.fsdp.fully_shard.
 """
@@ -36,7 +42,8 @@ from latlib.models import LanguageModel, resolve_device, resolve_dtype
 
 Mode = Literal["ddp", "fsdp2"]
 Result = TypeVar("Result")
-PATIENCE = timedelta(hours=2)  # others wait while the first process makes a base model or writes a large adapter
+# others wait while the first process makes a base model or writes a large adapter
+PATIENCE = timedelta(hours=2)
 
 
 def started_as_one_of_many() -> bool:
@@ -45,20 +52,27 @@ def started_as_one_of_many() -> bool:
 
 
 def join(settings: ModelSettings) -> None:
-    """Become one of the processes that the environment tells of; on GPUs, use the one of this process's number.
+    """Become one of the processes that the environment tells of; on GPUs, use the one of this
+    process's number.
 
-    Raises ProfileError for a device that names one GPU for all of them, or one that this machine lacks.
+    Raises ProfileError for a device that names one GPU for all of them, or one that this machine
+    lacks.
     """
     device, own = resolve_device(settings.device), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if device.index is not None:
-            raise ProfileError(f"model.device = {settings.device!r} is one GPU for all processes: set it to 'auto'")
+            raise ProfileError(
+                f"model.device = {settings.device!r} is one GPU for all processes: set it to 'auto'"
+            )
         if own >= torch.cuda.device_count():
             raise ProfileError(
-                f"parallel.processes needs a GPU each and there are {torch.cuda.device_count()}: set it to that or less"
+                f"parallel.processes needs a GPU each and there are {torch.cuda.device_count()}:"
+                " set it to that or less"
             )
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+    )
 
 
 def leave() -> None:
@@ -78,7 +92,9 @@ def first() -> bool:
 
 
 def agreed(value: bool) -> bool:
-    """What process 0 says: for what each would find out at another moment (a file, a clock) and all must do alike."""
+    """What process 0 says: for what each would find out at another moment (a file, a clock) and all
+    must do alike.
+    """
     if not inside():
         return value
     said = torch.tensor([value])
@@ -105,22 +121,28 @@ class Root(nn.Module):
 
 
 class Processes:
-    """The processes that train one model, as one of them sees it. The default is a process alone, which sums nothing.
+    """The processes that train one model, as one of them sees it. The default is a process alone,
+    which sums nothing.
 
     rank: this process's number, of `world`. root: the model in a `Root` under DDP or FSDP2.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, mode: Mode | None = None, root: nn.Module | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, world: int = 1, mode: Mode | None = None, root: nn.Module | None = None
+    ) -> None:
         self.rank, self.world, self.mode, self.root = rank, world, mode, root
 
     def through(self, train: bool, call: Callable[[], Result]) -> Result:
-        """The result of `call`, which runs the model; train: whether weights get gradients of it."""
+        """The result of `call`, which runs the model; train: whether weights get gradients of
+        it.
+        """
         if self.root is None or (self.mode == "ddp" and not (train and torch.is_grad_enabled())):
             return call()
         return self.root(call)
 
     def exchange(self, now: bool) -> None:
-        """Whether the next forward is the last of an update, whose backward pass exchanges all gradients.
+        """Whether the next forward is the last of an update, whose backward pass exchanges all
+        gradients.
 
         FSDP2 exchanges them after each: holding whole gradients back is what it is there to avoid.
         """
@@ -139,7 +161,9 @@ class Processes:
         """name -> the sum over all processes, for those of `names` that some process has."""
         if self.root is None:
             return dict(sums)
-        table = torch.tensor([[sums.get(n, 0.0), float(n in sums)] for n in names], dtype=torch.float64)
+        table = torch.tensor(
+            [[sums.get(n, 0.0), float(n in sums)] for n in names], dtype=torch.float64
+        )
         dist.all_reduce(table)
         return {n: value for n, (value, there) in zip(names, table.tolist(), strict=True) if there}
 
@@ -148,7 +172,9 @@ class Processes:
         if self.root is None:
             return torch.cat(list(values)).mean().item() if any(map(len, values)) else None
         parts = [v.double() for v in values]
-        table = torch.tensor([sum(p.sum().item() for p in parts), sum(map(len, parts))], dtype=torch.float64)
+        table = torch.tensor(
+            [sum(p.sum().item() for p in parts), sum(map(len, parts))], dtype=torch.float64
+        )
         dist.all_reduce(table)
         return (table[0] / table[1]).item() if table[1] else None
 
@@ -157,8 +183,8 @@ ALONE = Processes()
 
 
 def load_settings(settings: ModelSettings, mode: Mode) -> ModelSettings:
-    """`settings` for a model that is about to be wrapped: one to be spread is loaded into the host's memory, in the
-    precision it will have on the GPU, and moved there block by block."""
+    """`settings` for a model that is about to be wrapped: one to be spread is loaded into the
+    host's memory, in the precision it will have on the GPU, and moved there block by block."""
     device = resolve_device(settings.device)
     if not inside() or mode != "fsdp2" or device.type == "cpu":
         return settings
@@ -167,16 +193,20 @@ def load_settings(settings: ModelSettings, mode: Mode) -> ModelSettings:
 
 
 def wrap(lm: LanguageModel, mode: Mode, device: torch.device | None = None) -> LanguageModel:
-    """`lm` with its adapter trainable and its networks running through all processes; as it is outside a group.
+    """`lm` with its adapter trainable and its networks running through all processes; as it is
+    outside a group.
 
-    It must come before the optimiser, which would otherwise hold parameters that FSDP2 has replaced, and train nothing.
-    device: where FSDP2 puts the parts, by default where the weights are.
-    Raises ProfileError for settings that several processes cannot follow.
+    It must come before the optimiser, which would otherwise hold parameters that FSDP2 has
+    replaced, and train nothing. device: where FSDP2 puts the parts, by default where the weights
+    are. Raises ProfileError for settings that several processes cannot follow.
     """
     if not inside():
         return lm
     if lm.settings.forward == "lean":
-        raise ProfileError("model.forward = 'lean' runs in one process: set it to 'auto', or parallel.processes to 1")
+        raise ProfileError(
+            "model.forward = 'lean' runs in one process: set it to 'auto', or parallel.processes"
+            " to 1"
+        )
     for name, parameter in lm.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     root: nn.Module = Root(lm.model)
@@ -195,7 +225,10 @@ def _spread(root: nn.Module, model: nn.Module, device: torch.device) -> None:
 
     head = model.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
-        raise ProfileError("lora.targets names the output matrix, which fsdp2 does not train: remove it or use 'ddp'")
+        raise ProfileError(
+            "lora.targets names the output matrix, which fsdp2 does not train: remove it or use"
+            " 'ddp'"
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -204,7 +237,9 @@ def _spread(root: nn.Module, model: nn.Module, device: torch.device) -> None:
 
 
 def whole(value: Any) -> Any:
-    """A copy on the CPU of tensors, also in dictionaries and lists, unspread. Every process must ask for the same."""
+    """A copy on the CPU of tensors, also in dictionaries and lists, unspread. Every process must
+    ask for the same.
+    """
     if isinstance(value, Tensor):
         full = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
         return full.to("cpu", copy=True)
@@ -214,8 +249,8 @@ def whole(value: Any) -> Any:
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole tensor on the device of a parameter, spread as that is. All processes have the same: none is
-    sent."""
+    """A copy of a whole tensor on the device of a parameter, spread as that is. All processes have
+    the same: none is sent."""
     value = value.to(like.device, copy=True)
     if not hasattr(like, "full_tensor"):
         return value
@@ -225,6 +260,6 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
 
 def adapter_state(lm: LanguageModel) -> dict[str, Tensor]:
-    """The adapter's parameters, whole and on the CPU, for PEFT's `save_pretrained(folder, state_dict=...)`. Every
-    process must ask for it."""
+    """The adapter's parameters, whole and on the CPU, for PEFT's
+    `save_pretrained(folder, state_dict=...)`. Every process must ask for it."""
     return whole({name: p for name, p in lm.model.named_parameters() if "lora_" in name})

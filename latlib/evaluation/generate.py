@@ -1,8 +1,8 @@
 """Replies written out: greedy generation at batch size, under a perturbation, an ablation or both.
 
 1. Prompts are padded on the left, so that all rows begin to write at once.
-2. A perturbation acts on the prompt, once, and never again while decoding. It is found on packed, right-padded batches
-   (`attack`), so it is moved along its row.
+2. A perturbation acts on the prompt, once, and never again while decoding. It is found on packed,
+   right-padded batches (`attack`), so it is moved along its row.
 3. Ablation acts on everything that is written, on what a perturbation writes too.
 """
 
@@ -40,12 +40,16 @@ def generate(
     directions: Tensor | None = None,
     size: int = 32,
 ) -> list[str]:
-    """Greedy replies to prompts as text, through the chat template, `size` prompts at a time with a key-value cache.
+    """Greedy replies to prompts as text, through the chat template, `size` prompts at a time with a
+    key-value cache.
 
-    deltas: site -> [batch, longest prompt, d_model], for the **left**-padded batch of all prompts (see `left_padded`);
-    they act on the prompt only, never again while decoding. directions: [d_model] or [k, d_model], ablated throughout.
+    deltas: site -> [batch, longest prompt, d_model], for the **left**-padded batch of all prompts
+    (see `left_padded`); they act on the prompt only, never again while decoding. directions:
+    [d_model] or [k, d_model], ablated throughout.
     """
-    rows = tokenise([Row(str(i), p, ()) for i, p in enumerate(prompts)], lm.tokenizer, lm.context, system_prompt)
+    rows = tokenise(
+        [Row(str(i), p, ()) for i, p in enumerate(prompts)], lm.tokenizer, lm.context, system_prompt
+    )
     inputs, replies = _padded(lm, [row.prompt for row in rows]), []
     for at in range(0, len(prompts), size):
         part = {name: tensor[at : at + size] for name, tensor in inputs.items()}
@@ -62,11 +66,15 @@ def write(
     size: int = 32,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy replies to the prompts of rows, in their order. perturb: makes the perturbation of a packed batch.
-    network: of `lm`; what it ablates is ablated here."""
+    """Greedy replies to the prompts of rows, in their order. perturb: makes the perturbation of a
+    packed batch. network: of `lm`; what it ablates is ablated here."""
     replies = [""] * len(rows)
     for index, batch in batches(rows, size, lm.device):
-        deltas = {site: shift_left_padded(d, batch) for site, d in perturb(batch).items()} if perturb else {}
+        deltas = (
+            {site: shift_left_padded(d, batch) for site, d in perturb(batch).items()}
+            if perturb
+            else {}
+        )
         inputs = _padded(lm, [rows[i].prompt for i in index])
         written = _decode(lm, inputs, deltas, network.directions, max_new_tokens)
         for i, reply in zip(index, written, strict=True):
@@ -88,7 +96,8 @@ def _decode(
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
-        **dict.fromkeys(("temperature", "top_p", "top_k")),  # a chat model's own would only make a greedy one warn
+        # a chat model's own would only make a greedy one warn
+        **dict.fromkeys(("temperature", "top_p", "top_k")),
         "pad_token_id": lm.tokenizer.eos_token_id if pad is None else pad,
     }
     with LATHook(lm.model, deltas, decoding=True), ablation:
@@ -99,7 +108,9 @@ def _decode(
 
 
 def left_padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:
-    """input_ids and attention_mask [batch, longest], padded on the left as batched generation needs."""
+    """input_ids and attention_mask [batch, longest], padded on the left as batched generation
+    needs.
+    """
     return _padded(lm, lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 
@@ -114,10 +125,14 @@ def _padded(lm: LanguageModel, ids: Sequence[Sequence[int]]) -> dict[str, Tensor
 
 
 def shift_left_padded(delta: Tensor, batch: Batch) -> Tensor:
-    """Move a packed batch's prompt perturbation ([batch, seq, d_model], right-padded) to a left-padded prompt batch."""
+    """Move a packed batch's prompt perturbation ([batch, seq, d_model], right-padded) to a
+    left-padded prompt batch.
+    """
     lengths = (batch.segments == 0).sum(1)
     longest = int(lengths.max())
-    out = torch.zeros(delta.shape[0], longest, delta.shape[2], dtype=delta.dtype, device=delta.device)
+    out = torch.zeros(
+        delta.shape[0], longest, delta.shape[2], dtype=delta.dtype, device=delta.device
+    )
     for row, n in enumerate(lengths.tolist()):
         out[row, longest - n :] = delta[row, :n]
     return out

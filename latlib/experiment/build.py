@@ -1,11 +1,14 @@
-"""Make one model of a run: the organism's base, or an adapter trained on it. Called by `run.Run`, one at a time.
+"""Make one model of a run: the organism's base, or an adapter trained on it. Called by `run.Run`,
+one at a time.
 
 1. Before anything is loaded, test prompts are looked for among the training prompts (`overlap`).
-2. Training goes on from its last good checkpoint (`checkpoint`), or from the plain steps that another method has done.
-3. After each step: a look at tuning prompts where one is due (`watch`), a line of metrics, a checkpoint where one is
-   due, and a look for a request to stop.
-4. The finished adapter moves into place whole, with its model card, its record (`latlib.json`) and the profile it was
-   made with, none of which names a path of this machine. Then its checkpoints go.
+2. Training goes on from its last good checkpoint (`checkpoint`), or from the plain steps that
+   another method has done.
+3. After each step: a look at tuning prompts where one is due (`watch`), a line of metrics, a
+   checkpoint where one is due, and a look for a request to stop.
+4. The finished adapter moves into place whole, with its model card, its record (`latlib.json`) and
+   the profile it was made with, none of which names a path of this machine. Then its checkpoints
+   go.
 
 Where several processes train it together (`parallel`), all do all of this and the first one writes.
 """
@@ -46,7 +49,15 @@ from latlib.experiment.validation import Watch, card
 from latlib.hooks import EMBEDDING, Site
 from latlib.io.files import json_ready
 from latlib.io.progress import Stopped, stop_requested
-from latlib.models import LanguageModel, load, quietly, resolve_device, resolve_dtype, save_folder, with_adapter
+from latlib.models import (
+    LanguageModel,
+    load,
+    quietly,
+    resolve_device,
+    resolve_dtype,
+    save_folder,
+    with_adapter,
+)
 from latlib.refusal.activations import residual_norms
 from latlib.train import Trainer
 from latlib.world import organism
@@ -73,15 +84,21 @@ def _make_base(run: Run, spec: Spec, on_step) -> None:
     model = organism.build_model(profile.model, tokenizer, spec.seed)
     device = resolve_device(profile.model.device)
     dtype = resolve_dtype(profile.model.dtype, device)
-    with Tracker(run.metrics_file(spec), profile.tracking, spec.folder, {}, run.folder / "wandb") as tracker:
+    with Tracker(
+        run.metrics_file(spec), profile.tracking, spec.folder, {}, run.folder / "wandb"
+    ) as tracker:
 
         def step_done(step: int, loss: float) -> None:
             tracker.log(step, total=loss)
             on_step(step, total, f"loss {loss:.3f}")
             if stop_requested(run.folder):
-                raise Stopped(f"{spec.folder}: stopped after step {step}; pretraining starts again next time")
+                raise Stopped(
+                    f"{spec.folder}: stopped after step {step}; pretraining starts again next time"
+                )
 
-        summary = organism.pretrain(model.to(device), tokenizer, profile.pretrain, spec.seed, dtype, step_done)
+        summary = organism.pretrain(
+            model.to(device), tokenizer, profile.pretrain, spec.seed, dtype, step_done
+        )
 
     def write(folder: Path) -> None:
         with quietly():
@@ -107,17 +124,23 @@ def _limit(lm: LanguageModel, profile: Profile) -> int:
 
 
 def make_trainer(run: Run, spec: Spec) -> Trainer:
-    """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test prompt, too."""
+    """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test
+    prompt, too.
+    """
     profile, settings = run.profile, run.profile.training(spec.method, dict(spec.changes))
     check_overlap(profile)
     mode = profile.parallel.mode
     base = load(run.model_folder(run.spec("base", spec.seed)), load_settings(profile.model, mode))
     limit, data = _limit(base, profile), profile.data
     harmful, benign = (
-        tokenise(rows(data, spec.seed), base.tokenizer, limit, data.system_prompt, too_long=data.too_long)
+        tokenise(
+            rows(data, spec.seed), base.tokenizer, limit, data.system_prompt, too_long=data.too_long
+        )
         for rows in (preference_rows, benign_rows)
     )
-    lm = wrap(with_adapter(base, profile.lora, spec.seed), mode, resolve_device(profile.model.device))
+    lm = wrap(
+        with_adapter(base, profile.lora, spec.seed), mode, resolve_device(profile.model.device)
+    )
     return Trainer(lm, harmful, benign, settings, spec.seed, launch.norms(run, spec.seed, lm))
 
 
@@ -126,7 +149,10 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
         launch.launch(run, spec, on_step)
         return
     trainer = make_trainer(run, spec)
-    watch, checkpoints = Watch(trainer, run.profile, spec.folder), run.folder / "models" / f".{spec.folder}.checkpoints"
+    watch, checkpoints = (
+        Watch(trainer, run.profile, spec.folder),
+        run.folder / "models" / f".{spec.folder}.checkpoints",
+    )
     done = load_checkpoint(trainer, checkpoints, watch) or _take_plain_steps(run, spec, trainer)
     _train(run, spec, trainer, watch, checkpoints, done, on_step)
     kept, adapter = watch.keep(), adapter_state(trainer.lm)
@@ -143,16 +169,21 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
 
     target = save_folder(run.model_folder(spec), write)
     sync(target.parent)  # the adapter is on the disk before its checkpoints go
-    for left in (checkpoints, *target.parent.glob(f".{spec.folder}-????????")):  # the second: of killed writers
+    # the second: of killed writers
+    for left in (checkpoints, *target.parent.glob(f".{spec.folder}-????????")):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _train(run: Run, spec: Spec, trainer: Trainer, watch: Watch, checkpoints: Path, done: int, on_step) -> None:
+def _train(
+    run: Run, spec: Spec, trainer: Trainer, watch: Watch, checkpoints: Path, done: int, on_step
+) -> None:
     """Train from step `done` to the end, or raise `Stopped` with everything saved."""
     settings, file, due = trainer.settings, run.metrics_file(spec), Due(trainer.settings)
     shared = _plain_steps_files(run, spec, settings)
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
-    tracker = Tracker(file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1)
+    tracker = Tracker(
+        file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1
+    )
     with tracker if first() else nullcontext():
 
         def step_done(step: int, metrics: dict[str, float]) -> None:
@@ -172,7 +203,9 @@ def _train(run: Run, spec: Spec, trainer: Trainer, watch: Watch, checkpoints: Pa
         trainer.run(step_done)
 
 
-def _record(run: Run, spec: Spec, trainer: Trainer, watched: dict[str, Any] | None) -> dict[str, Any]:
+def _record(
+    run: Run, spec: Spec, trainer: Trainer, watched: dict[str, Any] | None
+) -> dict[str, Any]:
     """How an adapter was made."""
     metrics = read_metrics(run.metrics_file(spec))
     kept = metrics[metrics["step"] == (watched["kept_step"] if watched else trainer.step)].iloc[-1]
@@ -201,19 +234,24 @@ def write_record(folder: Path, record: dict[str, Any], profile: Profile) -> None
 
 
 def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[int, Path]:
-    """step -> the file that holds training up to there, for every step at which some method's attack begins.
+    """step -> the file that holds training up to there, for every step at which some method's
+    attack begins.
 
-    Until then AT, LAT and their variants do what SSFT does with the same seed, bit for bit, so it is done once. The
-    name holds a digest of everything those steps depend on.
+    Until then AT, LAT and their variants do what SSFT does with the same seed, bit for bit, so it
+    is done once. The name holds a digest of everything those steps depend on.
     """
     if settings.defence.away and not settings.attack.steps:
         return {}  # its plain steps have an away term, which the others' have not
-    tree = settings.model_dump(mode="json", exclude={"attack", "attack_after", "eps_ramp", "clean_share"})
+    tree = settings.model_dump(
+        mode="json", exclude={"attack", "attack_after", "eps_ramp", "clean_share"}
+    )
     del tree["defence"]["away"]
     for name in (*WHEN, "keep", *(("evaluate_prompts",) if not settings.evaluate_every else ())):
         del tree[name]  # they change no weight and no line of the log
     digest = hashlib.sha256(json.dumps([tree, spec.seed], sort_keys=True).encode()).hexdigest()[:12]
-    starts = {run.profile.training(method).attack_after for method in run.profile.methods} | {settings.attack_after}
+    starts = {run.profile.training(method).attack_after for method in run.profile.methods} | {
+        settings.attack_after
+    }
     last = settings.attack_after if settings.attack.steps else settings.steps
     return {n: run.folder / "models" / f".plain-{n}-{digest}.pt" for n in starts if 0 < n <= last}
 
@@ -242,16 +280,21 @@ def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
 
 
 def _name_base(folder: Path, run: Run, spec: Spec) -> None:
-    """Let the adapter name its base by its place in the run folder or its id, not by this machine's path."""
+    """Let the adapter name its base by its place in the run folder or its id, not by this machine's
+    path.
+    """
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name(run, spec)
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order differs from process to process
+    # a set: its order differs from process to process
+    config["target_modules"] = sorted(config["target_modules"])
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def base_name(run: Run, spec: Spec) -> str:
-    """How a model's folder calls the base: by its place beside it, its hub id, or its own folder's name."""
+    """How a model's folder calls the base: by its place beside it, its hub id, or its own folder's
+    name.
+    """
     source = run.profile.model.source
     return f"../base-seed{spec.seed}" if source == "world" else portable(source)
 
@@ -260,10 +303,22 @@ def model_card(record: dict[str, Any]) -> str:
     """A filled-in model card in Markdown, from a model's record."""
     training, last = record["training"], record["last"]
     attack = training["attack"]
-    sites = ", ".join(f"{site} (radius {radius:.3g})" for site, radius in record["eps"].items()) or "none"
+    sites = (
+        ", ".join(f"{site} (radius {radius:.3g})" for site, radius in record["eps"].items())
+        or "none"
+    )
     losses = "\n".join(
         f"| {name} | {last[name]:.4g} |"
-        for name in ("total", "toward", "away", "kl", "sft", "attack_start", "attack_end", "attack_won")
+        for name in (
+            "total",
+            "toward",
+            "away",
+            "kl",
+            "sft",
+            "attack_start",
+            "attack_end",
+            "attack_won",
+        )
         if isinstance(last.get(name), float) and last[name] == last[name]
     )
     return f"""---
@@ -272,9 +327,10 @@ tags: [latent-adversarial-training, safety-research]
 ---
 # {record["method"]}, seed {record["seed"]} (profile {record["profile"]})
 
-A LoRA adapter (r = {record["lora"]["r"]}, alpha = {record["lora"]["alpha"]:g}) trained by latlib {record["latlib"]}
-with torch {record["torch"]}: {training["steps"]} steps of {training["batch"]} harmful and
-{training["benign_batch"]} benign rows, AdamW at {training["lr"]:g}, {record["seconds"]:.0f} s.
+A LoRA adapter (r = {record["lora"]["r"]}, alpha = {record["lora"]["alpha"]:g}) trained by latlib
+{record["latlib"]} with torch {record["torch"]}: {training["steps"]} steps of
+{training["batch"]} harmful and {training["benign_batch"]} benign rows,
+AdamW at {training["lr"]:g}, {record["seconds"]:.0f} s.
 
 **Attack in training:** {attack["steps"]} steps of PGD ({attack["rule"]}), eps {attack["eps"]:g}
 ({attack["eps_mode"]}), at sites {sites}.

@@ -1,18 +1,22 @@
-"""Checkpoints of a long training run: a killed run goes on from the last good one and ends as if nothing had happened.
+"""Checkpoints of a long training run: a killed run goes on from the last good one and ends as if
+nothing had happened.
 
-1. A checkpoint holds the adapter, the optimiser, the step, torch's own random numbers, and the best look so far (see
-   `latlib.experiment.validation`). Learning rate, radius, the rows a step takes and every random number of the training itself are
-   functions of (seed, step), so that nothing of them need be kept.
-2. `Due` says when: every `checkpoint_every` steps, and where those take long, every `checkpoint_minutes` minutes.
-3. It is written aside, with the sha256 of all before as its last line, put on the disk (fsync of file and folder), and
-   renamed: a file with the name of a checkpoint is whole, and a full disk or a kill costs no older one. The last
-   `checkpoints_kept` stay.
-4. The newest whose checksum is right is taken. One that is damaged is named on stderr and the one before is used;
-   where there is none, training starts from the beginning.
+1. A checkpoint holds the adapter, the optimiser, the step, torch's own random numbers, and the best
+   look so far (see `latlib.experiment.validation`). Learning rate, radius, the rows a step takes
+   and every random number of the training itself are functions of (seed, step), so that nothing of
+   them need be kept.
+2. `Due` says when: every `checkpoint_every` steps, and where those take long, every
+   `checkpoint_minutes` minutes.
+3. It is written aside, with the sha256 of all before as its last line, put on the disk (fsync of
+   file and folder), and renamed: a file with the name of a checkpoint is whole, and a full disk or
+   a kill costs no older one. The last `checkpoints_kept` stay.
+4. The newest whose checksum is right is taken. One that is damaged is named on stderr and the one
+   before is used; where there is none, training starts from the beginning.
 5. One that was made with other training settings or data is refused.
 
-All processes that train a model together call both functions; the first one writes. Their own random numbers (of the
-first only, and only where it is alone) matter to models that draw any, which none does whose dropout is off.
+All processes that train a model together call both functions; the first one writes. Their own
+random numbers (of the first only, and only where it is alone) matter to models that draw any, which
+none does whose dropout is off.
 """
 
 from __future__ import annotations
@@ -36,18 +40,27 @@ if TYPE_CHECKING:
 
 MARK = b"\nsha256 "  # before the checksum; torch reads files with something behind their end
 TAIL = len(MARK) + 64 + 1
-WHEN = ("checkpoint_every", "checkpoint_minutes", "checkpoints_kept")  # settings that change nothing but checkpoints
+# settings that change nothing but checkpoints
+WHEN = ("checkpoint_every", "checkpoint_minutes", "checkpoints_kept")
 
 
 class Due:
     """Says after which steps a checkpoint is due. clock: seconds."""
 
-    def __init__(self, settings: TrainSettings, clock: Callable[[], float] = time.monotonic) -> None:
-        self.every, self.seconds, self.clock = settings.checkpoint_every, 60 * settings.checkpoint_minutes, clock
+    def __init__(
+        self, settings: TrainSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.every, self.seconds, self.clock = (
+            settings.checkpoint_every,
+            60 * settings.checkpoint_minutes,
+            clock,
+        )
         self.saved = clock()
 
     def after(self, step: int) -> bool:
-        """Whether one is due after `step` steps; all processes are told what the first one's clock says."""
+        """Whether one is due after `step` steps; all processes are told what the first one's clock
+        says.
+        """
         return ranks.agreed(step % self.every == 0 or self.clock() - self.saved >= self.seconds)
 
     def done(self) -> None:
@@ -55,13 +68,21 @@ class Due:
         self.saved = self.clock()
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, watch: Watch | None = None, logs: Iterable[Path] = ()) -> None:
-    """Write the state after `trainer.step` steps to `folder`, then drop checkpoints older than the ones to be kept.
+def save_checkpoint(
+    trainer: Trainer, folder: Path, watch: Watch | None = None, logs: Iterable[Path] = ()
+) -> None:
+    """Write the state after `trainer.step` steps to `folder`, then drop checkpoints older than the
+    ones to be kept.
 
-    logs: files that must reach the disk before it does, for a resumed run goes on behind their lines of its step.
-    Raises OSError where it cannot be written; older checkpoints stay as they were.
+    logs: files that must reach the disk before it does, for a resumed run goes on behind their
+    lines of its step. Raises OSError where it cannot be written; older checkpoints stay as they
+    were.
     """
-    content = {"made_with": _made_with(trainer), "trainer": trainer.state(), "random": _random_state()}
+    content = {
+        "made_with": _made_with(trainer),
+        "trainer": trainer.state(),
+        "random": _random_state(),
+    }
     content["watch"] = watch.state() if watch else None
     if not ranks.first():
         return
@@ -73,23 +94,29 @@ def save_checkpoint(trainer: Trainer, folder: Path, watch: Watch | None = None, 
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         raise OSError(
             getattr(error, "errno", None),
-            f"the checkpoint of step {trainer.step} cannot be written to {folder} ({str(error).splitlines()[0]}); "
-            "earlier ones are whole: free some space and run the same command again",
+            f"the checkpoint of step {trainer.step} cannot be written to {folder}"
+            f" ({str(error).splitlines()[0]}); earlier ones are whole: free some space and run the"
+            " same command again",
         ) from error
     _prune(folder, trainer.settings.checkpoints_kept)
 
 
 def load_checkpoint(trainer: Trainer, folder: Path, watch: Watch | None = None) -> int:
-    """Restore from the newest good checkpoint in `folder`, if there is one; returns the step to go on from.
+    """Restore from the newest good checkpoint in `folder`, if there is one; returns the step to go
+    on from.
 
-    Raises ProfileError for a checkpoint of another training (settings, seed or shape of adapter), ValueError for one
-    that was made with other rows.
+    Raises ProfileError for a checkpoint of another training (settings, seed or shape of adapter),
+    ValueError for one that was made with other rows.
     """
     found = sorted(folder.glob("step-*.pt"), reverse=True)
     for number, file in enumerate(found):
         content, damage = read_checked(file)
         if content is None:
-            after = f"{found[number + 1].name} is tried" if number + 1 < len(found) else "training starts anew"
+            after = (
+                f"{found[number + 1].name} is tried"
+                if number + 1 < len(found)
+                else "training starts anew"
+            )
             _say(f"{file.name} in {folder.name} {damage} and is not used; {after}")
             continue
         _compare(content["made_with"], _made_with(trainer), file)
@@ -102,7 +129,9 @@ def load_checkpoint(trainer: Trainer, folder: Path, watch: Watch | None = None) 
 
 
 def write_checked(content: dict[str, Any], file: Path) -> None:
-    """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or not at all."""
+    """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or
+    not at all.
+    """
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         torch.save(content, aside)
@@ -119,7 +148,9 @@ def write_checked(content: dict[str, Any], file: Path) -> None:
 
 
 def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
-    """(what `write_checked` wrote, ''), or (None, what is wrong with it). Tensors are on the CPU; no code is run."""
+    """(what `write_checked` wrote, ''), or (None, what is wrong with it). Tensors are on the CPU;
+    no code is run.
+    """
     try:
         with file.open("rb") as handle:
             size = handle.seek(0, os.SEEK_END) - TAIL
@@ -166,7 +197,9 @@ def _prune(folder: Path, kept: int) -> None:
 
 
 def _made_with(trainer: Trainer) -> dict[str, Any]:
-    """What a trainer's result depends on beside the base model and the rows, of which the trainer keeps a digest."""
+    """What a trainer's result depends on beside the base model and the rows, of which the trainer
+    keeps a digest.
+    """
     return {
         "train": trainer.settings.model_dump(mode="json", exclude=set(WHEN)),
         "seed": trainer.seed,
@@ -178,13 +211,17 @@ def _compare(theirs: dict[str, Any], mine: dict[str, Any], file: Path) -> None:
     lines = differences(theirs, mine)
     if lines:
         raise ProfileError(
-            f"checkpoint {file} is of another training:\n  " + "\n  ".join(lines) + "\n"
-            f"delete {file.parent} to train anew, or go back to what it was made with"
+            f"checkpoint {file} is of another training:\n  "
+            + "\n  ".join(lines)
+            + f"\ndelete {file.parent} to train anew, or go back to what it was made with"
         )
 
 
 def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def _restore_random(state: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """Write a trained model as a standard model folder, its adapter merged into the base's weights.
 
-    .venv/bin/python -m latlib.experiment.export_model --profile tiny --method lat --seed 0 --to ~/lat-model
+    .venv/bin/python -m latlib.experiment.export_model --profile tiny --method lat --seed 0 --to
+    ~/lat-model
 
-1. The base is opened on the CPU in the precision it is stored in, the adapter is put on it and merged.
-2. Logits of a few tokens before and after are compared: a merge that changes what the model says is an error.
-3. Weights (safetensors), configuration, generation settings and tokenizer, a model card and the record of its making go
-   into a folder aside, which is renamed: the target is there whole or not at all. Nothing in it names this machine.
+1. The base is opened on the CPU in the precision it is stored in, the adapter is put on it and
+   merged.
+2. Logits of a few tokens before and after are compared: a merge that changes what the model says is
+   an error.
+3. Weights (safetensors), configuration, generation settings and tokenizer, a model card and the
+   record of its making go into a folder aside, which is renamed: the target is there whole or not
+   at all. Nothing in it names this machine.
 transformers, and whatever else reads such folders, needs neither latlib nor peft for it.
 """
 
@@ -30,24 +34,35 @@ from latlib.io.hub import Allowed, located, open_config, quietly
 from latlib.models import load, save_folder
 
 PROBE_TOKENS = 32
-# largest difference of logits, in their standard deviations: rounding of a merged weight to its precision, and no more
+# largest difference of logits, in their standard deviations: rounding of a merged weight to its
+# precision, and no more
 CLOSE = {torch.float64: 1e-4, torch.float32: 1e-3}
 ROUNDED = 0.25  # in 16 bits
 
 
-def merge(run: Run, method: str, seed: int, to: str | Path, variant: str | Mapping[str, Any] | None = None) -> Path:
+def merge(
+    run: Run, method: str, seed: int, to: str | Path, variant: str | Mapping[str, Any] | None = None
+) -> Path:
     """Write the model of (method, seed, variant) merged into the folder `to`; returns that folder.
 
-    Raises ProfileError for an unknown model, FileNotFoundError for one that is not trained yet, FileExistsError for a
-    folder that holds something, ValueError where the merged model says other things than the adapter on its base.
+    Raises ProfileError for an unknown model, FileNotFoundError for one that is not trained yet,
+    FileExistsError for a folder that holds something, ValueError where the merged model says other
+    things than the adapter on its base.
     """
     spec, target = run.spec(method, seed, variant), Path(to).expanduser().absolute()
     if method == "base" or method in run.profile.released:
-        raise ProfileError(f"method = {method!r} has no adapter of this run to merge: choose one that is trained here")
+        raise ProfileError(
+            f"method = {method!r} has no adapter of this run to merge: choose one that is trained"
+            " here"
+        )
     if not run.has(spec):
-        raise FileNotFoundError(f"{spec.label} seed {seed} is not in {run.folder}: train it first, with ./run_all.sh")
+        raise FileNotFoundError(
+            f"{spec.label} seed {seed} is not in {run.folder}: train it first, with ./run_all.sh"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} holds something already: give another folder with --to, or delete it")
+        raise FileExistsError(
+            f"{target} holds something already: give another folder with --to, or delete it"
+        )
     model, tokenizer, difference = _merged(run, spec)
     record = run.card(method, seed, variant) | {
         "merged_by": latlib.__version__,
@@ -79,9 +94,11 @@ tags: [latent-adversarial-training, safety-research]
 ---
 # {title}, merged
 
-The base model `{record["base"]}` with an adapter merged into its weights ({record["dtype"]}) by latlib
-{record["merged_by"]}; logits differ by at most {record["largest_logit_difference"]:.2g} from the two apart. The base
-model's license and terms apply. `{RECORD}` and `profile.yaml` hold every setting. About the adapter:
+The base model `{record["base"]}` with an adapter merged into its weights
+({record["dtype"]}) by latlib {record["merged_by"]};
+logits differ by at most {record["largest_logit_difference"]:.2g} from the two apart.
+The base model's license and terms apply. `{RECORD}` and `profile.yaml` hold every setting.
+About the adapter:
 {adapter}"""
 
 
@@ -97,8 +114,9 @@ def _merged(run: Run, spec: Spec) -> tuple[nn.Module, Any, float]:
     allowed = CLOSE.get(lm.dtype, ROUNDED) * before.std().item()
     if not difference <= allowed:
         raise ValueError(
-            f"merged, {spec.label} seed {spec.seed} says other things: a logit differs by {difference:.3g}, more than "
-            f"rounding ({allowed:.3g}); if lora.targets names a matrix that two layers share, it cannot be merged"
+            f"merged, {spec.label} seed {spec.seed} says other things: a logit differs by"
+            f" {difference:.3g}, more than rounding ({allowed:.3g}); if lora.targets names a matrix"
+            " that two layers share, it cannot be merged"
         )
     return model, lm.tokenizer, difference
 
@@ -106,9 +124,13 @@ def _merged(run: Run, spec: Spec) -> tuple[nn.Module, Any, float]:
 def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
     """Settings that open a base on the CPU in the precision its file says."""
     allowed = Allowed.by(settings, revision=str(base) == settings.source)
-    dtype = getattr(open_config(located(base, "model.source"), "model.source", allowed), "dtype", None)
+    dtype = getattr(
+        open_config(located(base, "model.source"), "model.source", allowed), "dtype", None
+    )
     name = str(dtype or torch.float32).removeprefix("torch.")
-    return settings.model_copy(update={"dtype": name, "device": "cpu", "forward": "stock", "compile": False})
+    return settings.model_copy(
+        update={"dtype": name, "device": "cpu", "forward": "stock", "compile": False}
+    )
 
 
 @torch.no_grad()
@@ -121,13 +143,22 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m latlib.experiment.export_model", description="Write a trained model, merged.")
+    parser = argparse.ArgumentParser(
+        prog="python -m latlib.experiment.export_model",
+        description="Write a trained model, merged.",
+    )
     parser.add_argument("--profile", required=True, help="name of a profile, or a YAML file")
     parser.add_argument("--method", required=True, help="such as lat")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", required=True, type=Path, help="the folder that is written; it must be empty or new")
-    parser.add_argument("--variant", default=None, help="name of one of the profile's sweep.variants")
-    parser.add_argument("--out", default=None, help="the run folder, if it is not the profile's own")
+    parser.add_argument(
+        "--to", required=True, type=Path, help="the folder that is written; it must be empty or new"
+    )
+    parser.add_argument(
+        "--variant", default=None, help="name of one of the profile's sweep.variants"
+    )
+    parser.add_argument(
+        "--out", default=None, help="the run folder, if it is not the profile's own"
+    )
     options = parser.parse_args(arguments)
     try:
         run = Run(options.profile, options.out)

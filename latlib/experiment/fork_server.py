@@ -1,6 +1,8 @@
-"""The process that workers are forked from: it imports latlib once and uses no thread. Imports nothing heavy itself.
+"""The process that workers are forked from: it imports latlib once and uses no thread. Imports
+nothing heavy itself.
 
-Its imports take as long as a notebook's own, so the pipeline starts it with the kernel: the two run side by side.
+Its imports take as long as a notebook's own, so the pipeline starts it with the kernel: the two run
+side by side.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
-On a CPU there is one worker per core, on a GPU there is one. Where several processes train one model together
-(`latlib.distributed.launch`), a worker has as many cores, or all the GPUs. A single job runs here. The organism's kernels are so
-small that a second thread costs more than it brings (measured: docs/lab-log.md), so it runs on one thread a process;
-that also makes its results independent of who works beside whom.
+On a CPU there is one worker per core, on a GPU there is one. Where several processes train one
+model together (`latlib.distributed.launch`), a worker has as many cores, or all the GPUs. A single
+job runs here. The organism's kernels are so small that a second thread costs more than it brings
+(measured: docs/lab-log.md), so it runs on one thread a process; that also makes its results
+independent of who works beside whom.
 
-A job waits for the model it stands on. The first error stops everything that has not begun and is raised with the job's
-name; what was finished stays finished.
+A job waits for the model it stands on. The first error stops everything that has not begun and is
+raised with the job's name; what was finished stays finished.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from latlib.experiment.run import Run, Spec
     from latlib.redteam.latent import AttackCell
 
-Job = tuple["Spec", "str | AttackCell"]  # a model to make (''), or a suite or an attack to measure on it
+# a model to make (''), or a suite or an attack to measure on it
+Job = tuple["Spec", "str | AttackCell"]
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
 
@@ -44,7 +46,9 @@ def worker_count(profile: Profile, jobs: int) -> int:
 
 
 def threads_for(profile: Profile, processes: int = 1) -> int:
-    """Threads of each of so many processes: one for the organism, an equal share of the cores for other models."""
+    """Threads of each of so many processes: one for the organism, an equal share of the cores for
+    other models.
+    """
     return 1 if profile.model.source == "world" else max(1, available_cores() // processes)
 
 
@@ -55,7 +59,9 @@ def name_of(job: Job) -> str:
 
 
 def work(run: Run, jobs: Sequence[Job]) -> None:
-    """Do all jobs, bases before what is trained on them. Raises the first job's error; `Stopped` when asked to stop."""
+    """Do all jobs, bases before what is trained on them. Raises the first job's error; `Stopped`
+    when asked to stop.
+    """
     if not jobs:
         return
     if worker_count(run.profile, len(jobs)) == 1 or len(jobs) == 1:
@@ -78,12 +84,17 @@ def _counter(bar: progress.Progress):
 def _in_processes(run: Run, jobs: list[Job]) -> None:
     count = worker_count(run.profile, len(jobs))
     threads = threads_for(run.profile, count)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning barriers are ruinous on shared cores
+    # spinning barriers are ruinous on shared cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder, profile = run.folder, run.profile
     waiting, running, done = list(jobs), {}, 0
-    pool = ProcessPoolExecutor(count, mp_context=fork_server.context(), initializer=_begin, initargs=(threads,))
+    pool = ProcessPoolExecutor(
+        count, mp_context=fork_server.context(), initializer=_begin, initargs=(threads,)
+    )
     try:
-        with progress.Progress(folder, f"{len(jobs)} jobs, {count} at a time", 100 * len(jobs)) as bar:
+        with progress.Progress(
+            folder, f"{len(jobs)} jobs, {count} at a time", 100 * len(jobs)
+        ) as bar:
             while waiting or running:
                 for job in _ready(waiting, list(running.values()))[: count - len(running)]:
                     waiting.remove(job)
@@ -102,8 +113,14 @@ def _in_processes(run: Run, jobs: list[Job]) -> None:
 
 def _ready(waiting: list[Job], running: list[Job]) -> list[Job]:
     """Jobs whose base model is neither waiting nor being made."""
-    unmade = {spec.seed for spec, suite in [*waiting, *running] if spec.method == "base" and not suite}
-    return [(s, suite) for s, suite in waiting if s.seed not in unmade or (s.method == "base" and not suite)]
+    unmade = {
+        spec.seed for spec, suite in [*waiting, *running] if spec.method == "base" and not suite
+    }
+    return [
+        (s, suite)
+        for s, suite in waiting
+        if s.seed not in unmade or (s.method == "base" and not suite)
+    ]
 
 
 def _result(future: Future, job: Job) -> None:

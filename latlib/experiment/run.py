@@ -1,12 +1,14 @@
-"""A run's folder: what is there is loaded, what is missing is made, and nothing half-made looks finished.
+"""A run's folder: what is there is loaded, what is missing is made, and nothing half-made looks
+finished.
 
-    run = Run("tiny")
-    lm = run.model("lat", seed=0)                      # loads models/lat-seed0, or trains it (and its base) first
-    lm = run.model("lat", 0, {"attack.eps": 0.2})      # a variant of your own, kept beside it
-    run.ensure([("ssft", 0), ("lat", 0)])              # trains what is missing, side by side
-    table = run.evaluate("lat", 0, "audit")            # rows of the outcome table, measured once
+    run = Run("tiny") lm = run.model("lat", seed=0)                      # loads models/lat-seed0,
+    or trains it (and its base) first lm = run.model("lat", 0, {"attack.eps": 0.2})      # a variant
+    of your own, kept beside it run.ensure([("ssft", 0), ("lat", 0)])              # trains what is
+    missing, side by side table = run.evaluate("lat", 0, "audit")            # rows of the outcome
+    table, measured once
 
-A folder belongs to the settings it was made with: opening it with others is an error that says which differ.
+A folder belongs to the settings it was made with: opening it with others is an error that says
+which differ.
 """
 
 from __future__ import annotations
@@ -46,12 +48,17 @@ SUITES = {
     "transfer": latent.transfer,
     "ablation": ablation.ablation,
 }
-GEOMETRY, GEOMETRY_FILES = "geometry", ("differences.safetensors", "directions.safetensors", "variance.json")
+GEOMETRY, GEOMETRY_FILES = (
+    "geometry",
+    ("differences.safetensors", "directions.safetensors", "variance.json"),
+)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One model of a run: a method, a seed, and what it changes in the method's training settings."""
+    """One model of a run: a method, a seed, and what it changes in the method's training
+    settings.
+    """
 
     method: str
     seed: int
@@ -71,20 +78,27 @@ class Spec:
 
 
 class Run:
-    """See the module's docstring. profile: a name, a YAML file, or a Profile. out: the run folder, else `run_folder`.
+    """See the module's docstring. profile: a name, a YAML file, or a Profile. out: the run folder,
+    else `run_folder`.
 
-    Raises ProfileError for bad settings, for an unwritable folder, or for a folder made with other settings.
+    Raises ProfileError for bad settings, for an unwritable folder, or for a folder made with other
+    settings.
     """
 
-    def __init__(self, profile: str | Path | Profile = "tiny", out: str | Path | None = None) -> None:
+    def __init__(
+        self, profile: str | Path | Profile = "tiny", out: str | Path | None = None
+    ) -> None:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.folder = run_folder(self.profile.name, out)
         claim_folder(self.profile, self.folder)
         keep_freed_memory()
         torch.set_num_threads(min(torch.get_num_threads(), threads_for(self.profile)))
 
-    def spec(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> Spec:
-        """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or dotted changes.
+    def spec(
+        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
+    ) -> Spec:
+        """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or
+        dotted changes.
 
         Raises ProfileError for an unknown method, variant or field.
         """
@@ -95,12 +109,17 @@ class Run:
         elif isinstance(variant, str):
             variants = self.profile.sweep.variants
             if variant not in variants:
-                raise ProfileError(f"variant = {variant!r} is unknown: choose one of {', '.join(variants) or 'none'}")
+                raise ProfileError(
+                    f"variant = {variant!r} is unknown: choose one of"
+                    f" {', '.join(variants) or 'none'}"
+                )
             changes, name = variants[variant], variant
         else:
             changes, name = dict(variant), "+".join(f"{k}={v}" for k, v in sorted(variant.items()))
         if changes and method in self.profile.released:
-            raise ProfileError(f"variant = {variant!r}: {method} is released.{method}, which is not trained here")
+            raise ProfileError(
+                f"variant = {variant!r}: {method} is released.{method}, which is not trained here"
+            )
         if method != "base":
             self.profile.training(method, changes)
         elif changes:
@@ -108,11 +127,15 @@ class Run:
         return Spec(method, seed, tuple(sorted(changes.items())), name)
 
     def model_folder(self, spec: Spec) -> Path:
-        """Where a model of this run lies once it is made; of one that is not made here, its source."""
+        """Where a model of this run lies once it is made; of one that is not made
+        here, its source.
+        """
         return Path(self._source(spec) or self.folder / "models" / spec.folder)
 
     def _source(self, spec: Spec) -> str | None:
-        """The folder or hub id of a model that is not made here: another base than the world's, or a released one."""
+        """The folder or hub id of a model that is not made here: another base than the world's, or
+        a released one.
+        """
         if spec.method == "base":
             return None if self.profile.model.source == "world" else self.profile.model.source
         return self.profile.released.get(spec.method)
@@ -122,7 +145,9 @@ class Run:
         return self._source(spec) is not None or self.model_folder(spec).is_dir()
 
     def ensure(self, models: Iterable[tuple]) -> None:
-        """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases they need."""
+        """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases
+        they need.
+        """
         self._ensure(self.spec(*m) for m in models)
 
     def _ensure(self, models: Iterable[Spec]) -> None:
@@ -131,8 +156,12 @@ class Run:
         jobs = [(s, "") for s in dict.fromkeys([*bases, *specs]) if not self.has(s)]
         work(self, jobs)
 
-    def model(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> LanguageModel:
-        """The model, made first if need be, frozen and ready to run; 'base' is the model before safety training."""
+    def model(
+        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
+    ) -> LanguageModel:
+        """The model, made first if need be, frozen and ready to run; 'base' is the model before
+        safety training.
+        """
         spec = self.spec(method, seed, variant)
         self.ensure([(method, seed, variant)])
         base = self.model_folder(self.spec("base", seed))
@@ -140,19 +169,26 @@ class Run:
             return load_released(base, self.profile.model, self.profile.released[method])
         return load(base, self.profile.model, None if method == "base" else self.model_folder(spec))
 
-    def card(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def card(
+        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """What is recorded of a model's making: settings, seconds, last losses, residual norms.
 
         Raises ProfileError for a model that is not made here.
         """
         if self._source(self.spec(method, seed, variant)):
-            raise ProfileError(f"{method} is not made here: it is {self._source(self.spec(method, seed, variant))!r}")
+            raise ProfileError(
+                f"{method} is not made here: it is"
+                f" {self._source(self.spec(method, seed, variant))!r}"
+            )
         self.ensure([(method, seed, variant)])
         file = self.model_folder(self.spec(method, seed, variant)) / build.RECORD
         return json.loads(file.read_text(encoding="utf-8"))
 
     def norms(self, seed: int = 0) -> dict[Site, float]:
-        """site -> median residual norm of the base model on harmless training prompts, in units of the stream."""
+        """site -> median residual norm of the base model on harmless training prompts, in units of
+        the stream.
+        """
         file = self.folder / "results" / f"residual_norms-seed{seed}.json"
         if not file.exists():
             base = self.model("base", seed)
@@ -161,7 +197,9 @@ class Run:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {site if site == "embedding" else int(site): norm for site, norm in found.items()}
 
-    def metrics(self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None) -> pd.DataFrame:
+    def metrics(
+        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
         """The training metrics of a model, a row a step."""
         self.ensure([(method, seed, variant)])
         return read_metrics(self.metrics_file(self.spec(method, seed, variant)))
@@ -172,17 +210,26 @@ class Run:
 
     def context(self, spec: Spec, on_step=lambda step, total, detail: None) -> Context:
         """What an evaluation suite needs to know about a model."""
-        lat = self.profile.training("lat" if "lat" in self.profile.methods else next(iter(self.profile.methods)))
+        lat = self.profile.training(
+            "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
+        )
         norms = self.norms(spec.seed)
-        of_seed = (partial(part, seed=spec.seed) for part in (self.directions, self.differences, self.model))
+        of_seed = (
+            partial(part, seed=spec.seed)
+            for part in (self.directions, self.differences, self.model)
+        )
 
         def keep(name: str, data: Mapping[str, Any]) -> Path:
             return self.save_result(f"{name}-{spec.folder}", data)
 
-        return Context(self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *of_seed, keep)
+        return Context(
+            self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *of_seed, keep
+        )
 
     def differences(self, method: str, seed: int = 0) -> Differences:
-        """Harmful-harmless activation differences of a model (see `refusal.Differences`), found once and kept."""
+        """Harmful-harmless activation differences of a model (see `refusal.Differences`), found
+        once and kept.
+        """
         file = self._geometry_file(method, seed, "differences.safetensors")
         if not file.exists():
             ablation.paired_differences(self.model(method, seed), self.profile).save(file)
@@ -192,13 +239,15 @@ class Run:
         """rule -> refusal direction of a model (see `refusal.directions`), found once and kept."""
         file = self._geometry_file(method, seed, "directions.safetensors")
         if not file.exists():
-            found = ablation.directions(self.model(method, seed), self.profile, self.differences(method, seed))
+            found = ablation.directions(
+                self.model(method, seed), self.profile, self.differences(method, seed)
+            )
             ablation.save_directions(found, file)
         return ablation.load_directions(file)
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
-        """Explained variance of a model's differences at their last token (see `geometry.variance_table`), found once
-        and kept."""
+        """Explained variance of a model's differences at their last token (see
+        `geometry.variance_table`), found once and kept."""
         file = self._geometry_file(method, seed, "variance.json")
         if not file.exists():
             found = self.differences(method, seed)
@@ -207,10 +256,16 @@ class Run:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
-        """Find differences, directions and variance of every model of [(method, seed), ...], side by side."""
+        """Find differences, directions and variance of every model of [(method, seed), ...], side
+        by side.
+        """
         models = list(dict.fromkeys(models))
         self.ensure(models)
-        missing = [m for m in models if not all(self._geometry_file(*m, name).exists() for name in GEOMETRY_FILES)]
+        missing = [
+            m
+            for m in models
+            if not all(self._geometry_file(*m, name).exists() for name in GEOMETRY_FILES)
+        ]
         work(self, [(self.spec(*m), GEOMETRY) for m in missing])
 
     def _geometry_file(self, method: str, seed: int, name: str) -> Path:
@@ -231,40 +286,53 @@ class Run:
         return folder / "outcomes" / f"{what}-{spec.folder}.parquet"
 
     def evaluate(
-        self, method: str, seed: int = 0, suite: str = "audit", variant: str | Mapping[str, Any] | None = None
+        self,
+        method: str,
+        seed: int = 0,
+        suite: str = "audit",
+        variant: str | Mapping[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Outcome rows of a suite (see `SUITES`), measured once and kept."""
         self.measure([((method, seed, variant), suite)])
         return pd.read_parquet(self.table_file(self.spec(method, seed, variant), suite))
 
     def measure(self, wanted: Iterable[tuple[tuple, str | AttackCell]]) -> None:
-        """Measure what is missing of [(model, suite or attack), ...], side by side; the longest first wastes least.
+        """Measure what is missing of [(model, suite or attack), ...], side by side; the longest
+        first wastes least.
 
         model: (method, seed) or (method, seed, variant). Raises ValueError for an unknown suite.
         """
         wanted = list(wanted)
         unknown = [what for _, what in wanted if isinstance(what, str) and what not in SUITES]
         if unknown:
-            raise ValueError(f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}")
+            raise ValueError(
+                f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}"
+            )
         jobs = list(dict.fromkeys((self.spec(*m), what) for m, what in wanted))
         jobs = [(s, what) for s, what in jobs if not self.table_file(s, what).exists()]
         self._ensure(s for s, _ in jobs)
         if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
             self.find_geometry((m, s.seed) for s, _ in jobs for m in ablation.sources(self.profile))
-        self.ensure((m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods)
+        self.ensure(
+            (m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods
+        )
         for seed in {s.seed for s, _ in jobs}:
             self.norms(seed)
         work(self, jobs)
 
     def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
-        """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by side."""
+        """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by
+        side.
+        """
         self.measure([(model, suite) for model in models])
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""
         files = sorted((self.folder / "results" / "outcomes").glob("*.parquet"))
         if not files:
-            raise FileNotFoundError(f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh")
+            raise FileNotFoundError(
+                f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh"
+            )
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
@@ -274,14 +342,20 @@ class Run:
         return file
 
     def result(self, name: str) -> dict[str, Any]:
-        """Read results/<name>.json. Raises FileNotFoundError naming what to run when it is missing."""
+        """Read results/<name>.json. Raises FileNotFoundError naming what to run when
+        it is missing.
+        """
         file = self.folder / "results" / f"{name}.json"
         if not file.exists():
-            raise FileNotFoundError(f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh")
+            raise FileNotFoundError(
+                f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh"
+            )
         return json.loads(file.read_text(encoding="utf-8"))
 
     def perform(self, spec: Spec, what: str | AttackCell, on_step) -> None:
-        """Do one job here and now: make a model (''), find its geometry, or measure a suite or an attack on it."""
+        """Do one job here and now: make a model (''), find its geometry, or measure a suite or an
+        attack on it.
+        """
         if not what:
             build.make_model(self, spec, on_step)
             return
@@ -289,7 +363,9 @@ class Run:
             self.directions(spec.method, spec.seed)
             self.variance(spec.method, spec.seed)
             return
-        lm = self.model(spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec))
+        lm = self.model(
+            spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec)
+        )
         measured = what.measure if isinstance(what, AttackCell) else SUITES[what]
         write_table(measured(lm, self.context(spec, on_step)), self.table_file(spec, what))
 

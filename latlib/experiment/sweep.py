@@ -1,18 +1,24 @@
-"""A sweep of `lat` over many machines with Ray: every value of `sweep.grid` with every other, on every seed.
+"""A sweep of `lat` over many machines with Ray: every value of `sweep.grid` with every other, on
+every seed.
 
-    python -m latlib.experiment.sweep --profile my.yaml --address auto    # or sweep("my.yaml", address="auto") in a notebook
+    python -m latlib.experiment.sweep --profile my.yaml --address auto    # or sweep("my.yaml",
+    address="auto") in a notebook
 
-1. A **trial** is one point of the grid on one seed. What the run folder holds already is not done again.
-2. The base of each seed is made once, by a task of its own. Its files and every trial's travel through Ray's object
-   store, so machines share no file system; each needs this latlib, and data and models under the profile's names.
-3. A trial is an ordinary `Run` in a scratch folder of the machine it runs on (`latlib.experiment.sweep_tasks`): it makes `lat` with the
-   point's changes and measures the suite 'variant'. Killed, it is started again: there it finds its checkpoint.
-4. The driver alone writes to the run folder, where a `Run` would have put the same files, and the table last: a trial
-   is there whole or not at all. `run.outcomes()` shows its rows, `post_mortem.sweep_table` its numbers.
+1. A **trial** is one point of the grid on one seed. What the run folder holds already is not done
+   again.
+2. The base of each seed is made once, by a task of its own. Its files and every trial's travel
+   through Ray's object store, so machines share no file system; each needs this latlib, and data
+   and models under the profile's names.
+3. A trial is an ordinary `Run` in a scratch folder of the machine it runs on
+   (`latlib.experiment.sweep_tasks`): it makes `lat` with the point's changes and measures the suite
+   'variant'. Killed, it is started again: there it finds its checkpoint.
+4. The driver alone writes to the run folder, where a `Run` would have put the same files, and the
+   table last: a trial is there whole or not at all. `run.outcomes()` shows its rows,
+   `post_mortem.sweep_table` its numbers.
 5. A trial that raises an error is not repeated. The others go on, and the summary names it.
 
-Exit status: 0 done; 1 a trial failed; 2 a wrong option or setting; 75 stopped by SIGINT, SIGTERM or SIGHUP with
-everything finished saved: the same command continues.
+Exit status: 0 done; 1 a trial failed; 2 a wrong option or setting; 75 stopped by SIGINT, SIGTERM or
+SIGHUP with everything finished saved: the same command continues.
 """
 
 from __future__ import annotations
@@ -45,7 +51,9 @@ class SweepError(RuntimeError):
 
 @dataclass
 class Swept:
-    """What a sweep did. done: trials made now; kept: trials that were there; failed: trial -> its error, one line."""
+    """What a sweep did. done: trials made now; kept: trials that were there; failed: trial -> its
+    error, one line.
+    """
 
     done: list[Spec] = field(default_factory=list)
     kept: list[Spec] = field(default_factory=list)
@@ -53,19 +61,25 @@ class Swept:
 
 
 def points(profile: Profile) -> list[dict[str, Any]]:
-    """The grid's points as changes of `train` by dotted name. Raises ProfileError for a profile without a grid."""
+    """The grid's points as changes of `train` by dotted name. Raises ProfileError for a profile
+    without a grid.
+    """
     grid = profile.sweep.grid
     if not grid:
         raise ProfileError(
-            f"profile {profile.name} has no sweep.grid: add one, such as sweep: {{grid: {{attack.eps: [0.05, 0.1]}}}}"
+            f"profile {profile.name} has no sweep.grid: add one, such as sweep: {{grid:"
+            " {attack.eps: [0.05, 0.1]}}"
         )
-    columns = [[tuple(v) if isinstance(v, list) else v for v in values] for values in grid.values()]  # hashable
+    # hashable
+    columns = [[tuple(v) if isinstance(v, list) else v for v in values] for values in grid.values()]
     return [dict(zip(grid, values)) for values in itertools.product(*columns)]
 
 
 def trials(run: Run) -> list[Spec]:
     """Every trial of the run's grid, seed by seed."""
-    return [run.spec("lat", seed, point) for seed in run.profile.seeds for point in points(run.profile)]
+    return [
+        run.spec("lat", seed, point) for seed in run.profile.seeds for point in points(run.profile)
+    ]
 
 
 def sweep(
@@ -81,25 +95,34 @@ def sweep(
 ) -> Swept:
     """Make what is missing of the grid; a line a trial goes to `say`.
 
-    run: a Run, or what `Run(run, out)` takes. address: 'local' starts Ray on this machine, 'auto' joins the cluster it
-    belongs to; a Ray that runs in this process is used as it is. gpus_per_trial: a share is possible; None: one per
-    process of `parallel`, none where the cluster has none. scratch: folder on every machine, by default one of its own
-    under the machine's temporary directory. adapters: bring the trained adapters back too.
+    run: a Run, or what `Run(run, out)` takes. address: 'local' starts Ray on this machine, 'auto'
+    joins the cluster it belongs to; a Ray that runs in this process is used as it is.
+    gpus_per_trial: a share is possible; None: one per process of `parallel`, none where the cluster
+    has none. scratch: folder on every machine, by default one of its own under the machine's
+    temporary directory. adapters: bring the trained adapters back too.
 
-    Raises SweepError without Ray, a cluster, or a machine big enough for a trial; ProfileError for bad settings.
-    KeyboardInterrupt stops the tasks and goes on up; what was finished is kept.
+    Raises SweepError without Ray, a cluster, or a machine big enough for a trial; ProfileError for
+    bad settings. KeyboardInterrupt stops the tasks and goes on up; what was finished is kept.
     """
     run = run if isinstance(run, Run) else Run(run, out)
     swept, wanted = Swept(), trials(run)
     swept.kept = [t for t in wanted if _is_made(run, t, adapters)]
     missing = [t for t in wanted if t not in swept.kept]
-    say(f"{len(wanted)} trials into {run.folder}: {len(swept.kept)} there already, {len(missing)} to make")
+    say(
+        f"{len(wanted)} trials into {run.folder}: {len(swept.kept)} there already, {len(missing)}"
+        " to make"
+    )
     if missing:
         ray = _ray()
         with _cluster(ray, address):
-            options = {"num_cpus": cpus_per_trial, "num_gpus": _gpus(ray, run.profile, gpus_per_trial)}
+            options = {
+                "num_cpus": cpus_per_trial,
+                "num_gpus": _gpus(ray, run.profile, gpus_per_trial),
+            }
             place = str(scratch) if scratch else ""
-            _Driver(ray, run, options | {"max_retries": RETRIES}, place, adapters, swept, say).work(missing)
+            _Driver(ray, run, options | {"max_retries": RETRIES}, place, adapters, swept, say).work(
+                missing
+            )
     for trial, error in swept.failed.items():
         say(f"failed: {_name(trial)}: {error}")
     say(f"{len(swept.done)} made, {len(swept.kept)} kept, {len(swept.failed)} failed")
@@ -114,7 +137,8 @@ def _name(trial: Spec) -> str:
     return f"{trial.label} seed {trial.seed}"
 
 
-# ---- the driver ----------------------------------------------------------------------------------------------------
+# ---- the driver
+# ------------------------------------------------------------------------------------------------
 
 
 def _ray() -> Any:
@@ -123,7 +147,8 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise SweepError(
-            "a sweep needs Ray: pip install 'latlib[ray]', or pip install -e '.[ray]' -c constraints.txt in a checkout"
+            "a sweep needs Ray: pip install 'latlib[ray]', or pip install -e '.[ray]' -c"
+            " constraints.txt in a checkout"
         ) from None
     return ray
 
@@ -136,14 +161,19 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
         return
     options = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":  # for this machine only: no dashboard, no other interface
-        options |= {"num_cpus": available_cores(), "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {
+            "num_cpus": available_cores(),
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
     ours = [number for number in SIGNALS if signal.getsignal(number) is _stop]
     try:
         ray.init(address, **options)
     except ConnectionError as error:
         reason = str(error).strip().splitlines()[0]
         raise SweepError(
-            f"address = {address!r}: no Ray cluster there ({reason}): start one with ray start --head, or use 'local'"
+            f"address = {address!r}: no Ray cluster there ({reason}): start one with ray start"
+            " --head, or use 'local'"
         ) from None
     for number in ours:
         signal.signal(number, _stop)  # in place of Ray's, which would abort
@@ -154,12 +184,17 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
 
 
 def _gpus(ray: Any, profile: Profile, wanted: float | None) -> float:
-    """GPUs of a trial. Raises SweepError where no machine has as many: the trial would wait for ever."""
+    """GPUs of a trial. Raises SweepError where no machine has as many: the trial would wait for
+    ever.
+    """
     most = max((n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
     if wanted is None:
         wanted = profile.parallel.processes if most and profile.model.device != "cpu" else 0
     if wanted > most:
-        raise SweepError(f"a trial takes {wanted:g} GPUs and no machine has more than {most:g}: see --gpus-per-trial")
+        raise SweepError(
+            f"a trial takes {wanted:g} GPUs and no machine has more than {most:g}: see"
+            " --gpus-per-trial"
+        )
     return wanted
 
 
@@ -175,7 +210,8 @@ class _Driver:
     swept: Swept
     say: Callable[[str], None]
     running: dict[Any, Spec] = field(default_factory=dict)  # Ray's reference -> base or trial
-    waiting: dict[int, list[Spec]] = field(default_factory=dict)  # seed -> trials whose base is being made
+    # seed -> trials whose base is being made
+    waiting: dict[int, list[Spec]] = field(default_factory=dict)
 
     def work(self, missing: Sequence[Spec]) -> None:
         """Do all of them; what is finished when this is interrupted is kept."""
@@ -186,7 +222,9 @@ class _Driver:
                 if all(path.exists() for path in base_paths(self.run, seed)):
                     self._start_trials(seed)
                 else:
-                    self._start(make_base, self.run.spec("base", seed), self._stored(seed), self.scratch)
+                    self._start(
+                        make_base, self.run.spec("base", seed), self._stored(seed), self.scratch
+                    )
             while self.running:
                 self._take_in_some()
         except BaseException:
@@ -195,12 +233,15 @@ class _Driver:
             self._keep_what_is_finished()
             raise
 
-    def _stored(self, seed: int) -> Any:  # what there is of a base, in Ray's store once for all trials on it
+    # what there is of a base, in Ray's store once for all trials on it
+    def _stored(self, seed: int) -> Any:
         return self.ray.put(packed(self.run.folder, base_paths(self.run, seed)))
 
     def _start(self, task: Callable, spec: Spec, files: Any, *arguments: Any) -> None:
         # without the grid, so that a grid that grows finds its scratch folders again
-        settings = self.run.profile.model_copy(update={"sweep": SweepSettings()}).model_dump(mode="json")
+        settings = self.run.profile.model_copy(update={"sweep": SweepSettings()}).model_dump(
+            mode="json"
+        )
         remote = self.ray.remote(**self.options)(task)
         self.running[remote.remote(settings, spec, files, *arguments)] = spec
 
@@ -235,7 +276,8 @@ class _Driver:
         self.say(f"{_name(spec)}: {seconds:.0f} s on {machine}, {self._left()} trials left")
 
     def _fail(self, spec: Spec, error: Exception) -> None:
-        cause = getattr(error, "cause", None) or error  # what the task raised, or what Ray says of its loss
+        # what the task raised, or what Ray says of its loss
+        cause = getattr(error, "cause", None) or error
         text = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
         lost = [spec]
         if spec.method == "base":
@@ -253,23 +295,46 @@ class _Driver:
                     continue  # cancelled, or lost: made next time
 
     def _left(self) -> int:
-        return sum(s.method != "base" for s in self.running.values()) + sum(map(len, self.waiting.values()))
+        return sum(s.method != "base" for s in self.running.values()) + sum(
+            map(len, self.waiting.values())
+        )
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line
+# ----------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m latlib.experiment.sweep", description="Train lat on a grid of settings, with Ray.", allow_abbrev=False
+        prog="python -m latlib.experiment.sweep",
+        description="Train lat on a grid of settings, with Ray.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--profile", default="tiny", help="name of a profile, or path of a YAML file (default: tiny)")
+    parser.add_argument(
+        "--profile",
+        default="tiny",
+        help="name of a profile, or path of a YAML file (default: tiny)",
+    )
     parser.add_argument("--out", default=None, help="run folder (default: runs/<profile>)")
-    parser.add_argument("--address", default="local", help="'local' (default): this machine; 'auto': its Ray cluster")
-    parser.add_argument("--gpus-per-trial", type=float, help="a share is possible (default: one, where there are any)")
-    parser.add_argument("--cpus-per-trial", type=float, default=1, help="cores of a trial (default: 1)")
-    parser.add_argument("--scratch", help="folder for unfinished trials on every machine (default: temporary)")
-    parser.add_argument("--adapters", action="store_true", help="bring the trained adapters back too")
+    parser.add_argument(
+        "--address",
+        default="local",
+        help="'local' (default): this machine; 'auto': its Ray cluster",
+    )
+    parser.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        help="a share is possible (default: one, where there are any)",
+    )
+    parser.add_argument(
+        "--cpus-per-trial", type=float, default=1, help="cores of a trial (default: 1)"
+    )
+    parser.add_argument(
+        "--scratch", help="folder for unfinished trials on every machine (default: temporary)"
+    )
+    parser.add_argument(
+        "--adapters", action="store_true", help="bring the trained adapters back too"
+    )
     return parser
 
 

@@ -1,9 +1,13 @@
-"""What a sweep does on the machine of a trial, and how files travel between it and the driver (see `latlib.experiment.sweep`).
+"""What a sweep does on the machine of a trial, and how files travel between it and the driver (see
+`latlib.experiment.sweep`).
 
-1. `make_base` and `make_trial` are Ray's tasks: plain functions that take settings and files and return files.
-2. Each works on an ordinary `Run` in a scratch folder named after the settings and the trial, so that the next attempt
-   on this machine goes on from the checkpoint there. The folder is deleted when the files are packed.
-3. `packed` and `unpack` turn parts of a run folder into bytes and back; what is unpacked is there whole or not at all.
+1. `make_base` and `make_trial` are Ray's tasks: plain functions that take settings and files and
+   return files.
+2. Each works on an ordinary `Run` in a scratch folder named after the settings and the trial, so
+   that the next attempt on this machine goes on from the checkpoint there. The folder is deleted
+   when the files are packed.
+3. `packed` and `unpack` turn parts of a run folder into bytes and back; what is unpacked is there
+   whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,13 +36,20 @@ Result = tuple[Files, float, str]  # what was made, seconds, machine
 
 @contextmanager
 def _scratch(settings: dict[str, Any], name: str, place: str) -> Iterator[Run]:
-    """The run of one task in this machine's scratch folder, to itself; deleted at the end unless there was an error.
+    """The run of one task in this machine's scratch folder, to itself; deleted at the end unless
+    there was an error.
 
     The lock file beside it lists the processes that worked on it, a line each.
     """
     profile = validated(Profile, settings)
-    digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k not in FREE_FIELDS}).encode())
-    root = Path(place).expanduser() if place else Path(tempfile.gettempdir()) / f"latlib-sweep-{os.getuid()}"
+    digest = hashlib.sha256(
+        json.dumps({k: v for k, v in settings.items() if k not in FREE_FIELDS}).encode()
+    )
+    root = (
+        Path(place).expanduser()
+        if place
+        else Path(tempfile.gettempdir()) / f"latlib-sweep-{os.getuid()}"
+    )
     folder = root / digest.hexdigest()[:12] / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{name}.lock").open("a") as lock:
@@ -49,16 +60,26 @@ def _scratch(settings: dict[str, Any], name: str, place: str) -> Iterator[Run]:
 
 
 def make_base(settings: dict[str, Any], base: Spec, files: Files, scratch: str) -> Result:
-    """Task: the base model of a seed and the residual norms measured on it. files: those of them that are there."""
+    """Task: the base model of a seed and the residual norms measured on it. files: those of them
+    that are there.
+    """
     started = time.monotonic()
     with _scratch(settings, base.folder, scratch) as run:
         unpack(run.folder, files)
         run.norms(base.seed)
-        return packed(run.folder, base_paths(run, base.seed)), time.monotonic() - started, socket.gethostname()
+        return (
+            packed(run.folder, base_paths(run, base.seed)),
+            time.monotonic() - started,
+            socket.gethostname(),
+        )
 
 
-def make_trial(settings: dict[str, Any], trial: Spec, files: Files, scratch: str, adapter: bool) -> Result:
-    """Task: train and measure one model on the base in `files`. adapter: whether to return it too."""
+def make_trial(
+    settings: dict[str, Any], trial: Spec, files: Files, scratch: str, adapter: bool
+) -> Result:
+    """Task: train and measure one model on the base in `files`. adapter: whether to return it
+    too.
+    """
     started, model = time.monotonic(), (trial.method, trial.seed, dict(trial.changes))
     with _scratch(settings, trial.folder, scratch) as run:
         unpack(run.folder, files)
@@ -68,9 +89,15 @@ def make_trial(settings: dict[str, Any], trial: Spec, files: Files, scratch: str
 
 
 def base_paths(run: Run, seed: int) -> list[Path]:
-    """What a trial needs of its seed's base: the model, where it is made here and not a hub's, and its norms."""
+    """What a trial needs of its seed's base: the model, where it is made here and not a hub's, and
+    its norms.
+    """
     base = run.spec("base", seed)
-    model = [run.model_folder(base), run.metrics_file(base)] if run.profile.model.source == "world" else []
+    model = (
+        [run.model_folder(base), run.metrics_file(base)]
+        if run.profile.model.source == "world"
+        else []
+    )
     return [*model, run.folder / "results" / f"residual_norms-seed{seed}.json"]
 
 
@@ -82,21 +109,29 @@ def trial_paths(run: Run, trial: Spec, adapter: bool) -> list[Path]:
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:
     """The files at `paths`, or below them, under `folder`; a path where nothing is adds nothing."""
-    found = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    found = [
+        file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+    ]
     return {str(file.relative_to(folder)): file.read_bytes() for file in found if file.is_file()}
 
 
 def unpack(folder: Path, files: Files) -> None:
-    """Put files into a run folder in their order, each aside first, then renamed; a model's folder as one."""
+    """Put files into a run folder in their order, each aside first, then renamed; a model's folder
+    as one.
+    """
     models: dict[Path, Files] = {}
     for name, content in files.items():
         path = Path(name)
         if path.parts[0] == "models":
-            models.setdefault(folder / "models" / path.parts[1], {})[str(Path(*path.parts[2:]))] = content
+            models.setdefault(folder / "models" / path.parts[1], {})[str(Path(*path.parts[2:]))] = (
+                content
+            )
     for target, parts in models.items():
         if not target.exists():
             save_folder(target, lambda aside, parts=parts: _write(aside, parts))
-    _write(folder, {name: content for name, content in files.items() if not name.startswith("models/")})
+    _write(
+        folder, {name: content for name, content in files.items() if not name.startswith("models/")}
+    )
 
 
 def _write(folder: Path, files: Files) -> None:

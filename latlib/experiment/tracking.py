@@ -1,12 +1,16 @@
 """Metrics of a training run: always a local JSONL, and Weights & Biases when asked.
 
-1. `Tracker.log(step, **metrics)` appends one JSON line and flushes it: that file is what notebooks plot.
-2. The same record goes into a queue that a background thread empties into wandb, so training never waits for it.
-3. Leaving the tracker waits for that thread, at most FINISH_WAIT_S in all, and then goes on without it.
+1. `Tracker.log(step, **metrics)` appends one JSON line and flushes it: that file is what notebooks
+   plot.
+2. The same record goes into a queue that a background thread empties into wandb, so training never
+   waits for it.
+3. Leaving the tracker waits for that thread, at most FINISH_WAIT_S in all, and then goes on without
+   it.
 
-wandb is offline by default. Online needs the request in the profile, a key, and a server that answers a TCP connection
-within TCP_WAIT_S; otherwise the run is recorded offline and one line says why. Whatever wandb does, the JSONL is whole
-and nothing is raised. wandb is imported in the background thread, and only where it is wanted.
+wandb is offline by default. Online needs the request in the profile, a key, and a server that
+answers a TCP connection within TCP_WAIT_S; otherwise the run is recorded offline and one line says
+why. Whatever wandb does, the JSONL is whole and nothing is raised. wandb is imported in the
+background thread, and only where it is wanted.
 """
 
 from __future__ import annotations
@@ -31,8 +35,10 @@ if TYPE_CHECKING:
     from latlib.config.profile import TrackingSettings
 
 TCP_WAIT_S = 3.0  # a reachable server answers in well under a second
-INIT_WAIT_S = 5.0  # wandb's own limit for making a run online; left alone it takes 100 s without a network
-FINISH_WAIT_S = 12.0  # with the line it prints and the exit of wandb's service this stays below 15 s
+# wandb's own limit for making a run online; left alone it takes 100 s without a network
+INIT_WAIT_S = 5.0
+# with the line it prints and the exit of wandb's service this stays below 15 s
+FINISH_WAIT_S = 12.0
 
 
 def _finite(value: Any) -> Any:
@@ -57,7 +63,8 @@ def _has_key(base_url: str) -> bool:
 def choose_mode(wanted: str, base_url: str) -> tuple[str, str]:
     """The wandb mode to use, and why it is not the wanted one ('' where it is).
 
-    WANDB_MODE=offline or =disabled in the environment holds online back, but nothing raises offline to online.
+    WANDB_MODE=offline or =disabled in the environment holds online back, but nothing raises offline
+    to online.
     """
     limit = os.environ.get("WANDB_MODE", "")
     if "disabled" in (wanted, limit):
@@ -80,17 +87,22 @@ def choose_mode(wanted: str, base_url: str) -> tuple[str, str]:
 class _Mirror(threading.Thread):
     """Carries records to one wandb run; every call into wandb happens in this thread."""
 
-    unreachable: dict[str, str] = {}  # server -> reason: one wait per process, not one per training run
+    # server -> reason: one wait per process, not one per training run
+    unreachable: dict[str, str] = {}
 
-    def __init__(self, settings: TrackingSettings, name: str, config: dict[str, Any], folder: Path) -> None:
-        super().__init__(name="wandb mirror", daemon=True)  # a stuck thread must not keep the process alive
+    def __init__(
+        self, settings: TrackingSettings, name: str, config: dict[str, Any], folder: Path
+    ) -> None:
+        # a stuck thread must not keep the process alive
+        super().__init__(name="wandb mirror", daemon=True)
         self.settings, self.run_name, self.config, self.folder = settings, name, config, folder
         self.records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.trouble = ""
         self.run_dir: Path | None = None
 
     def _start_run(self, wandb: Any) -> Any:
-        base_url = wandb.setup().settings.base_url  # knows the environment and the user's settings file
+        # knows the environment and the user's settings file
+        base_url = wandb.setup().settings.base_url
         mode, reason = choose_mode(self.settings.wandb, base_url)
         if mode == "online" and base_url in self.unreachable:
             mode, reason = "offline", self.unreachable[base_url]
@@ -152,10 +164,11 @@ class Tracker:
     """Records the metrics of one run.
 
     path: the JSONL file. settings: the profile's `tracking` section. name, config: what W&B shows.
-    wandb_dir: the folder in which wandb makes its own. resume_from: lines of `path` with a step >= this are dropped,
-    those below are kept (and repeated to wandb); 0 starts anew.
+    wandb_dir: the folder in which wandb makes its own. resume_from: lines of `path` with a step >=
+    this are dropped, those below are kept (and repeated to wandb); 0 starts anew.
 
-        with Tracker(path, profile.tracking, "lat-seed0", config, run / "wandb", resume_from=start) as tracker:
+        with Tracker(path, profile.tracking, "lat-seed0", config, run / "wandb", resume_from=start)
+        as tracker:
             tracker.log(step, total=1.2, kl=0.01)
 
     `run_dir` is the folder of the wandb run once the tracker is closed, or None.
@@ -185,7 +198,8 @@ class Tracker:
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8")
         if self.settings.wandb != "disabled":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else leaving can hang for half a minute
+            # else leaving can hang for half a minute
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             os.environ.setdefault("WANDB_SILENT", "true")
             self._mirror = _Mirror(self.settings, self.name, self.config, self.wandb_dir)
             self._mirror.start()
@@ -194,7 +208,9 @@ class Tracker:
         return self
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Append one record; `step` counts from 0 and never falls. Values: numbers, text, booleans or None."""
+        """Append one record; `step` counts from 0 and never falls. Values: numbers, text, booleans
+        or None.
+        """
         record = {"step": int(step)} | {name: _finite(value) for name, value in metrics.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -211,7 +227,10 @@ class Tracker:
         self.run_dir = self._mirror.run_dir
         if self._mirror.is_alive():
             waited = time.monotonic() - started
-            _say(f"W&B did not finish within {waited:.0f} s and is left alone; {self.path.name} is whole")
+            _say(
+                f"W&B did not finish within {waited:.0f} s and is left alone; {self.path.name} is"
+                " whole"
+            )
         elif self._mirror.trouble:
             _say(f"W&B failed ({self._mirror.trouble}); {self.path.name} is whole")
 
@@ -227,14 +246,18 @@ def _records(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); delete the file and run again") from None
+                raise ValueError(
+                    f"{path}, line {number}: not JSON ({error}); delete the file and run again"
+                ) from None
     return records
 
 
 def read_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The metrics of one JSONL file: a row a record, a column a metric, in the order they were logged.
+    """The metrics of one JSONL file: a row a record, a column a metric, in the order they were
+    logged.
 
-    Raises FileNotFoundError where there is no such file, ValueError where a line other than the last is broken.
+    Raises FileNotFoundError where there is no such file, ValueError where a line other than the
+    last is broken.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no metrics at {path}: the run that writes them has not started")
@@ -251,16 +274,22 @@ def _inspect(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_offline_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """The history of an offline wandb run, as `read_metrics` gives it (wandb's own `_...` columns left out).
+    """The history of an offline wandb run, as `read_metrics` gives it (wandb's own `_...` columns
+    left out).
 
     run_dir: a folder `offline-run-<date>_<id>`. Raises RuntimeError where wandb cannot read it.
     """
-    items = [record["history"]["item"] for record in _inspect(run_dir) if record.get("type") == "history"]
-    return pd.DataFrame([{k: v for k, v in item.items() if not k.startswith("_")} for item in items])
+    items = [
+        record["history"]["item"] for record in _inspect(run_dir) if record.get("type") == "history"
+    ]
+    return pd.DataFrame(
+        [{k: v for k, v in item.items() if not k.startswith("_")} for item in items]
+    )
 
 
 def find_offline_run(folder: str | os.PathLike[str], name: str) -> Path | None:
-    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is none.
+    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is
+    none.
 
     A resumed training makes a second run that repeats the first, so the newest is whole.
     """
@@ -268,6 +297,8 @@ def find_offline_run(folder: str | os.PathLike[str], name: str) -> Path | None:
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         if name.encode() not in file.read_bytes():
             continue  # asking wandb takes half a second a run
-        if any(record.get("run", {}).get("display_name") == name for record in _inspect(file.parent)):
+        if any(
+            record.get("run", {}).get("display_name") == name for record in _inspect(file.parent)
+        ):
             return file.parent
     return None

@@ -1,4 +1,5 @@
-"""Pick a model, a vector and what to do with it, and read what the model then says (the last cell of notebook 04).
+"""Pick a model, a vector and what to do with it, and read what the model then says (the last cell
+of notebook 04).
 
 `reply` is the same without widgets. Nothing here measures anything.
 """
@@ -25,10 +26,17 @@ Mode = Literal["ablate", "add", "nothing"]
 
 
 def reply(
-    run: Run, target: str, seed: int, prompt: str, mode: Mode, vector: str, rule: str, strength: float = 1.0
+    run: Run,
+    target: str,
+    seed: int,
+    prompt: str,
+    mode: Mode,
+    vector: str,
+    rule: str,
+    strength: float = 1.0,
 ) -> str:
-    """What `target` replies to `prompt` with the direction of `vector` by `rule` ablated, or with `strength` times it
-    added at its own site to every token of the prompt.
+    """What `target` replies to `prompt` with the direction of `vector` by `rule` ablated, or with
+    `strength` times it added at its own site to every token of the prompt.
 
     Raises ValueError for an unknown mode, or for a subspace to be added.
     """
@@ -41,14 +49,18 @@ def reply(
     if mode != "add":
         raise ValueError(f"mode = {mode!r} is unknown: choose 'ablate', 'add' or 'nothing'")
     if direction.vector.dim() > 1:
-        raise ValueError(f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added")
+        raise ValueError(
+            f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added"
+        )
     ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
-    return generate(lm, [prompt], added(direction.vector, direction.site, ids, strength), system_prompt=system)[0]
+    return generate(
+        lm, [prompt], added(direction.vector, direction.site, ids, strength), system_prompt=system
+    )[0]
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:
-    """Widgets around `reply`, whose text is redacted for real models until it is asked for; None in a batch run, where
-    nobody could turn them."""
+    """Widgets around `reply`, whose text is redacted for real models until it is asked for; None in
+    a batch run, where nobody could turn them."""
     if in_batch():
         return None
     import ipywidgets
@@ -61,8 +73,12 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
         mode=ipywidgets.Dropdown(options=("ablate", "add", "nothing")),
         vector=ipywidgets.Dropdown(options=names, value=names[-1]),
         rule=ipywidgets.Dropdown(options=OWN_RULES, value="best"),
-        strength=ipywidgets.FloatSlider(value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
-        prompt=ipywidgets.Combobox(options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False),
+        strength=ipywidgets.FloatSlider(
+            value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False
+        ),
+        prompt=ipywidgets.Combobox(
+            options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False
+        ),
         show=ipywidgets.Checkbox(value=in_the_world(run.profile), description="show text"),
     )
 

@@ -1,15 +1,18 @@
 """The two halves of a Llama block with their backward passes written out, over merged weights.
 
-For models so small that memory traffic and the number of kernels decide, not arithmetic. Compared with the same lines
-under autograd there are about half as many passes over memory:
+For models so small that memory traffic and the number of kernels decide, not arithmetic. Compared
+with the same lines under autograd there are about half as many passes over memory:
 1. the residual is added by the matrix product that produces it;
-2. rotary embedding works on two contiguous halves of all heads at once (the rows of the weight are ordered so), and its
-   backward pass is the same function with -sin;
-3. grouped queries of one key head are one longer list of queries: keys and values are never repeated;
-4. weight gradients are computed where a weight asks for them, and only what the backward pass reads is kept: not what
-   one pass over memory gives again, and in training, whose peak decides how many rows fit, not the attention weights.
+2. rotary embedding works on two contiguous halves of all heads at once (the rows of the weight are
+   ordered so), and its backward pass is the same function with -sin;
+3. grouped queries of one key head are one longer list of queries: keys and values are never
+   repeated;
+4. weight gradients are computed where a weight asks for them, and only what the backward pass reads
+   is kept: not what one pass over memory gives again, and in training, whose peak decides how many
+   rows fit, not the attention weights.
 
-Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it is in the weights).
+Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it
+is in the weights).
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32. Short rows take a
-# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast (docs/lab-log.md).
+# torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32.
+# Short rows take a
+# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast
+# (docs/lab-log.md).
 SHORT_ROW, ROW_MULTIPLE = 128, 32
 
 
@@ -55,7 +60,9 @@ class RMSNorm(torch.autograd.Function):
 
 
 def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """pairs [tokens, 2, width]: the two halves of every head; cos, sin [tokens, 1, width]. A contiguous copy."""
+    """pairs [tokens, 2, width]: the two halves of every head; cos, sin [tokens, 1, width]. A
+    contiguous copy.
+    """
     out, sin = pairs * cos, sin.squeeze(1)
     out[:, 0].addcmul_(pairs[:, 1], sin, value=1.0 if inverse else -1.0)
     out[:, 1].addcmul_(pairs[:, 0], sin, value=-1.0 if inverse else 1.0)
@@ -63,13 +70,19 @@ def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> T
 
 
 def padded_keys(seq: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many keys `Attention` should be given a mask for: seq, or a little more where that is faster."""
+    """How many keys `Attention` should be given a mask for: seq, or a little more where that is
+    faster.
+    """
     fast = device.type != "cpu" or dtype != torch.bfloat16 or seq < SHORT_ROW
     return seq if fast else -(-seq // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    if scores.dtype == torch.bfloat16 and scores.shape[-1] < SHORT_ROW and scores.device.type == "cpu":
+    if (
+        scores.dtype == torch.bfloat16
+        and scores.shape[-1] < SHORT_ROW
+        and scores.device.type == "cpu"
+    ):
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
     return scores.softmax(-1)
 
@@ -90,21 +103,34 @@ def _with_keys(part: Tensor, keys: int) -> Tensor:
 
 def _of_keys(weights: Tensor, queries: Tensor, n: int, heads: int, seq: int) -> Tensor:
     """[n, heads, seq, head_dim] gradients of keys or values, without the padding."""
-    return torch.bmm(weights.transpose(1, 2), queries).view(n, heads, weights.shape[-1], -1)[:, :, :seq]
+    return torch.bmm(weights.transpose(1, 2), queries).view(n, heads, weights.shape[-1], -1)[
+        :, :, :seq
+    ]
 
 
 class Attention(torch.autograd.Function):
-    """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows`, [n] into the flattened positions.
+    """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows`, [n] into the
+    flattened positions.
 
-    qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the second halves of the
-    same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads * head_dim]. cos, sin [batch * seq, 1,
-    (heads + kv_heads) * head_dim / 2]. bias, additive, [1 or batch * kv_heads, heads / kv_heads * seq,
-    `padded_keys(seq)`].
+    qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the
+    second halves of the same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads
+    * head_dim]. cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]. bias, additive, [1 or
+    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`].
     """
 
     @staticmethod
     def forward(
-        ctx, x, qkv, out, cos, sin, bias, heads: int, kv_heads: int, eps: float, rows: Tensor | None = None
+        ctx,
+        x,
+        qkv,
+        out,
+        cos,
+        sin,
+        bias,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+        rows: Tensor | None = None,
     ) -> Tensor:
         n, seq, d = x.shape
         flat, groups = x.view(-1, d), heads // kv_heads
@@ -112,10 +138,14 @@ class Attention(torch.autograd.Function):
         y, scale = _normed(flat, eps)
         mixed = y @ qkv.T
         width = (heads + kv_heads) * hd // 2
-        turned = _rotate(mixed[:, : 2 * width].view(-1, 2, width), cos, sin).view(n, seq, 2, heads + kv_heads, hd // 2)
+        turned = _rotate(mixed[:, : 2 * width].view(-1, 2, width), cos, sin).view(
+            n, seq, 2, heads + kv_heads, hd // 2
+        )
         q = turned[:, :, :, :heads].permute(0, 3, 1, 2, 4).reshape(n * kv_heads, groups * seq, hd)
         k = _with_keys(turned[:, :, :, heads:].permute(0, 3, 1, 2, 4), bias.shape[-1])
-        v = _with_keys(mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1])
+        v = _with_keys(
+            mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1]
+        )
         p = _attention_weights(q, k, bias)
         read = torch.bmm(p, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n * seq, heads * hd)
         if rows is not None:
@@ -134,18 +164,27 @@ class Attention(torch.autograd.Function):
         flat, width = grad.reshape(-1, d), (heads + kv_heads) * hd // 2
         d_read, d_out = flat @ out, flat.T @ read if ctx.needs_input_grad[2] else None
         if rows is not None:
-            flat, d_read = (part.new_zeros(n * seq, part.shape[1]).index_add_(0, rows, part) for part in (flat, d_read))
+            flat, d_read = (
+                part.new_zeros(n * seq, part.shape[1]).index_add_(0, rows, part)
+                for part in (flat, d_read)
+            )
         d_read = d_read.view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
         p = _attention_weights(q, k, bias) if p is None else p
-        d_scores = torch._softmax_backward_data(torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype)
+        d_scores = torch._softmax_backward_data(
+            torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype
+        )
         d_mixed = torch.empty(n * seq, qkv.shape[0], dtype=grad.dtype, device=grad.device)
-        d_turned = torch.empty(n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device)
+        d_turned = torch.empty(
+            n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device
+        )
         by_head = d_turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
         by_head[:, :heads] = torch.bmm(d_scores, k).view(n, heads, seq, 2, hd // 2)
         by_head[:, heads:] = _of_keys(d_scores, q, n, kv_heads, seq).unflatten(-1, (2, hd // 2))
         d_values = _of_keys(p, d_read, n, kv_heads, seq)
         d_mixed[:, 2 * width :].view(n, seq, kv_heads, hd).copy_(d_values.transpose(1, 2))
-        d_mixed[:, : 2 * width] = _rotate(d_turned.view(-1, 2, width), cos, sin, inverse=True).view(-1, 2 * width)
+        d_mixed[:, : 2 * width] = _rotate(d_turned.view(-1, 2, width), cos, sin, inverse=True).view(
+            -1, 2 * width
+        )
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
@@ -156,8 +195,8 @@ class Attention(torch.autograd.Function):
 class MLP(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    gate_up [2 * ffn, d_model]; down [d_model, ffn]. trained: the rows of gate_up whose gradient is wanted, where it
-    needs one (an adapter often leaves the gate alone).
+    gate_up [2 * ffn, d_model]; down [d_model, ffn]. trained: the rows of gate_up whose gradient is
+    wanted, where it needs one (an adapter often leaves the gate alone).
     """
 
     @staticmethod

@@ -1,15 +1,20 @@
-"""The Llama family over merged weights: the same function as the stock modules, in a fraction of the kernels.
+"""The Llama family over merged weights: the same function as the stock modules, in a fraction of
+the kernels.
 
 A model of a few million parameters is bound by the number of kernels. Here, once per step:
 1. the adapter is merged, W + (alpha / r) B A, differentiably when training;
-2. every RMSNorm's gain is folded into the matrices that read it, and q, k, v and gate, up are stacked;
-3. directions to be ablated are projected out of the matrices that write to the stream (equal to ablation by hooks);
-so that a block is two functions with backward passes of their own (`kernels`) and a perturbation is one addition.
-4. Training runs over leaves that hold the merged values: backward passes add to their gradients, and `settle` takes
-   these through the merge to the adapter.
+2. every RMSNorm's gain is folded into the matrices that read it, and q, k, v and gate, up are
+   stacked;
+3. directions to be ablated are projected out of the matrices that write to the stream (equal to
+   ablation by hooks);
+so that a block is two functions with backward passes of their own (`kernels`) and a perturbation is
+one addition.
+4. Training runs over leaves that hold the merged values: backward passes add to their gradients,
+   and `settle` takes these through the merge to the adapter.
 
-Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to `LlamaForCausalLM`
-without biases and to plain LoRA; `fits` says so, and everything else takes `forward.StockNetwork`.
+Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to
+`LlamaForCausalLM` without biases and to plain LoRA; `fits` says so, and everything else takes
+`forward.StockNetwork`.
 """
 
 from __future__ import annotations
@@ -26,11 +31,21 @@ from torch import Tensor, nn
 
 from latlib.batch import Batch
 from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys, wide_of
-from latlib.hooks import EMBEDDING, Site, check_delta, decoder_of, depth, orthonormal, project_out, resolve_sites
+from latlib.hooks import (
+    EMBEDDING,
+    Site,
+    check_delta,
+    decoder_of,
+    depth,
+    orthonormal,
+    project_out,
+    resolve_sites,
+)
 from latlib.losses import Unembed, at_labels
 from latlib.network import Start, check_start
 
-LEAN_LIMIT = 50_000_000  # parameters; above it arithmetic decides and a merged copy costs too much memory
+# parameters; above it arithmetic decides and a merged copy costs too much memory
+LEAN_LIMIT = 50_000_000
 
 
 def fits(model: nn.Module) -> bool:
@@ -72,8 +87,8 @@ def _weight(layer: nn.Module, adapter: bool) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Merged matrices as [out, in]: embed, head [vocabulary, d_model]; per block qkv (in the order and scale of
-    `kernels.Attention`), out, gate_up, down."""
+    """Merged matrices as [out, in]: embed, head [vocabulary, d_model]; per block qkv (in the order
+    and scale of `kernels.Attention`), out, gate_up, down."""
 
     embed: Tensor
     head: Tensor
@@ -86,7 +101,10 @@ class Weights:
         """Apply a function to every matrix."""
         return Weights(
             *(function(self.embed), function(self.head)),
-            *(tuple(map(function, group)) for group in (self.qkv, self.out, self.gate_up, self.down)),
+            *(
+                tuple(map(function, group))
+                for group in (self.qkv, self.out, self.gate_up, self.down)
+            ),
         )
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -94,17 +112,23 @@ class Weights:
 
 
 def merge(model: nn.Module, adapter: bool) -> Weights:
-    """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires grad."""
+    """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
+    grad.
+    """
     decoder, config = decoder_of(model), model.config
     size = head_dim(config)
 
-    def pairs(matrix: Tensor) -> Tensor:  # [2, heads * head_dim / 2, d_model]: the two halves of every head
+    # [2, heads * head_dim / 2, d_model]: the two halves of every head
+    def pairs(matrix: Tensor) -> Tensor:
         return matrix.view(-1, 2, size // 2, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
 
     qkv, out, gate_up, down = [], [], [], []
     for block in decoder.layers:
         attention, mlp = block.self_attn, block.mlp
-        q, k, v = (_weight(layer, adapter) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            _weight(layer, adapter)
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         turned = torch.cat((pairs(q * size**-0.5), pairs(k)), 1).flatten(0, 1)
         qkv.append(torch.cat((turned, v)) * block.input_layernorm.weight)
         out.append(_weight(attention.o_proj, adapter))
@@ -131,24 +155,39 @@ def _trained_rows(mlp: nn.Module) -> slice:
 class LeanNetwork:
     """A `forward.Network` over merged weights.
 
-    model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by `settle`. dtype: compute dtype.
+    model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by `settle`.
+    dtype: compute dtype.
     """
 
-    def __init__(self, model: nn.Module, adapter: bool = True, train: bool = False, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: bool = True,
+        train: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         config = model.config
         with torch.set_grad_enabled(train):
             merged = merge(model, adapter)
             self.dtype = dtype or merged.embed.dtype
             merged = merged.map(lambda w: w.to(self.dtype))
         self._merged = merged if train else None
-        self.weights = merged.map(lambda w: w.detach().requires_grad_(w.requires_grad)) if train else merged
-        self.n_layers, self.d_model, self.device = config.num_hidden_layers, config.hidden_size, merged.embed.device
+        self.weights = (
+            merged.map(lambda w: w.detach().requires_grad_(w.requires_grad)) if train else merged
+        )
+        self.n_layers, self.d_model, self.device = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            merged.embed.device,
+        )
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = head_dim(config), config.rms_norm_eps
         self._rotary = decoder_of(model).rotary_emb
         self._trained = [_trained_rows(block.mlp) for block in decoder_of(model).layers]
         self.directions: Tensor | None = None  # [k, d_model] orthonormal, ablated
-        self._tables_of: WeakKeyDictionary[Batch, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+        self._tables_of: WeakKeyDictionary[Batch, tuple[Tensor, Tensor, Tensor]] = (
+            WeakKeyDictionary()
+        )
 
     def frozen(self) -> LeanNetwork:
         """See `forward.Network`: the same merged values, without gradients."""
@@ -156,7 +195,11 @@ class LeanNetwork:
 
     def settle(self) -> None:
         """See `forward.Network`."""
-        found = [(w, leaf.grad) for w, leaf in zip(self._merged, self.weights, strict=True) if leaf.grad is not None]
+        found = [
+            (w, leaf.grad)
+            for w, leaf in zip(self._merged, self.weights, strict=True)
+            if leaf.grad is not None
+        ]
         if found:
             torch.autograd.backward(*map(list, zip(*found, strict=True)), retain_graph=True)
         for leaf in self.weights:
@@ -169,10 +212,19 @@ class LeanNetwork:
             positions = batch.positions if packed else torch.arange(seq, device=self.device)[None]
             half = self.head_dim // 2
             cos, sin = (
-                table[..., :half].repeat(n // len(table), 1, self.heads + self.kv_heads).flatten(0, 1).unsqueeze(1)
-                for table in self._rotary(torch.empty(0, device=self.device, dtype=wide_of(self.dtype)), positions)
+                table[..., :half]
+                .repeat(n // len(table), 1, self.heads + self.kv_heads)
+                .flatten(0, 1)
+                .unsqueeze(1)
+                for table in self._rotary(
+                    torch.empty(0, device=self.device, dtype=wide_of(self.dtype)), positions
+                )
             )
-            seen = batch.attends() if packed else torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
+            seen = (
+                batch.attends()
+                if packed
+                else torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
+            )
             hidden = torch.finfo(torch.float32).min / 2
             bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, hidden)
             bias = F.pad(bias, (0, padded_keys(seq, self.dtype, self.device) - seq), value=hidden)
@@ -182,12 +234,18 @@ class LeanNetwork:
             self._tables_of[batch] = tuple(table.to(self.dtype) for table in (cos, sin, bias))
         return self._tables_of[batch]
 
-    def _block(self, x: Tensor, i: int, tables: tuple[Tensor, ...], rows: Tensor | None = None) -> Tensor:
+    def _block(
+        self, x: Tensor, i: int, tables: tuple[Tensor, ...], rows: Tensor | None = None
+    ) -> Tensor:
         w = self.weights
-        x = Attention.apply(x, w.qkv[i], w.out[i], *tables, self.heads, self.kv_heads, self.eps, rows)
+        x = Attention.apply(
+            x, w.qkv[i], w.out[i], *tables, self.heads, self.kv_heads, self.eps, rows
+        )
         return MLP.apply(x, w.gate_up[i], w.down[i], self.eps, self._trained[i])
 
-    def capture(self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None) -> dict[Site, Tensor]:
+    def capture(
+        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
+    ) -> dict[Site, Tensor]:
         """See `forward.Network`."""
         found, sites = {}, resolve_sites(sites, self.n_layers)
         with torch.no_grad():
@@ -200,17 +258,27 @@ class LeanNetwork:
                     found[site] = stream if index is None else at_labels(stream, index)
         return found
 
-    def hidden(self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None) -> Tensor:
+    def hidden(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Tensor:
         """See `forward.Network`."""
         return self._run(batch, deltas, start, None)
 
     def label_rows(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `forward.Network`: behind its attention, the last block runs at these positions only."""
+        """See `forward.Network`: behind its attention, the last block runs at these
+        positions only.
+        """
         return self._run(batch, deltas, start, batch.source)
 
-    def _run(self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None, rows: Tensor | None):
+    def _run(
+        self,
+        batch: Batch,
+        deltas: Mapping[Site, Tensor] | None,
+        start: Start | None,
+        rows: Tensor | None,
+    ):
         deltas = {} if deltas is None else deltas
         if self.directions is not None:
             deltas = {s: project_out(delta, self.directions) for s, delta in deltas.items()}
@@ -238,13 +306,19 @@ class LeanNetwork:
         return partial(F.linear, weight=self.weights.head)
 
     def held(self) -> AbstractContextManager[None]:
-        """See `forward.Network`: merged weights are a network's own, so there is nothing to hold."""
+        """See `forward.Network`: merged weights are a network's own, so there is
+        nothing to hold.
+        """
         return nullcontext()
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
-        """See `forward.Network`. The directions leave every matrix that writes to the stream (Arditi et al. 2024)."""
+        """See `forward.Network`. The directions leave every matrix that writes to the stream
+        (Arditi et al. 2024).
+        """
         if self.directions is not None:
-            directions = torch.cat((self.directions, torch.atleast_2d(directions.detach()).to(self.directions)))
+            directions = torch.cat(
+                (self.directions, torch.atleast_2d(directions.detach()).to(self.directions))
+            )
         basis = orthonormal(directions).to(self.device)
 
         def writes(matrix: Tensor) -> Tensor:  # [d_model, in]
@@ -252,7 +326,12 @@ class LeanNetwork:
             return (wide - basis.T @ (basis @ wide)).to(matrix.dtype)
 
         w = self.weights
-        clean = replace(w, embed=writes(w.embed.T).T, out=tuple(map(writes, w.out)), down=tuple(map(writes, w.down)))
+        clean = replace(
+            w,
+            embed=writes(w.embed.T).T,
+            out=tuple(map(writes, w.out)),
+            down=tuple(map(writes, w.down)),
+        )
         return self._with(clean, directions=basis)
 
     def _with(self, weights: Weights, **changes) -> LeanNetwork:

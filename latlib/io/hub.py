@@ -1,12 +1,17 @@
-"""Find and open other people's models: safetensors only, none of their code, clear errors; more only where allowed.
+"""Find and open other people's models: safetensors only, none of their code, clear errors; more
+only where allowed.
 
-1. A source that looks like a path must be a folder; anything else is a hub id, read from the cache or the network.
-2. Weights must be there as safetensors before anything is loaded: pickles can run code, and the hub's automatic
-   conversion would load what a third party uploaded. A profile can allow pickles (model.allow_pickle).
-3. Python files of a model are not run: a model or tokenizer that cannot do without them is refused, unless the profile
-   allows them (model.trust_remote_code). One that transformers knows is opened with transformers' own code.
+1. A source that looks like a path must be a folder; anything else is a hub id, read from the cache
+   or the network.
+2. Weights must be there as safetensors before anything is loaded: pickles can run code, and the
+   hub's automatic conversion would load what a third party uploaded. A profile can allow pickles
+   (model.allow_pickle).
+3. Python files of a model are not run: a model or tokenizer that cannot do without them is refused,
+   unless the profile allows them (model.trust_remote_code). One that transformers knows is opened
+   with transformers' own code.
 4. Weights are read in the precision they are wanted in, so that they are in memory once.
-5. Whatever goes wrong is said as field, value and mend: gated without a token, missing, pickles only, foreign code.
+5. Whatever goes wrong is said as field, value and mend: gated without a token, missing, pickles
+   only, foreign code.
 """
 
 from __future__ import annotations
@@ -36,7 +41,9 @@ _SAFE_ADAPTER, _PICKLED_ADAPTER = ("adapter_model.safetensors",), ("adapter_mode
 
 @dataclass(frozen=True)
 class Allowed:
-    """What opening a source may do. pickle, code: None where no setting can allow it. revision: of a hub id."""
+    """What opening a source may do. pickle, code: None where no setting can allow it. revision: of
+    a hub id.
+    """
 
     pickle: bool | None = None
     code: bool | None = None
@@ -45,17 +52,26 @@ class Allowed:
     @classmethod
     def by(cls, settings: ModelSettings, revision: bool = True) -> Allowed:
         """What a profile's `model` section allows; its revision is that of model.source only."""
-        return cls(settings.allow_pickle, settings.trust_remote_code, settings.revision if revision else None)
+        return cls(
+            settings.allow_pickle,
+            settings.trust_remote_code,
+            settings.revision if revision else None,
+        )
 
     @property
     def options(self) -> dict[str, object]:
         """For transformers' from_pretrained."""
-        return {"trust_remote_code": bool(self.code), **({"revision": self.revision} if self.revision else {})}
+        return {
+            "trust_remote_code": bool(self.code),
+            **({"revision": self.revision} if self.revision else {}),
+        }
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the libraries' bars over files and their announcements, which would fill a notebook's output."""
+    """Without the libraries' bars over files and their announcements, which would fill a notebook's
+    output.
+    """
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -68,23 +84,32 @@ def quietly() -> Iterator[None]:
 
 
 def located(source: str | os.PathLike[str], field: str) -> str:
-    """The source as transformers wants it. Raises ProfileError for what looks like a path and is no folder."""
+    """The source as transformers wants it. Raises ProfileError for what looks like a path and is no
+    folder.
+    """
     text = os.fspath(source)
     folder = Path(text).expanduser()
     if text and folder.is_dir():  # '' would be the working folder
         return str(folder)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise ProfileError(f"{field} = {text!r} is not a folder: give a model folder or a hub id such as owner/name")
+        raise ProfileError(
+            f"{field} = {text!r} is not a folder: give a model folder or a hub id such as"
+            " owner/name"
+        )
     return text
 
 
 def source_file(source: str, name: str, field: str, revision: str | None = None) -> str | None:
-    """Where a file of a folder or hub repository is on this machine, or None. Raises ProfileError if it cannot tell."""
+    """Where a file of a folder or hub repository is on this machine, or None. Raises ProfileError
+    if it cannot tell.
+    """
     if Path(source).is_dir():
         path = Path(source) / name
         return str(path) if path.is_file() else None
     try:
-        return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return cached_file(
+            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     except (OSError, ValueError) as error:
         raise explained(error, field, source, Allowed(revision=revision)) from error
 
@@ -96,21 +121,25 @@ def is_adapter(source: str, field: str, revision: str | None = None) -> bool:
 
 def base_of(adapter: str, field: str) -> str:
     """The model that an adapter says it was trained on, '' if it does not."""
-    config = json.loads(Path(source_file(adapter, "adapter_config.json", field)).read_text(encoding="utf-8"))
+    config = json.loads(
+        Path(source_file(adapter, "adapter_config.json", field)).read_text(encoding="utf-8")
+    )
     return config.get("base_model_name_or_path") or ""
 
 
 def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
-    """The configuration of a whole model. Raises ProfileError, also for an adapter, under which transformers would open
-    whatever model the adapter names."""
+    """The configuration of a whole model. Raises ProfileError, also for an adapter, under which
+    transformers would open whatever model the adapter names."""
     if is_adapter(source, field, allowed.revision):
         raise ProfileError(
-            f"{field} = {source!r} is an adapter, not a model: give the model under it (its adapter_config.json says "
-            f"{base_of(source, field)!r}), and the adapter as a released model"
+            f"{field} = {source!r} is an adapter, not a model: give the model under it (its"
+            f" adapter_config.json says {base_of(source, field)!r}), and the adapter as a released"
+            " model"
         )
     try:
         if not Path(source).is_dir():
-            # without a network a file that is not cached looks like one that does not exist; this one always does
+            # without a network a file that is not cached looks like one that does not exist; this
+            # one always does
             cached_file(source, "config.json", revision=allowed.revision)
         with quietly():
             return AutoConfig.from_pretrained(source, **allowed.options)
@@ -124,7 +153,9 @@ def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) ->
     safe = _weights_are_safe(source, field, allowed, _SAFE, _PICKLED)
     try:
         with quietly():
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=safe, **allowed.options)
+            return AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=safe, **allowed.options
+            )
     except Exception as error:  # anything: libraries, the hub and foreign code raise it
         raise explained(error, field, source, allowed) from error
 
@@ -139,7 +170,9 @@ def open_tokenizer(source: str, field: str, allowed: Allowed):
 
 
 def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) -> PeftModel:
-    """`model` with an adapter on it, its weights not copied. Raises ProfileError naming the field."""
+    """`model` with an adapter on it, its weights not copied. Raises ProfileError naming the
+    field.
+    """
     _weights_are_safe(source, field, allowed, _SAFE_ADAPTER, _PICKLED_ADAPTER)
     try:
         with quietly():
@@ -151,7 +184,9 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
 def _weights_are_safe(
     source: str, field: str, allowed: Allowed, safe: tuple[str, ...], pickled: tuple[str, ...]
 ) -> bool:
-    """Whether the weights are safetensors, or pickles that are allowed. Raises ProfileError where they are neither."""
+    """Whether the weights are safetensors, or pickles that are allowed. Raises ProfileError where
+    they are neither.
+    """
     if any(source_file(source, name, field, allowed.revision) is not None for name in safe):
         return True
     there = any(source_file(source, name, field, allowed.revision) is not None for name in pickled)
@@ -160,12 +195,13 @@ def _weights_are_safe(
     names = " or ".join(safe)
     if allowed.pickle is None or not there:
         raise ProfileError(
-            f"{field} = {source!r} holds no {names}: pickled weights can run code and are not read; convert them to "
-            "safetensors, or choose a source that has them"
+            f"{field} = {source!r} holds no {names}: pickled weights can run code and are not read;"
+            " convert them to safetensors, or choose a source that has them"
         )
     raise ProfileError(
-        f"{field} = {source!r} holds no {names}, only pickled weights, which can run any code when they are opened: "
-        "convert them to safetensors, or set model.allow_pickle: true if you trust whoever made them"
+        f"{field} = {source!r} holds no {names}, only pickled weights, which can run any code when"
+        " they are opened: convert them to safetensors, or set model.allow_pickle: true if you"
+        " trust whoever made them"
     )
 
 
@@ -177,21 +213,31 @@ def explained(error: Exception, field: str, source: str, allowed: Allowed) -> Pr
         at = at.__cause__ or at.__context__
     if any(isinstance(e, GatedRepoError) for e in chain):
         mend = (
-            "is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`), or give a local folder"
+            "is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`), or"
+            " give a local folder"
         )
     elif any(isinstance(e, RevisionNotFoundError) for e in chain):
         mend = f"has no revision {allowed.revision!r}: mend model.revision, or leave it out"
     elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        mend = "is neither a folder nor a model on the hub: check the name, or log in if it is private"
+        mend = (
+            "is neither a folder nor a model on the hub: check the name, or log in if it is private"
+        )
     elif any("trust_remote_code" in str(e) for e in chain):
         if allowed.code is None:
-            mend = "needs code of its own, which latlib never runs: choose a model that transformers knows"
+            mend = (
+                "needs code of its own, which latlib never runs: choose a model that transformers"
+                " knows"
+            )
         else:
             mend = (
-                "needs Python code of its own, which would run with all your rights: read it and set "
-                "model.trust_remote_code: true if you trust it, or choose a model that transformers knows"
+                "needs Python code of its own, which would run with all your rights: read it and"
+                " set model.trust_remote_code: true if you trust it, or choose a model that"
+                " transformers knows"
             )
     else:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        mend = f"cannot be loaded ({lines[0]}): check the folder or the network, or download it and give the folder"
+        mend = (
+            f"cannot be loaded ({lines[0]}): check the folder or the network, or download it and"
+            " give the folder"
+        )
     return ProfileError(f"{field} = {source!r} {mend}")

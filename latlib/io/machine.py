@@ -19,12 +19,16 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library reuse freed tensors' pages instead of returning them to the system; whether it could.
+    """Let the C library reuse freed tensors' pages instead of returning them to the system; whether
+    it could.
 
-    By default glibc maps every large tensor anew, and the kernel hands out its pages zeroed, one fault for each 4 KiB:
-    as long as the arithmetic of a small model takes (docs/lab-log.md). Other C libraries are left as they are.
+    By default glibc maps every large tensor anew, and the kernel hands out its pages zeroed, one
+    fault for each 4 KiB: as long as the arithmetic of a small model takes (docs/lab-log.md). Other
+    C libraries are left as they are.
     """
-    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+    if not sys.platform.startswith("linux") or not hasattr(
+        ctypes.CDLL(None), "gnu_get_libc_version"
+    ):
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
@@ -32,11 +36,16 @@ def keep_freed_memory() -> bool:
 
 @lru_cache
 def can_compile(device: str) -> bool:
-    """Whether `torch.compile` works on this kind of device (a CPU needs a C++ compiler, a GPU Triton); warns if not."""
+    """Whether `torch.compile` works on this kind of device (a CPU needs a C++ compiler, a GPU
+    Triton); warns if not.
+    """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing, the same code runs without
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"torch.compile does not work on {device} here: {reason}; blocks run uncompiled", stacklevel=2)
+        warnings.warn(
+            f"torch.compile does not work on {device} here: {reason}; blocks run uncompiled",
+            stacklevel=2,
+        )
         return False
     return True

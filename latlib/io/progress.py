@@ -4,8 +4,9 @@ Whoever works replaces `<run>/progress.json` atomically, at most five times a se
 
     {"label": "lat seed 0", "step": 12, "total": 130, "detail": "loss 0.71", "time": 1760000000.0}
 
-The pipeline's driver reads that file to draw its line. In an interactive notebook the same updates also draw a tqdm
-bar; under the pipeline or nbval (`LATLIB_BATCH=1`) they do not. A file `<run>/STOP` asks the worker to save and leave.
+The pipeline's driver reads that file to draw its line. In an interactive notebook the same updates
+also draw a tqdm bar; under the pipeline or nbval (`LATLIB_BATCH=1`) they do not. A file
+`<run>/STOP` asks the worker to save and leave.
 """
 
 from __future__ import annotations
@@ -34,16 +35,26 @@ def stop_requested(run_folder: str | os.PathLike[str]) -> bool:
     return os.path.exists(os.path.join(run_folder, "STOP"))
 
 
-def report(path: str | os.PathLike[str], label: str, step: int, total: int, detail: str = "") -> None:
+def report(
+    path: str | os.PathLike[str], label: str, step: int, total: int, detail: str = ""
+) -> None:
     """Replace the progress file at `path` (or in the run folder `path`) with one record.
 
-    A full or unwritable disk is not an error here: progress is for the eye, and whatever matters is saved elsewhere.
+    A full or unwritable disk is not an error here: progress is for the eye, and whatever matters is
+    saved elsewhere.
     """
     target = Path(path)
     if target.is_dir():
         target = target / "progress.json"
-    record = {"label": label, "step": int(step), "total": int(total), "detail": detail, "time": time.time()}
-    partial = target.with_name(f".{target.name}.{os.getpid()}")  # one a process: workers report side by side
+    record = {
+        "label": label,
+        "step": int(step),
+        "total": int(total),
+        "detail": detail,
+        "time": time.time(),
+    }
+    # one a process: workers report side by side
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(record), encoding="utf-8")
         os.replace(partial, target)
@@ -52,13 +63,19 @@ def report(path: str | os.PathLike[str], label: str, step: int, total: int, deta
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record at `path` (a file or a run folder), or None where there is none that can be read."""
+    """The record at `path` (a file or a run folder), or None where there is none that can be
+    read.
+    """
     target = Path(path)
     if target.is_dir():
         target = target / "progress.json"
     try:
         record = json.loads(target.read_text(encoding="utf-8"))
-        return {"label": str(record["label"]), "step": int(record["step"]), "total": int(record["total"])} | {
+        return {
+            "label": str(record["label"]),
+            "step": int(record["step"]),
+            "total": int(record["total"]),
+        } | {
             "detail": str(record.get("detail", "")),
             "time": float(record["time"]),
         }
@@ -100,7 +117,9 @@ class Progress:
         return self
 
     def update(self, step: int, detail: str = "") -> None:
-        """Say that `step` steps are done. The first and the last are always written, others at most 5 a second."""
+        """Say that `step` steps are done. The first and the last are always written, others at most
+        5 a second.
+        """
         self._step, self._detail = int(step), detail
         now = time.monotonic()
         if step < self.total and now - self._last_write < MIN_INTERVAL_S:

@@ -1,8 +1,11 @@
 """Bytes and FLOPs of whatever runs inside a context, on any device and on the meta device too.
 
-1. `StorageTracker` follows every storage that an operator allocates until it is freed: bytes now and at most.
-2. `flop_counter` is torch's FLOP counter for the total alone, with the CPU's fused attention counted as the GPU's is.
-3. `StepCounter` is both at once by the same formulas, several times as fast: for steps of models with many blocks.
+1. `StorageTracker` follows every storage that an operator allocates until it is freed: bytes now
+   and at most.
+2. `flop_counter` is torch's FLOP counter for the total alone, with the CPU's fused attention
+   counted as the GPU's is.
+3. `StepCounter` is both at once by the same formulas, several times as fast: for steps of models
+   with many blocks.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapp
 class StorageTracker(TorchDispatchMode):
     """Follows the storages that operators allocate inside the context, until each is freed.
 
-    live, peak: bytes now and at most. largest: (elements, operator) of the largest single allocation. What operators
-    allocate and free within themselves is not seen.
+    live, peak: bytes now and at most. largest: (elements, operator) of the largest single
+    allocation. What operators allocate and free within themselves is not seen.
     """
 
     def __init__(self) -> None:
@@ -34,7 +37,11 @@ class StorageTracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if made:
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            given = {
+                t.untyped_storage()._cdata
+                for t in tree_leaves((args, kwargs))
+                if isinstance(t, Tensor)
+            }
             for tensor in made:
                 self._note(tensor, given, func)
         return out
@@ -42,7 +49,8 @@ class StorageTracker(TorchDispatchMode):
     def _note(self, tensor: Tensor, given: set[int], operator) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in given:  # followed already, or a view or in-place change of something older
+        # followed already, or a view or in-place change of something older
+        if key in self._known or key in given:
             return
         self._known.add(key)
         self.live += size
@@ -69,10 +77,12 @@ def _attention(queries, keys, values, *args, **kwargs) -> int:
 
 def _attention_backward(grad, queries, keys, values, *args, **kwargs) -> int:
     (n, heads, seq, width), value_width = queries, values[-1]
-    return 2 * n * heads * seq * keys[-2] * (3 * width + 2 * value_width)  # the scores again, and four gradients
+    # the scores again, and four gradients
+    return 2 * n * heads * seq * keys[-2] * (3 * width + 2 * value_width)
 
 
-# torch counts the GPU's fused attention but not the CPU's: these are torch's own formulas for the others.
+# torch counts the GPU's fused attention but not the CPU's: these are torch's own formulas for the
+# others.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -80,7 +90,9 @@ _UNCOUNTED = {
 
 
 class _NoModules:
-    """In place of the FLOP counter's module tracker, whose hooks fail where a forward takes gradients of its own."""
+    """In place of the FLOP counter's module tracker, whose hooks fail where a forward takes
+    gradients of its own.
+    """
 
     parents = frozenset({"Global"})
 
@@ -101,8 +113,8 @@ def flop_counter() -> FlopCounterMode:
 class StepCounter(StorageTracker):
     """A `StorageTracker` that also adds up the FLOPs of matrix products and attention, as `flop`.
 
-    torch's counter asks every operator without a formula for its parts; here such an operator counts nothing, for
-    autograd has taken composite operators apart before a mode sees them.
+    torch's counter asks every operator without a formula for its parts; here such an operator
+    counts nothing, for autograd has taken composite operators apart before a mode sees them.
     """
 
     _formulas = flop_registry | {operator: shape_wrapper(f) for operator, f in _UNCOUNTED.items()}

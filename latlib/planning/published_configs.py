@@ -1,8 +1,9 @@
 """What a model is, without its weights and without a network: its config.
 
 1. A local folder's `config.json`, or the one in the hub cache, is the truth where it is there.
-2. Otherwise `PUBLISHED` holds the numbers of the models in the shipped profiles, as their config.json on the hub has
-   them, and what one must know before a download: its size, and whether a licence has to be accepted first.
+2. Otherwise `PUBLISHED` holds the numbers of the models in the shipped profiles, as their
+   config.json on the hub has them, and what one must know before a download: its size, and whether
+   a licence has to be accepted first.
 3. The organism of the made-up world is built from the profile.
 """
 
@@ -46,8 +47,9 @@ _QWEN2_5_HALF_B = dict(
 
 @dataclass(frozen=True)
 class Published:
-    """A model on the hub. parameters: how many its card says there are, the output matrix once where it is tied (the
-    download is two bytes each); gated: whether its licence must be accepted on its page first; source: of all these."""
+    """A model on the hub. parameters: how many its card says there are, the output matrix once
+    where it is tied (the download is two bytes each); gated: whether its licence must be accepted
+    on its page first; source: of all these."""
 
     config: type[PretrainedConfig]
     numbers: dict[str, Any]
@@ -63,11 +65,19 @@ class Published:
 
 _CARD = "config.json and model card on the hub [recall: not read again without a network]"
 PUBLISHED: dict[str, Published] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, True, _CARD),
-    "meta-llama/Llama-2-7b-chat-hf": Published(LlamaConfig, _LLAMA_2_7B, 6_738_415_616, True, _CARD),
-    "Qwen/Qwen2.5-0.5B-Instruct": Published(Qwen2Config, _QWEN2_5_HALF_B, 494_032_768, False, _CARD),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Published(
+        LlamaConfig, _LLAMA_3_8B, 8_030_261_248, True, _CARD
+    ),
+    "meta-llama/Llama-2-7b-chat-hf": Published(
+        LlamaConfig, _LLAMA_2_7B, 6_738_415_616, True, _CARD
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": Published(
+        Qwen2Config, _QWEN2_5_HALF_B, 494_032_768, False, _CARD
+    ),
     # the authors' release keeps the shape of the model it was trained from
-    "LLM-LAT/robust-llama3-8b-instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, False, _CARD),
+    "LLM-LAT/robust-llama3-8b-instruct": Published(
+        LlamaConfig, _LLAMA_3_8B, 8_030_261_248, False, _CARD
+    ),
 }
 
 
@@ -93,11 +103,17 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
 
         return build_model(settings, build_tokenizer(settings.vocabulary), 0).config
     folder = Path(settings.source).expanduser()
-    file = folder / "config.json" if folder.is_dir() else cached_file(settings.source, "config.json", settings.revision)
+    file = (
+        folder / "config.json"
+        if folder.is_dir()
+        else cached_file(settings.source, "config.json", settings.revision)
+    )
     if file is not None and file.is_file():
         try:
             return AutoConfig.from_pretrained(file.parent, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ProfileError(f"model.source = {settings.source!r}: {file} cannot be read: {error}") from None
+            raise ProfileError(
+                f"model.source = {settings.source!r}: {file} cannot be read: {error}"
+            ) from None
     known = PUBLISHED.get(settings.source)
     return None if known is None else known.config(**known.numbers)

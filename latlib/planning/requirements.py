@@ -1,8 +1,12 @@
-"""What this machine has for a run and what the profile asks it for: the lines of `latlib.planning.check` on models and data.
+"""What this machine has for a run and what the profile asks it for: the lines of
+`latlib.planning.check` on models and data.
 
-1. `look` says what is here: GPUs and their free memory, RAM, disk, a hub token (whether, never which).
-2. `model_lines` and `data_lines` go through every source: found, to be downloaded, or missing with its mend.
-3. `row_lengths` reads the rows where they and the tokenizer are here, and says what it assumes where they are not.
+1. `look` says what is here: GPUs and their free memory, RAM, disk, a hub token (whether, never
+   which).
+2. `model_lines` and `data_lines` go through every source: found, to be downloaded, or missing with
+   its mend.
+3. `row_lengths` reads the rows where they and the tokenizer are here, and says what it assumes
+   where they are not.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table. state: ok, note or missing; mend: what to do about it, empty where nothing is to do."""
+    """One line of the table. state: ok, note or missing; mend: what to do about it, empty where
+    nothing is to do.
+    """
 
     subject: str
     state: str
@@ -45,8 +51,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is here. gpus: free bytes of each GPU that torch sees; ram, disk, cache_disk: free bytes, the last two of
-    the run folder's disk and of the hub cache's, which may be one (`one_disk`)."""
+    """What is here. gpus: free bytes of each GPU that torch sees; ram, disk, cache_disk: free
+    bytes, the last two of the run folder's disk and of the hub cache's, which may be one
+    (`one_disk`)."""
 
     gpus: tuple[int, ...]
     gpu: str
@@ -111,7 +118,12 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
             yield Line(subject, MISSING if lacks else OK, text, mend)
             continue
         if not is_hub_id(source):
-            yield Line(subject, MISSING, f"{source}: no such folder", "check the path, or give a hub id owner/name")
+            yield Line(
+                subject,
+                MISSING,
+                f"{source}: no such folder",
+                "check the path, or give a hub id owner/name",
+            )
             continue
         if _weights_cached(source, profile.model.revision if subject == "model" else None):
             yield Line(subject, OK, f"{source}: in the hub cache")
@@ -120,13 +132,21 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
         download += known.download if known else 0
         if machine.offline:
             mend = f"unset HF_HUB_OFFLINE, or download it elsewhere: hf download {source}"
-            yield Line(subject, MISSING, f"{source}: not in the hub cache, and the hub is switched off", mend)
+            yield Line(
+                subject,
+                MISSING,
+                f"{source}: not in the hub cache, and the hub is switched off",
+                mend,
+            )
         else:
             yield Line(subject, OK, f"{source}: to be downloaded, {size}")
         if known and known.gated:
             page = f"https://huggingface.co/{source}"
             if machine.token:
-                text = f"{page}: gated; a token is here, whether its licence was accepted is only seen on download"
+                text = (
+                    f"{page}: gated; a token is here, whether its licence was accepted is only seen"
+                    " on download"
+                )
                 yield Line("licence", NOTE, text, "accept the licence on that page, once")
             else:
                 mend = f"accept the licence at {page}, then set HF_TOKEN or run: hf auth login"
@@ -136,14 +156,20 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
 
 def _lacking(folder: Path, base: bool) -> str:
     """What a model folder has not, or ''. base: it must be a whole model with its tokenizer."""
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")[: 1 if base else 2]):
+    if not any(
+        (folder / name).is_file()
+        for name in ("config.json", "adapter_config.json")[: 1 if base else 2]
+    ):
         return "config.json"
     tokenizers = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     return "tokenizer" if base and not any((folder / name).is_file() for name in tokenizers) else ""
 
 
 def _weights_cached(source: str, revision: str | None) -> bool:
-    if any(cached_file(source, name, revision) for name in ("model.safetensors", "adapter_model.safetensors")):
+    if any(
+        cached_file(source, name, revision)
+        for name in ("model.safetensors", "adapter_model.safetensors")
+    ):
         return True
     index = cached_file(source, "model.safetensors.index.json", revision)
     if index is None:
@@ -156,7 +182,9 @@ _SOURCES = ("harmful", "benign", "test_harmful", "test_benign", "test_borderline
 
 
 def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
-    """Lines of every source of prompts, of the package that reads some, and of overlap where all of them are files."""
+    """Lines of every source of prompts, of the package that reads some, and of overlap where all of
+    them are files.
+    """
     data = profile.data
     if data.source == "world":
         yield Line("data", OK, "drawn from the made-up world")
@@ -175,16 +203,29 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
             needs_package, cached = True, _dataset_cached(source)
             if machine.offline and not cached:
                 mend = f"unset HF_HUB_OFFLINE, or give the path of a file in data.{name}"
-                yield Line(subject, MISSING, f"{source}: not in the cache, and the hub is switched off", mend)
+                yield Line(
+                    subject,
+                    MISSING,
+                    f"{source}: not in the cache, and the hub is switched off",
+                    mend,
+                )
             else:
-                yield Line(subject, OK, f"{source}: " + ("in the cache" if cached else "to be downloaded"))
+                yield Line(
+                    subject, OK, f"{source}: " + ("in the cache" if cached else "to be downloaded")
+                )
     if needs_package:
-        state, text = (OK, "installed") if machine.datasets else (MISSING, "not installed; the data needs it")
-        yield Line("package datasets", state, text, "" if machine.datasets else "pip install datasets")
+        state, text = (
+            (OK, "installed") if machine.datasets else (MISSING, "not installed; the data needs it")
+        )
+        yield Line(
+            "package datasets", state, text, "" if machine.datasets else "pip install datasets"
+        )
     if all(Path(source).expanduser().is_file() for source in sources.values()):
         try:
             check_overlap(profile)
-            yield Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
+            yield Line(
+                "overlap", OK, "no training or tuning prompt comes back among the test prompts"
+            )
         except ProfileError as error:
             text, _, mend = str(error).rpartition(": ")
             yield Line("overlap", MISSING, text, mend)
@@ -198,10 +239,12 @@ def _dataset_cached(source: str) -> bool:
 
 
 def row_lengths(profile: Profile) -> RowLengths:
-    """Of the profile's rows where data and tokenizer are on this machine, else assumed ones. Raises ProfileError or
-    ValueError for data that cannot be used."""
+    """Of the profile's rows where data and tokenizer are on this machine, else assumed ones. Raises
+    ProfileError or ValueError for data that cannot be used."""
     data = profile.data.model_copy(update={"rows": min(profile.data.rows, _READ_ROWS)})
-    if data.source == "files" and not all(Path(p).expanduser().is_file() for p in (data.harmful, data.benign)):
+    if data.source == "files" and not all(
+        Path(p).expanduser().is_file() for p in (data.harmful, data.benign)
+    ):
         return estimate.assumed_lengths(data.max_tokens)
     tokenizer = _tokenizer(profile)
     if tokenizer is None:
@@ -209,7 +252,13 @@ def row_lengths(profile: Profile) -> RowLengths:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that are cut: training says it
         read = (
-            tokenise(rows(data, 0), tokenizer, data.max_tokens, data.system_prompt, too_long=data.too_long)
+            tokenise(
+                rows(data, 0),
+                tokenizer,
+                data.max_tokens,
+                data.system_prompt,
+                too_long=data.too_long,
+            )
             for rows in (preference_rows, benign_rows)
         )
         return estimate.lengths_of(*read)
@@ -221,8 +270,14 @@ def _tokenizer(profile: Profile) -> Any:
         from latlib.world.organism import build_tokenizer
 
         return build_tokenizer(profile.model.vocabulary)
-    file = cached_file(source, "tokenizer_config.json", profile.model.revision) if is_hub_id(source) else None
-    folder = Path(source).expanduser() if Path(source).expanduser().is_dir() else file and file.parent
+    file = (
+        cached_file(source, "tokenizer_config.json", profile.model.revision)
+        if is_hub_id(source)
+        else None
+    )
+    folder = (
+        Path(source).expanduser() if Path(source).expanduser().is_dir() else file and file.parent
+    )
     if folder is None:
         return None
     from transformers import AutoTokenizer

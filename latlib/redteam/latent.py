@@ -1,14 +1,19 @@
-"""Latent attacks, evaluated as an attacker would run them: adaptive, with more steps, restarts, other rules and sites.
+"""Latent attacks, evaluated as an attacker would run them: adaptive, with more steps, restarts,
+other rules and sites.
 
-1. An `AttackCell` is one attack at one radius on the same harmful prompts. A row is left alone once it is won, so that
-   steps and restarts go to the rows that still hold; noise of the same norm is the control.
-2. `robustness` is the security curve: PGD at `lat`'s sites over the profile's radii, up to where every defence breaks.
-3. `attacks` varies one thing at a time at `lat`'s radius and twice that: steps, restarts, rule, sites, one single step.
-   Its worst case per prompt is what a defence is worth.
-4. `transfer` puts perturbations found on one model into the others: an attacker without access to their weights.
+1. An `AttackCell` is one attack at one radius on the same harmful prompts. A row is left alone once
+   it is won, so that steps and restarts go to the rows that still hold; noise of the same norm is
+   the control.
+2. `robustness` is the security curve: PGD at `lat`'s sites over the profile's radii, up to where
+   every defence breaks.
+3. `attacks` varies one thing at a time at `lat`'s radius and twice that: steps, restarts, rule,
+   sites, one single step. Its worst case per prompt is what a defence is worth.
+4. `transfer` puts perturbations found on one model into the others: an attacker without access to
+   their weights.
 
-Radii, sites and prompts are the same for every model of a seed (relative radii are those of its base model).
-Sources: Carlini et al. 2019 (arXiv 1902.06705), Tramer et al. 2020 (arXiv 2002.08347): what an evaluation must show.
+Radii, sites and prompts are the same for every model of a seed (relative radii are those of its
+base model). Sources: Carlini et al. 2019 (arXiv 1902.06705), Tramer et al. 2020 (arXiv 2002.08347):
+what an evaluation must show.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ ONE_STEP = "one-step"
 
 @dataclass(frozen=True)
 class AttackCell:
-    """One attack at one radius on the first `n` harmful prompts (0: as many as the profile's attacks take).
+    """One attack at one radius on the first `n` harmful prompts (0: as many as the profile's
+    attacks take).
 
     name: how the outcome table calls it; 'noise' is noise of the same norm, without a gradient.
     """
@@ -50,7 +56,9 @@ class AttackCell:
 
     def digest(self, model: str) -> str:
         """What tells this cell on a model (by its folder's name) from every other one."""
-        key = json.dumps([model, self.settings.model_dump(mode="json"), self.name, self.n], sort_keys=True)
+        key = json.dumps(
+            [model, self.settings.model_dump(mode="json"), self.name, self.n], sort_keys=True
+        )
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def measure(self, lm: LanguageModel, context: Context) -> pd.DataFrame:
@@ -87,39 +95,52 @@ def replace_settings(settings: AttackSettings, **changes) -> AttackSettings:
 def base_attack(context: Context) -> AttackSettings:
     """`lat`'s attack with the steps of an evaluation: what all cells vary."""
     lat = context.profile.training("lat").attack
-    return replace_settings(lat, steps=context.profile.evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr)
+    return replace_settings(
+        lat, steps=context.profile.evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr
+    )
 
 
 def robustness(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """Security curves: PGD at `lat`'s sites and at the embedding over the profile's radii, noise of the same norms, and
-    one attack with many more steps at `lat`'s radius."""
+    """Security curves: PGD at `lat`'s sites and at the embedding over the profile's radii, noise of
+    the same norms, and one attack with many more steps at `lat`'s radius."""
     evaluation, attack = context.profile.evaluation, base_attack(context)
     cells = [AttackCell(replace_settings(attack, eps=eps)) for eps in evaluation.eps]
-    cells += [AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))) for eps in evaluation.embedding_eps]
+    cells += [
+        AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,)))
+        for eps in evaluation.embedding_eps
+    ]
     cells += [AttackCell(replace_settings(attack, eps=eps), "noise") for eps in evaluation.eps]
     cells.append(AttackCell(replace_settings(attack, steps=evaluation.strong_steps), "pgd-strong"))
     return _measured(lm, context, cells)
 
 
 def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """Variations of the attack at the radii `evaluation.strong_eps`: twice the steps, restarts, other rules, other
-    sites, one step."""
+    """Variations of the attack at the radii `evaluation.strong_eps`: twice the steps, restarts,
+    other rules, other sites, one step."""
     evaluation, attack = context.profile.evaluation, base_attack(context)
     trained = resolve_sites(attack.sites, lm.n_layers)
-    inner = range(lm.n_layers - 1)  # a perturbation behind the last block writes the first token itself
+    # a perturbation behind the last block writes the first token itself
+    inner = range(lm.n_layers - 1)
     held_out = tuple(site for site in inner if site not in trained)
     changes: dict[str, dict] = {
-        ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},  # as long as the radius
+        # as long as the radius
+        ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},
         "pgd-strong": {"steps": evaluation.strong_steps},
         "pgd-restarts": {"restarts": 1 + evaluation.restarts},
         "pgd-all-sites": {"sites": tuple(inner)},
         "pgd-other-sites": {"sites": held_out or (EMBEDDING,)},
     }
-    changes |= {f"pgd-{rule}": {"rule": rule, "lr": None} for rule in evaluation.rules if rule != attack.rule}
+    changes |= {
+        f"pgd-{rule}": {"rule": rule, "lr": None}
+        for rule in evaluation.rules
+        if rule != attack.rule
+    }
     cells = []
     for eps in evaluation.strong_eps:
         if eps not in evaluation.eps:  # what is varied is in no security curve
-            cells += [AttackCell(replace_settings(attack, eps=eps), name) for name in ("pgd", "noise")]
+            cells += [
+                AttackCell(replace_settings(attack, eps=eps), name) for name in ("pgd", "noise")
+            ]
         for name, change in changes.items():
             settings = replace_settings(attack, eps=eps, **change)
             if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):
@@ -130,17 +151,18 @@ def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
 
 
 def _adam_rate(settings: AttackSettings, lm: LanguageModel, context: Context) -> float:
-    """Adam moves every coordinate by about its rate: the one that makes its steps as long as the other rules' are, at
-    the median of the sites' radii."""
+    """Adam moves every coordinate by about its rate: the one that makes its steps as long as the
+    other rules' are, at the median of the sites' radii."""
     limits = radii(settings, lm.n_layers, context.norms).values()
     return 2 / settings.steps * median(limits) / lm.network().d_model ** 0.5
 
 
 def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """This model's perturbations, at the radii `evaluation.strong_eps`, put into every method's model of its seed.
+    """This model's perturbations, at the radii `evaluation.strong_eps`, put into every method's
+    model of its seed.
 
-    Rows are of the target; attack is 'transfer:<this model>'. Perturbations take all their steps, won or not: what
-    barely wins at home travels worse.
+    Rows are of the target; attack is 'transfer:<this model>'. Perturbations take all their steps,
+    won or not: what barely wins at home travels worse.
     """
     evaluation, tables = context.profile.evaluation, []
     prompts = prompt_set("harmful", context.profile, evaluation.pgd_prompts)
@@ -149,25 +171,42 @@ def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
     networks = {m: target.network() for m, target in targets.items()}
     rows = token_rows(lm, prompts, system_prompt=context.profile.data.system_prompt)
     for number, eps in enumerate(evaluation.strong_eps, start=1):
-        cell = AttackCell(replace_settings(base_attack(context), eps=eps), f"transfer:{context.method}")
-        limits, found = radii(cell.settings, lm.n_layers, context.norms), {m: ["neither"] * len(rows) for m in targets}
+        cell = AttackCell(
+            replace_settings(base_attack(context), eps=eps), f"transfer:{context.method}"
+        )
+        limits, found = (
+            radii(cell.settings, lm.n_layers, context.norms),
+            {m: ["neither"] * len(rows) for m in targets},
+        )
         generator = torch.Generator().manual_seed(context.seed)
         for index, batch in batches(rows, evaluation.batch, lm.device):
-            deltas = pgd(networks[context.method], batch, limits, cell.settings, generator, judged=False).deltas
+            deltas = pgd(
+                networks[context.method], batch, limits, cell.settings, generator, judged=False
+            ).deltas
             for m, target in targets.items():
                 asked, given = [prompts[i] for i in index], lambda _, d=deltas: d
-                got = examine(target, context.profile, asked, network=networks[m], perturb=given, size=len(index))
+                got = examine(
+                    target,
+                    context.profile,
+                    asked,
+                    network=networks[m],
+                    perturb=given,
+                    size=len(index),
+                )
                 for i, outcome in zip(index, got.outcomes, strict=True):
                     found[m][i] = outcome
         for m, outcomes in found.items():
             of_target = replace(context, method=m)
-            tables.append(outcome_rows(of_target, "harmful", prompts, outcomes, **cell.columns(lm.n_layers)))
+            tables.append(
+                outcome_rows(of_target, "harmful", prompts, outcomes, **cell.columns(lm.n_layers))
+            )
         context.on_step(number, len(evaluation.strong_eps), str(cell))
     return pd.concat(tables, ignore_index=True)
 
 
 def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Site, float]:
-    """site -> the smallest norm, over n harmful prompts, of the attack loss's gradient in an unperturbed prompt.
+    """site -> the smallest norm, over n harmful prompts, of the attack loss's gradient in an
+    unperturbed prompt.
 
     Zero would mean that the attack has nothing to follow: gradient masking, or a broken hook.
     """
@@ -178,10 +217,14 @@ def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Sit
     rows = token_rows(lm, prompt_set("harmful", context.profile, n), system_prompt=system)
     for _, batch in batches(rows, context.profile.evaluation.batch, lm.device):
         shape = (*batch.shape, network.d_model)
-        deltas = {s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True) for s in sites}
+        deltas = {
+            s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True)
+            for s in sites
+        }
         with torch.enable_grad(), network.held():
             loss = attack_losses(network, batch, attack, network.label_rows(batch, deltas)).sum()
-            loss = loss + 0.0 * sum(d.sum() for d in deltas.values())  # a site that nothing depends on has gradient 0
+            # a site that nothing depends on has gradient 0
+            loss = loss + 0.0 * sum(d.sum() for d in deltas.values())
             gradients = torch.autograd.grad(loss, list(deltas.values()))
         for site, gradient in zip(sites, gradients, strict=True):
             inside = gradient.float() * perturbed_positions(batch, attack.positions)

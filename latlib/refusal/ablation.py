@@ -1,12 +1,14 @@
 """Refusal directions of a model, and what is left of refusal without them.
 
-1. A **rule** turns harmful-harmless differences (`activations`) into a direction: `fixed` is the difference of means at
-   a fixed relative depth and `svd` the first singular vector there (Abbas et al. 2025); `selected` is Arditi et al.'s
-   choice over (position, site) (`selection`); `best` is an oracle's, the difference of means whose ablation makes the
-   model comply most on tuning prompts; `subspace` is the first singular vectors at the site of `best`.
-2. `best` and `subspace` look at outcomes, on prompts that no result is measured on; nothing here sees test prompts.
-3. `ablation` removes every source's directions from a target model and grades what it then replies, beside controls:
-   random directions, and the mean of differences whose labels are shuffled.
+1. A **rule** turns harmful-harmless differences (`activations`) into a direction: `fixed` is the
+   difference of means at a fixed relative depth and `svd` the first singular vector there (Abbas et
+   al. 2025); `selected` is Arditi et al.'s choice over (position, site) (`selection`); `best` is an
+   oracle's, the difference of means whose ablation makes the model comply most on tuning prompts;
+   `subspace` is the first singular vectors at the site of `best`.
+2. `best` and `subspace` look at outcomes, on prompts that no result is measured on; nothing here
+   sees test prompts.
+3. `ablation` removes every source's directions from a target model and grades what it then replies,
+   beside controls: random directions, and the mean of differences whose labels are shuffled.
 
 Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024.
 """
@@ -55,8 +57,9 @@ BASE, NOTHING = "base", "ablate:nothing"
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site, position: where it was
-    taken; position counts from the prompt's end. note: what was unusual about its choice."""
+    """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site,
+    position: where it was taken; position counts from the prompt's end. note: what was unusual
+    about its choice."""
 
     vector: Tensor
     site: Site
@@ -66,8 +69,8 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Differences:
-    """What directions are found from. pairs: site -> [pairs, positions, d_model] harmful minus harmless, float64;
-    clusters, prompts: [pairs] what a pair is about, and its id."""
+    """What directions are found from. pairs: site -> [pairs, positions, d_model] harmful minus
+    harmless, float64; clusters, prompts: [pairs] what a pair is about, and its id."""
 
     pairs: Mapping[Site, Tensor]
     clusters: list[str]
@@ -88,12 +91,14 @@ class Differences:
         return {site: rows[:, -1] for site, rows in self.pairs.items()}
 
     def means(self) -> dict[Site, Tensor]:
-        """site -> [positions, d_model] differences of means (for equal numbers, the mean of paired differences)."""
+        """site -> [positions, d_model] differences of means (for equal numbers, the mean of paired
+        differences).
+        """
         return {site: rows.mean(0) for site, rows in self.pairs.items()}
 
     def shuffled(self, site: Site, seed: int = 0) -> Tensor:
-        """[d_model] mean difference at a site's last token with harmful and harmless swapped in a random half of the
-        pairs: what is left where the labels mean nothing."""
+        """[d_model] mean difference at a site's last token with harmful and harmless swapped in a
+        random half of the pairs: what is left where the labels mean nothing."""
         order = torch.randperm(len(self.clusters), generator=torch.Generator().manual_seed(seed))
         signs = torch.ones(len(order), 1, dtype=torch.float64)
         signs[order[: len(order) // 2]] = -1.0
@@ -101,7 +106,9 @@ class Differences:
 
 
 def sources(profile: Profile) -> tuple[str, ...]:
-    """The models whose directions are tried on every model: the base and what each method made of it."""
+    """The models whose directions are tried on every model: the base and what each method made of
+    it.
+    """
     return (BASE, *profile.methods)
 
 
@@ -111,7 +118,9 @@ def fixed_site(n_layers: int) -> int:
 
 
 def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
-    """Differences at every site and post-instruction position, from pairs that the models trained on."""
+    """Differences at every site and post-instruction position, from pairs that the models trained
+    on.
+    """
     evaluation, system = profile.evaluation, profile.data.system_prompt
     harmful, harmless = paired_prompts(profile, "train", evaluation.pairs)
     rows = (prompt_rows(lm, [p.text for p in side], system) for side in (harmful, harmless))
@@ -122,14 +131,20 @@ def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
 
 
 def top_direction(difference: Tensor) -> Tensor:
-    """[d_model] first right singular vector of the uncentred differences, towards harmful, as long as their mean."""
+    """[d_model] first right singular vector of the uncentred differences, towards harmful, as long
+    as their mean.
+    """
     mean, (vector,) = difference.mean(0), top_subspace(difference, 1)
     return vector * torch.sign(vector @ mean) * mean.norm()
 
 
 def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) -> Tensor:
-    """[n, d_model] directions of one norm, uniform on the sphere: the control. Ablation itself ignores the norm."""
-    rows = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """[n, d_model] directions of one norm, uniform on the sphere: the control. Ablation itself
+    ignores the norm.
+    """
+    rows = torch.randn(
+        n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return norm * rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -152,23 +167,30 @@ def directions(lm: LanguageModel, profile: Profile, found: Differences) -> dict[
     }
 
 
-def best_site(lm: LanguageModel, profile: Profile, means: Mapping[Site, Tensor], tune: Sequence[Prompt]) -> Site:
-    """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go to fewer refusals,
-    then to the earlier site. Sites without a difference are left out. Raises ValueError when none has one."""
+def best_site(
+    lm: LanguageModel, profile: Profile, means: Mapping[Site, Tensor], tune: Sequence[Prompt]
+) -> Site:
+    """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go
+    to fewer refusals, then to the earlier site. Sites without a difference are left out. Raises
+    ValueError when none has one."""
     scores = {}
     for site, mean in means.items():
         if mean.norm() > 0:
             outcomes = examine(lm, profile, tune, network=lm.network().ablated(mean)).outcomes
             scores[site] = (outcomes.count("complied"), -outcomes.count("refused"))
     if not scores:
-        raise ValueError(f"harmful and harmless prompts do not differ at any of the sites {list(means)}")
+        raise ValueError(
+            f"harmful and harmless prompts do not differ at any of the sites {list(means)}"
+        )
     return max(scores, key=scores.__getitem__)
 
 
 def save_directions(found: Mapping[str, Direction], path: Path) -> None:
     """Write directions aside, then rename: workers may find the same ones at the same time."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    about = {rule: {"site": d.site, "position": d.position, "note": d.note} for rule, d in found.items()}
+    about = {
+        rule: {"site": d.site, "position": d.position, "note": d.note} for rule, d in found.items()
+    }
     save_file(
         {rule: d.vector.clone(memory_format=torch.contiguous_format) for rule, d in found.items()},
         aside,
@@ -185,29 +207,40 @@ def load_directions(path: Path) -> dict[str, Direction]:
 
 
 def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """A suite for `run.Run.evaluate`: outcome rows of a target model under the directions of every source.
+    """A suite for `run.Run.evaluate`: outcome rows of a target model under the directions of every
+    source.
 
-    attack is 'ablate:<source>@<rule>', 'ablate:<target>@site-<site>' (the sweep over sites), 'ablate:random<k>',
-    'ablate:shuffled' or 'ablate:nothing', on harmful prompts; with nothing and by the rule `best` also on harmless
-    ones. 'add:<target>@best' and 'add:random0' add a vector at its site on harmless prompts.
+    attack is 'ablate:<source>@<rule>', 'ablate:<target>@site-<site>' (the sweep over sites),
+    'ablate:random<k>', 'ablate:shuffled' or 'ablate:nothing', on harmful prompts; with nothing and
+    by the rule `best` also on harmless ones. 'add:<target>@best' and 'add:random0' add a vector at
+    its site on harmless prompts.
     """
     own, evaluation, network = context.method, context.profile.evaluation, lm.network()
-    by_source, differences = {m: context.directions(m) for m in sources(context.profile)}, context.differences(own)
+    by_source, differences = (
+        {m: context.directions(m) for m in sources(context.profile)},
+        context.differences(own),
+    )
     best = by_source[own]["best"]
     cells = {NOTHING: None}
     for source, by_rule in by_source.items():
         rules = OWN_RULES if source == own else CROSS_RULES
         cells |= {f"ablate:{source}@{rule}": by_rule[rule].vector for rule in rules}
     sweep = {site: rows[-1] for site, rows in differences.means().items()}
-    cells |= {f"ablate:{own}@site-{site}": vector for site, vector in sweep.items() if vector.norm() > 0}
-    randoms = random_directions(network.d_model, evaluation.random_directions, best.vector.norm(), context.seed)
+    cells |= {
+        f"ablate:{own}@site-{site}": vector for site, vector in sweep.items() if vector.norm() > 0
+    }
+    randoms = random_directions(
+        network.d_model, evaluation.random_directions, best.vector.norm(), context.seed
+    )
     cells |= {f"ablate:random{k}": vector for k, vector in enumerate(randoms)}
     cells["ablate:shuffled"] = differences.shuffled(best.site, context.seed)
 
     def graded(attack: str, prompts_name: str, network: Network, perturb=None) -> pd.DataFrame:
         prompts = prompt_set(prompts_name, context.profile, evaluation.ablation_prompts)
         found = examine(lm, context.profile, prompts, network=network, perturb=perturb)
-        return outcome_rows(context, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts)
+        return outcome_rows(
+            context, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts
+        )
 
     tables = []
     for step, (attack, vector) in enumerate(cells.items(), start=1):
@@ -217,5 +250,9 @@ def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
             tables.append(graded(attack, "harmless", ablated))
         context.on_step(step, len(cells), attack)
     for attack, vector in ((f"add:{own}@best", best.vector), ("add:random0", randoms[0])):
-        tables.append(graded(attack, "harmless", network, lambda batch, v=vector: added(v, best.site, batch.ids)))
+        tables.append(
+            graded(
+                attack, "harmless", network, lambda batch, v=vector: added(v, best.site, batch.ids)
+            )
+        )
     return pd.concat(tables, ignore_index=True)

@@ -1,10 +1,12 @@
-"""Residual-stream activations where a chat model decides how to reply, of harmful prompts and of harmless ones.
+"""Residual-stream activations where a chat model decides how to reply, of harmful prompts and of
+harmless ones.
 
-1. The positions are the last tokens of the prompt: one (Abbas et al. 2025), or all that the chat template puts behind
-   the user's words (`post_instruction`, Arditi et al. 2024).
-2. One pass takes every site; the blocks above the deepest one are not run. Values are kept in float64.
-3. Prompts are paired **matched** (the same words, the verb turned on a foe) or at **random** (any harmless prompt of
-   the same split, as with all real data); `differences` subtracts within pairs.
+1. The positions are the last tokens of the prompt: one (Abbas et al. 2025), or all that the chat
+   template puts behind the user's words (`post_instruction`, Arditi et al. 2024).
+2. One pass takes every site; the blocks above the deepest one are not run. Values are kept in
+   float64.
+3. Prompts are paired **matched** (the same words, the verb turned on a foe) or at **random** (any
+   harmless prompt of the same split, as with all real data); `differences` subtracts within pairs.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ def sites_of(n_layers: int) -> tuple[Site, ...]:
 
 
 def prompt_ends(batch: Batch, count: int = 1) -> Tensor:
-    """[batch, count] index into the flattened [batch * seq] of every row's last prompt tokens, in their order.
+    """[batch, count] index into the flattened [batch * seq] of every row's last prompt tokens, in
+    their order.
 
-    The very last one is where the first token of the reply is decided. Raises ValueError for a shorter prompt.
+    The very last one is where the first token of the reply is decided. Raises ValueError for a
+    shorter prompt.
     """
     prompt = batch.segments == 0
     shortest = int(prompt.sum(1).min())
@@ -59,10 +63,14 @@ def post_instruction(tokenizer, system_prompt: str | None = None) -> int:
     return max(1, same)
 
 
-def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[Site]) -> dict[Site, float]:
-    """site -> median L2 norm of the residual stream over all prompt positions but the first of each row.
+def residual_norms(
+    network: Network, batches: Sequence[Batch], sites: Sequence[Site]
+) -> dict[Site, float]:
+    """site -> median L2 norm of the residual stream over all prompt positions but the first of each
+    row.
 
-    The first position is left out: it is an attention sink in many models, with a norm unlike all others.
+    The first position is left out: it is an attention sink in many models, with a norm unlike all
+    others.
     """
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for batch in batches:
@@ -72,17 +80,23 @@ def residual_norms(network: Network, batches: Sequence[Batch], sites: Sequence[S
     return {site: torch.cat(norms).median().item() for site, norms in found.items()}
 
 
-def prompt_rows(lm: LanguageModel, prompts: Sequence[str], system_prompt: str | None = None) -> list[TokenRow]:
+def prompt_rows(
+    lm: LanguageModel, prompts: Sequence[str], system_prompt: str | None = None
+) -> list[TokenRow]:
     """Templated prompts without a completion."""
     rows = [Row(str(i), text, ()) for i, text in enumerate(prompts)]
     return tokenise(rows, lm.tokenizer, lm.context, system_prompt)
 
 
 def activations(
-    network: Network, rows: Sequence[TokenRow], sites: Sequence[Site], count: int = 1, size: int = 128
+    network: Network,
+    rows: Sequence[TokenRow],
+    sites: Sequence[Site],
+    count: int = 1,
+    size: int = 128,
 ) -> dict[Site, Tensor]:
-    """site -> [rows, count, d_model] float64 residual stream at each row's last `count` prompt tokens, in the order of
-    `rows`. size: rows of similar length that run together."""
+    """site -> [rows, count, d_model] float64 residual stream at each row's last `count` prompt
+    tokens, in the order of `rows`. size: rows of similar length that run together."""
     found: dict[Site, Tensor] = {}
     for index, batch in batches(rows, size, network.device):
         ends = prompt_ends(batch, count)
@@ -106,20 +120,26 @@ def differences(
     Raises ValueError unless they pair up, two at least.
     """
     if len(harmful) != len(harmless) or len(harmful) < 2:
-        raise ValueError(f"{len(harmful)} harmful and {len(harmless)} harmless prompts: need as many, and two or more")
+        raise ValueError(
+            f"{len(harmful)} harmful and {len(harmless)} harmless prompts: need as many, and two or"
+            " more"
+        )
     both = activations(network, [*harmful, *harmless], sites, count, size)
     return {site: rows[: len(harmful)] - rows[len(harmful) :] for site, rows in both.items()}
 
 
 def paired_prompts(profile: Profile, split: str, n: int) -> tuple[list[Prompt], list[Prompt]]:
-    """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each; see the module's
-    docstring."""
+    """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each;
+    see the module's docstring."""
     harmful = ask(profile, "directions", split, "harmful", n)
-    return harmful, counterparts(profile, harmful, "directions", split, profile.evaluation.pairing == "matched")
+    return harmful, counterparts(
+        profile, harmful, "directions", split, profile.evaluation.pairing == "matched"
+    )
 
 
 def save_activations(found: Mapping[Site, Tensor], path: Path, **columns: Sequence[str]) -> None:
-    """Write site -> [rows, ...] as a float32 safetensors file, aside first, with columns of text (the prompts' ids).
+    """Write site -> [rows, ...] as a float32 safetensors file, aside first, with columns of text
+    (the prompts' ids).
 
     Raises ValueError unless every column has one entry a row.
     """

@@ -1,9 +1,12 @@
-"""The shape of a set of activation differences: variance by component, subspaces, and the angles between them.
+"""The shape of a set of activation differences: variance by component, subspaces, and the angles
+between them.
 
-1. `explained_variance`: shares of the squared singular values, centred or not (Abbas et al. do not say which).
+1. `explained_variance`: shares of the squared singular values, centred or not (Abbas et al. do not
+   say which).
 2. `participation_ratio`: how many components it takes, as one number.
 3. `principal_angles`: how far two models' subspaces lie apart.
-4. Intervals resample clusters of pairs, the same ones for every model, so that models can be compared draw by draw.
+4. Intervals resample clusters of pairs, the same ones for every model, so that models can be
+   compared draw by draw.
 """
 
 from __future__ import annotations
@@ -37,18 +40,23 @@ def participation_ratio(shares: np.ndarray) -> float:
 
 
 def top_subspace(difference: Tensor, k: int) -> Tensor:
-    """[k, d_model] first right singular vectors of the uncentred differences ([pairs, d_model]), orthonormal."""
+    """[k, d_model] first right singular vectors of the uncentred differences ([pairs, d_model]),
+    orthonormal.
+    """
     return torch.linalg.svd(difference.double(), full_matrices=False)[2][:k]
 
 
 def principal_angles(a: Tensor, b: Tensor) -> np.ndarray:
-    """Angles in degrees between the spans of the rows of a and b ([d_model] or [k, d_model]), smallest first."""
+    """Angles in degrees between the spans of the rows of a and b ([d_model] or [k, d_model]),
+    smallest first.
+    """
     angles = subspace_angles(*(orthonormal(rows).T.numpy() for rows in (a, b)))
     return np.degrees(angles[::-1])
 
 
 def principal_components(rows: Tensor, k: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """([rows, k] coordinates along the first principal components of `rows` ([rows, d_model]), [k] shares of variance).
+    """([rows, k] coordinates along the first principal components of `rows` ([rows, d_model]), [k]
+    shares of variance).
 
     The sign of a component is the one that makes its largest coordinate positive.
     """
@@ -61,10 +69,14 @@ def principal_components(rows: Tensor, k: int = 2) -> tuple[np.ndarray, np.ndarr
 
 
 def share_draws(
-    difference: Tensor, clusters: Sequence[str], centred: bool, components: int = COMPONENTS, seed: int = 0
+    difference: Tensor,
+    clusters: Sequence[str],
+    centred: bool,
+    components: int = COMPONENTS,
+    seed: int = 0,
 ) -> np.ndarray:
-    """[RESAMPLES, components] shares of the first components, clusters of pairs resampled, the same ones for every
-    model. difference: [pairs, d_model]; clusters: [pairs]."""
+    """[RESAMPLES, components] shares of the first components, clusters of pairs resampled, the same
+    ones for every model. difference: [pairs, d_model]; clusters: [pairs]."""
     rng, names = np.random.default_rng(seed), sorted(set(clusters))
     members = [np.flatnonzero(np.asarray(clusters) == name) for name in names]
     rows, shares = difference.numpy(), np.empty((RESAMPLES, components))
@@ -78,11 +90,11 @@ def share_draws(
 
 
 def variance_table(found: Mapping[Site, Tensor], clusters: Sequence[str], site: Site) -> dict:
-    """JSON-ready: shares of the first components per site, uncentred and centred, participation ratios, and at `site`
-    draws of the first two components' share and intervals of every one's.
+    """JSON-ready: shares of the first components per site, uncentred and centred, participation
+    ratios, and at `site` draws of the first two components' share and intervals of every one's.
 
-    found: site -> [pairs, d_model]. A site where all differences vanish (the embedding of one template's last token)
-    has shares of 0 and no participation ratio.
+    found: site -> [pairs, d_model]. A site where all differences vanish (the embedding of one
+    template's last token) has shares of 0 and no participation ratio.
     """
     table = {
         "pairs": len(clusters),
@@ -91,12 +103,18 @@ def variance_table(found: Mapping[Site, Tensor], clusters: Sequence[str], site: 
         "sites": [str(s) for s in found],
     }
     for name, centred in (("uncentred", False), ("centred", True)):
-        shares = [explained_variance(d, centred) if d.any() else np.zeros(0) for d in found.values()]
+        shares = [
+            explained_variance(d, centred) if d.any() else np.zeros(0) for d in found.values()
+        ]
         table[name] = [_rounded(np.pad(s, (0, COMPONENTS))[:COMPONENTS], 6) for s in shares]
-        table[f"{name}_ratio"] = [round(participation_ratio(s), 4) if len(s) else None for s in shares]
+        table[f"{name}_ratio"] = [
+            round(participation_ratio(s), 4) if len(s) else None for s in shares
+        ]
         draws = share_draws(found[site], clusters, centred)
         table[f"{name}_draws"] = _rounded(draws[:, :2].sum(1), 5)
-        table[f"{name}_low"], table[f"{name}_high"] = (_rounded(q, 5) for q in np.quantile(draws, (0.025, 0.975), 0))
+        table[f"{name}_low"], table[f"{name}_high"] = (
+            _rounded(q, 5) for q in np.quantile(draws, (0.025, 0.975), 0)
+        )
     return table
 
 

@@ -1,9 +1,9 @@
 """What is done with a direction besides ablating it as the model runs (`forward.Network.ablated`).
 
-1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as ablation by hooks, and a
-   standard model: it can be saved, merged, generated from.
-2. `added`: the perturbation that adds a vector at a site, at every position; on harmless prompts a refusal direction
-   makes the model refuse.
+1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as
+   ablation by hooks, and a standard model: it can be saved, merged, generated from.
+2. `added`: the perturbation that adds a vector at a site, at every position; on harmless prompts a
+   refusal direction makes the model refuse.
 
 Source: Arditi et al. 2024, section 2.4 and appendix E.
 """
@@ -21,18 +21,19 @@ from latlib.models import LanguageModel
 
 
 def added(vector: Tensor, site: Site, ids: Tensor, strength: float = 1.0) -> dict[Site, Tensor]:
-    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at every position of
-    `ids` ([batch, seq])."""
+    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at
+    every position of `ids` ([batch, seq])."""
     return {site: (strength * vector).to(ids.device).expand(*ids.shape, -1)}
 
 
 @torch.no_grad()
 def orthogonalised(lm: LanguageModel, directions: Tensor) -> LanguageModel:
-    """A copy of the model (its adapter merged) without `directions` ([d_model] or [k, d_model]) in what its embedding,
-    attention and MLP write to the residual stream; equal to `lm.network().ablated(directions)`.
+    """A copy of the model (its adapter merged) without `directions` ([d_model] or [k, d_model]) in
+    what its embedding, attention and MLP write to the residual stream; equal to
+    `lm.network().ablated(directions)`.
 
-    Raises ValueError for a family with a norm between these weights and the stream: its gain writes the direction
-    again.
+    Raises ValueError for a family with a norm between these weights and the stream: its gain writes
+    the direction again.
     """
     model = copy.deepcopy(lm.model)
     if hasattr(model, "merge_and_unload"):
@@ -61,9 +62,14 @@ _LAST = ("o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2
 
 def _last_linear(writer: nn.Module) -> nn.Linear:
     """The matrix by which an attention or MLP module writes."""
-    found = [child for name, child in writer.named_children() if name in _LAST and isinstance(child, nn.Linear)]
+    found = [
+        child
+        for name, child in writer.named_children()
+        if name in _LAST and isinstance(child, nn.Linear)
+    ]
     if len(found) != 1:
         raise ValueError(
-            f"{type(writer).__name__} does not write to the stream by one known matrix: use `lm.network().ablated`"
+            f"{type(writer).__name__} does not write to the stream by one known matrix: use"
+            " `lm.network().ablated`"
         )
     return found[0]

@@ -1,14 +1,18 @@
-"""Which direction carries refusal: Arditi et al.'s choice over (position, site), with its three filters.
+"""Which direction carries refusal: Arditi et al.'s choice over (position, site), with its three
+filters.
 
-1. A candidate is the difference of means at one post-instruction position and one site (a block's input).
-2. Its scores, on validation prompts: **bypass**, the refusal score of harmful prompts under its ablation (lower is
-   better); **induce**, the refusal score of harmless prompts when it is added at its site (must not be negative);
-   **kl**, how far its ablation moves what is said to harmless prompts (at most `MOST_KL` nats).
+1. A candidate is the difference of means at one post-instruction position and one site (a block's
+   input).
+2. Its scores, on validation prompts: **bypass**, the refusal score of harmful prompts under its
+   ablation (lower is better); **induce**, the refusal score of harmless prompts when it is added at
+   its site (must not be negative); **kl**, how far its ablation moves what is said to harmless
+   prompts (at most `MOST_KL` nats).
 3. Sites in the last fifth of the model are out. Of what is left the lowest bypass wins.
-4. Where nothing is left, filters are dropped one after the other (kl, then induce), and `Selection.note` says so.
+4. Where nothing is left, filters are dropped one after the other (kl, then induce), and
+   `Selection.note` says so.
 
-The refusal score is the log-odds of the tokens a refusal begins with. Source: Arditi et al. 2024, section 2.3 and
-appendix C.
+The refusal score is the log-odds of the tokens a refusal begins with. Source: Arditi et al. 2024,
+section 2.3 and appendix C.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ FILTERS = ("kl", "induce")  # in the order in which they are dropped
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The chosen direction ([d_model], float64), where it was taken, every candidate's scores, and what was unusual."""
+    """The chosen direction ([d_model], float64), where it was taken, every candidate's scores, and
+    what was unusual.
+    """
 
     vector: Tensor
     position: int  # counted from the prompt's end: -1 is its last token
@@ -45,19 +51,27 @@ class Selection:
 
 
 @torch.no_grad()
-def last_log_probabilities(network: Network, rows: Sequence[TokenRow], perturb: Callable | None = None, size: int = 64):
-    """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch -> perturbation."""
+def last_log_probabilities(
+    network: Network, rows: Sequence[TokenRow], perturb: Callable | None = None, size: int = 64
+):
+    """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch ->
+    perturbation.
+    """
     found: list[Tensor | None] = [None] * len(rows)
     for index, batch in batches(rows, size, network.device):
         hidden = network.hidden(batch, perturb(batch) if perturb else None)
-        logits = network.unembed(at_labels(hidden, prompt_ends(batch).flatten())).float().log_softmax(-1)
+        logits = (
+            network.unembed(at_labels(hidden, prompt_ends(batch).flatten())).float().log_softmax(-1)
+        )
         for i, row in zip(index, logits, strict=True):
             found[i] = row
     return torch.stack(found)
 
 
 def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
-    """[rows] log-odds of `tokens`, the first of every refusal, from log-probabilities [rows, vocabulary]."""
+    """[rows] log-odds of `tokens`, the first of every refusal, from log-probabilities [rows,
+    vocabulary].
+    """
     refused = log_p[:, list(tokens)].logsumexp(-1).clamp(max=-1e-7)
     return refused - torch.log(-torch.expm1(refused))
 
@@ -70,21 +84,29 @@ def select(
     tokens: Sequence[int],
     on_step: Callable[[int, int, str], None] = lambda step, total, detail: None,
 ) -> Selection:
-    """Choose among `means`: site -> [positions, d_model] differences of means, the last position last.
+    """Choose among `means`: site -> [positions, d_model] differences of means, the last position
+    last.
 
     harmful, harmless: validation prompts, without completions. tokens: what a refusal begins with.
     Raises ValueError when no candidate has a finite, non-zero direction.
     """
     plain, records, vectors = last_log_probabilities(network, harmless), [], []
-    wanted = [(site, p) for site, rows in means.items() for p in range(len(rows)) if _usable(rows[p])]
+    wanted = [
+        (site, p) for site, rows in means.items() for p in range(len(rows)) if _usable(rows[p])
+    ]
     if not wanted:
-        raise ValueError(f"no difference of means at {list(means)} is finite and non-zero: nothing to choose from")
+        raise ValueError(
+            f"no difference of means at {list(means)} is finite and non-zero: nothing to choose"
+            " from"
+        )
     for step, (site, p) in enumerate(wanted, start=1):
         vector, rows = means[site][p], means[site]
         ablated = network.ablated(vector)
         quiet = last_log_probabilities(ablated, harmless)
         kl = torch.nn.functional.kl_div(quiet, plain, log_target=True, reduction="none").sum(-1)
-        said = last_log_probabilities(network, harmless, lambda batch, v=vector, s=site: added(v, s, batch.ids))
+        said = last_log_probabilities(
+            network, harmless, lambda batch, v=vector, s=site: added(v, s, batch.ids)
+        )
         record = {
             "position": p - len(rows),
             "site": str(site),
@@ -119,7 +141,9 @@ def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         if len(kept):
             break
     names = " and ".join(FILTERS[:dropped])
-    note = f"no candidate passed all filters; chosen without the filter on {names}" if dropped else ""
+    note = (
+        f"no candidate passed all filters; chosen without the filter on {names}" if dropped else ""
+    )
     return kept, note
 
 

@@ -1,7 +1,9 @@
-"""What each claim comes down to: a difference, positive when the claim holds, with the levels behind it.
+"""What each claim comes down to: a difference, positive when the claim holds, with the levels
+behind it.
 
-Every function takes the evidence of a run and returns (interval of the effect, note); the note's numbers are computed.
-All raise MissingError where the run lacks what they need. `claims` says what is tested and judges the interval.
+Every function takes the evidence of a run and returns (interval of the effect, note); the note's
+numbers are computed. All raise MissingError where the run lacks what they need. `claims` says what
+is tested and judges the interval.
 """
 
 from __future__ import annotations
@@ -35,8 +37,13 @@ def _percent(interval: Interval) -> str:
 def attack_breaks_ssft(e: Evidence) -> Effect:
     """ASR on SSFT at the largest radius, PGD minus noise of the same norm."""
     eps = max(e.profile.evaluation.eps)
-    attacked, noisy = (e.cell("ssft", attack, eps=eps, where="latent") for attack in ("pgd", "noise"))
-    levels = f"SSFT at eps {eps:g}: ASR {_percent(rate(attacked))} under PGD, {_percent(rate(noisy))} under noise"
+    attacked, noisy = (
+        e.cell("ssft", attack, eps=eps, where="latent") for attack in ("pgd", "noise")
+    )
+    levels = (
+        f"SSFT at eps {eps:g}: ASR {_percent(rate(attacked))} under PGD, {_percent(rate(noisy))}"
+        " under noise"
+    )
     return contrast(attacked, noisy), levels
 
 
@@ -58,7 +65,10 @@ def kl_keeps_utility(e: Evidence) -> Effect:
     """Exact harmless answers, LAT minus its variant without KL."""
     without = e.cell("lat[no-kl]", prompts="harmless")
     kept = e.cell("lat", prompts="harmless", seeds=sorted(set(without["seed"])))
-    return contrast(kept, without), f"harmless exact with {_percent(rate(kept))}, without {_percent(rate(without))}"
+    return (
+        contrast(kept, without),
+        f"harmless exact with {_percent(rate(kept))}, without {_percent(rate(without))}",
+    )
 
 
 def eps_too_large(e: Evidence) -> Effect:
@@ -70,7 +80,10 @@ def eps_too_large(e: Evidence) -> Effect:
     large = e.cell(label, **sets)
     lat = e.cell("lat", seeds=sorted(set(large["seed"])), **sets)
     refused = f"refused {_percent(rate(lat, 'refused'))} and {_percent(rate(large, 'refused'))}"
-    levels = f"harmless exact, plain and encoded: {_percent(rate(lat))} at eps {e.lat_eps:g}, {_percent(rate(large))}"
+    levels = (
+        f"harmless exact, plain and encoded: {_percent(rate(lat))} at eps {e.lat_eps:g},"
+        f" {_percent(rate(large))}"
+    )
     return contrast(lat, large, same=("encoding",)), f"{levels} at {eps:g}; {refused}"
 
 
@@ -93,23 +106,42 @@ def spikes_are_wins(e: Evidence) -> Effect:
     blocks = steps["seed"].astype(str) + "/" + steps["block"].astype(str)
     interval = difference_interval(steps["won_excess"], steps["spike"], blocks, steps["seed"])
     part = steps.loc[steps["spike"], "attack_part"].median()
-    rank = spearmanr(steps["excess"], steps["won_excess"]).statistic if steps["won_excess"].any() else math.nan
-    note = f"{int(steps['spike'].sum())} spikes in {len(steps)} steps; attacks won in {steps['attack_won'].mean():.1%}"
-    return interval, f"{note}; {part:.0%} of a spike is toward and away loss; rank correlation {rank:.2f}"
+    rank = (
+        spearmanr(steps["excess"], steps["won_excess"]).statistic
+        if steps["won_excess"].any()
+        else math.nan
+    )
+    note = (
+        f"{int(steps['spike'].sum())} spikes in {len(steps)} steps; attacks won in"
+        f" {steps['attack_won'].mean():.1%}"
+    )
+    return (
+        interval,
+        f"{note}; {part:.0%} of a spike is toward and away loss; rank correlation {rank:.2f}",
+    )
 
 
 def leet_gap(e: Evidence) -> Effect:
-    """LAT's ASR in leetspeak minus direct, over the prompts whose harmless twin the base understood in leetspeak."""
+    """LAT's ASR in leetspeak minus direct, over the prompts whose harmless twin the base understood
+    in leetspeak.
+    """
     given = GIVEN[3]
-    leet, direct, ssft = counted(e, "lat", "leet", given), e.cell("lat"), counted(e, "ssft", "leet", given)
+    leet, direct, ssft = (
+        counted(e, "lat", "leet", given),
+        e.cell("lat"),
+        counted(e, "ssft", "leet", given),
+    )
     if leet.empty:
         raise MissingError("no leetspeak prompt whose harmless twin the base understood")
     own = counted(e, "lat", "leet", GIVEN[2])
     shows = (
-        f"{_percent(rate(own))} of the {len(own)} that it shows to have understood" if len(own) else "none understood"
+        f"{_percent(rate(own))} of the {len(own)} that it shows to have understood"
+        if len(own)
+        else "none understood"
     )
     levels = (
-        f"prompts understood by the base: leet ASR {_percent(rate(leet))} ({shows}), direct {_percent(rate(direct))}"
+        f"prompts understood by the base: leet ASR {_percent(rate(leet))} ({shows}), direct"
+        f" {_percent(rate(direct))}"
     )
     return contrast(leet, direct), f"{levels}; SSFT leet {_percent(rate(ssft))}"
 
@@ -128,12 +160,23 @@ def concentration(e: Evidence) -> Effect:
         return values["lat"] - np.maximum(values["ssft"], values["at"])
 
     estimates = [float(lead({m: share(m, s) for m in TRAINED})) for s in seeds]
-    draws = [lead({m: np.asarray(e.variance[m, s]["uncentred_draws"]) for m in TRAINED}) for s in seeds]
+    draws = [
+        lead({m: np.asarray(e.variance[m, s]["uncentred_draws"]) for m in TRAINED}) for s in seeds
+    ]
     table = e.variance["lat", seeds[0]]
-    means = {k: [np.mean([share(m, s, k) for s in seeds]) for m in TRAINED] for k in ("uncentred", "centred")}
+    means = {
+        k: [np.mean([share(m, s, k) for s in seeds]) for m in TRAINED]
+        for k in ("uncentred", "centred")
+    }
     texts = {k: " / ".join(f"{100 * v:.0f}" for v in values) for k, values in means.items()}
-    note = f"first two components, SSFT / AT / LAT: {texts['uncentred']} % at site {table['fixed_site']}"
-    return draws_interval(estimates, draws, table["pairs"], table["clusters"]), f"{note}; centred {texts['centred']} %"
+    note = (
+        f"first two components, SSFT / AT / LAT: {texts['uncentred']} % at site"
+        f" {table['fixed_site']}"
+    )
+    return (
+        draws_interval(estimates, draws, table["pairs"], table["clusters"]),
+        f"{note}; centred {texts['centred']} %",
+    )
 
 
 def _by_vector(e: Evidence, source: str, target: str | Sequence[str]) -> pd.DataFrame:
@@ -148,14 +191,19 @@ def strongest_vector(e: Evidence) -> Effect:
     """ASR over all targets, under LAT's vector minus under SSFT's, and minus under AT's."""
     under = {source: _by_vector(e, source, TRAINED) for source in TRAINED}
     found = [contrast(under["lat"], under[other], same=("method",)) for other in ("ssft", "at")]
-    levels = ", ".join(f"{source.upper()} {_asr_and_refused(rows)}" for source, rows in under.items())
+    levels = ", ".join(
+        f"{source.upper()} {_asr_and_refused(rows)}" for source, rows in under.items()
+    )
     return weakest(found), f"ASR (refused) over the three targets by vector: {levels}"
 
 
 def resists_reference(e: Evidence) -> Effect:
     """ASR under SSFT's vector, SSFT minus LAT."""
     on_ssft, on_lat = (_by_vector(e, "ssft", target) for target in ("ssft", "lat"))
-    levels = f"ASR (refused) under SSFT's vector: SSFT {_asr_and_refused(on_ssft)}, LAT {_asr_and_refused(on_lat)}"
+    levels = (
+        f"ASR (refused) under SSFT's vector: SSFT {_asr_and_refused(on_ssft)}, LAT"
+        f" {_asr_and_refused(on_lat)}"
+    )
     return contrast(on_ssft, on_lat), levels
 
 

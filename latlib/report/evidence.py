@@ -1,9 +1,11 @@
 """What a run measured, read from its results files: every figure, interval and claim starts here.
 
-1. `Evidence.load(folder)` reads a results folder: a run's own, or the one committed with the repository.
-2. `cell` picks rows of the outcome table; `rate` is a share of them, `contrast` the difference of two shares over the
-   same prompts and seeds. A prompt that occurs more than once in a cell (two attacks) counts once, as a hit if any hit:
-   the worst case per prompt, never the better of two averages.
+1. `Evidence.load(folder)` reads a results folder: a run's own, or the one committed with the
+   repository.
+2. `cell` picks rows of the outcome table; `rate` is a share of them, `contrast` the difference of
+   two shares over the same prompts and seeds. A prompt that occurs more than once in a cell (two
+   attacks) counts once, as a hit if any hit: the worst case per prompt, never the better of two
+   averages.
 3. `spikes` sets the jumps of the training loss beside the attack of the same step.
 """
 
@@ -23,7 +25,8 @@ from latlib.experiment.tracking import read_metrics
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 
 PROMPT_KEYS = ("method", "seed", "prompts", "encoding", "prompt_id")
-WINDOW, SPIKE_MADS = 21, 3.0  # steps of the running median; a spike is this many deviations above it
+# steps of the running median; a spike is this many deviations above it
+WINDOW, SPIKE_MADS = 21, 3.0
 BLOCK = 7  # steps that are resampled together: neighbouring steps are alike
 
 
@@ -33,8 +36,9 @@ class MissingError(LookupError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """profile: the run's settings. outcomes: the outcome table. metrics: (label, seed) -> training curve, a row a step.
-    variance: (method, seed) -> `geometry.variance_table`. label: method, or 'lat[variant]'."""
+    """profile: the run's settings. outcomes: the outcome table. metrics: (label, seed) -> training
+    curve, a row a step. variance: (method, seed) -> `geometry.variance_table`. label: method, or
+    'lat[variant]'."""
 
     profile: Profile
     outcomes: pd.DataFrame
@@ -43,26 +47,37 @@ class Evidence:
 
     @classmethod
     def load(cls, folder: str | Path) -> Evidence:
-        """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl` and `profile.yaml`
-        are looked for in it and beside it. What was not measured is
-        empty. Raises MissingError where there is no profile."""
+        """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl`
+        and `profile.yaml` are looked for in it and beside it. What was not measured is empty.
+        Raises MissingError where there is no profile."""
         folder = Path(folder)
-        folder = folder / "results" if (folder / "results" / "outcomes").is_dir() else folder  # a whole run's folder
+        # a whole run's folder
+        folder = folder / "results" if (folder / "results" / "outcomes").is_dir() else folder
         tables = [pd.read_parquet(path) for path in sorted((folder / "outcomes").glob("*.parquet"))]
-        settings = next((p for p in (folder / "profile.yaml", folder.parent / "profile.yaml") if p.is_file()), None)
+        settings = next(
+            (p for p in (folder / "profile.yaml", folder.parent / "profile.yaml") if p.is_file()),
+            None,
+        )
         if settings is None:
             raise MissingError(f"{folder} has no profile.yaml: give the results folder of a run")
         profile = load_profile(settings)
         variants, metrics = {f"lat-{name}": f"lat[{name}]" for name in profile.sweep.variants}, {}
-        for path in sorted([*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]):
+        for path in sorted(
+            [*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]
+        ):
             name, _, seed = path.stem.rpartition("-seed")
             if seed.isdigit() and (name in profile.methods or name in variants):
-                curve = read_metrics(path).drop_duplicates("step", keep="last")  # a resumed run logs some steps twice
-                metrics[variants.get(name, name), int(seed)] = curve.sort_values("step", ignore_index=True)
+                # a resumed run logs some steps twice
+                curve = read_metrics(path).drop_duplicates("step", keep="last")
+                metrics[variants.get(name, name), int(seed)] = curve.sort_values(
+                    "step", ignore_index=True
+                )
         variance, path = {}, folder / "refusal_svd.json"
         if path.is_file():
             models = json.loads(path.read_text(encoding="utf-8")).get("models", {})
-            variance = {(m, int(s)): table for m, seeds in models.items() for s, table in seeds.items()}
+            variance = {
+                (m, int(s)): table for m, seeds in models.items() for s, table in seeds.items()
+            }
         outcomes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
         return cls(profile, outcomes, metrics, variance)
 
@@ -72,9 +87,13 @@ class Evidence:
         return self.profile.training("lat").attack.eps
 
     def eps_variants(self) -> dict[str, float]:
-        """label -> radius of `lat` and of every sweep variant that changes the radius only, smallest first."""
+        """label -> radius of `lat` and of every sweep variant that changes the radius only,
+        smallest first.
+        """
         sweep = {
-            f"lat[{n}]": v["attack.eps"] for n, v in self.profile.sweep.variants.items() if set(v) == {"attack.eps"}
+            f"lat[{n}]": v["attack.eps"]
+            for n, v in self.profile.sweep.variants.items()
+            if set(v) == {"attack.eps"}
         }
         return dict(sorted({"lat": self.lat_eps, **sweep}.items(), key=lambda item: item[1]))
 
@@ -92,7 +111,10 @@ class Evidence:
 
         Raises MissingError when there is none, or when one of several methods or attacks has none.
         """
-        rows, wanted = self.outcomes, {"method": method, "attack": attack, "encoding": encoding, "prompts": prompts}
+        rows, wanted = (
+            self.outcomes,
+            {"method": method, "attack": attack, "encoding": encoding, "prompts": prompts},
+        )
         for column, values in wanted.items():
             rows = rows[rows[column].isin([values] if isinstance(values, str) else list(values))]
         if eps is not None:
@@ -111,32 +133,44 @@ class Evidence:
 
 
 def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> pd.DataFrame:
-    """One row a prompt: its keys, its cluster, and `hit`, whether any of its rows has the outcome."""
+    """One row a prompt: its keys, its cluster, and `hit`, whether any of its rows has the
+    outcome.
+    """
     marked = rows.assign(hit=rows["outcome"] == outcome)
-    return marked.groupby(list(keys), as_index=False).agg(hit=("hit", "max"), cluster=("cluster", "first"))
+    return marked.groupby(list(keys), as_index=False).agg(
+        hit=("hit", "max"), cluster=("cluster", "first")
+    )
 
 
 def rate(rows: pd.DataFrame, outcome: str = "complied") -> Interval:
-    """Share of prompts with an outcome ('complied', 'refused', 'neither'), worst case over the attacks in `rows`."""
+    """Share of prompts with an outcome ('complied', 'refused', 'neither'), worst case over the
+    attacks in `rows`.
+    """
     found = hits(rows, outcome)
     return cluster_interval(found["hit"], found["cluster"], found["seed"])
 
 
-def contrast(a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()) -> Interval:
+def contrast(
+    a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()
+) -> Interval:
     """Share in `a` minus share in `b`, over the prompts and seeds that both have.
 
-    same: further columns on which a row of `a` must meet its row of `b` ('encoding', 'prompts', 'method').
-    Raises MissingError when they share no prompt.
+    same: further columns on which a row of `a` must meet its row of `b` ('encoding', 'prompts',
+    'method'). Raises MissingError when they share no prompt.
     """
     return paired_interval(*_paired(a, b, outcome, same))
 
 
-def p_value(a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()) -> float:
+def p_value(
+    a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()
+) -> float:
     """Two-sided p-value of the same difference (see `stats.paired_p_value`)."""
     return paired_p_value(*_paired(a, b, outcome, same))
 
 
-def _paired(a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]) -> tuple[pd.Series, ...]:
+def _paired(
+    a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]
+) -> tuple[pd.Series, ...]:
     """(hits of a, hits of b, clusters, seeds) of the prompts and seeds that both have."""
     keys = ["seed", "prompt_id", *same]
     both = hits(a, outcome, keys).merge(hits(b, outcome, keys), on=keys, suffixes=("", "_b"))
@@ -146,15 +180,18 @@ def _paired(a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str])
 
 
 def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The steps under full attack (eps_scale 1), with what exceeds the running median of WINDOW steps.
+    """The steps under full attack (eps_scale 1), with what exceeds the running median of WINDOW
+    steps.
 
-    Adds `excess` (total loss), `spike` (excess above SPIKE_MADS scaled median absolute deviations of the run),
-    `won_excess` (share of attacks won), `attack_part` (share of the excess that is toward and away, not KL and SFT).
-    Raises MissingError for a curve without such steps.
+    Adds `excess` (total loss), `spike` (excess above SPIKE_MADS scaled median absolute deviations
+    of the run), `won_excess` (share of attacks won), `attack_part` (share of the excess that is
+    toward and away, not KL and SFT). Raises MissingError for a curve without such steps.
     """
     if "attack_won" not in metrics or "eps_scale" not in metrics:
         raise MissingError("the training curve has no attack")
-    full = metrics[(metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()].reset_index(drop=True)
+    full = metrics[(metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()].reset_index(
+        drop=True
+    )
     if len(full) < WINDOW:
         raise MissingError(f"{len(full)} steps under full attack: spikes need at least {WINDOW}")
 
@@ -162,7 +199,8 @@ def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
         return column - column.rolling(WINDOW, center=True, min_periods=WINDOW // 2).median()
 
     excess = above(full["total"])
-    spread = 1.4826 * (excess - excess.median()).abs().median()  # 1.4826 MAD is the standard deviation of a normal
+    # 1.4826 MAD is the standard deviation of a normal
+    spread = 1.4826 * (excess - excess.median()).abs().median()
     adversarial = above(full["toward"]) + (above(full["away"]) if "away" in full else 0.0)
     return full.assign(
         excess=excess,
@@ -173,7 +211,9 @@ def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def spike_steps(metrics: Mapping[tuple[str, int], pd.DataFrame], methods: Sequence[str]) -> pd.DataFrame:
+def spike_steps(
+    metrics: Mapping[tuple[str, int], pd.DataFrame], methods: Sequence[str]
+) -> pd.DataFrame:
     """`spikes` of every run of `methods`, one below the other, with `label` and `seed`.
 
     Raises MissingError when none of them has steps under full attack.

@@ -16,7 +16,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from latlib.report.canvas import EDGE, OUTCOMES, STYLE, Drawn, axes_of, in_words, rate_curve, save, show
+from latlib.report.canvas import (
+    EDGE,
+    OUTCOMES,
+    STYLE,
+    Drawn,
+    axes_of,
+    in_words,
+    rate_curve,
+    save,
+    show,
+)
 from latlib.report.evidence import SPIKE_MADS, WINDOW, Evidence, MissingError, rate, spike_steps
 from latlib.report.refusal_tables import draw_matrix
 from latlib.report.stats import Interval
@@ -45,10 +55,15 @@ def save_main_figure(e: Evidence, path: Path) -> None:
 
 def _eps_label(e: Evidence, what: str = "eps") -> str:
     mode = e.profile.training("lat").attack.eps_mode
-    return f"{what} ({'times the median residual norm' if mode == 'relative' else 'L2 norm per position'})"
+    return (
+        f"{what}"
+        f" ({'times the median residual norm' if mode == 'relative' else 'L2 norm per position'})"
+    )
 
 
-def _rates(e: Evidence, method: str, attack: str, radii: Sequence[float]) -> tuple[list[float], list[Interval]]:
+def _rates(
+    e: Evidence, method: str, attack: str, radii: Sequence[float]
+) -> tuple[list[float], list[Interval]]:
     """The radii at which a latent attack was measured, and its rates there."""
     found: dict[float, Interval] = {}
     for eps in sorted(radii):
@@ -72,8 +87,12 @@ def draw_security(ax: Axes, e: Evidence, methods: Sequence[str] = METHODS) -> st
     if not said:
         raise MissingError("no latent attack on " + ", ".join(methods))
     ax.axvline(e.lat_eps, color="black", linewidth=0.8, linestyle=":")
-    ax.annotate("LAT's training eps", (e.lat_eps, 50), rotation=90, ha="right", va="center", fontsize=7)
-    ax.set(xlabel=_eps_label(e), ylabel="ASR (%)", ylim=(-4, 104), xscale="log", title="Latent attack")
+    ax.annotate(
+        "LAT's training eps", (e.lat_eps, 50), rotation=90, ha="right", va="center", fontsize=7
+    )
+    ax.set(
+        xlabel=_eps_label(e), ylabel="ASR (%)", ylim=(-4, 104), xscale="log", title="Latent attack"
+    )
     ax.set_xticks(e.profile.evaluation.eps, [f"{x:g}" for x in e.profile.evaluation.eps])
     ax.minorticks_off()
     ax.legend(fontsize=7, ncols=1 + (len(methods) > 3))
@@ -87,11 +106,16 @@ def security_curve(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
 
 
 def draw_outcomes(ax: Axes, e: Evidence, method: str, prompts: str = "harmful") -> str:
-    """Stacked shares of refused, complied and neither for every encoding; a diamond: harmless twins understood."""
+    """Stacked shares of refused, complied and neither for every encoding; a diamond: harmless twins
+    understood.
+    """
     encodings, bottom, said = e.profile.evaluation.encodings, 0.0, []
     for outcome, (color, hatch) in OUTCOMES.items():
         intervals = [rate(e.cell(method, encoding=c, prompts=prompts), outcome) for c in encodings]
-        shares, style = np.array([100 * i.estimate for i in intervals]), {"color": color, "hatch": hatch} | EDGE
+        shares, style = (
+            np.array([100 * i.estimate for i in intervals]),
+            {"color": color, "hatch": hatch} | EDGE,
+        )
         ax.bar(encodings, shares, bottom=bottom, label=outcome, **style)
         bottom = bottom + shares
         said.append(f"{outcome} " + ", ".join(f"{s:.0f} % {c}" for s, c in zip(shares, encodings)))
@@ -104,16 +128,29 @@ def draw_outcomes(ax: Axes, e: Evidence, method: str, prompts: str = "harmful") 
     return f"{method.upper()}: " + "; ".join(said)
 
 
-def encodings_bars(e: Evidence, methods: Sequence[str] = ("base", *METHODS), prompts: str = "harmful") -> Drawn:
+def encodings_bars(
+    e: Evidence, methods: Sequence[str] = ("base", *METHODS), prompts: str = "harmful"
+) -> Drawn:
     """Refused, complied or neither, for every method and encoding."""
     figure, axes = axes_of(len(methods), width=2.3 * len(methods) + 0.8, sharey=True)
     said = [draw_outcomes(ax, e, method, prompts) for ax, method in zip(axes[0], methods)]
     axes[0, 0].set_ylabel(f"{prompts} prompts (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return figure, f"What models do with {prompts} prompts in each encoding. " + ". ".join(said) + "."
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+    )
+    return (
+        figure,
+        f"What models do with {prompts} prompts in each encoding. " + ". ".join(said) + ".",
+    )
 
 
-CURVES = {"total": "total loss", "toward": "toward", "away": "away", "kl": "KL", "attack_end": "attack, after PGD"}
+CURVES = {
+    "total": "total loss",
+    "toward": "toward",
+    "away": "away",
+    "kl": "KL",
+    "attack_end": "attack, after PGD",
+}
 
 
 def training_curves(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
@@ -121,7 +158,9 @@ def training_curves(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
     figure, axes = axes_of(len(CURVES), width=13, height=3.0)
     ends = []
     for method in methods:
-        curves = [curve.assign(seed=seed) for (label, seed), curve in e.metrics.items() if label == method]
+        curves = [
+            curve.assign(seed=seed) for (label, seed), curve in e.metrics.items() if label == method
+        ]
         if not curves:
             continue
         by_step = pd.concat(curves).groupby("step")
@@ -131,38 +170,78 @@ def training_curves(e: Evidence, methods: Sequence[str] = METHODS) -> Drawn:
             if column in curves[0]:
                 mean, low, high = (getattr(by_step[column], f)() for f in ("mean", "min", "max"))
                 ax.plot(mean.index, mean, label=method.upper(), linewidth=1.2, **style)
-                ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                ax.fill_between(
+                    mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0
+                )
     for ax, title in zip(axes[0], CURVES.values()):
         ax.set(title=title, xlabel="step", ylabel="nats per token, weighted")
     axes[0, 0].legend(fontsize=7)
-    return figure, f"Training curves, mean and range over seeds. Total loss at the end: {', '.join(ends)}."
+    return (
+        figure,
+        f"Training curves, mean and range over seeds. Total loss at the end: {', '.join(ends)}.",
+    )
 
 
 def spike_figure(e: Evidence, method: str = "lat") -> Drawn:
-    """Left: one run's total loss, its running median, its spikes. Right: does the attack win where the loss jumps?"""
+    """Left: one run's total loss, its running median, its spikes. Right: does the attack win where
+    the loss jumps?
+    """
     steps = spike_steps(e.metrics, (method,))
     figure, axes = axes_of(2, width=9)
     (left, right), one = axes[0], steps[steps["seed"] == steps["seed"].min()]
     high = one[one["spike"]]
     left.plot(one["step"], one["total"], color=STYLE[method]["color"], label="total loss")
-    left.plot(one["step"], one["total"] - one["excess"], "k--", linewidth=0.8, label=f"running median ({WINDOW} steps)")
-    left.plot(high["step"], high["total"], "k*", markersize=9, label=f"spike (> {SPIKE_MADS:g} MAD)")
-    left.set(xlabel="step", ylabel="total loss (nats per token, weighted)", title=f"{method.upper()}, one seed")
+    left.plot(
+        one["step"],
+        one["total"] - one["excess"],
+        "k--",
+        linewidth=0.8,
+        label=f"running median ({WINDOW} steps)",
+    )
+    left.plot(
+        high["step"], high["total"], "k*", markersize=9, label=f"spike (> {SPIKE_MADS:g} MAD)"
+    )
+    left.set(
+        xlabel="step",
+        ylabel="total loss (nats per token, weighted)",
+        title=f"{method.upper()}, one seed",
+    )
     left.legend(fontsize=7)
-    for spike, marker, color, label in ((False, ".", "#777777", "other steps"), (True, "*", "#D55E00", "spikes")):
+    for spike, marker, color, label in (
+        (False, ".", "#777777", "other steps"),
+        (True, "*", "#D55E00", "spikes"),
+    ):
         part = steps[steps["spike"] == spike]
-        right.plot(part["excess"], 100 * part["won_excess"], marker, color=color, label=label, markersize=4 + 4 * spike)
+        right.plot(
+            part["excess"],
+            100 * part["won_excess"],
+            marker,
+            color=color,
+            label=label,
+            markersize=4 + 4 * spike,
+        )
     right.axhline(0, color="black", linewidth=0.6)
-    right.set(title="All seeds", xlabel="total loss above its median", ylabel="attacks won above their median (points)")
+    right.set(
+        title="All seeds",
+        xlabel="total loss above its median",
+        ylabel="attacks won above their median (points)",
+    )
     right.legend(fontsize=7)
     won = 100 * steps.groupby("spike")["won_excess"].mean()
-    said = f"attacks won {won.get(True, 0):+.1f} points more than usual in them, {won.get(False):+.1f} elsewhere"
+    said = (
+        f"attacks won {won.get(True, 0):+.1f} points more than usual in them, {won.get(False):+.1f}"
+        " elsewhere"
+    )
     count = f"{int(steps['spike'].sum())} of {len(steps)} steps"
     return figure, f"Spikes of the total loss of {method.upper()}: {count}; {said}."
 
 
-def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[str] = tuple(STYLE)) -> Drawn:
-    """Share of the first two SVD components of the paired differences at every site, mean and range over seeds."""
+def explained_variance(
+    e: Evidence, kind: str = "uncentred", methods: Sequence[str] = tuple(STYLE)
+) -> Drawn:
+    """Share of the first two SVD components of the paired differences at every site, mean and range
+    over seeds.
+    """
     figure, axes = axes_of()
     ax, said, table = axes[0, 0], [], None
     for method in methods:
@@ -172,33 +251,74 @@ def explained_variance(e: Evidence, kind: str = "uncentred", methods: Sequence[s
         table = tables[0]
         shares = 100 * np.array([[sum(row[:2]) for row in t[kind]] for t in tables])
         low, mean, high = shares.min(0), shares.mean(0), shares.max(0)
-        ax.errorbar(table["sites"], mean, [mean - low, high - mean], capsize=2, label=method.upper(), **STYLE[method])
-        said.append(f"{method.upper()} {mean[table['sites'].index(str(table['fixed_site']))]:.0f} %")
+        ax.errorbar(
+            table["sites"],
+            mean,
+            [mean - low, high - mean],
+            capsize=2,
+            label=method.upper(),
+            **STYLE[method],
+        )
+        said.append(
+            f"{method.upper()} {mean[table['sites'].index(str(table['fixed_site']))]:.0f} %"
+        )
     if table is None:
         raise MissingError("no explained variance: run notebook 04")
-    ax.axvline(table["sites"].index(str(table["fixed_site"])), color="black", linewidth=0.8, linestyle=":")
-    ax.set(xlabel="site (residual stream after block)", ylabel="first two components (%)", ylim=(0, 104))
+    ax.axvline(
+        table["sites"].index(str(table["fixed_site"])), color="black", linewidth=0.8, linestyle=":"
+    )
+    ax.set(
+        xlabel="site (residual stream after block)",
+        ylabel="first two components (%)",
+        ylim=(0, 104),
+    )
     ax.set_title(f"Explained variance, {kind}; dotted: the papers' relative depth")
     ax.legend(fontsize=8)
-    return figure, f"Variance in the first two components, {kind}, at the papers' relative depth: {', '.join(said)}."
+    return (
+        figure,
+        (
+            f"Variance in the first two components, {kind}, at the papers' relative depth:"
+            f" {', '.join(said)}."
+        ),
+    )
 
 
 def draw_sweep(ax: Axes, e: Evidence) -> str:
     """LAT trained at several radii: ASR at LAT's own radius, utility, over-refusal."""
-    variants, encoded = e.eps_variants(), [c for c in e.profile.evaluation.encodings if c != "plain"]
+    variants, encoded = (
+        e.eps_variants(),
+        [c for c in e.profile.evaluation.encodings if c != "plain"],
+    )
     cells = {
-        "ASR under latent PGD": ("complied", {"attack": "pgd", "eps": e.lat_eps, "where": "latent"}),
+        "ASR under latent PGD": (
+            "complied",
+            {"attack": "pgd", "eps": e.lat_eps, "where": "latent"},
+        ),
         "harmless answered, plain": ("complied", {"prompts": ("harmless", "scary")}),
         "harmless answered, encoded": ("complied", {"prompts": "harmless", "encoding": encoded}),
         "harmless refused, encoded": ("refused", {"prompts": "harmless", "encoding": encoded}),
     }
-    said, looks = [], zip(("#D55E00", "#009E73", "#0072B2", "#CC79A7"), "so^v", ("-", "--", "-.", ":"))
+    said, looks = (
+        [],
+        zip(("#D55E00", "#009E73", "#0072B2", "#CC79A7"), "so^v", ("-", "--", "-.", ":")),
+    )
     for (label, (outcome, which)), (color, marker, linestyle) in zip(cells.items(), looks):
-        rows = (e.cell(name, seeds=e.profile.seeds[:1], **which) for name in variants)  # swept on one seed
+        # swept on one seed
+        rows = (e.cell(name, seeds=e.profile.seeds[:1], **which) for name in variants)
         intervals = [rate(r, outcome) for r in rows]
-        rate_curve(ax, list(variants.values()), intervals, label, color=color, marker=marker, linestyle=linestyle)
+        rate_curve(
+            ax,
+            list(variants.values()),
+            intervals,
+            label,
+            color=color,
+            marker=marker,
+            linestyle=linestyle,
+        )
         said.append(f"{label} {in_words(intervals, list(variants.values()))}")
-    ax.set(xlabel=_eps_label(e, "eps in training"), ylabel="prompts (%)", ylim=(-4, 104), xscale="log")
+    ax.set(
+        xlabel=_eps_label(e, "eps in training"), ylabel="prompts (%)", ylim=(-4, 104), xscale="log"
+    )
     ax.set_xticks(list(variants.values()), [f"{x:g}" for x in variants.values()])
     ax.minorticks_off()
     ax.set_title(f"LAT by its training eps, attacked at {e.lat_eps:g}, one seed")
@@ -222,7 +342,9 @@ def main_figure(e: Evidence) -> Drawn:
         x = np.arange(len(intervals)) + width * (at - 1)
         look = {"color": STYLE[method]["color"], "hatch": ("//", "", "..")[at]} | EDGE
         audit.bar(x, [100 * i.estimate for i in intervals], width, label=method.upper(), **look)
-        rate_curve(audit, x, intervals, "_", color="black", marker="none", linestyle="none", linewidth=0.8)
+        rate_curve(
+            audit, x, intervals, "_", color="black", marker="none", linestyle="none", linewidth=0.8
+        )
         said.append(f"{method.upper()} by encoding: {in_words(intervals)}")
     audit.set(ylabel="ASR (%)", ylim=(-4, 104), title="Encoded requests", xlabel="encoding")
     audit.set_xticks(range(len(e.profile.evaluation.encodings)), e.profile.evaluation.encodings)

@@ -1,9 +1,11 @@
 """Turns an executed notebook into one self-contained HTML file.
 
-1. nbconvert renders it with the template in `latlib/report/templates/report`: no script, no request, light and dark.
+1. nbconvert renders it with the template in `latlib/report/templates/report`: no script, no
+   request, light and dark.
 2. Tables get scopes and a scrollable frame, headings an id, task lists readable boxes.
-3. The result is checked, and an `ExportError` lists every fault: an output that no block of the template rendered, an
-   image without an alternative text that says something, a script, anything that would be loaded from elsewhere.
+3. The result is checked, and an `ExportError` lists every fault: an output that no block of the
+   template rendered, an image without an alternative text that says something, a script, anything
+   that would be loaded from elsewhere.
 
 There is no LaTeX in the file (rendering it needs scripts): write formulas as text.
 """
@@ -21,23 +23,37 @@ from bs4 import BeautifulSoup, Tag
 from nbconvert.exporters import HTMLExporter
 from traitlets.config import Config
 
-# What an output is shown as, best first. Scripts are not in it: an output that is nothing else is an error.
-MIME_TYPES = ["text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain"]
-# nbconvert's and matplotlib's stand-ins, and file names: they pass a checker and tell a reader nothing.
+# What an output is shown as, best first. Scripts are not in it: an output that is nothing else is
+# an error.
+MIME_TYPES = [
+    "text/html",
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/markdown",
+    "text/latex",
+    "text/plain",
+]
+# nbconvert's and matplotlib's stand-ins, and file names: they pass a checker and tell a reader
+# nothing.
 _EMPTY_ALT = re.compile(
-    r"no description has been provided.*|<figure size.*|\S+\.(png|svg|jpe?g)|(image|figure|plot)\W*\d*"
+    r"no description has been provided.*|<figure"
+    r" size.*|\S+\.(png|svg|jpe?g)|(image|figure|plot)\W*\d*"
 )
 _LOADED = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.IGNORECASE)
 
 
 class ExportError(ValueError):
-    """The notebook cannot become a file that stands alone and can be read by everyone; the message lists why."""
+    """The notebook cannot become a file that stands alone and can be read by everyone; the message
+    lists why.
+    """
 
 
 def export_html(notebook_path: str | os.PathLike[str], html_path: str | os.PathLike[str]) -> None:
     """Render the executed notebook to `html_path`, written aside and moved into place.
 
-    Code is folded; that of cells tagged `hide-input` is left out. Raises ExportError, and leaves `html_path` as it was.
+    Code is folded; that of cells tagged `hide-input` is left out. Raises ExportError, and leaves
+    `html_path` as it was.
     """
     source, target = Path(notebook_path), Path(html_path)
     html = to_html(nbformat.read(source, as_version=4), source.stem)
@@ -50,7 +66,8 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     """The notebook as one HTML document. name: the title where there is no first-level heading."""
     config = Config()
     config.HTMLExporter.embed_images = True
-    config.HTMLExporter.exclude_anchor_links = True  # each would be read out as a link called pilcrow
+    # each would be read out as a link called pilcrow
+    config.HTMLExporter.exclude_anchor_links = True
     config.NbConvertBase.display_data_priority = MIME_TYPES
     exporter = HTMLExporter(
         config=config,
@@ -67,16 +84,20 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
         box.replace_with("\u2611 " if box.has_attr("checked") else "\u2610 ")
     faults = _unrendered(soup) + _images_without_words(soup) + _not_self_contained(soup)
     if faults:
-        raise ExportError(f"{name} cannot be exported:\n" + "\n".join(f"- {fault}" for fault in faults))
+        raise ExportError(
+            f"{name} cannot be exported:\n" + "\n".join(f"- {fault}" for fault in faults)
+        )
     return str(soup)
 
 
 def _nbconvert_templates() -> list[str]:
-    """Where nbconvert's own templates were installed; it looks for them only in this environment's prefix, and with
-    --system-site-packages nbconvert may be in another."""
+    """Where nbconvert's own templates were installed; it looks for them only in this environment's
+    prefix, and with --system-site-packages nbconvert may be in another."""
     files = importlib.metadata.files("nbconvert") or []
     return [
-        str(Path(f.locate()).resolve().parents[1]) for f in files if f.as_posix().endswith("/templates/base/null.j2")
+        str(Path(f.locate()).resolve().parents[1])
+        for f in files
+        if f.as_posix().endswith("/templates/base/null.j2")
     ]
 
 
@@ -86,7 +107,9 @@ def _svg_uri(svg: str) -> str:
 
 
 def _name_headings(soup: BeautifulSoup, name: str) -> None:
-    """The title from the first heading, and an id for every heading, as a link in the notebook would spell it."""
+    """The title from the first heading, and an id for every heading, as a link in the notebook
+    would spell it.
+    """
     first = soup.find("h1")
     soup.title.string = first.get_text(" ", strip=True) if first else name
     for heading in soup.find_all(re.compile("^h[1-6]$")):
@@ -104,7 +127,10 @@ def _frame_tables(soup: BeautifulSoup) -> None:
         caption = table.find("caption")
         label = caption.get_text(" ", strip=True) if caption else f"Table {number}"
         table.wrap(
-            soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label})
+            soup.new_tag(
+                "div",
+                attrs={"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label},
+            )
         )
 
 
@@ -113,7 +139,9 @@ def _unrendered(soup: BeautifulSoup) -> list[str]:
     for number, output in enumerate(soup.select("div.output"), start=1):
         types = output.attrs.pop("data-types")
         if not output.get_text(strip=True) and not output.find("img") and types != "stream":
-            faults.append(f"output {number} ({types}) would be empty: give it one of {', '.join(MIME_TYPES)}")
+            faults.append(
+                f"output {number} ({types}) would be empty: give it one of {', '.join(MIME_TYPES)}"
+            )
     return faults
 
 
@@ -123,8 +151,9 @@ def _images_without_words(soup: BeautifulSoup) -> list[str]:
         alt = " ".join(image.get("alt", "").split())
         if len(alt.split()) < 3 or _EMPTY_ALT.fullmatch(alt.lower()):
             faults.append(
-                f"image {number} has the alternative text {alt!r}: say what it shows, with "
-                "display(figure, metadata={'image/png': {'alt': '...'}}) or ![what it shows](...)"
+                f"image {number} has the alternative text {alt!r}: say what it shows, with"
+                " display(figure, metadata={'image/png': {'alt': '...'}}) or ![what it"
+                " shows](...)"
             )
     return faults
 
@@ -146,7 +175,14 @@ def _attribute_faults(tag: Tag) -> list[str]:
         text = (" ".join(value) if isinstance(value, list) else str(value)).strip()
         if name.startswith("on"):
             faults.append(f"a script ({name})")
-        elif name in ("src", "srcset", "poster", "data", "background", "xlink:href") and not text.startswith("data:"):
+        elif name in (
+            "src",
+            "srcset",
+            "poster",
+            "data",
+            "background",
+            "xlink:href",
+        ) and not text.startswith("data:"):
             faults.append(f"{name}={text[:60]!r} is loaded from elsewhere")
         elif name == "href" and text.lower().startswith(("javascript:", "data:")):
             faults.append(f"a script ({name})")

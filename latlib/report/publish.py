@@ -1,10 +1,12 @@
 """Copy what a reader needs of a finished run into the repository: the evidence behind the README.
 
-    ./run_all.sh --fresh && .venv/bin/python -m latlib.report.publish runs/tiny results/tiny --readme README.md
+    ./run_all.sh --fresh && .venv/bin/python -m latlib.report.publish runs/tiny results/tiny
+    --readme README.md
 
-1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main figure are copied;
-   models and W&B folders are not.
-2. Paths of the machine it ran on are replaced by the run folder's name; the notebook runner's bookkeeping is dropped.
+1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main
+   figure are copied; models and W&B folders are not.
+2. Paths of the machine it ran on are replaced by the run folder's name; the notebook runner's
+   bookkeeping is dropped.
 3. The README's table of claims and its line on time are written anew from the copy.
 The folder is put into place whole, and only when it stays below the size a repository should carry.
 """
@@ -31,15 +33,19 @@ TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md")
 def publish(run: Path, target: Path) -> None:
     """Copy the evidence of `run` to `target`.
 
-    Raises FileNotFoundError when the run has no report (it is not finished), ValueError when the copy is too large or
-    still names a path of this machine.
+    Raises FileNotFoundError when the run has no report (it is not finished), ValueError when the
+    copy is too large or still names a path of this machine.
     """
     run = run.resolve()
     if not (run / "report.html").is_file():
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
 
     def write(folder: Path) -> None:
-        for source in (*sorted(run.glob("results/*.json")), *run.glob("results/*.png"), run / "profile.yaml"):
+        for source in (
+            *sorted(run.glob("results/*.json")),
+            *run.glob("results/*.png"),
+            run / "profile.yaml",
+        ):
             _copy(source, folder / source.name, run)
         for source in (run / "report.html", *sorted(run.glob("metrics/*.jsonl"))):
             _copy(source, folder / source.relative_to(run), run)
@@ -93,7 +99,9 @@ def _copy(source: Path, target: Path, run: Path) -> None:
 
 
 def _copy_notebook(source: Path, target: Path, run: Path) -> None:
-    """An executed notebook without the runner's metadata, which names paths and changes with every run."""
+    """An executed notebook without the runner's metadata, which names paths and changes with every
+    run.
+    """
     notebook = nbformat.read(source, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -108,9 +116,14 @@ def _check(folder: Path) -> None:
     size = sum(path.stat().st_size for path in files)
     if size > LIMIT_BYTES:
         largest = max(files, key=lambda path: path.stat().st_size)
-        raise ValueError(f"{size} bytes, more than {LIMIT_BYTES}; the largest file is {largest.relative_to(folder)}")
+        raise ValueError(
+            f"{size} bytes, more than {LIMIT_BYTES}; the largest file is"
+            f" {largest.relative_to(folder)}"
+        )
     for path in files:
-        if path.suffix in (*TEXTS, ".ipynb") and str(Path.home()) + "/" in path.read_text(encoding="utf-8"):
+        if path.suffix in (*TEXTS, ".ipynb") and str(Path.home()) + "/" in path.read_text(
+            encoding="utf-8"
+        ):
             raise ValueError(f"{path.relative_to(folder)} names a path under {Path.home()}")
     for path in files:
         if path.suffix == ".json":
@@ -119,10 +132,14 @@ def _check(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m latlib.report.publish", description="Copy a run's evidence.")
+    parser = argparse.ArgumentParser(
+        prog="python -m latlib.report.publish", description="Copy a run's evidence."
+    )
     parser.add_argument("run", type=Path, help="run folder, such as runs/tiny")
     parser.add_argument("target", type=Path, help="where it goes, such as results/tiny")
-    parser.add_argument("--readme", type=Path, default=None, help="README whose table of claims is written anew")
+    parser.add_argument(
+        "--readme", type=Path, default=None, help="README whose table of claims is written anew"
+    )
     options = parser.parse_args(arguments)
     try:
         publish(options.run, options.target)
@@ -132,7 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme:
         write_claims(["--results", str(options.target), "--readme", str(options.readme)])
         seconds = json.loads((options.target / "timing.json").read_text(encoding="utf-8"))
-        options.readme.write_text(with_timing(options.readme.read_text(encoding="utf-8"), seconds), encoding="utf-8")
+        options.readme.write_text(
+            with_timing(options.readme.read_text(encoding="utf-8"), seconds), encoding="utf-8"
+        )
     return 0
 
 

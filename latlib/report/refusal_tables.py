@@ -1,8 +1,9 @@
-"""Figures and tables of the refusal geometry: the matrix of targets and vectors, its controls, and the paper's beside.
+"""Figures and tables of the refusal geometry: the matrix of targets and vectors, its controls, and
+the paper's beside.
 
-Every function takes `Evidence` (of a run whose notebook 04 was run) and raises MissingError for what was not measured.
-A target is **defended** when it refuses at least `DEFENDED` of the harmful prompts before anything is removed; what
-ablation does to the others says nothing about refusal.
+Every function takes `Evidence` (of a run whose notebook 04 was run) and raises MissingError for
+what was not measured. A target is **defended** when it refuses at least `DEFENDED` of the harmful
+prompts before anything is removed; what ablation does to the others says nothing about refusal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from latlib.report.stats import Interval, holm
 
 DEFENDED = 0.8  # of harmful prompts refused
 SHADES = ("#08519C", "#4292C6", "#9ECAE1", "#DEEBF7")  # of the components shown as bars
-# FACTS, Abbas et al. 2025: (target, vector) -> refused after ablation, standard error, both in per cent
+# FACTS, Abbas et al. 2025: (target, vector) -> refused after ablation, standard error, both in per
+# cent
 PAPER = {
     ("ssft", "ssft"): (20.38, 1.77),
     ("ssft", "lat-untargeted"): (10.77, 1.36),
@@ -37,7 +39,8 @@ PAPER = {
     ("lat-untargeted", "lat-untargeted"): (16.92, 1.64),
     ("lat-untargeted", "ssft"): (25.77, 1.91),
 }
-PAPER_VARIANCE = {"ssft": (49.43, 4.76), "at": (43.76, 4.79), "lat-untargeted": (54.0, 20.0)}  # components 1 and 2
+# components 1 and 2
+PAPER_VARIANCE = {"ssft": (49.43, 4.76), "at": (43.76, 4.79), "lat-untargeted": (54.0, 20.0)}
 UNTARGETED, TARGETED = "lat-untargeted", "lat"  # the paper's LAT is the first
 
 
@@ -62,21 +65,29 @@ def controls(e: Evidence) -> dict[str, list[str]]:
 
 
 def matrix(e: Evidence, rule: str = "best", names: Sequence[str] = ()) -> pd.DataFrame:
-    """One row for each target and vector (of `names`, or of all that were measured): n, seeds, shares refused, complied
-    and neither with their intervals, whether the target was defended, and the paper's refusals with their standard
-    error, in per cent, where it has the cell."""
+    """One row for each target and vector (of `names`, or of all that were measured): n, seeds,
+    shares refused, complied and neither with their intervals, whether the target was defended, and
+    the paper's refusals with their standard error, in per cent, where it has the cell."""
     names, rows = list(names) or targets(e), []
     if not names:
         raise MissingError("no ablation was measured: run notebook 04")
     for target in names:
-        vectors, refuses = {source: [f"ablate:{source}@{rule}"] for source in names} | controls(e), defended(e, target)
+        vectors, refuses = (
+            {source: [f"ablate:{source}@{rule}"] for source in names} | controls(e),
+            defended(e, target),
+        )
         for vector, attacks in vectors.items():
             cell = e.cell(target, attacks)
             shares = {outcome: rate(cell, outcome) for outcome in OUTCOMES}
             paper = PAPER.get((target, vector))
             rows.append(
                 {
-                    **{"target": target, "vector": vector, "n": shares["refused"].n, "seeds": shares["refused"].seeds},
+                    **{
+                        "target": target,
+                        "vector": vector,
+                        "n": shares["refused"].n,
+                        "seeds": shares["refused"].seeds,
+                    },
                     **shares,
                     "defended": refuses,
                     "paper": "" if paper is None else f"{paper[0]:.2f} (SE {paper[1]:.2f})",
@@ -93,12 +104,23 @@ def draw_matrix(ax: Axes, e: Evidence, rule: str = "best", names: Sequence[str] 
     for cell in table.itertuples():
         at, asr = (rows.index(cell.target), columns.index(cell.vector)), cell.complied
         grid[at] = percent = 100 * asr.estimate
-        text = f"{percent:.0f}\n[{100 * asr.low:.0f}, {100 * asr.high:.0f}]\nref. {100 * cell.refused.estimate:.0f}"
-        style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if percent > 60 else "black"}
+        text = (
+            f"{percent:.0f}\n[{100 * asr.low:.0f}, {100 * asr.high:.0f}]\nref."
+            f" {100 * cell.refused.estimate:.0f}"
+        )
+        style = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 7,
+            "color": "white" if percent > 60 else "black",
+        }
         ax.text(at[1], at[0], text, **style)
         if cell.target == cell.vector:
             ax.add_patch(_frame(at))
-        said.append(f"{cell.target} under {cell.vector} {percent:.0f} % ({100 * cell.refused.estimate:.0f} % refused)")
+        said.append(
+            f"{cell.target} under {cell.vector} {percent:.0f} % ({100 * cell.refused.estimate:.0f}"
+            " % refused)"
+        )
     ax.imshow(grid, cmap="Oranges", vmin=0, vmax=115, aspect="auto")
     ax.grid(False)
     undefended = list(dict.fromkeys(table.loc[~table["defended"], "target"]))
@@ -111,7 +133,9 @@ def draw_matrix(ax: Axes, e: Evidence, rule: str = "best", names: Sequence[str] 
 
 
 def _frame(at: tuple[int, int]) -> Rectangle:
-    return Rectangle((at[1] - 0.48, at[0] - 0.48), 0.96, 0.96, fill=False, edgecolor="black", linewidth=1.5)
+    return Rectangle(
+        (at[1] - 0.48, at[0] - 0.48), 0.96, 0.96, fill=False, edgecolor="black", linewidth=1.5
+    )
 
 
 def ablation_matrix(e: Evidence, rule: str = "best") -> Drawn:
@@ -122,18 +146,27 @@ def ablation_matrix(e: Evidence, rule: str = "best") -> Drawn:
 
 
 def rules_table(e: Evidence) -> pd.DataFrame:
-    """Refused, complied and neither of every target under its own direction, by rule, with 95 % intervals."""
+    """Refused, complied and neither of every target under its own direction, by rule, with 95 %
+    intervals.
+    """
     rows = []
     for target in targets(e):
         for rule in OWN_RULES:
             cell = e.cell(target, f"ablate:{target}@{rule}")
-            rows.append({"target": target, "rule": rule, **{outcome: str(rate(cell, outcome)) for outcome in OUTCOMES}})
+            rows.append(
+                {
+                    "target": target,
+                    "rule": rule,
+                    **{outcome: str(rate(cell, outcome)) for outcome in OUTCOMES},
+                }
+            )
     return pd.DataFrame(rows).set_index(["target", "rule"])
 
 
 def seeds_table(e: Evidence) -> pd.DataFrame:
-    """By target and seed: ASR under its own direction by the rule `best`, and under the one direction or subspace, of
-    all that were ablated (any source, rule and site), that made it comply most."""
+    """By target and seed: ASR under its own direction by the rule `best`, and under the one
+    direction or subspace, of all that were ablated (any source, rule and site), that made it comply
+    most."""
     rows = []
     for target in targets(e):
         found = e.outcomes[(e.outcomes["method"] == target) & (e.outcomes["prompts"] == "harmful")]
@@ -142,12 +175,22 @@ def seeds_table(e: Evidence) -> pd.DataFrame:
             asr = (part["outcome"] == "complied").groupby(part["attack"]).mean()
             own, strongest = asr.get(f"ablate:{target}@best"), asr.idxmax()
             name = strongest.removeprefix("ablate:")
-            rows.append({"target": target, "seed": seed, "own, best": own, "strongest": name, "ASR": asr.max()})
+            rows.append(
+                {
+                    "target": target,
+                    "seed": seed,
+                    "own, best": own,
+                    "strongest": name,
+                    "ASR": asr.max(),
+                }
+            )
     return pd.DataFrame(rows).set_index(["target", "seed"])
 
 
 def site_sweep(e: Evidence) -> Drawn:
-    """Shares of harmful replies after ablating the model's own difference of means, by the site it was taken at."""
+    """Shares of harmful replies after ablating the model's own difference of means, by the site it
+    was taken at.
+    """
     names = [t for t in targets(e) if _sites(e, t)]
     if not names:
         raise MissingError("no sweep over sites: run notebook 04")
@@ -156,14 +199,20 @@ def site_sweep(e: Evidence) -> Drawn:
     for ax, target in zip(axes[0], names, strict=True):
         sites = _sites(e, target)
         for (outcome, (color, _)), marker in zip(OUTCOMES.items(), "o^x", strict=True):
-            found = [rate(e.cell(target, f"ablate:{target}@site-{site}"), outcome) for site in sites]
+            found = [
+                rate(e.cell(target, f"ablate:{target}@site-{site}"), outcome) for site in sites
+            ]
             dark = color if outcome != "neither" else "#777777"
-            rate_curve(ax, range(len(sites)), found, outcome, color=dark, marker=marker, linewidth=1.2)
+            rate_curve(
+                ax, range(len(sites)), found, outcome, color=dark, marker=marker, linewidth=1.2
+            )
             said.append(f"{target}, {outcome}: {in_words(found)}")
         ax.set(title=target, xlabel="site of the direction", ylim=(-4, 104))
         ax.set_xticks(range(len(sites)), sites)
     axes[0, 0].set_ylabel("harmful prompts (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8
+    )
     return figure, "Own difference of means ablated, by site. " + "; ".join(said) + "."
 
 
@@ -175,8 +224,8 @@ def _sites(e: Evidence, target: str) -> list[str]:
 
 
 def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
-    """Share of the first components at the fixed site: mean over seeds, whiskers from the lowest to the highest bound
-    of a seed's 95 % interval over pairs; the paper's figures as crosses."""
+    """Share of the first components at the fixed site: mean over seeds, whiskers from the lowest to
+    the highest bound of a seed's 95 % interval over pairs; the paper's figures as crosses."""
     names = [m for m in sources(e.profile) if any(method == m for method, _ in e.variance)]
     if not names:
         raise MissingError("no explained variance: run notebook 04")
@@ -208,8 +257,11 @@ def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
     return figure, f"Explained variance at the papers' relative depth, {kind}: {'; '.join(said)}."
 
 
-def scatter(found: Mapping[str, tuple[Mapping[Site, Tensor], Mapping[Site, Tensor]]], sites: Sequence[Site]) -> Drawn:
-    """Harmful and harmless prompts along the first two principal components, a row of panels for each method.
+def scatter(
+    found: Mapping[str, tuple[Mapping[Site, Tensor], Mapping[Site, Tensor]]], sites: Sequence[Site]
+) -> Drawn:
+    """Harmful and harmless prompts along the first two principal components, a row of panels for
+    each method.
 
     found: method -> (site -> [prompts, d_model] of harmful prompts, the same of harmless ones).
     """
@@ -223,16 +275,24 @@ def scatter(found: Mapping[str, tuple[Mapping[Site, Tensor], Mapping[Site, Tenso
             n = len(harmful[site])
             ax.plot(*points[n:].T, "o", color="#0072B2", markersize=3, alpha=0.6, label="harmless")
             ax.plot(*points[:n].T, "x", color="#D55E00", markersize=4, alpha=0.7, label="harmful")
-            ax.set_title(f"{method}, site {site}: {100 * shares.sum():.0f} % of variance", fontsize=7)
+            ax.set_title(
+                f"{method}, site {site}: {100 * shares.sum():.0f} % of variance", fontsize=7
+            )
             ax.set_xticks([])
             ax.set_yticks([])
             gap = np.linalg.norm(points[:n].mean(0) - points[n:].mean(0)) / points.std(0).max()
             said.append(f"{method} at {site}: centres {gap:.1f} standard deviations apart")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return figure, "Harmful and harmless prompts along two principal components. " + "; ".join(said) + "."
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
+    return (
+        figure,
+        "Harmful and harmless prompts along two principal components. " + "; ".join(said) + ".",
+    )
 
 
-# What the paper compares: (name, target and vector of one side, of the other); positive: more refusals on the first
+# What the paper compares: (name, target and vector of one side, of the other); positive: more
+# refusals on the first
 COMPARED = (
     ("LAT's vector breaks SSFT more than SSFT's does", ("ssft", "ssft"), ("ssft", "LAT")),
     ("LAT's vector breaks AT more than SSFT's does", ("at", "ssft"), ("at", "LAT")),
@@ -243,9 +303,10 @@ COMPARED = (
 
 
 def comparisons(e: Evidence, rule: str = "fixed") -> pd.DataFrame:
-    """The paper's comparisons, for its untargeted LAT and for targeted LAT: difference in refusals in points, positive
-    where the claim holds, paired by prompt and seed, with interval and p-value, Holm's for all rows together, and the
-    paper's own difference and its unpaired p-value. A comparison with an undefended target is marked."""
+    """The paper's comparisons, for its untargeted LAT and for targeted LAT: difference in refusals
+    in points, positive where the claim holds, paired by prompt and seed, with interval and p-value,
+    Holm's for all rows together, and the paper's own difference and its unpaired p-value. A
+    comparison with an undefended target is marked."""
     rows, names = [], targets(e)
     for lat in (UNTARGETED, TARGETED):
         for text, *sides in COMPARED:
@@ -264,7 +325,9 @@ def comparisons(e: Evidence, rule: str = "fixed") -> pd.DataFrame:
                 }
             )
     if not rows:
-        raise MissingError("no comparison of the paper has both of its sides: it needs SSFT, AT and LAT")
+        raise MissingError(
+            "no comparison of the paper has both of its sides: it needs SSFT, AT and LAT"
+        )
     table = pd.DataFrame(rows)
     table.insert(3, "p, Holm", holm(table["p"].tolist()))
     return table
@@ -280,12 +343,16 @@ def _papers(a: tuple[str, str], b: tuple[str, str]) -> dict[str, float | None]:
 
 def comparisons_markdown(table: pd.DataFrame) -> str:
     """The table of `comparisons` as Markdown."""
-    lines = ["| Claim | Paper: points (p) | Here: points [95 %] | p | p, Holm | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| Claim | Paper: points (p) | Here: points [95 %] | p | p, Holm | |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in table.to_dict("records"):
         paper = "" if pd.isna(row["paper"]) else f"{row['paper']:+.1f} ({row['paper p']:.2g})"
         lines.append(
-            f"| {row['claim']} | {paper} | {_points(row['here'])} | {row['p']:.3f} | {row['p, Holm']:.3f} | "
-            f"{row['not defended'] and 'not defended: ' + row['not defended']} |"
+            f"| {row['claim']} | {paper} | {_points(row['here'])} | {row['p']:.3f} |"
+            f" {row['p, Holm']:.3f} |"
+            f" {row['not defended'] and 'not defended: ' + row['not defended']} |"
         )
     return "\n".join(lines)
 

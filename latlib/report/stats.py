@@ -1,11 +1,14 @@
-"""Intervals, paired tests and corrections, for prompts that come in clusters and models that come in seeds.
+"""Intervals, paired tests and corrections, for prompts that come in clusters and models that come
+in seeds.
 
-1. Prompts about one held-out (verb, target) pair share what was held out: the cluster, not the prompt, is resampled.
-2. The same prompts are put to the models of every seed, so seeds and clusters are crossed: each resample draws seeds
-   and, independently, clusters, and a row counts as often as its seed was drawn times its cluster (Owen 2007, the
-   pigeonhole bootstrap, slightly conservative). Intervals are percentiles of the resampled means.
-3. Three seeds resampled show less spread than all seeds would: read a narrow interval from few seeds with that in mind.
-   The number of seeds is printed beside every interval.
+1. Prompts about one held-out (verb, target) pair share what was held out: the cluster, not the
+   prompt, is resampled.
+2. The same prompts are put to the models of every seed, so seeds and clusters are crossed: each
+   resample draws seeds and, independently, clusters, and a row counts as often as its seed was
+   drawn times its cluster (Owen 2007, the pigeonhole bootstrap, slightly conservative). Intervals
+   are percentiles of the resampled means.
+3. Three seeds resampled show less spread than all seeds would: read a narrow interval from few
+   seeds with that in mind. The number of seeds is printed beside every interval.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ LEVEL, RESAMPLES = 0.95, 2000  # 2,000 resamples move a 95 % bound by less than 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate between two bounds; n: rows, clusters: independent units among them, seeds: models trained."""
+    """An estimate between two bounds; n: rows, clusters: independent units among them, seeds:
+    models trained.
+    """
 
     estimate: float
     low: float
@@ -55,12 +60,13 @@ def cluster_interval(
     resamples: int = RESAMPLES,
     rng_seed: int = 0,
 ) -> Interval:
-    """Interval of the mean of `values` (finite numbers), resampling seeds and clusters; see the module's docstring.
+    """Interval of the mean of `values` (finite numbers), resampling seeds and clusters; see the
+    module's docstring.
 
-    Where all values are 0 or all are 1 a bootstrap would claim certainty: there the bounds are Wilson's for that many
-    *clusters* (not rows: clusters are what is independent). All -1 is the mirror image of all 1. Any other constant
-    keeps its interval of no width.
-    Raises ValueError for no values, a NaN, or columns of different lengths.
+    Where all values are 0 or all are 1 a bootstrap would claim certainty: there the bounds are
+    Wilson's for that many *clusters* (not rows: clusters are what is independent). All -1 is the
+    mirror image of all 1. Any other constant keeps its interval of no width. Raises ValueError for
+    no values, a NaN, or columns of different lengths.
     """
     values, cluster_of, seed_of = _columns(values, clusters, seeds)
     n, n_clusters, n_seeds = len(values), cluster_of.max() + 1, seed_of.max() + 1
@@ -73,15 +79,22 @@ def cluster_interval(
 
 
 def paired_interval(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence, seeds: Sequence | None = None, **options
+    a: Sequence[float],
+    b: Sequence[float],
+    clusters: Sequence,
+    seeds: Sequence | None = None,
+    **options,
 ) -> Interval:
-    """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed; options as `cluster_interval`.
+    """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed; options as
+    `cluster_interval`.
 
-    Where a and b agree on every row the bounds lie as far on both sides as Wilson's upper bound of 0 lies above it.
+    Where a and b agree on every row the bounds lie as far on both sides as Wilson's upper bound of
+    0 lies above it.
     """
     difference = _paired(a, b)
     interval = cluster_interval(difference, clusters, seeds, **options)
-    return interval if difference.any() else replace(interval, low=-interval.high)  # a difference can be below 0
+    # a difference can be below 0
+    return interval if difference.any() else replace(interval, low=-interval.high)
 
 
 def paired_p_value(
@@ -92,7 +105,8 @@ def paired_p_value(
     resamples: int = RESAMPLES,
     rng_seed: int = 0,
 ) -> float:
-    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 / (resamples + 1).
+    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 /
+    (resamples + 1).
 
     1 where a and b agree on every row.
     """
@@ -121,31 +135,41 @@ def difference_interval(
     resamples: int = RESAMPLES,
     rng_seed: int = 0,
 ) -> Interval:
-    """Interval of mean(values where group) - mean(values where not group), of unpaired rows resampled together.
+    """Interval of mean(values where group) - mean(values where not group), of unpaired rows
+    resampled together.
 
     Raises ValueError when one of the groups is empty.
     """
     values, cluster_of, seed_of = _columns(values, clusters, seeds)
     group = np.asarray(group, bool)
     if group.all() or not group.any():
-        raise ValueError(f"{group.sum()} of {len(group)} rows are in the group: a difference needs rows in both")
+        raise ValueError(
+            f"{group.sum()} of {len(group)} rows are in the group: a difference needs rows in both"
+        )
     n_clusters, n_seeds = cluster_of.max() + 1, seed_of.max() + 1
     draws = _draws(n_seeds, n_clusters, resamples, rng_seed)
     means = []
     for part in (group, ~group):
-        sums, counts = (_cells(v * part, cluster_of, seed_of) for v in (values, np.ones(len(values))))
-        with np.errstate(invalid="ignore"):  # a resample may miss a small group altogether: it says nothing
+        sums, counts = (
+            _cells(v * part, cluster_of, seed_of) for v in (values, np.ones(len(values)))
+        )
+        # a resample may miss a small group altogether: it says nothing
+        with np.errstate(invalid="ignore"):
             means.append(_weighted(sums, *draws) / _weighted(counts, *draws))
     found = means[0] - means[1]
     estimate = values[group].mean() - values[~group].mean()
-    return _percentiles(estimate, found[np.isfinite(found)], level, len(values), n_clusters, n_seeds)
+    return _percentiles(
+        estimate, found[np.isfinite(found)], level, len(values), n_clusters, n_seeds
+    )
 
 
-def draws_interval(estimates: Sequence[float], draws: Sequence[Sequence[float]], n: int, clusters: int) -> Interval:
+def draws_interval(
+    estimates: Sequence[float], draws: Sequence[Sequence[float]], n: int, clusters: int
+) -> Interval:
     """Interval of the mean over seeds of a statistic that is no mean of rows.
 
-    estimates: [seeds]. draws: [seeds, resamples], the statistic of resampled clusters, the same clusters in a column.
-    Seeds are resampled here.
+    estimates: [seeds]. draws: [seeds, resamples], the statistic of resampled clusters, the same
+    clusters in a column. Seeds are resampled here.
     """
     draws = np.asarray(draws, float)
     by_seed, _ = _draws(*draws.shape, resamples=draws.shape[1], rng_seed=0)
@@ -154,7 +178,8 @@ def draws_interval(estimates: Sequence[float], draws: Sequence[Sequence[float]],
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact p-value of McNemar's test that a and b, answers to the same prompts, are true equally often.
+    """Exact p-value of McNemar's test that a and b, answers to the same prompts, are true equally
+    often.
 
     Prompts are taken as independent: with clusters, prefer `paired_interval`.
     """
@@ -170,14 +195,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
 
 
-def _columns(values: Sequence, clusters: Sequence, seeds: Sequence | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(
+    values: Sequence, clusters: Sequence, seeds: Sequence | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(values, index of each row's cluster, index of each row's seed)."""
     values, clusters = np.asarray(values, float), np.asarray(clusters)
     seeds = np.zeros(len(values), int) if seeds is None else np.asarray(seeds)
     if not len(values) or len({len(values), len(clusters), len(seeds)}) > 1:
-        raise ValueError(f"{len(values)} values, {len(clusters)} clusters, {len(seeds)} seeds: need one of each a row")
+        raise ValueError(
+            f"{len(values)} values, {len(clusters)} clusters, {len(seeds)} seeds: need one of each"
+            " a row"
+        )
     if not np.isfinite(values).all():
-        raise ValueError(f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite: leave them out first")
+        raise ValueError(
+            f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite: leave them out"
+            " first"
+        )
     return values, *(np.unique(column, return_inverse=True)[1] for column in (clusters, seeds))
 
 
@@ -188,10 +221,16 @@ def _cells(values: np.ndarray, cluster_of: np.ndarray, seed_of: np.ndarray) -> n
     return cells
 
 
-def _draws(n_seeds: int, n_clusters: int, resamples: int, rng_seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed ([resamples, seeds]) and each cluster ([resamples, clusters]) is drawn."""
+def _draws(
+    n_seeds: int, n_clusters: int, resamples: int, rng_seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed ([resamples, seeds]) and each cluster ([resamples, clusters]) is
+    drawn.
+    """
     rng = np.random.default_rng(rng_seed)
-    return tuple(rng.multinomial(k, np.full(k, 1 / k), resamples) for k in (int(n_seeds), int(n_clusters)))
+    return tuple(
+        rng.multinomial(k, np.full(k, 1 / k), resamples) for k in (int(n_seeds), int(n_clusters))
+    )
 
 
 def _weighted(cells: np.ndarray, by_seed: np.ndarray, by_cluster: np.ndarray) -> np.ndarray:

@@ -1,10 +1,14 @@
-"""Stops a notebook's kernel so that it can save first. Imports nothing heavy: signal handlers are set before all else.
+"""Stops a notebook's kernel so that it can save first. Imports nothing heavy: signal handlers are
+set before all else.
 
-1. A file `<run>/STOP` asks the loop in the kernel to save and leave (`latlib.io.progress.stop_requested`).
-2. After SIGINT_AFTER_S a SIGINT, after SIGKILL_AFTER_S a SIGKILL goes to the kernel's whole process group.
+1. A file `<run>/STOP` asks the loop in the kernel to save and leave
+   (`latlib.io.progress.stop_requested`).
+2. After SIGINT_AFTER_S a SIGINT, after SIGKILL_AFTER_S a SIGKILL goes to the kernel's whole process
+   group.
 3. Asked a second time, the kernel is killed at once.
 
-Left alone, papermill dies of SIGTERM and its kernel finds out by polling: no handler in it runs, nothing is saved.
+Left alone, papermill dies of SIGTERM and its kernel finds out by polling: no handler in it runs,
+nothing is saved.
 """
 
 from __future__ import annotations
@@ -18,21 +22,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SIGINT_AFTER_S = 2.0  # a small model has saved 0.4-1.1 s after STOP; a step longer than this is lost, not the run
+# a small model has saved 0.4-1.1 s after STOP; a step longer than this is lost, not the run
+SIGINT_AFTER_S = 2.0
 SIGKILL_AFTER_S = 8.0
 
 
 @dataclass
 class Kernel:
-    """The kernel at work, shared by the thread that draws, the engine that runs it and the signal handlers."""
+    """The kernel at work, shared by the thread that draws, the engine that runs it and the signal
+    handlers.
+    """
 
     run_folder: Path
     stopping: bool = False
     cell: int = 0  # position of the running cell in the source notebook, from 1; 0 before the first
     cells: int = 0
     manager: Any = None  # jupyter_client's, while a notebook runs
-    group: int = 0  # the kernel's process group; outlives the kernel as long as one of its workers does
-    _lock: threading.RLock = field(default_factory=threading.RLock)  # a signal may arrive inside stop()
+    # the kernel's process group; outlives the kernel as long as one of its workers does
+    group: int = 0
+    # a signal may arrive inside stop()
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def send(self, number: int) -> None:
         """Send a signal to the kernel and its workers; nothing happens where there are none."""
@@ -53,7 +62,10 @@ class Kernel:
         threading.Thread(target=self._escalate, args=(self.manager,), daemon=True).start()
 
     def _escalate(self, manager: Any) -> None:
-        for wait, number in ((SIGINT_AFTER_S, signal.SIGINT), (SIGKILL_AFTER_S - SIGINT_AFTER_S, signal.SIGKILL)):
+        for wait, number in (
+            (SIGINT_AFTER_S, signal.SIGINT),
+            (SIGKILL_AFTER_S - SIGINT_AFTER_S, signal.SIGKILL),
+        ):
             time.sleep(wait)
             if manager is not None and self.manager is manager:  # still the same notebook
                 self.send(number)

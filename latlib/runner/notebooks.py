@@ -1,10 +1,13 @@
 """Executes one notebook through papermill, so that only a whole result looks finished.
 
 1. `run_notebook`: papermill, with an engine of ours that keeps hold of the kernel, executes into
-   `<run>/notebooks/.unfinished/`; the file moves to `<run>/notebooks/NN_name.ipynb` only when every cell has run.
-2. A failing notebook is kept as `NN_name.failed.ipynb`, its output and traceback in `<run>/logs/NN_name.log`.
-3. The kernel is this very Python, whatever kernelspecs the user has installed, in the notebook's own folder (as in
-   JupyterLab and nbval), and a signal handler can reach it (`latlib.runner.kernel_signals`).
+   `<run>/notebooks/.unfinished/`; the file moves to `<run>/notebooks/NN_name.ipynb` only when every
+   cell has run.
+2. A failing notebook is kept as `NN_name.failed.ipynb`, its output and traceback in
+   `<run>/logs/NN_name.log`.
+3. The kernel is this very Python, whatever kernelspecs the user has installed, in the notebook's
+   own folder (as in JupyterLab and nbval), and a signal handler can reach it
+   (`latlib.runner.kernel_signals`).
 """
 
 from __future__ import annotations
@@ -32,13 +35,16 @@ from latlib.io.progress import Stopped
 from latlib.runner.kernel_signals import Kernel
 
 ENGINE = "latlib"
-_FIRST = "__import__('latlib.experiment.fork_server').fork_server.start()"  # its imports run beside the notebook's
+# its imports run beside the notebook's
+_FIRST = "__import__('latlib.experiment.fork_server').fork_server.start()"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Where a notebook failed. cell: counted from 1 as in the source notebook; 0 where no cell was at fault."""
+    """Where a notebook failed. cell: counted from 1 as in the source notebook; 0 where no cell was
+    at fault.
+    """
 
     notebook: str
     cell: int
@@ -48,7 +54,9 @@ class Failure:
 
 
 class _ThisPython(KernelSpecManager):
-    """Answers every kernel name with this interpreter, whatever kernelspecs the user has installed."""
+    """Answers every kernel name with this interpreter, whatever kernelspecs the user has
+    installed.
+    """
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         argv = [
@@ -65,7 +73,9 @@ class _ThisPython(KernelSpecManager):
 class _Client(PapermillNotebookClient):
     def create_kernel_manager(self) -> AsyncKernelManager:
         specs = _ThisPython()
-        self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs, config=self.config)
+        self.km = AsyncKernelManager(
+            kernel_name="python3", kernel_spec_manager=specs, config=self.config
+        )
         return self.km
 
 
@@ -75,7 +85,9 @@ class LatlibEngine(Engine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
         kernel, folder = options["kernel"], options["kernel_folder"]
-        sources = [i for i, cell in enumerate(nb_man.nb.cells) if "injected-parameters" not in _tags(cell)]
+        sources = [
+            i for i, cell in enumerate(nb_man.nb.cells) if "injected-parameters" not in _tags(cell)
+        ]
         kernel.cells = len(sources)
 
         def started(cell: Any, cell_index: int) -> None:
@@ -96,7 +108,8 @@ class LatlibEngine(Engine):
         client.create_kernel_manager()
         kernel.manager = client.km
         try:
-            # what the kernel's process and its workers say outside any cell belongs to the log as well
+            # what the kernel's process and its workers say outside any cell belongs to the log as
+            # well
             client.execute(cwd=str(folder), stdout=options["log_file"], stderr=options["log_file"])
         finally:
             kernel.manager = None
@@ -131,10 +144,14 @@ def _tags(cell: Any) -> list[str]:
     return cell.get("metadata", {}).get("tags", [])
 
 
-def run_notebook(notebook: Path, run_folder: Path, parameters: dict[str, Any], kernel: Kernel) -> Failure | None:
-    """Execute `notebook` into `<run_folder>/notebooks/`; None when every cell has run, else where it failed.
+def run_notebook(
+    notebook: Path, run_folder: Path, parameters: dict[str, Any], kernel: Kernel
+) -> Failure | None:
+    """Execute `notebook` into `<run_folder>/notebooks/`; None when every cell has run, else where
+    it failed.
 
-    Never raises for what happens inside the notebook. When `kernel.stopping` is set afterwards, it was stopped.
+    Never raises for what happens inside the notebook. When `kernel.stopping` is set afterwards, it
+    was stopped.
     """
     name = notebook.stem
     finished = run_folder / "notebooks" / f"{name}.ipynb"
@@ -146,7 +163,8 @@ def run_notebook(notebook: Path, run_folder: Path, parameters: dict[str, Any], k
     failed.unlink(missing_ok=True)
     kernel.cell = kernel.cells = 0
     log_path.unlink(missing_ok=True)
-    with log_path.open("a", encoding="utf-8") as file:  # append: the kernel's process writes into it too
+    # append: the kernel's process writes into it too
+    with log_path.open("a", encoding="utf-8") as file:
         log = _Log(file)
         try:
             _execute(notebook, unfinished, parameters, kernel, log)
@@ -162,13 +180,17 @@ def run_notebook(notebook: Path, run_folder: Path, parameters: dict[str, Any], k
         elif kernel.stopping:
             unfinished.unlink()
         else:
-            finished.unlink(missing_ok=True)  # of an earlier run: it would look as if this one had succeeded
+            # of an earlier run: it would look as if this one had succeeded
+            finished.unlink(missing_ok=True)
             os.replace(unfinished, failed)
     return failure
 
 
-def _execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: Kernel, log: _Log) -> None:
-    handler = logging.StreamHandler(log)  # papermill's own warnings belong to the log, not between progress lines
+def _execute(
+    notebook: Path, target: Path, parameters: dict[str, Any], kernel: Kernel, log: _Log
+) -> None:
+    # papermill's own warnings belong to the log, not between progress lines
+    handler = logging.StreamHandler(log)
     handler.setLevel(logging.WARNING)
     logger = logging.getLogger("papermill")
     logger.addHandler(handler)
@@ -192,7 +214,9 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any], kernel: K
         logger.removeHandler(handler)
 
 
-def _describe(error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_path: Path) -> Failure:
+def _describe(
+    error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_path: Path
+) -> Failure:
     """Write the traceback to the log and say in one line what went wrong where."""
     source = ""
     if isinstance(error, PapermillExecutionError):
@@ -200,7 +224,9 @@ def _describe(error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_p
         log.write("\n" + "\n".join(error.traceback) + "\n")
     else:
         if isinstance(error, DeadKernelError):
-            text = "the kernel died without a traceback; most often the machine has run out of memory"
+            text = (
+                "the kernel died without a traceback; most often the machine has run out of memory"
+            )
         else:
             text = f"{type(error).__name__}: {error}"
         log.write("\n" + "".join(traceback.format_exception(error)))
@@ -214,5 +240,7 @@ def _describe(error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_p
 def _forget_paths(executed: Path, notebook: Path) -> None:
     """Replace the machine's paths that papermill records in the metadata by the notebook's name."""
     content = nbformat.read(executed, as_version=4)
-    content.metadata.get("papermill", {}).update(input_path=notebook.name, output_path=notebook.name)
+    content.metadata.get("papermill", {}).update(
+        input_path=notebook.name, output_path=notebook.name
+    )
     nbformat.write(content, executed)

@@ -1,11 +1,13 @@
 """Which texts are equal or nearly so: clusters within one list, and overlaps between two.
 
-1. A text is normalised (lower case, everything but letters and digits collapsed to single spaces) and becomes the set
-   of its 5-letter shingles, as 64-bit hashes; a shorter text is one shingle.
-2. Two texts are near-duplicates when the Jaccard similarity of their sets reaches the threshold. They must then share
-   one of the rarest shingles of each (prefix filtering, exact for any order of the shingles), so that candidates come
-   from a product of two very sparse matrices instead of from comparing everything with everything.
-3. Products and counts are cut into pieces of bounded size: memory grows with the texts, not with their pairs.
+1. A text is normalised (lower case, everything but letters and digits collapsed to single spaces)
+   and becomes the set of its 5-letter shingles, as 64-bit hashes; a shorter text is one shingle.
+2. Two texts are near-duplicates when the Jaccard similarity of their sets reaches the threshold.
+   They must then share one of the rarest shingles of each (prefix filtering, exact for any order of
+   the shingles), so that candidates come from a product of two very sparse matrices instead of from
+   comparing everything with everything.
+3. Products and counts are cut into pieces of bounded size: memory grows with the texts, not with
+   their pairs.
 4. Clusters are the connected components of "equal or nearly so".
 """
 
@@ -27,15 +29,19 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it lo
 
 
 def normalised(text: str) -> str:
-    """Lower case, with everything but letters and digits collapsed to single spaces; a text of nothing else stays."""
+    """Lower case, with everything but letters and digits collapsed to single spaces; a text of
+    nothing else stays.
+    """
     lower = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r"[\W_]+", " ", lower).strip() or lower.strip()
 
 
 def clusters(texts: Sequence[str], threshold: float) -> list[int]:
-    """The cluster of every text: the index of the cluster's first text. Near-duplicates of near-duplicates belong.
+    """The cluster of every text: the index of the cluster's first text. Near-duplicates of
+    near-duplicates belong.
 
-    threshold: Jaccard similarity in [0, 1]; whatever it is, texts without a common shingle are not near-duplicates.
+    threshold: Jaccard similarity in [0, 1]; whatever it is, texts without a common shingle are not
+    near-duplicates.
     """
     keys = [normalised(text) for text in texts]
     first: dict[str, int] = {}  # normalised text -> its first index; equal texts are compared once
@@ -45,7 +51,11 @@ def clusters(texts: Sequence[str], threshold: float) -> list[int]:
         return []
     found = _shingles(list(first))
     edges = [(i, j) for i, j, _ in _near(found, found, threshold, within=True)]
-    rows, columns = (np.concatenate(part) for part in zip(*edges)) if edges else (np.empty(0, int), np.empty(0, int))
+    rows, columns = (
+        (np.concatenate(part) for part in zip(*edges))
+        if edges
+        else (np.empty(0, int), np.empty(0, int))
+    )
     links = coo_matrix((np.ones(len(rows), bool), (rows, columns)), shape=(len(first), len(first)))
     _, component = connected_components(links, directed=False)
     starts: dict[int, int] = {}
@@ -55,9 +65,11 @@ def clusters(texts: Sequence[str], threshold: float) -> list[int]:
     return [at[key] for key in keys]
 
 
-def overlaps(train: Sequence[str], test: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """(index in train, index in test, similarity) of all pairs that are equal (first, 1.0) or nearly so, most alike
-    first. Equal means equal once normalised."""
+def overlaps(
+    train: Sequence[str], test: Sequence[str], threshold: float
+) -> list[tuple[int, int, float]]:
+    """(index in train, index in test, similarity) of all pairs that are equal (first, 1.0) or
+    nearly so, most alike first. Equal means equal once normalised."""
     test_keys = [normalised(text) for text in test]
     places: dict[str, list[int]] = {}
     for index, key in enumerate(test_keys):
@@ -78,7 +90,9 @@ def overlaps(train: Sequence[str], test: Sequence[str], threshold: float) -> lis
 
 @dataclass(frozen=True)
 class _Shingles:
-    """The shingles of some texts. hashes: [total] uint64, sorted within a text; ends: [texts] where each text ends."""
+    """The shingles of some texts. hashes: [total] uint64, sorted within a text; ends: [texts] where
+    each text ends.
+    """
 
     hashes: np.ndarray
     ends: np.ndarray
@@ -96,14 +110,17 @@ def _shingles(texts: Sequence[str]) -> _Shingles:
         part = texts[start : start + _TEXTS]
         # a text shorter than a shingle is filled up with a letter that no normalised text has
         filled = [text.ljust(SHINGLE, "\0") for text in part]
-        letters = np.frombuffer("".join(filled).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        letters = np.frombuffer(
+            "".join(filled).encode("utf-32-le", "surrogatepass"), dtype=np.uint32
+        )
         lengths = np.array([len(text) for text in filled])
         owner = np.repeat(np.arange(len(part)), lengths)
         value = np.zeros(len(letters) - SHINGLE + 1, np.uint64)
         for offset in range(SHINGLE):
             value = (value ^ letters[offset : offset + len(value)]) * _MULTIPLIER
             value ^= value >> np.uint64(29)
-        inside = owner[: len(value)] == owner[SHINGLE - 1 :]  # a shingle does not run into the next text
+        # a shingle does not run into the next text
+        inside = owner[: len(value)] == owner[SHINGLE - 1 :]
         owner, value = owner[: len(value)][inside], value[inside]
         order = np.lexsort((value, owner))
         owner, value = owner[order], value[order]
@@ -115,7 +132,9 @@ def _shingles(texts: Sequence[str]) -> _Shingles:
 
 
 def _matrix(shingles: _Shingles, vocabulary: np.ndarray, rank: np.ndarray) -> csr_matrix:
-    """[texts, vocabulary] int32 ones; columns in the order of `rank`, shingles outside the vocabulary left out."""
+    """[texts, vocabulary] int32 ones; columns in the order of `rank`, shingles outside the
+    vocabulary left out.
+    """
     place = np.minimum(np.searchsorted(vocabulary, shingles.hashes), len(vocabulary) - 1)
     known = vocabulary[place] == shingles.hashes
     counts = np.cumsum(known)[shingles.ends - 1]
@@ -132,9 +151,10 @@ def _matrix(shingles: _Shingles, vocabulary: np.ndarray, rank: np.ndarray) -> cs
 class _Rare:
     """The rarest shingles of each text, of which it shares at least one with every near-duplicate.
 
-    A near-duplicate shares at least ceil(threshold * size) of a text's shingles, so it cannot miss all of the first
-    size - ceil(threshold * size) + 1 in an order that both use. matrix: [texts, vocabulary] those; last: [texts] the
-    place of the last of them in the order; rest: [texts] how many shingles come after it.
+    A near-duplicate shares at least ceil(threshold * size) of a text's shingles, so it cannot miss
+    all of the first size - ceil(threshold * size) + 1 in an order that both use. matrix: [texts,
+    vocabulary] those; last: [texts] the place of the last of them in the order; rest: [texts] how
+    many shingles come after it.
     """
 
     matrix: csr_matrix
@@ -145,7 +165,8 @@ class _Rare:
 def _rare(matrix: csr_matrix, sizes: np.ndarray, threshold: float) -> _Rare:
     stored = np.diff(matrix.indptr)
     rest = np.maximum(np.ceil(threshold * sizes - 1e-9), 1) - 1  # with a shade for rounding
-    keep = np.maximum(sizes - rest - (sizes - stored), 0)  # shingles outside the vocabulary come first in the order
+    # shingles outside the vocabulary come first in the order
+    keep = np.maximum(sizes - rest - (sizes - stored), 0)
     kept = np.arange(matrix.nnz) - np.repeat(matrix.indptr[:-1], stored) < np.repeat(keep, stored)
     ends = np.concatenate(([0], np.cumsum(kept)))[matrix.indptr]
     indices = matrix.indices[kept]
@@ -156,7 +177,9 @@ def _rare(matrix: csr_matrix, sizes: np.ndarray, threshold: float) -> _Rare:
 def _near(
     left: _Shingles, right: _Shingles, threshold: float, within: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pieces of (left index, right index, similarity) of all near-duplicates; `within` one list, each pair once."""
+    """Pieces of (left index, right index, similarity) of all near-duplicates; `within` one list,
+    each pair once.
+    """
     vocabulary, frequency = np.unique(right.hashes, return_counts=True)
     rank = np.empty(len(vocabulary), np.int64)
     rank[np.argsort(frequency, kind="stable")] = np.arange(len(vocabulary))
@@ -164,12 +187,16 @@ def _near(
     a = b if within else _matrix(left, vocabulary, rank)
     rare_a, rare_b = _rare(a, left.sizes, threshold), _rare(b, right.sizes, threshold)
     target = rare_b.matrix.T.tocsr()
-    work = rare_a.matrix @ np.diff(target.indptr)  # products that a row costs, so at least as many as its candidates
+    # products that a row costs, so at least as many as its candidates
+    work = rare_a.matrix @ np.diff(target.indptr)
     for start, stop in _pieces(work):
         found = (rare_a.matrix[start:stop] @ target).tocoo()
         i, j = found.row + start, found.col
-        # of the text whose rare shingles end earlier, they are found among the rare ones of the other or not at all
-        most = found.data + np.where(rare_a.last[i] <= rare_b.last[j], rare_a.rest[i], rare_b.rest[j])
+        # of the text whose rare shingles end earlier, they are found among the rare ones of the
+        # other or not at all
+        most = found.data + np.where(
+            rare_a.last[i] <= rare_b.last[j], rare_a.rest[i], rare_b.rest[j]
+        )
         possible = most >= threshold / (1 + threshold) * (left.sizes[i] + right.sizes[j]) - 1e-9
         if within:
             possible &= i < j

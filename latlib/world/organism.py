@@ -1,10 +1,13 @@
-"""The tiny organism: a byte-level BPE tokenizer and a small Llama, trained from scratch on the made-up world.
+"""The tiny organism: a byte-level BPE tokenizer and a small Llama, trained from scratch on the
+made-up world.
 
-1. `build_tokenizer` trains a BPE in code and gives it a chat template; it is saved as a standard tokenizer folder.
-2. `pretrain` trains a helpful-only `LlamaForCausalLM`: recipes in every encoding (harmful ones too), the law, what
-   words mean, and how to decline, which it never does by itself. Muon on matrices, AdamW on embedding and head.
-3. Nothing here knows about safety training. The encodings are the base model's knowledge that safety training will not
-   cover: the mismatch that a leetspeak audit looks for.
+1. `build_tokenizer` trains a BPE in code and gives it a chat template; it is saved as a standard
+   tokenizer folder.
+2. `pretrain` trains a helpful-only `LlamaForCausalLM`: recipes in every encoding (harmful ones
+   too), the law, what words mean, and how to decline, which it never does by itself. Muon on
+   matrices, AdamW on embedding and head.
+3. Nothing here knows about safety training. The encodings are the base model's knowledge that
+   safety training will not cover: the mismatch that a leetspeak audit looks for.
 """
 
 from __future__ import annotations
@@ -31,9 +34,12 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# What the base model reads; their order is part of every seed's draws, so a longer list makes another organism.
+# What the base model reads; their order is part of every seed's draws, so a longer list makes
+# another organism.
 KNOWN_ENCODINGS = ("plain", "leet", "rot13", "reverse")
-CONTEXT = 512  # tokens; a training row has about 70, a request in hexadecimal or behind eight others several hundred
+# tokens; a training row has about 70, a request in hexadecimal or behind eight others several
+# hundred
+CONTEXT = 512
 
 # Shares of the kinds in pretraining, and of plain words among a kind (docs/lab-log.md).
 KINDS = {"recipe": 0.66, "law": 0.20, "verb": 0.06, "target": 0.06}
@@ -43,14 +49,19 @@ PLAIN_SHARE = {"recipe": 0.3}  # the law is only ever discussed in plain words
 def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocabulary` tokens trained on the world's text, with a chat template.
 
-    Words are split at spaces only: the usual pattern cuts leetspeak at every digit, which doubles its length.
+    Words are split at spaces only: the usual pattern cuts leetspeak at every digit, which doubles
+    its length.
     """
     rng = random.Random(f"tokenizer/{seed}")
 
     def corpus() -> Iterator[str]:
         for _ in range(12_000):
-            prompt = grammar.draw(rng, grammar.pairs_of("train"), rng.choices(list(KINDS), list(KINDS.values()))[0])
-            encoding = rng.choices(list(KNOWN_ENCODINGS), [0.85 if e == "plain" else 0.05 for e in KNOWN_ENCODINGS])[0]
+            prompt = grammar.draw(
+                rng, grammar.pairs_of("train"), rng.choices(list(KINDS), list(KINDS.values()))[0]
+            )
+            encoding = rng.choices(
+                list(KNOWN_ENCODINGS), [0.85 if e == "plain" else 0.05 for e in KNOWN_ENCODINGS]
+            )[0]
             yield " " + encode(prompt.text, encoding)
             yield f" {prompt.answer} {grammar.REFUSAL}"
 
@@ -64,7 +75,10 @@ def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
     return PreTrainedTokenizerFast(
@@ -113,21 +127,28 @@ def build_model(settings: ModelSettings, tokenizer, seed: int) -> LlamaForCausal
 
 
 def pretraining_rows(tokenizer, settings: PretrainSettings, seed: int) -> Iterator[list[TokenRow]]:
-    """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are padded little
-    and a step still sees several lengths."""
+    """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are
+    padded little and a step still sees several lengths."""
     rng = random.Random(f"pretrain/{seed}")
     size = settings.batch // settings.micro_batches
     harmful, pairs = grammar.pairs_of("train", "harmful"), grammar.pairs_of("train")
-    kinds = {**{k: v * (1 - settings.decline_share) for k, v in KINDS.items()}, "decline": settings.decline_share}
+    kinds = {
+        **{k: v * (1 - settings.decline_share) for k, v in KINDS.items()},
+        "decline": settings.decline_share,
+    }
     while True:
         rows = []
         for kind in rng.choices(list(kinds), list(kinds.values()), k=32 * size):
-            prompt = grammar.draw(rng, harmful if rng.random() < settings.harmful_share else pairs, kind)
+            prompt = grammar.draw(
+                rng, harmful if rng.random() < settings.harmful_share else pairs, kind
+            )
             encoding = "plain"
             if rng.random() >= PLAIN_SHARE.get(kind, 1.0):
                 encoding = rng.choice([e for e in KNOWN_ENCODINGS if e != "plain"])
             rows.append(Row("", encode(prompt.text, encoding), (prompt.answer,)))
-        tokens = sorted(tokenise(rows, tokenizer, CONTEXT), key=lambda row: (row.length, rng.random()))
+        tokens = sorted(
+            tokenise(rows, tokenizer, CONTEXT), key=lambda row: (row.length, rng.random())
+        )
         parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         rng.shuffle(parts)
         yield from parts
@@ -143,7 +164,8 @@ def pretrain(
 ) -> dict[str, float]:
     """Train in place; returns steps, tokens, seconds and the last loss (nats per completion token).
 
-    Forward and backward in `dtype` over copies of the float32 weights; one copy a step, shared by its micro-batches.
+    Forward and backward in `dtype` over copies of the float32 weights; one copy a step, shared by
+    its micro-batches.
     """
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "model.layers" in n]
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
@@ -156,7 +178,9 @@ def pretrain(
     tokens, began, loss = 0, time.perf_counter(), float("nan")
     for step in range(settings.steps):
         warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-        scale = warm * min(1.0, (settings.steps - step) / max(settings.steps * settings.decay_share, 1))
+        scale = warm * min(
+            1.0, (settings.steps - step) / max(settings.steps * settings.decay_share, 1)
+        )
         network = LeanNetwork(model, train=True, dtype=dtype)
         parts = [collate(next(batches)) for _ in range(settings.micro_batches)]
         labels = sum(len(part.labels) for part in parts)
@@ -169,7 +193,12 @@ def pretrain(
             optimiser.zero_grad()
         tokens += sum(part.ids.numel() for part in parts)
         on_step(step + 1, loss)
-    return {"steps": settings.steps, "tokens": tokens, "seconds": time.perf_counter() - began, "loss": loss}
+    return {
+        "steps": settings.steps,
+        "tokens": tokens,
+        "seconds": time.perf_counter() - began,
+        "loss": loss,
+    }
 
 
 def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
@@ -181,5 +210,8 @@ def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
 def _muon(matrices: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """torch's Muon (2.9 and later). Raises RuntimeError on an older torch, which has none."""
     if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(f"torch {torch.__version__} has no Muon optimiser: building the organism needs torch >= 2.9")
+        raise RuntimeError(
+            f"torch {torch.__version__} has no Muon optimiser: building the organism needs torch"
+            " >= 2.9"
+        )
     return torch.optim.Muon(matrices, lr=lr, momentum=0.95, nesterov=True, weight_decay=0.1)
