@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from test_rows import write
+from test_splits import write
 
 from latlib.config.sections import ProfileError
 from latlib.data.records import ANY_SPLIT, is_hub_id, read_table

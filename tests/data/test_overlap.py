@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_rows import write
+from test_splits import write
 
 import latlib.data.overlap
 import latlib.text.near_duplicates

@@ -11,7 +11,7 @@ import torch
 from tiny_models import language_model, noise_like, preference_batch, token_rows
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import directions
 import lat_step

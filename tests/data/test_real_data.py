@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import yaml
 from test_families import FAMILIES, saved_model
-from test_questions import texts
+from test_prompts import texts
 
 from latlib.config.profile import ProfileError, load_profile
 from latlib.data.overlap import check_overlap

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_rows import write
+from test_splits import write
 
 from latlib.config.sections import ProfileError
 from latlib.data.benchmarks import SETS, AskedPrompt, asked_prompts

@@ -1,6 +1,6 @@
 """The notebooks' sources: readable, runnable anywhere, and with something for nbval to compare.
 
-python tests/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared
+python tests/repository/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared
 cells anew
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 COMPARED = "NBVAL_CHECK_OUTPUT"
 MOST_LINES = 15
 # /home/..., C:\..., ~/...: a path that exists on one machine only
