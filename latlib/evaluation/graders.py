@@ -13,8 +13,7 @@ Llama Guard.
 4. complied: score >= threshold. These graders do not tell a refusal from junk; a refusal phrase at
    the beginning does.
 
-`latlib.evaluation.judges` loads the models: safetensors only, and no code of a model's folder is
-ever run.
+`load_judge` opens the models: safetensors only, and none of their code; no setting allows more.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from latlib.config.sections import ProfileError
-from latlib.evaluation.judges import load_judge
+from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.rule_graders import (
     OUTCOMES,
     ExactGrader,
@@ -40,7 +38,17 @@ from latlib.evaluation.rule_graders import (
     checked_pairs,
     redacted,
 )
-from latlib.models import LanguageModel
+from latlib.io.hub import (
+    Allowed,
+    base_of,
+    is_adapter,
+    located,
+    open_adapter,
+    open_model,
+    open_tokenizer,
+    source_file,
+)
+from latlib.models import LanguageModel, resolve_device, resolve_dtype
 
 __all__ = [
     "OUTCOMES",
@@ -54,6 +62,7 @@ __all__ = [
     "YesNoGrader",
     "agreement",
     "load_grader",
+    "load_judge",
     "redacted",
 ]
 
@@ -70,6 +79,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # how vocabularies write a word's leading space: not at all, SentencePiece, BPE
 _SPACES = ("", "\u2581", "\u0120")
 _REFUSAL = PhraseGrader("prefix")
+_DTYPES = ("auto", "float64", "float32", "bfloat16")
 
 
 class ModelGrader:
@@ -334,6 +344,40 @@ def checked_template(text: str) -> str:
             " others"
         )
     return text
+
+
+def load_judge(
+    source: str | Path, device: str = "auto", dtype: str = "auto", base: str | Path | None = None
+) -> LanguageModel:
+    """A judge from a folder or hub id; where that holds a LoRA, on top of `base` or of the model
+    that it names.
+
+    Raises ProfileError naming grader.source, grader.base, grader.device or grader.dtype.
+    """
+    if dtype not in _DTYPES:
+        raise ProfileError(
+            f"grader.dtype = {dtype!r} is unknown: choose one of {', '.join(_DTYPES)}"
+        )
+    try:
+        at = resolve_device(device)
+    except (ProfileError, RuntimeError) as error:
+        raise ProfileError(
+            f"grader.device = {device!r} cannot be used ({error}): set it to 'auto' or 'cpu'"
+        ) from None
+    precision, nothing = resolve_dtype(dtype, at), Allowed()
+    source = located(source, "grader.source")
+    adapter = is_adapter(source, "grader.source")
+    field = "grader.base" if adapter else "grader.source"
+    under = located(base or base_of(source, "grader.source"), field) if adapter else source
+    model = open_model(under, field, nothing, precision)
+    own = not adapter or source_file(source, "tokenizer_config.json", "grader.source") is not None
+    tokenizer = open_tokenizer(source if own else under, "grader.source", nothing)
+    if adapter:
+        model = open_adapter(model, source, "grader.source", nothing)
+    model = model.to(at).eval().requires_grad_(False)
+    return LanguageModel(
+        model, tokenizer, ModelSettings(device=device, dtype=dtype, forward="stock"), precision
+    )
 
 
 # name -> (grader, the published weights)

@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import pandas as pd
 import torch
 
 from latlib.config.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
-from latlib.evaluation.ask import Context
+from latlib.evaluation.outcomes import OnStep, Subject
 from latlib.experiment import build
 from latlib.experiment.jobs import threads_for, work
 from latlib.experiment.tracking import read_metrics
@@ -35,19 +34,27 @@ from latlib.io.machine import keep_freed_memory
 from latlib.models import LanguageModel, load, load_released
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
-from latlib.refusal import ablation
-from latlib.refusal.ablation import Differences, Direction
+from latlib.refusal.ablation import ablation
+from latlib.refusal.directions import (
+    Differences,
+    Direction,
+    find_directions,
+    fixed_site,
+    load_directions,
+    paired_differences,
+    save_directions,
+    sources,
+)
 from latlib.refusal.geometry import variance_table
 
-SUITES = {
+# suites that need nothing but the model
+PLAIN_SUITES = {
     "audit": audit.audit,
     "variant": audit.variant,
-    "jailbreaks": jailbreaks.jailbreaks,
     "robustness": latent.robustness,
     "attacks": latent.attacks,
-    "transfer": latent.transfer,
-    "ablation": ablation.ablation,
 }
+SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
 GEOMETRY, GEOMETRY_FILES = (
     "geometry",
     ("differences.safetensors", "directions.safetensors", "variance.json"),
@@ -208,23 +215,11 @@ class Run:
         """The JSONL that a model's training writes."""
         return self.folder / "metrics" / f"{spec.folder}.jsonl"
 
-    def context(self, spec: Spec, on_step=lambda step, total, detail: None) -> Context:
+    def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
-        lat = self.profile.training(
-            "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
-        )
-        norms = self.norms(spec.seed)
-        of_seed = (
-            partial(part, seed=spec.seed)
-            for part in (self.directions, self.differences, self.model)
-        )
-
-        def keep(name: str, data: Mapping[str, Any]) -> Path:
-            return self.save_result(f"{name}-{spec.folder}", data)
-
-        return Context(
-            self.profile, spec.label, spec.seed, lat.attack, norms, on_step, *of_seed, keep
-        )
+        method = "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
+        attack = self.profile.training(method).attack
+        return Subject(self.profile, spec.label, spec.seed, attack, self.norms(spec.seed))
 
     def differences(self, method: str, seed: int = 0) -> Differences:
         """Harmful-harmless activation differences of a model (see `refusal.Differences`), found
@@ -232,18 +227,18 @@ class Run:
         """
         file = self._geometry_file(method, seed, "differences.safetensors")
         if not file.exists():
-            ablation.paired_differences(self.model(method, seed), self.profile).save(file)
+            paired_differences(self.model(method, seed), self.profile).save(file)
         return Differences.load(file)
 
     def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
         """rule -> refusal direction of a model (see `refusal.directions`), found once and kept."""
         file = self._geometry_file(method, seed, "directions.safetensors")
         if not file.exists():
-            found = ablation.directions(
+            found = find_directions(
                 self.model(method, seed), self.profile, self.differences(method, seed)
             )
-            ablation.save_directions(found, file)
-        return ablation.load_directions(file)
+            save_directions(found, file)
+        return load_directions(file)
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
         """Explained variance of a model's differences at their last token (see
@@ -251,7 +246,7 @@ class Run:
         file = self._geometry_file(method, seed, "variance.json")
         if not file.exists():
             found = self.differences(method, seed)
-            site = ablation.fixed_site(len(found.pairs) - 1)
+            site = fixed_site(len(found.pairs) - 1)
             write_json(variance_table(found.last(), found.clusters, site), file)
         return json.loads(file.read_text(encoding="utf-8"))
 
@@ -312,7 +307,7 @@ class Run:
         jobs = [(s, what) for s, what in jobs if not self.table_file(s, what).exists()]
         self._ensure(s for s, _ in jobs)
         if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
-            self.find_geometry((m, s.seed) for s, _ in jobs for m in ablation.sources(self.profile))
+            self.find_geometry((m, s.seed) for s, _ in jobs for m in sources(self.profile))
         self.ensure(
             (m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods
         )
@@ -366,8 +361,31 @@ class Run:
         lm = self.model(
             spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec)
         )
-        measured = what.measure if isinstance(what, AttackCell) else SUITES[what]
-        write_table(measured(lm, self.context(spec, on_step)), self.table_file(spec, what))
+        write_table(self._rows(lm, spec, what, on_step), self.table_file(spec, what))
+
+    def _rows(
+        self, lm: LanguageModel, spec: Spec, what: str | AttackCell, on_step: OnStep
+    ) -> pd.DataFrame:
+        """Outcome rows of a suite or an attack, which is given what else it needs."""
+        subject, seed = self.subject(spec), spec.seed
+        if isinstance(what, AttackCell):
+            return what.measure(lm, subject)
+        if what == "jailbreaks":
+            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
+            if suffixes:
+                found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
+                self.save_result(f"suffixes-{spec.folder}", found)
+            return table
+        if what == "transfer":
+            targets = {
+                method: lm if method == spec.label else self.model(method, seed)
+                for method in self.profile.methods
+            }
+            return latent.transfer(lm, subject, targets, on_step)
+        if what == "ablation":
+            directions = {m: self.directions(m, seed) for m in sources(self.profile)}
+            return ablation(lm, subject, directions, self.differences(spec.label, seed), on_step)
+        return PLAIN_SUITES[what](lm, subject, on_step)
 
     def _variant(self, spec: Spec) -> str | dict[str, Any]:
         return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)

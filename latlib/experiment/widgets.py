@@ -14,7 +14,7 @@ from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate, left_padded
 from latlib.evaluation.rule_graders import redacted
 from latlib.io.progress import in_batch
-from latlib.refusal.ablation import OWN_RULES, sources
+from latlib.refusal.directions import OWN_RULES, sources
 from latlib.refusal.interventions import added
 
 if TYPE_CHECKING:

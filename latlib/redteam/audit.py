@@ -25,37 +25,43 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.data.prompts import in_the_world, kinds
-from latlib.evaluation.ask import Context, examine, outcome_rows, prompt_set
+from latlib.evaluation.ask import examine, prompt_set
+from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
 from latlib.models import LanguageModel
 from latlib.redteam.latent import AttackCell, replace_settings
 
 
-def audit(lm: LanguageModel, context: Context) -> pd.DataFrame:
+def audit(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Harmful requests, their twins and prefilling in every encoding; harmless requests of other
     kinds in those that the model was taught, to say what a defence costs. Further encodings on the
     profile's first seed only."""
-    evaluation = context.profile.evaluation
-    first = context.seed == context.profile.seeds[0]
-    return _audit(lm, context, evaluation.encodings, evaluation.further_encodings if first else ())
+    evaluation = subject.profile.evaluation
+    first = subject.seed == subject.profile.seeds[0]
+    further = evaluation.further_encodings if first else ()
+    return _audit(lm, subject, evaluation.encodings, further, on_step)
 
 
-def variant(lm: LanguageModel, context: Context) -> pd.DataFrame:
+def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """The short suite of a sweep: the audit without further encodings, and the attack at `lat`'s
     own radius.
     """
-    lat = context.profile.training("lat").attack
-    attack = AttackCell(replace_settings(lat, steps=context.profile.evaluation.pgd_steps))
+    lat = subject.profile.training("lat").attack
+    attack = AttackCell(replace_settings(lat, steps=subject.profile.evaluation.pgd_steps))
     tables = [
-        _audit(lm, context, context.profile.evaluation.encodings, ()),
-        attack.measure(lm, context),
+        _audit(lm, subject, subject.profile.evaluation.encodings, (), on_step),
+        attack.measure(lm, subject),
     ]
     return pd.concat(tables, ignore_index=True)
 
 
 def _audit(
-    lm: LanguageModel, context: Context, taught: Sequence[str], further: Sequence[str]
+    lm: LanguageModel,
+    subject: Subject,
+    taught: Sequence[str],
+    further: Sequence[str],
+    on_step: OnStep,
 ) -> pd.DataFrame:
-    profile, network, tables = context.profile, lm.network(), []
+    profile, network, tables = subject.profile, lm.network(), []
     world, twins = in_the_world(profile), prompt_set("twin", profile)
     # data without responses: what the model says in plain words is the answer
     if not all(p.answer for p in twins):
@@ -78,11 +84,11 @@ def _audit(
                 understood = found.understood
             cell = {"encoding": encoding} | ({"understood": understood} if deep else {})
             tables.append(
-                outcome_rows(context, name, prompts, found.outcomes, texts=found.texts, **cell)
+                outcome_rows(subject, name, prompts, found.outcomes, texts=found.texts, **cell)
             )
             if found.prefilled:
                 tables.append(
-                    outcome_rows(context, name, prompts, found.prefilled, attack="prefill", **cell)
+                    outcome_rows(subject, name, prompts, found.prefilled, attack="prefill", **cell)
                 )
-        context.on_step(step, len(taught) + len(further), encoding)
+        on_step(step, len(taught) + len(further), encoding)
     return pd.concat(tables, ignore_index=True)

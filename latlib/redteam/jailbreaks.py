@@ -14,14 +14,13 @@ All in plain words; `audit` has encodings and prefilling.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pandas as pd
 
 from latlib.batch import Turn
 from latlib.config.profile import Profile
 from latlib.data.prompts import ask, in_the_world
-from latlib.evaluation.ask import Context, examine, outcome_rows, prompt_set, target
+from latlib.evaluation.ask import examine, prompt_set, target
+from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
 from latlib.models import LanguageModel
 from latlib.redteam.gcg import Suffix, SuffixSettings, gcg, random_search
 
@@ -34,9 +33,9 @@ def many_shots(profile: Profile, n: int) -> list[Turn]:
     return [(p.text, target(p)) for p in ask(profile, "shots", "train", "harmful", n)] if n else []
 
 
-def suffix_settings(context: Context) -> SuffixSettings:
+def suffix_settings(subject: Subject) -> SuffixSettings:
     """How suffixes are sought in this profile: its own numbers, the rest as in Zou et al."""
-    s = context.profile.evaluation.suffix
+    s = subject.profile.evaluation.suffix
     return SuffixSettings(
         n_tokens=s.tokens,
         steps=s.steps,
@@ -47,34 +46,34 @@ def suffix_settings(context: Context) -> SuffixSettings:
     )
 
 
-def find_suffixes(lm: LanguageModel, context: Context) -> dict[str, Suffix]:
+def find_suffixes(lm: LanguageModel, subject: Subject) -> dict[str, Suffix]:
     """attack -> the suffix that GCG and random search find on tuning prompts, with equal numbers of
     queries.
     """
-    settings = suffix_settings(context)
+    settings = suffix_settings(subject)
     prompts = ask(
-        context.profile, "suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts
+        subject.profile, "suffix", "tune", "harmful", subject.profile.evaluation.suffix.prompts
     )
     asked, answers = [p.text for p in prompts], [target(p) for p in prompts]
     searches = {"suffix-gcg": gcg, "suffix-random": random_search}
     return {
-        name: search(lm, asked, answers, settings, context.seed)
+        name: search(lm, asked, answers, settings, subject.seed)
         for name, search in searches.items()
     }
 
 
-def jailbreaks(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """A suite for `run.Run.evaluate`: every attack above round the harmful prompts and their
-    twins.
+def jailbreaks(
+    lm: LanguageModel, subject: Subject, on_step: OnStep = unseen
+) -> tuple[pd.DataFrame, dict[str, Suffix]]:
+    """(outcome rows of every attack above round the harmful prompts and their twins, attack -> the
+    suffix that was found for it: none where the profile seeks none).
     """
-    profile, network, tables = context.profile, lm.network(), []
+    profile, network, tables = subject.profile, lm.network(), []
     around: dict[str, dict] = {
         "many-shot": {"shots": many_shots(profile, profile.evaluation.shots)},
         "system": {"system_prompt": SYSTEM_OVERRIDE},
     }
-    found = find_suffixes(lm, context) if profile.evaluation.suffix.steps else {}
-    if context.keep and found:
-        context.keep("suffixes", {name: asdict(suffix) for name, suffix in found.items()})
+    found = find_suffixes(lm, subject) if profile.evaluation.suffix.steps else {}
     around |= {name: {"suffix": suffix.text} for name, suffix in found.items()}
     for step, (attack, extra) in enumerate(around.items(), start=1):
         understood = None
@@ -84,6 +83,6 @@ def jailbreaks(lm: LanguageModel, context: Context) -> pd.DataFrame:
             if name == "twin" or not in_the_world(profile):
                 understood = got.understood
             cell = {"attack": attack, "understood": understood, "texts": got.texts}
-            tables.append(outcome_rows(context, name, prompts, got.outcomes, **cell))
-        context.on_step(step, len(around), attack)
-    return pd.concat(tables, ignore_index=True)
+            tables.append(outcome_rows(subject, name, prompts, got.outcomes, **cell))
+        on_step(step, len(around), attack)
+    return pd.concat(tables, ignore_index=True), found

@@ -31,8 +31,9 @@ from torch import Tensor
 from latlib.attack import attack_losses, perturbed_positions, pgd, radii, random_noise
 from latlib.batch import Batch
 from latlib.config.profile import AttackSettings, validated
-from latlib.evaluation.ask import Context, examine, outcome_rows, prompt_set, token_rows
+from latlib.evaluation.ask import examine, prompt_set, token_rows
 from latlib.evaluation.generate import batches
+from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
 from latlib.hooks import EMBEDDING, Site, resolve_sites
 from latlib.models import LanguageModel
 
@@ -61,12 +62,12 @@ class AttackCell:
         )
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
-    def measure(self, lm: LanguageModel, context: Context) -> pd.DataFrame:
+    def measure(self, lm: LanguageModel, subject: Subject) -> pd.DataFrame:
         """Its outcome rows."""
-        evaluation, settings = context.profile.evaluation, self.settings
-        prompts = prompt_set("harmful", context.profile, self.n or evaluation.pgd_prompts)
-        network, eps = lm.network(), radii(settings, lm.n_layers, context.norms)
-        generator = torch.Generator().manual_seed(context.seed)
+        evaluation, settings = subject.profile.evaluation, self.settings
+        prompts = prompt_set("harmful", subject.profile, self.n or evaluation.pgd_prompts)
+        network, eps = lm.network(), radii(settings, lm.n_layers, subject.norms)
+        generator = torch.Generator().manual_seed(subject.seed)
 
         def perturb(batch: Batch) -> Mapping[Site, Tensor]:
             if self.name == "noise":
@@ -74,9 +75,9 @@ class AttackCell:
                 return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
             return pgd(network, batch, eps, settings, generator, judged=False, stop=True).deltas
 
-        found = examine(lm, context.profile, prompts, network=network, perturb=perturb)
+        found = examine(lm, subject.profile, prompts, network=network, perturb=perturb)
         columns = self.columns(lm.n_layers) | {"texts": found.texts}
-        return outcome_rows(context, "harmful", prompts, found.outcomes, **columns)
+        return outcome_rows(subject, "harmful", prompts, found.outcomes, **columns)
 
     def columns(self, n_layers: int) -> dict:
         """What the outcome table says of the attack."""
@@ -92,18 +93,18 @@ def replace_settings(settings: AttackSettings, **changes) -> AttackSettings:
     return validated(AttackSettings, {**settings.model_dump(), **changes}, "attack")
 
 
-def base_attack(context: Context) -> AttackSettings:
+def base_attack(subject: Subject) -> AttackSettings:
     """`lat`'s attack with the steps of an evaluation: what all cells vary."""
-    lat = context.profile.training("lat").attack
+    lat = subject.profile.training("lat").attack
     return replace_settings(
-        lat, steps=context.profile.evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr
+        lat, steps=subject.profile.evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr
     )
 
 
-def robustness(lm: LanguageModel, context: Context) -> pd.DataFrame:
+def robustness(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Security curves: PGD at `lat`'s sites and at the embedding over the profile's radii, noise of
     the same norms, and one attack with many more steps at `lat`'s radius."""
-    evaluation, attack = context.profile.evaluation, base_attack(context)
+    evaluation, attack = subject.profile.evaluation, base_attack(subject)
     cells = [AttackCell(replace_settings(attack, eps=eps)) for eps in evaluation.eps]
     cells += [
         AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,)))
@@ -111,13 +112,13 @@ def robustness(lm: LanguageModel, context: Context) -> pd.DataFrame:
     ]
     cells += [AttackCell(replace_settings(attack, eps=eps), "noise") for eps in evaluation.eps]
     cells.append(AttackCell(replace_settings(attack, steps=evaluation.strong_steps), "pgd-strong"))
-    return _measured(lm, context, cells)
+    return _measured(lm, subject, cells, on_step)
 
 
-def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
+def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Variations of the attack at the radii `evaluation.strong_eps`: twice the steps, restarts,
     other rules, other sites, one step."""
-    evaluation, attack = context.profile.evaluation, base_attack(context)
+    evaluation, attack = subject.profile.evaluation, base_attack(subject)
     trained = resolve_sites(attack.sites, lm.n_layers)
     # a perturbation behind the last block writes the first token itself
     inner = range(lm.n_layers - 1)
@@ -144,50 +145,54 @@ def attacks(lm: LanguageModel, context: Context) -> pd.DataFrame:
         for name, change in changes.items():
             settings = replace_settings(attack, eps=eps, **change)
             if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):
-                settings = replace_settings(settings, lr=_adam_rate(settings, lm, context))
+                settings = replace_settings(settings, lr=_adam_rate(settings, lm, subject))
             if (name, eps) != ("pgd-strong", attack.eps):  # which is part of `robustness`
                 cells.append(AttackCell(settings, name))
-    return _measured(lm, context, cells)
+    return _measured(lm, subject, cells, on_step)
 
 
-def _adam_rate(settings: AttackSettings, lm: LanguageModel, context: Context) -> float:
+def _adam_rate(settings: AttackSettings, lm: LanguageModel, subject: Subject) -> float:
     """Adam moves every coordinate by about its rate: the one that makes its steps as long as the
     other rules' are, at the median of the sites' radii."""
-    limits = radii(settings, lm.n_layers, context.norms).values()
+    limits = radii(settings, lm.n_layers, subject.norms).values()
     return 2 / settings.steps * median(limits) / lm.network().d_model ** 0.5
 
 
-def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """This model's perturbations, at the radii `evaluation.strong_eps`, put into every method's
-    model of its seed.
+def transfer(
+    lm: LanguageModel,
+    subject: Subject,
+    targets: Mapping[str, LanguageModel],
+    on_step: OnStep = unseen,
+) -> pd.DataFrame:
+    """This model's perturbations, at the radii `evaluation.strong_eps`, put into every target.
 
-    Rows are of the target; attack is 'transfer:<this model>'. Perturbations take all their steps,
-    won or not: what barely wins at home travels worse.
+    targets: how tables name it -> a model of this seed; this one is a target too. Rows are of the
+    target; attack is 'transfer:<this model>'. Perturbations take all their steps, won or not: what
+    barely wins at home travels worse.
     """
-    evaluation, tables = context.profile.evaluation, []
-    prompts = prompt_set("harmful", context.profile, evaluation.pgd_prompts)
-    targets = {m: lm if m == context.method else context.model(m) for m in context.profile.methods}
-    targets.setdefault(context.method, lm)  # the base, or a variant
+    evaluation, tables = subject.profile.evaluation, []
+    prompts = prompt_set("harmful", subject.profile, evaluation.pgd_prompts)
+    targets = {**targets, subject.method: lm}
     networks = {m: target.network() for m, target in targets.items()}
-    rows = token_rows(lm, prompts, system_prompt=context.profile.data.system_prompt)
+    rows = token_rows(lm, prompts, system_prompt=subject.profile.data.system_prompt)
     for number, eps in enumerate(evaluation.strong_eps, start=1):
         cell = AttackCell(
-            replace_settings(base_attack(context), eps=eps), f"transfer:{context.method}"
+            replace_settings(base_attack(subject), eps=eps), f"transfer:{subject.method}"
         )
         limits, found = (
-            radii(cell.settings, lm.n_layers, context.norms),
+            radii(cell.settings, lm.n_layers, subject.norms),
             {m: ["neither"] * len(rows) for m in targets},
         )
-        generator = torch.Generator().manual_seed(context.seed)
+        generator = torch.Generator().manual_seed(subject.seed)
         for index, batch in batches(rows, evaluation.batch, lm.device):
             deltas = pgd(
-                networks[context.method], batch, limits, cell.settings, generator, judged=False
+                networks[subject.method], batch, limits, cell.settings, generator, judged=False
             ).deltas
             for m, target in targets.items():
                 asked, given = [prompts[i] for i in index], lambda _, d=deltas: d
                 got = examine(
                     target,
-                    context.profile,
+                    subject.profile,
                     asked,
                     network=networks[m],
                     perturb=given,
@@ -196,26 +201,26 @@ def transfer(lm: LanguageModel, context: Context) -> pd.DataFrame:
                 for i, outcome in zip(index, got.outcomes, strict=True):
                     found[m][i] = outcome
         for m, outcomes in found.items():
-            of_target = replace(context, method=m)
+            of_target = replace(subject, method=m)
             tables.append(
                 outcome_rows(of_target, "harmful", prompts, outcomes, **cell.columns(lm.n_layers))
             )
-        context.on_step(number, len(evaluation.strong_eps), str(cell))
+        on_step(number, len(evaluation.strong_eps), str(cell))
     return pd.concat(tables, ignore_index=True)
 
 
-def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Site, float]:
+def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Site, float]:
     """site -> the smallest norm, over n harmful prompts, of the attack loss's gradient in an
     unperturbed prompt.
 
     Zero would mean that the attack has nothing to follow: gradient masking, or a broken hook.
     """
-    attack = base_attack(context)
+    attack = base_attack(subject)
     sites, network = resolve_sites(attack.sites, lm.n_layers), lm.network()
     smallest = dict.fromkeys(sites, float("inf"))
-    system = context.profile.data.system_prompt
-    rows = token_rows(lm, prompt_set("harmful", context.profile, n), system_prompt=system)
-    for _, batch in batches(rows, context.profile.evaluation.batch, lm.device):
+    system = subject.profile.data.system_prompt
+    rows = token_rows(lm, prompt_set("harmful", subject.profile, n), system_prompt=system)
+    for _, batch in batches(rows, subject.profile.evaluation.batch, lm.device):
         shape = (*batch.shape, network.d_model)
         deltas = {
             s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True)
@@ -232,10 +237,12 @@ def gradient_norms(lm: LanguageModel, context: Context, n: int = 64) -> dict[Sit
     return smallest
 
 
-def _measured(lm: LanguageModel, context: Context, cells: Sequence[AttackCell]) -> pd.DataFrame:
+def _measured(
+    lm: LanguageModel, subject: Subject, cells: Sequence[AttackCell], on_step: OnStep
+) -> pd.DataFrame:
     """The cells' rows, with progress."""
     tables = []
     for step, cell in enumerate(cells, start=1):
-        tables.append(cell.measure(lm, context))
-        context.on_step(step, len(cells), str(cell))
+        tables.append(cell.measure(lm, subject))
+        on_step(step, len(cells), str(cell))
     return pd.concat(tables, ignore_index=True)

@@ -1,228 +1,56 @@
-"""Refusal directions of a model, and what is left of refusal without them.
+"""What is left of refusal without a direction: ablation of every source's directions from a target.
 
-1. A **rule** turns harmful-harmless differences (`activations`) into a direction: `fixed` is the
-   difference of means at a fixed relative depth and `svd` the first singular vector there (Abbas et
-   al. 2025); `selected` is Arditi et al.'s choice over (position, site) (`selection`); `best` is an
-   oracle's, the difference of means whose ablation makes the model comply most on tuning prompts;
-   `subspace` is the first singular vectors at the site of `best`.
-2. `best` and `subspace` look at outcomes, on prompts that no result is measured on; nothing here
-   sees test prompts.
-3. `ablation` removes every source's directions from a target model and grades what it then replies,
-   beside controls: random directions, and the mean of differences whose labels are shuffled.
+1. Each source's directions (`directions`) are removed from the target model, which is then asked.
+2. Controls stand beside them: nothing removed, random directions, and the mean of differences whose
+   labels are shuffled.
+3. A direction that carries refusal also induces it: added to harmless prompts, beside a random one.
 
-Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024.
+Sources: Abbas et al. 2025, section 3; Arditi et al. 2024.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 import pandas as pd
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt
-from latlib.evaluation.ask import Context, examine, outcome_rows, prompt_set, token_rows
-from latlib.hooks import Site
+from latlib.evaluation.ask import examine, prompt_set
+from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
 from latlib.models import LanguageModel
 from latlib.network import Network
-from latlib.refusal.activations import (
-    differences,
-    load_activations,
-    paired_prompts,
-    post_instruction,
-    prompt_rows,
-    save_activations,
-    sites_of,
+from latlib.refusal.directions import (
+    CROSS_RULES,
+    OWN_RULES,
+    Differences,
+    Direction,
+    random_directions,
 )
-from latlib.refusal.geometry import top_subspace
 from latlib.refusal.interventions import added
-from latlib.refusal.selection import candidate_sites, select
 
-FIXED_DEPTH = 14 / 32  # FACTS: Abbas et al. use layer 14 of 32
-OWN_RULES = ("fixed", "svd", "selected", "best", "subspace")  # tried on the model they come from
-CROSS_RULES = ("fixed", "best")  # tried on every model
-SUBSPACE = 3  # dimensions
-TUNE_PROMPTS = 128  # on which `best` is chosen
-SELECTION_PROMPTS = 32  # FACTS: Arditi et al. validate on 32
-BASE, NOTHING = "base", "ablate:nothing"
+NOTHING = "ablate:nothing"
 
 
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site,
-    position: where it was taken; position counts from the prompt's end. note: what was unusual
-    about its choice."""
+def ablation(
+    lm: LanguageModel,
+    subject: Subject,
+    directions: Mapping[str, Mapping[str, Direction]],
+    differences: Differences,
+    on_step: OnStep = unseen,
+) -> pd.DataFrame:
+    """Outcome rows of a target model under the directions of every source.
 
-    vector: Tensor
-    site: Site
-    position: int = -1
-    note: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Differences:
-    """What directions are found from. pairs: site -> [pairs, positions, d_model] harmful minus
-    harmless, float64; clusters, prompts: [pairs] what a pair is about, and its id."""
-
-    pairs: Mapping[Site, Tensor]
-    clusters: list[str]
-    prompts: list[str]
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, aside first."""
-        save_activations(self.pairs, path, clusters=self.clusters, prompts=self.prompts)
-
-    @classmethod
-    def load(cls, path: Path) -> Differences:
-        """What `save` wrote, at float32's precision."""
-        pairs, columns = load_activations(path)
-        return cls(pairs, **columns)
-
-    def last(self) -> dict[Site, Tensor]:
-        """site -> [pairs, d_model] at the last prompt token."""
-        return {site: rows[:, -1] for site, rows in self.pairs.items()}
-
-    def means(self) -> dict[Site, Tensor]:
-        """site -> [positions, d_model] differences of means (for equal numbers, the mean of paired
-        differences).
-        """
-        return {site: rows.mean(0) for site, rows in self.pairs.items()}
-
-    def shuffled(self, site: Site, seed: int = 0) -> Tensor:
-        """[d_model] mean difference at a site's last token with harmful and harmless swapped in a
-        random half of the pairs: what is left where the labels mean nothing."""
-        order = torch.randperm(len(self.clusters), generator=torch.Generator().manual_seed(seed))
-        signs = torch.ones(len(order), 1, dtype=torch.float64)
-        signs[order[: len(order) // 2]] = -1.0
-        return (signs * self.pairs[site][:, -1]).mean(0)
-
-
-def sources(profile: Profile) -> tuple[str, ...]:
-    """The models whose directions are tried on every model: the base and what each method made of
-    it.
-    """
-    return (BASE, *profile.methods)
-
-
-def fixed_site(n_layers: int) -> int:
-    """The block at the papers' relative depth, floor(14/32 of the blocks)."""
-    return int(FIXED_DEPTH * n_layers)
-
-
-def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
-    """Differences at every site and post-instruction position, from pairs that the models trained
-    on.
-    """
-    evaluation, system = profile.evaluation, profile.data.system_prompt
-    harmful, harmless = paired_prompts(profile, "train", evaluation.pairs)
-    rows = (prompt_rows(lm, [p.text for p in side], system) for side in (harmful, harmless))
-    count = post_instruction(lm.tokenizer, system)
-    pairs = differences(lm.network(), *rows, sites_of(lm.n_layers), count, evaluation.batch)
-    ids = [f"{evaluation.pairing}-train-{i:04d}" for i in range(len(harmful))]
-    return Differences(pairs, [p.cluster for p in harmful], ids)
-
-
-def top_direction(difference: Tensor) -> Tensor:
-    """[d_model] first right singular vector of the uncentred differences, towards harmful, as long
-    as their mean.
-    """
-    mean, (vector,) = difference.mean(0), top_subspace(difference, 1)
-    return vector * torch.sign(vector @ mean) * mean.norm()
-
-
-def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) -> Tensor:
-    """[n, d_model] directions of one norm, uniform on the sphere: the control. Ablation itself
-    ignores the norm.
-    """
-    rows = torch.randn(
-        n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    return norm * rows / rows.norm(dim=1, keepdim=True)
-
-
-def directions(lm: LanguageModel, profile: Profile, found: Differences) -> dict[str, Direction]:
-    """rule -> direction of one model; see the module's docstring."""
-    fixed, last, means = fixed_site(lm.n_layers), found.last(), found.means()
-    tune = paired_prompts(profile, "tune", min(profile.evaluation.pairs, TUNE_PROMPTS))
-    best = best_site(lm, profile, {site: rows[-1] for site, rows in means.items()}, tune[0])
-    system, few = profile.data.system_prompt, slice(SELECTION_PROMPTS)
-    harmful, harmless = (prompt_rows(lm, [p.text for p in side[few]], system) for side in tune)
-    refusals = token_rows(lm, tune[0][:1], system_prompt=system)[0].completions[1][:1]
-    candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
-    chosen = select(lm.network(), candidates, harmful, harmless, refusals)
-    return {
-        "fixed": Direction(means[fixed][-1], fixed),
-        "svd": Direction(top_direction(last[fixed]), fixed),
-        "selected": Direction(chosen.vector, chosen.site, chosen.position, chosen.note),
-        "best": Direction(means[best][-1], best),
-        "subspace": Direction(top_subspace(last[best], SUBSPACE), best),
-    }
-
-
-def best_site(
-    lm: LanguageModel, profile: Profile, means: Mapping[Site, Tensor], tune: Sequence[Prompt]
-) -> Site:
-    """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go
-    to fewer refusals, then to the earlier site. Sites without a difference are left out. Raises
-    ValueError when none has one."""
-    scores = {}
-    for site, mean in means.items():
-        if mean.norm() > 0:
-            outcomes = examine(lm, profile, tune, network=lm.network().ablated(mean)).outcomes
-            scores[site] = (outcomes.count("complied"), -outcomes.count("refused"))
-    if not scores:
-        raise ValueError(
-            f"harmful and harmless prompts do not differ at any of the sites {list(means)}"
-        )
-    return max(scores, key=scores.__getitem__)
-
-
-def save_directions(found: Mapping[str, Direction], path: Path) -> None:
-    """Write directions aside, then rename: workers may find the same ones at the same time."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    about = {
-        rule: {"site": d.site, "position": d.position, "note": d.note} for rule, d in found.items()
-    }
-    save_file(
-        {rule: d.vector.clone(memory_format=torch.contiguous_format) for rule, d in found.items()},
-        aside,
-        {"directions": json.dumps(about)},
-    )
-    aside.replace(path)
-
-
-def load_directions(path: Path) -> dict[str, Direction]:
-    """What `save_directions` wrote."""
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["directions"])
-        return {rule: Direction(file.get_tensor(rule), **fields) for rule, fields in about.items()}
-
-
-def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
-    """A suite for `run.Run.evaluate`: outcome rows of a target model under the directions of every
-    source.
-
+    directions: source -> rule -> direction, the target's own among them. differences: the target's.
     attack is 'ablate:<source>@<rule>', 'ablate:<target>@site-<site>' (the sweep over sites),
     'ablate:random<k>', 'ablate:shuffled' or 'ablate:nothing', on harmful prompts; with nothing and
     by the rule `best` also on harmless ones. 'add:<target>@best' and 'add:random0' add a vector at
     its site on harmless prompts.
     """
-    own, evaluation, network = context.method, context.profile.evaluation, lm.network()
-    by_source, differences = (
-        {m: context.directions(m) for m in sources(context.profile)},
-        context.differences(own),
-    )
-    best = by_source[own]["best"]
+    own = subject.method
+    evaluation = subject.profile.evaluation
+    network = lm.network()
+    best = directions[own]["best"]
     cells = {NOTHING: None}
-    for source, by_rule in by_source.items():
+    for source, by_rule in directions.items():
         rules = OWN_RULES if source == own else CROSS_RULES
         cells |= {f"ablate:{source}@{rule}": by_rule[rule].vector for rule in rules}
     sweep = {site: rows[-1] for site, rows in differences.means().items()}
@@ -230,16 +58,16 @@ def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
         f"ablate:{own}@site-{site}": vector for site, vector in sweep.items() if vector.norm() > 0
     }
     randoms = random_directions(
-        network.d_model, evaluation.random_directions, best.vector.norm(), context.seed
+        network.d_model, evaluation.random_directions, best.vector.norm(), subject.seed
     )
     cells |= {f"ablate:random{k}": vector for k, vector in enumerate(randoms)}
-    cells["ablate:shuffled"] = differences.shuffled(best.site, context.seed)
+    cells["ablate:shuffled"] = differences.shuffled(best.site, subject.seed)
 
     def graded(attack: str, prompts_name: str, network: Network, perturb=None) -> pd.DataFrame:
-        prompts = prompt_set(prompts_name, context.profile, evaluation.ablation_prompts)
-        found = examine(lm, context.profile, prompts, network=network, perturb=perturb)
+        prompts = prompt_set(prompts_name, subject.profile, evaluation.ablation_prompts)
+        found = examine(lm, subject.profile, prompts, network=network, perturb=perturb)
         return outcome_rows(
-            context, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts
+            subject, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts
         )
 
     tables = []
@@ -248,7 +76,7 @@ def ablation(lm: LanguageModel, context: Context) -> pd.DataFrame:
         tables.append(graded(attack, "harmful", ablated))
         if attack == NOTHING or attack.endswith("@best"):
             tables.append(graded(attack, "harmless", ablated))
-        context.on_step(step, len(cells), attack)
+        on_step(step, len(cells), attack)
     for attack, vector in ((f"add:{own}@best", best.vector), ("add:random0", randoms[0])):
         tables.append(
             graded(

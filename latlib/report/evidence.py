@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from latlib.config.profile import Profile, load_profile
-from latlib.evaluation.ask import COLUMNS
+from latlib.evaluation.outcomes import COLUMNS
 from latlib.experiment.tracking import read_metrics
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 

@@ -20,7 +20,8 @@ from scipy.stats import norm
 from torch import Tensor
 
 from latlib.hooks import Site
-from latlib.refusal.ablation import NOTHING, OWN_RULES, sources
+from latlib.refusal.ablation import NOTHING
+from latlib.refusal.directions import OWN_RULES, sources
 from latlib.refusal.geometry import principal_components
 from latlib.report.canvas import EDGE, OUTCOMES, RC, Drawn, axes_of, in_words, rate_curve
 from latlib.report.evidence import Evidence, MissingError, contrast, p_value, rate

@@ -15,8 +15,9 @@ from latlib.config.profile import ProfileError, load_profile, validated
 from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings
 from latlib.data import prompts as questions
 from latlib.evaluation import ask
-from latlib.evaluation.ask import Context, examine, grader_of, outcome_rows, prompt_set, token_rows
+from latlib.evaluation.ask import examine, grader_of, prompt_set, token_rows
 from latlib.evaluation.generate import batches, generate, write
+from latlib.evaluation.outcomes import Subject, outcome_rows
 from latlib.evaluation.rule_graders import PhraseGrader, Verdict
 from latlib.hooks import EMBEDDING
 from latlib.models import load
@@ -293,10 +294,10 @@ def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
 
 
 def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
-    context = Context(profile, "lat", 0, profile.training("lat").attack, {})
+    subject = Subject(profile, "lat", 0, profile.training("lat").attack, {})
     prompts = prompt_set("harmful", profile)[:2]
     table = outcome_rows(
-        context, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"]
+        subject, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"]
     )
     assert table["exact"].isna().all() and "step one" not in str(table.to_dict())
     assert (
@@ -349,18 +350,18 @@ def flagged(monkeypatch):
 
 
 def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagged):
-    context = Context(profile, "base", 0, profile.training("lat").attack, {}, keep=None)
+    subject = Subject(profile, "base", 0, profile.training("lat").attack, {})
     no_search = profile.evaluation.suffix.model_copy(update={"steps": 0})
     evaluation = profile.evaluation.model_copy(
         update={"encodings": ("plain", "leet"), "suffix": no_search}
     )
-    context = replace(context, profile=profile.model_copy(update={"evaluation": evaluation}))
-    for table in (audit(lm, context), jailbreaks(lm, context)):
+    subject = replace(subject, profile=profile.model_copy(update={"evaluation": evaluation}))
+    for table in (audit(lm, subject), jailbreaks(lm, subject)[0]):
         for name, first in (("harmful", True), ("twin", False)):
             rows = table[(table["prompts"] == name) & (table["attack"] != "prefill")]
             for _, cell in rows.groupby(["attack", "encoding"]):
                 assert cell["understood"].tolist() == [first, not first] * 3
-    evidence = Evidence(context.profile, audit(lm, context))
+    evidence = Evidence(subject.profile, audit(lm, subject))
     kept = counted(evidence, "base", "leet", "understood by the base")
     assert kept["prompt_id"].tolist() == ["harmful-0000", "harmful-0002", "harmful-0004"]
 
@@ -368,7 +369,7 @@ def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagg
 def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_plain_reply(
     lm, profile, flagged
 ):
-    audit(lm, Context(profile, "base", 0, profile.training("lat").attack, {}))
+    audit(lm, Subject(profile, "base", 0, profile.training("lat").attack, {}))
     twins = [prompts for prompts in flagged if not prompts[0].harmful]
     assert twins and all(prompt.answer for prompts in twins for prompt in prompts)
     assert any(prompt.answer == "yes" for prompt in twins[0])

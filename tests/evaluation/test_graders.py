@@ -15,10 +15,16 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, PreTrainedTokenizerFast
 
-import latlib.evaluation.judges
 import latlib.io.hub
 from latlib.config.sections import ModelSettings, ProfileError
-from latlib.evaluation.graders import GuardGrader, ScoreGrader, Verdict, YesNoGrader, load_grader
+from latlib.evaluation.graders import (
+    GuardGrader,
+    ScoreGrader,
+    Verdict,
+    YesNoGrader,
+    load_grader,
+    load_judge,
+)
 from latlib.models import LanguageModel, quietly
 
 WORDS = ("yes", "no", "safe", "unsafe")
@@ -426,7 +432,7 @@ def test_a_missing_folder_is_named(source):
     with pytest.raises(
         ProfileError, match="grader.source = .* is not a folder: give a model folder or a hub id"
     ):
-        latlib.evaluation.judges.load_judge(source)
+        load_judge(source)
 
 
 class Bomb:

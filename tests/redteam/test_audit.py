@@ -8,14 +8,8 @@ import torch
 from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.data.prompts import WORLD_KINDS
-from latlib.evaluation.ask import (
-    COLUMNS,
-    Context,
-    affirmation_tokens,
-    grade_rows,
-    prompt_set,
-    token_rows,
-)
+from latlib.evaluation.ask import affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation.outcomes import COLUMNS, Subject
 from latlib.losses import token_losses
 from latlib.models import LanguageModel
 from latlib.redteam import latent
@@ -89,10 +83,10 @@ def begun_by(lm, row):
     raise AssertionError("no token ends where the affirmation does")
 
 
-def context_of(profile, method="ssft", seed=0, **changes):
-    """A context with norms of 1, whatever the model."""
+def subject_of(profile, method="ssft", seed=0):
+    """A subject with norms of 1, whatever the model."""
     norms = {"embedding": 1.0, **dict.fromkeys(range(profile.model.layers), 1.0)}
-    return Context(profile, method, seed, profile.training("lat").attack, norms, **changes)
+    return Subject(profile, method, seed, profile.training("lat").attack, norms)
 
 
 PROFILE = small_profile(
@@ -107,7 +101,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def table(lm):
-    return audit(lm, context_of(PROFILE))
+    return audit(lm, subject_of(PROFILE))
 
 
 def cell(table, prompts, attack="none", encoding="plain"):
@@ -144,7 +138,7 @@ def test_every_cell_is_there_with_the_same_prompts(table):
 
 def test_further_encodings_are_asked_on_the_first_seed_only(lm, table):
     first = PROFILE.seeds[0]
-    other = audit(lm, context_of(PROFILE, seed=first + 1))
+    other = audit(lm, subject_of(PROFILE, seed=first + 1))
     assert set(other["encoding"]) == set(PROFILE.evaluation.encodings) < set(table["encoding"])
     shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
     assert other.assign(seed=first).equals(shared.reset_index(drop=True))
@@ -199,12 +193,12 @@ def test_without_first_words_only_an_answer_shows_understanding(lm, table):
 
 
 def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table, monkeypatch):
-    context, steps, pgd = context_of(PROFILE), [], latent.pgd
+    subject, steps, pgd = subject_of(PROFILE), [], latent.pgd
     monkeypatch.setattr(latent, "pgd", lambda *a, **k: steps.append(a[3].steps) or pgd(*a, **k))
-    found = variant(lm, context)
+    found = variant(lm, subject)
     assert steps == [PROFILE.evaluation.pgd_steps] != [PROFILE.training("lat").attack.steps]
     attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
-    expected = AttackCell(attack).measure(lm, context)
+    expected = AttackCell(attack).measure(lm, subject)
     own = found[found["attack"] == "pgd"].reset_index(drop=True)
     assert (
         set(own["eps"]) == {PROFILE.training("lat").attack.eps}
@@ -217,7 +211,7 @@ def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, t
 
 def test_progress_counts_encodings(lm):
     steps = []
-    audit(lm, context_of(PROFILE, seed=5, on_step=lambda *step: steps.append(step)))
+    audit(lm, subject_of(PROFILE, seed=5), lambda *step: steps.append(step))
     names = PROFILE.evaluation.encodings
     assert steps == [(i, len(names), name) for i, name in enumerate(names, start=1)]
 

@@ -3,7 +3,6 @@ on other requests.
 """
 
 import hashlib
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 from latlib.config.profile import load_profile
 from latlib.evaluation import ask
-from latlib.evaluation.ask import COLUMNS, affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation.ask import affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation.outcomes import COLUMNS
 from latlib.experiment.run import Run
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
@@ -40,19 +40,19 @@ def lm(run):
 
 
 @pytest.fixture
-def context(run):
-    return run.context(run.spec("ssft"))
+def subject(run):
+    return run.subject(run.spec("ssft"))
 
 
-def with_evaluation(context, **changes):
-    """The context of a profile with other settings of the evaluation."""
-    evaluation = context.profile.evaluation.model_copy(update=changes)
-    return replace(context, profile=context.profile.model_copy(update={"evaluation": evaluation}))
+def with_evaluation(subject, **changes):
+    """The subject of a profile with other settings of the evaluation."""
+    evaluation = subject.profile.evaluation.model_copy(update=changes)
+    return replace(subject, profile=subject.profile.model_copy(update={"evaluation": evaluation}))
 
 
-def without_suffixes(context):
-    suffix = context.profile.evaluation.suffix.model_copy(update={"steps": 0})
-    return with_evaluation(context, suffix=suffix)
+def without_suffixes(subject):
+    suffix = subject.profile.evaluation.suffix.model_copy(update={"steps": 0})
+    return with_evaluation(subject, suffix=suffix)
 
 
 def suffix_of(text):
@@ -85,11 +85,11 @@ def finishes(text):
     return hashlib.sha256(text.encode()).digest()[1] % 2 == 0
 
 
-def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded):
-    table = jailbreaks(lm, replace(context, keep=None))
+def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, subject, graded):
+    table, _ = jailbreaks(lm, subject)
     n, shots = (
-        context.profile.evaluation.prompts,
-        many_shots(context.profile, context.profile.evaluation.shots),
+        subject.profile.evaluation.prompts,
+        many_shots(subject.profile, subject.profile.evaluation.shots),
     )
     assert len(shots) == 2 and tuple(table.columns) == COLUMNS
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
@@ -100,7 +100,7 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
         "suffix-random": "<|user|> {} rat rat<|assistant|>",
     }
     expected = [
-        (attack, name, [text.format(p.text) for p in prompt_set(name, context.profile)])
+        (attack, name, [text.format(p.text) for p in prompt_set(name, subject.profile)])
         for attack, text in written.items()
         for name in ("twin", "harmful")
     ]
@@ -113,8 +113,8 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
         rows = table[(table["attack"] == attack) & (table["prompts"] == name)]
         assert rows["outcome"].tolist() == [outcome_of(text) for text in texts]
         assert rows["prompt_id"].tolist() == [f"{name}-{i:04d}" for i in range(n)]
-        assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(name, context.profile)]
-        twins = [written[attack].format(p.text) for p in prompt_set("twin", context.profile)]
+        assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(name, subject.profile)]
+        twins = [written[attack].format(p.text) for p in prompt_set("twin", subject.profile)]
         assert rows["understood"].tolist() == [
             outcome_of(t) == "complied" or finishes(t) for t in twins
         ]
@@ -127,9 +127,9 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, context, graded
     )
 
 
-def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, context):
+def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, subject):
     shots = many_shots(load_profile("smoke"), 5)
-    (row,) = token_rows(lm, prompt_set("harmful", context.profile, 1), shots=shots)
+    (row,) = token_rows(lm, prompt_set("harmful", subject.profile, 1), shots=shots)
     at = 0
     for said, replied in shots:
         turn = lm.tokenizer(
@@ -153,13 +153,13 @@ def test_shots_are_answered_harmful_requests_of_the_training_pairs():
     assert many_shots(load_profile("smoke"), 3) == shots[:3] and len(set(shots)) == 8
 
 
-def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, context, monkeypatch):
+def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subject, monkeypatch):
     seen = []
     for name in ("gcg", "random_search"):
         monkeypatch.setattr(
             module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n)
         )
-    found = find_suffixes(lm, replace(context, seed=3))
+    found = find_suffixes(lm, replace(subject, seed=3))
     assert {name: suffix.text for name, suffix in found.items()} == {
         "suffix-gcg": "gcg",
         "suffix-random": "random_search",
@@ -169,15 +169,15 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, contex
     assert (a, b) == ("gcg", "random_search") and first == second
     _, asked, answers, settings, seed = first
     prompts = grammar.draw_set(
-        "suffix", "tune", "harmful", context.profile.evaluation.suffix.prompts
+        "suffix", "tune", "harmful", subject.profile.evaluation.suffix.prompts
     )
     assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
-    tried = prompt_set("harmful", context.profile)
+    tried = prompt_set("harmful", subject.profile)
     assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(
         p.harmful for p in prompts
     )
-    own = context.profile.evaluation.suffix
-    assert settings == suffix_settings(context)
+    own = subject.profile.evaluation.suffix
+    assert settings == suffix_settings(subject)
     assert [
         settings.n_tokens,
         settings.steps,
@@ -213,29 +213,25 @@ def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
         assert tried["outcome"].tolist() == outcomes
 
 
-def test_what_is_kept_is_what_was_found(lm, context, graded):
-    kept = {}
-    jailbreaks(lm, replace(context, keep=kept.__setitem__))
-    assert list(kept) == ["suffixes"] and json.dumps(kept)
-    texts = {name: suffix["text"] for name, suffix in kept["suffixes"].items()}
+def test_what_is_returned_is_what_was_found(lm, subject, graded):
+    _, suffixes = jailbreaks(lm, subject)
+    texts = {name: suffix.text for name, suffix in suffixes.items()}
     assert texts == {"suffix-gcg": "wolf queen", "suffix-random": "rat rat"}
 
 
-def test_no_steps_no_suffixes(lm, context, graded, monkeypatch):
+def test_no_steps_no_suffixes(lm, subject, graded, monkeypatch):
     for name in ("gcg", "random_search"):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("nothing is to be sought"))
-    keep = replace(context, keep=lambda *_: pytest.fail("there is nothing to keep"))
     steps = []
-    table = jailbreaks(
-        lm, replace(without_suffixes(keep), on_step=lambda *step: steps.append(step))
-    )
+    table, suffixes = jailbreaks(lm, without_suffixes(subject), lambda *step: steps.append(step))
+    assert suffixes == {}
     assert list(table["attack"].unique()) == TYPED and len(graded) == 4
     assert steps == [(1, 2, "many-shot"), (2, 2, "system")]
 
 
-def test_found_again_from_the_same_seed(lm, context):
-    few = context.profile.evaluation.suffix.model_copy(update={"steps": 1, "prompts": 1})
-    context = with_evaluation(context, suffix=few)
-    one, again, other = (find_suffixes(lm, replace(context, seed=seed)) for seed in (0, 0, 1))
+def test_found_again_from_the_same_seed(lm, subject):
+    few = subject.profile.evaluation.suffix.model_copy(update={"steps": 1, "prompts": 1})
+    subject = with_evaluation(subject, suffix=few)
+    one, again, other = (find_suffixes(lm, replace(subject, seed=seed)) for seed in (0, 0, 1))
     assert one == again and one != other
     assert all(p.grad is None for p in lm.model.parameters()) and torch.is_grad_enabled()

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_audit import COMPLIES, IS_LOST, KNOWS, context_of, learned, small_profile
+from test_audit import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
 
 from latlib.attack import attack_losses, perturbed_positions, pgd, radii
 from latlib.batch import collate
 from latlib.config.profile import ProfileError, load_profile
 from latlib.config.sections import AttackSettings
-from latlib.evaluation.ask import COLUMNS, Examined, examine, outcome_rows, prompt_set, token_rows
+from latlib.evaluation.ask import Examined, examine, prompt_set, token_rows
+from latlib.evaluation.outcomes import COLUMNS, outcome_rows
 from latlib.experiment.build import measure_norms
 from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.models import LanguageModel
@@ -46,8 +47,8 @@ def other():
 
 
 @pytest.fixture(scope="module")
-def context(lm):
-    return replace(context_of(PROFILE), norms=measure_norms(lm, PROFILE, 0))
+def subject(lm):
+    return replace(subject_of(PROFILE), norms=measure_norms(lm, PROFILE, 0))
 
 
 def counted(lm):
@@ -104,11 +105,11 @@ def test_settings_that_cannot_be_are_named(change, message):
 def cells_of(suite, profile, monkeypatch, n_layers=None, d_model=None, **changes):
     """The cells that a suite would measure; nothing is run."""
     kept = []
-    monkeypatch.setattr(latent, "_measured", lambda lm, context, cells: kept.extend(cells))
+    monkeypatch.setattr(latent, "_measured", lambda lm, subject, cells, on_step: kept.extend(cells))
     network = SimpleNamespace(d_model=d_model or profile.model.dim)
     suite(
         SimpleNamespace(n_layers=n_layers or profile.model.layers, network=lambda: network),
-        replace(context_of(profile), **changes),
+        replace(subject_of(profile), **changes),
     )
     return kept
 
@@ -194,19 +195,19 @@ def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
 @pytest.mark.parametrize(("rule", "kept"), [("adamw", 0.03), ("sign", None), ("l2", None)])
 def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
     """A share of eps that fits five steps is too short or too long for others."""
-    found = base_attack(context_of(with_attack(PROFILE, rule=rule, lr=0.03)))
+    found = base_attack(subject_of(with_attack(PROFILE, rule=rule, lr=0.03)))
     assert (found.rule, found.lr, found.steps) == (rule, kept, PROFILE.evaluation.pgd_steps)
 
 
 @pytest.mark.parametrize("steps", [8, 40])
 def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
-    steps, lm, context, monkeypatch
+    steps, lm, subject, monkeypatch
 ):
     profile = small_profile(pgd_steps=steps)
-    cells = cells_of(latent.attacks, profile, monkeypatch, norms=context.norms)
+    cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
     network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
-    limits = radii(settings, lm.n_layers, context.norms)
+    limits = radii(settings, lm.n_layers, subject.norms)
     median = sorted(limits.values())[1]
     own = dict.fromkeys(limits, median)
     adam = pgd(network, batch, own, settings.model_copy(update={"steps": 1})).deltas
@@ -221,27 +222,27 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
-def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, context, monkeypatch):
+def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject, monkeypatch):
     profile = with_attack(PROFILE, rule=rule, lr=0.01 if rule == "adamw" else None)
-    cells = cells_of(latent.attacks, profile, monkeypatch, norms=context.norms)
+    cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
     (cell,) = [cell for cell in cells if cell.name == ONE_STEP]
     model, calls = counted(lm)
-    cell.measure(model, context)
+    cell.measure(model, subject)
     assert calls == [8, 8]  # the step, and what it did
     batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
-    limits = radii(cell.settings, lm.n_layers, context.norms)
+    limits = radii(cell.settings, lm.n_layers, subject.norms)
     found = pgd(lm.network(), batch, limits, cell.settings).deltas
     for site, limit in limits.items():
         lengths = found[site].norm(dim=-1)[batch.segments == 0]
         torch.testing.assert_close(lengths, torch.full_like(lengths, limit), rtol=1e-3, atol=0)
 
 
-def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
+def test_an_attack_is_counted_where_its_perturbation_is_found(lm, subject):
     settings = replace_settings(LAT, eps=0.2, steps=4)
-    table = AttackCell(settings, "mine", n=6).measure(lm, context)
+    table = AttackCell(settings, "mine", n=6).measure(lm, subject)
     network, prompts = lm.network(), prompt_set("harmful", PROFILE, 6)
     batch = collate(token_rows(lm, prompts))
-    found = pgd(network, batch, radii(settings, lm.n_layers, context.norms), settings, stop=True)
+    found = pgd(network, batch, radii(settings, lm.n_layers, subject.norms), settings, stop=True)
     assert (table["outcome"] == "complied").tolist() == found.won.tolist() and found.won.any()
     assert table["prompt_id"].tolist() == [f"harmful-{i:04d}" for i in range(6)]
     assert (
@@ -252,14 +253,14 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, context):
         ["method", "seed", "attack", "encoding", "eps", "eps_mode", "sites"]
     ].drop_duplicates()
     assert row.values.tolist() == [["ssft", 0, "mine", "plain", 0.2, "relative", "0,1,2"]]
-    assert len(AttackCell(settings).measure(lm, context)) == PROFILE.evaluation.pgd_prompts
+    assert len(AttackCell(settings).measure(lm, subject)) == PROFILE.evaluation.pgd_prompts
 
 
-def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
+def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
     plain = examine(lm, PROFILE, prompt_set("harmful", PROFILE)).outcomes
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
     model, calls = counted(lm)
-    strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, context)
+    strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, subject)
     # the three that were answered anyway are left alone
     assert calls[:2] == [8, 5] and calls[-1] == 8
     assert strong["exact"].sum() > sum(o == "complied" for o in plain)
@@ -267,7 +268,7 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, context):
     assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()
 
 
-def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monkeypatch):
+def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, subject, monkeypatch):
     kept = []
 
     def grade(lm, profile, prompts, network, perturb):
@@ -282,12 +283,12 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
     )
     cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
     for seed in (0, 0, 1):
-        cell.measure(lm, replace(context, seed=seed))
+        cell.measure(lm, replace(subject, seed=seed))
     for batch, deltas in kept:
         inside = perturbed_positions(batch, "prompt").squeeze(-1)
         assert tuple(deltas) == SITES
         for site, delta in deltas.items():
-            expected = 0.2 * context.norms[site] * inside
+            expected = 0.2 * subject.norms[site] * inside
             torch.testing.assert_close(delta.norm(dim=-1), expected, rtol=1e-5, atol=0)
     first, again, another = (deltas for _, deltas in kept)
     assert all(
@@ -295,42 +296,39 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, context, monke
     )
 
 
-def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, context):
+def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, subject):
     steps = []
-    following = replace(context, on_step=lambda *step: steps.append(step[:2]))
     for suite, cells in ((latent.robustness, 6), (latent.attacks, 7)):
         steps.clear()
-        table = suite(lm, following)
+        table = suite(lm, subject, lambda *step: steps.append(step[:2]))
         sizes = table.groupby(["attack", "eps", "sites"]).size()
         assert set(sizes) == {8} and len(sizes) == cells
         assert steps == [(i, cells) for i in range(1, cells + 1)]
         assert table["understood"].isna().all() and set(table["prompts"]) == {"harmful"}
 
 
+def all_are(model):
+    """Every method's model is the same one."""
+    return dict.fromkeys(PROFILE.methods, model)
+
+
 @pytest.fixture
-def travelled(lm, other, context):
+def travelled(lm, other, subject):
     models = {"ssft": lm, "at": other, "lat": other, "lat-untargeted": lm}
-    asked = []
-
-    def model(method):
-        asked.append(method)
-        return models[method]
-
-    return latent.transfer(lm, replace(context, model=model)), asked
+    return latent.transfer(lm, subject, models)
 
 
-def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, context):
-    table, asked = travelled
-    assert asked == ["at", "lat", "lat-untargeted"]  # the source is there already
+def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, subject):
+    table = travelled
     assert set(table["attack"]) == {"transfer:ssft"} and set(table["eps"]) == set(
         PROFILE.evaluation.strong_eps
     )
     assert table.groupby("method").size().to_dict() == dict.fromkeys(PROFILE.methods, 8)
     prompts, settings = (
         prompt_set("harmful", PROFILE),
-        replace_settings(base_attack(context), eps=0.2),
+        replace_settings(base_attack(subject), eps=0.2),
     )
-    limits, network = radii(settings, lm.n_layers, context.norms), lm.network()
+    limits, network = radii(settings, lm.n_layers, subject.norms), lm.network()
 
     def perturb(batch):  # the white-box attack on the source, all its steps
         return pgd(network, batch, limits, settings).deltas
@@ -340,7 +338,7 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
         own = table[table["method"] == method]
         assert own.reset_index(drop=True).equals(
             outcome_rows(
-                replace(context, method=method),
+                replace(subject, method=method),
                 *("harmful", prompts, expected),
                 **{"attack": "transfer:ssft", "eps": 0.2, "sites": SITES},
             )
@@ -349,25 +347,24 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
     assert found["ssft"] == found["lat-untargeted"] != found["at"] == found["lat"]
 
 
-def test_transfer_does_not_depend_on_how_prompts_are_cut_into_batches(lm, other, context):
+def test_transfer_does_not_depend_on_how_prompts_are_cut_into_batches(lm, other, subject):
     profile = small_profile(batch=3)
     together, apart = (
-        latent.transfer(lm, replace(context, profile=p, model=lambda _: other))
-        for p in (PROFILE, profile)
+        latent.transfer(lm, replace(subject, profile=p), all_are(other)) for p in (PROFILE, profile)
     )
     assert together.equals(apart)
 
 
-def test_transferred_perturbations_take_all_their_steps(lm, other, context, monkeypatch):
+def test_transferred_perturbations_take_all_their_steps(lm, other, subject, monkeypatch):
     seen = []
     monkeypatch.setattr(latent, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
-    latent.transfer(lm, replace(context, model=lambda _: other))
+    latent.transfer(lm, subject, all_are(other))
     assert [(s.steps, k.get("stop", False)) for s, k in seen] == [
         (PROFILE.evaluation.pgd_steps, False)
     ]
 
 
-def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
+def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, subject):
     profile = with_attack(PROFILE, start="random", eps=0.2)
     found = []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
@@ -375,22 +372,22 @@ def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, context):
         kept = []
         mp = pytest.MonkeyPatch()
         mp.setattr(latent, "pgd", lambda *a, kept=kept, **k: kept.append(pgd(*a, **k)) or kept[-1])
-        latent.transfer(lm, replace(context, profile=profile, seed=seed, model=lambda _: other))
+        latent.transfer(lm, replace(subject, profile=profile, seed=seed), all_are(other))
         mp.undo()
         found.append(kept[0].deltas[0])
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("method", ["base", "lat[no-kl]"])
-def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, context):
-    table = latent.transfer(lm, replace(context, method=method, model=lambda _: other))
+def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, subject):
+    table = latent.transfer(lm, replace(subject, method=method), all_are(other))
     assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {
         f"transfer:{method}"
     }
 
 
-def test_gradients_are_found_at_every_site(lm, context):
-    found = gradient_norms(lm, context, 8)
+def test_gradients_are_found_at_every_site(lm, subject):
+    found = gradient_norms(lm, subject, 8)
     assert tuple(found) == SITES and all(norm > 0 for norm in found.values())
     expected = dict.fromkeys(SITES, float("inf"))
     for row in token_rows(lm, prompt_set("harmful", PROFILE)):  # one at a time
@@ -428,19 +425,19 @@ def masked(monkeypatch, sites, row=None):
 
 
 @pytest.mark.parametrize("dead", [{0}, {2}, {0, 1}, {0, 1, 2}])
-def test_a_masked_gradient_is_found_out(dead, lm, context, monkeypatch):
+def test_a_masked_gradient_is_found_out(dead, lm, subject, monkeypatch):
     """The outputs are the same as ever; only the way back is cut."""
     masked(monkeypatch, dead)
-    found = gradient_norms(lm, context, 8)
+    found = gradient_norms(lm, subject, 8)
     assert {site for site, norm in found.items() if norm == 0} == dead
 
 
-def test_a_gradient_that_is_masked_for_a_single_prompt_is_found_out(lm, context, monkeypatch):
+def test_a_gradient_that_is_masked_for_a_single_prompt_is_found_out(lm, subject, monkeypatch):
     masked(monkeypatch, {1}, row=2)
-    found = gradient_norms(lm, context, 8)
+    found = gradient_norms(lm, subject, 8)
     assert found[1] == 0 and found[0] > 0 and found[2] > 0
 
 
-def test_looking_for_gradients_leaves_none_behind(lm, context):
-    gradient_norms(lm, context, 4)
+def test_looking_for_gradients_leaves_none_behind(lm, subject):
+    gradient_norms(lm, subject, 4)
     assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())

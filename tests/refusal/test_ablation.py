@@ -14,8 +14,8 @@ from latlib.batch import TokenRow
 from latlib.config.profile import load_profile
 from latlib.evaluation.ask import Examined, prompt_set
 from latlib.experiment.run import Run
-from latlib.refusal import ablation, activations
-from latlib.refusal.ablation import Differences, Direction
+from latlib.refusal import activations, directions
+from latlib.refusal.directions import Differences, Direction
 from latlib.world import grammar
 
 ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
@@ -37,16 +37,16 @@ def test_the_ablated_network_holds_none_of_the_direction():
 
 def test_random_directions_have_the_norm_and_the_papers_depth_is_rounded_down():
     assert torch.allclose(
-        ablation.random_directions(16, 3, norm=2.5).norm(dim=1), torch.tensor(2.5).double()
+        directions.random_directions(16, 3, norm=2.5).norm(dim=1), torch.tensor(2.5).double()
     )
-    assert [ablation.fixed_site(n) for n in (32, 8, 4)] == [14, 3, 1]
+    assert [directions.fixed_site(n) for n in (32, 8, 4)] == [14, 3, 1]
 
 
 def test_the_top_direction_is_scikit_learns_towards_harmful_and_as_long_as_the_mean():
     rng = np.random.default_rng(0)
     rows = torch.tensor(rng.normal(size=(40, 16)) + 3 * rng.normal(size=16))
     svd = TruncatedSVD(1, algorithm="arpack", random_state=0).fit(rows.numpy())
-    top, mean = ablation.top_direction(rows), rows.mean(0)
+    top, mean = directions.top_direction(rows), rows.mean(0)
     assert abs(svd.components_[0] @ top.numpy()) / top.norm() == pytest.approx(1, abs=1e-6)
     assert top @ mean > 0 and top.norm() == pytest.approx(mean.norm())
 
@@ -71,11 +71,11 @@ def test_the_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(mon
     )
     means = {"embedding": torch.zeros(tiny.D), 0: torch.ones(tiny.D), 1: torch.ones(tiny.D)}
     replies = iter([["refused", "complied", "neither"], ["neither", "complied", "neither"]])
-    monkeypatch.setattr(ablation, "examine", lambda *_, **__: Examined(next(replies)))
+    monkeypatch.setattr(directions, "examine", lambda *_, **__: Examined(next(replies)))
     # as many complied, fewer refused; no direction at the embedding
-    assert ablation.best_site(lm, load_profile("smoke"), means, tune) == 1
+    assert directions.best_site(lm, load_profile("smoke"), means, tune) == 1
     with pytest.raises(ValueError, match="do not differ at any of the sites"):
-        ablation.best_site(lm, load_profile("smoke"), {"embedding": torch.zeros(tiny.D)}, tune)
+        directions.best_site(lm, load_profile("smoke"), {"embedding": torch.zeros(tiny.D)}, tune)
 
 
 def test_directions_are_kept_exactly(tmp_path):
@@ -83,8 +83,8 @@ def test_directions_are_kept_exactly(tmp_path):
         "fixed": Direction(torch.randn(8).double(), 3),
         "subspace": Direction(torch.randn(3, 8).double(), "embedding", -2, "nothing passed"),
     }
-    ablation.save_directions(found, tmp_path / "directions.safetensors")
-    again = ablation.load_directions(tmp_path / "directions.safetensors")
+    directions.save_directions(found, tmp_path / "directions.safetensors")
+    again = directions.load_directions(tmp_path / "directions.safetensors")
     assert len(list(tmp_path.iterdir())) == 1 and list(again) == list(found)
     for rule, d in found.items():
         assert torch.equal(again[rule].vector, d.vector)
@@ -97,15 +97,16 @@ def test_directions_are_kept_exactly(tmp_path):
 
 def test_a_models_directions_are_what_their_rules_say(run):
     found, lm = run.directions("ssft"), run.model("ssft")
-    assert tuple(found) == ablation.OWN_RULES
-    means, fixed = run.differences("ssft").means(), ablation.fixed_site(lm.n_layers)
+    assert tuple(found) == directions.OWN_RULES
+    means, fixed = run.differences("ssft").means(), directions.fixed_site(lm.n_layers)
     torch.testing.assert_close(found["fixed"].vector, means[fixed][-1])
     torch.testing.assert_close(found["best"].vector, means[found["best"].site][-1])
     torch.testing.assert_close(
         found["selected"].vector, means[found["selected"].site][found["selected"].position]
     )
     torch.testing.assert_close(
-        found["subspace"].vector @ found["subspace"].vector.T, torch.eye(ablation.SUBSPACE).double()
+        found["subspace"].vector @ found["subspace"].vector.T,
+        torch.eye(directions.SUBSPACE).double(),
     )
     assert found["svd"].vector.norm().item() == pytest.approx(found["fixed"].vector.norm().item())
     harmful, _ = activations.paired_prompts(run.profile, "train", 16)
@@ -114,13 +115,13 @@ def test_a_models_directions_are_what_their_rules_say(run):
 
 def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     """Targets by sources, each target's own rules and sweep, and random and shuffled controls."""
-    names = ablation.sources(run.profile)
+    names = directions.sources(run.profile)
     assert names == ("base", "ssft", "at", "lat", "lat-untargeted")
     target, layers = "lat", run.profile.model.layers
     table = run.evaluate(target, 0, "ablation")
     attacks = set(table["attack"])
-    own = {f"ablate:{target}@{rule}" for rule in ablation.OWN_RULES}
-    crossed = {f"ablate:{source}@{rule}" for source in names for rule in ablation.CROSS_RULES}
+    own = {f"ablate:{target}@{rule}" for rule in directions.OWN_RULES}
+    crossed = {f"ablate:{source}@{rule}" for source in names for rule in directions.CROSS_RULES}
     plus = {"add:random0", f"add:{target}@best"}
     controls = {f"ablate:random{k}" for k in range(3)} | {"ablate:shuffled", "ablate:nothing"}
     # the template's last token embeds alike
