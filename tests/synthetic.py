@@ -18,6 +18,7 @@ PROFILE = Profile(
         "at": {"attack.sites": ["embedding"]},
         "lat": {"attack.eps": 0.05},
     },
+    roles={"undefended": "ssft", "main": "lat"},
     evaluation={"eps": (0.05, 0.2), "strong_eps": (0.2,)},
     sweep={
         "variants": {

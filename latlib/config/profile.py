@@ -5,8 +5,9 @@ is trained.
 2. Every field has a type and a range. Text where a number belongs (YAML 1.1 reads `8e-5` as text),
    an unknown name or a value out of range is a `ProfileError` naming the field, the value and the
    mend.
-3. A method (`ssft`, `at`, `lat`, `lat-untargeted`) is the `train` section with a few fields
-   replaced: `profile.training("lat", {"attack.eps": 0.1})`.
+3. A method is the `train` section with a few fields replaced:
+   `profile.training(profile.main, {"attack.eps": 0.1})`. What a method is for, its role, stands in
+   the section `roles`: `profile.undefended`, `.reference`, `.main` and `.compared` are names.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from latlib.config.sections import (
     ParallelSettings,
     PretrainSettings,
     ProfileError,
+    RolesSettings,
     Section,
     SweepSettings,
     Text,
@@ -53,6 +55,7 @@ __all__ = [
     "PretrainSettings",
     "Profile",
     "ProfileError",
+    "RolesSettings",
     "Section",
     "SweepSettings",
     "TrackingSettings",
@@ -78,6 +81,7 @@ class Profile(Section):
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     methods: Annotated[dict[Text, dict[str, Any]], Field(min_length=1)]
+    roles: RolesSettings = RolesSettings()
     # method -> folder or hub id of somebody's model or adapter, which is not trained
     released: dict[Text, Text] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -88,13 +92,37 @@ class Profile(Section):
     # processes that train or evaluate side by side; 0: one per core on a CPU, one on a GPU
     workers: Natural = 0
 
+    @property
+    def undefended(self) -> str | None:
+        """The method that is the undefended twin; None where the profile has none."""
+        return self.roles.undefended
+
+    @property
+    def reference(self) -> str | None:
+        """The method whose refusal direction is the reference; None where there is none."""
+        return self.roles.reference
+
+    @property
+    def main(self) -> str:
+        """The method that claims are about, whose attack is the threat model, and which sweeps
+        vary.
+        """
+        assert self.roles.main is not None  # filled in when the profile was validated
+        return self.roles.main
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The methods that are set side by side in claims and figures."""
+        return self.roles.compared
+
     @model_validator(mode="after")
     def _whole(self) -> Profile:
-        for method in self.methods:
-            self.training(method)
+        attacked = {method: self.training(method).attack.steps > 0 for method in self.methods}
+        # the class is frozen for its users; here the value is still being made
+        object.__setattr__(self, "roles", self.roles.resolved(attacked))
         for name, variant in self.sweep.variants.items():
             try:
-                self.training("lat", variant)
+                self.training(self.main, variant)
             except ProfileError as error:
                 raise ValueError(f"sweep.variants.{name}: {error}") from error
         for name, values in self.sweep.grid.items():
@@ -104,7 +132,7 @@ class Profile(Section):
                 )
             for value in values:
                 try:
-                    self.training("lat", {name: value})
+                    self.training(self.main, {name: value})
                 except ProfileError as error:
                     raise ValueError(f"sweep.grid.{name}: {error}") from error
         unknown = sorted(set(self.released) - set(self.methods))

@@ -4,6 +4,8 @@ default comes from.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
@@ -270,8 +272,60 @@ class EvaluationSettings(Section):
     max_new_tokens: Count = 64  # of a reply that is written out and graded
 
 
+class RolesSettings(Section):
+    """What each method is for. The names of methods mean nothing to the code; their roles do.
+
+    A loaded profile holds the resolved names: what is left out here is filled in by `resolved`.
+    """
+
+    # the twin with the same data and no attack; None: claims that need one are not measured
+    undefended: Text | None = None
+    # whose refusal direction the others are compared with; None: the undefended twin's
+    reference: Text | None = None
+    # the defence that claims are about: its attack is the threat model of every evaluation, and
+    # sweeps vary it; None: the first method with an attack that is not the undefended twin
+    main: Text | None = None
+    # set side by side in claims and figures; none: all methods
+    compared: tuple[Text, ...] = ()
+
+    def resolved(self, attacked: Mapping[str, bool]) -> RolesSettings:
+        """Every role with a name. attacked: method -> whether it trains under an attack.
+
+        Raises ValueError for a role whose method does not exist, or that is compared twice.
+        """
+        for field in ("undefended", "reference", "main"):
+            _check_method(f"roles.{field}", getattr(self, field), attacked)
+        for name in self.compared:
+            _check_method("roles.compared", name, attacked)
+        if len(set(self.compared)) < len(self.compared):
+            raise ValueError(
+                f"roles.compared = {list(self.compared)} repeats a method: list each once"
+            )
+        return RolesSettings(
+            undefended=self.undefended,
+            reference=self.reference or self.undefended,
+            main=self.main or self._default_main(attacked),
+            compared=self.compared or tuple(attacked),
+        )
+
+    def _default_main(self, attacked: Mapping[str, bool]) -> str:
+        methods = list(attacked)
+        defended = [name for name in methods if name != self.undefended]
+        under_attack = [name for name in defended if attacked[name]]
+        return (under_attack or defended or methods)[0]
+
+
+def _check_method(field: str, name: str | None, known: Iterable[str]) -> None:
+    if name is not None and name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"{field} = {name!r} is no method of this profile: {hint}")
+
+
 class SweepSettings(Section):
-    """Variants of `lat` trained on the first seed: name -> field of `train` -> value."""
+    """Variants of the main method (`roles.main`), trained on the first seed: name -> field of
+    `train` -> value.
+    """
 
     variants: dict[Text, dict[str, Any]] = {}
     # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed

@@ -83,6 +83,12 @@ def test_learning_rate_as_text_is_refused_and_the_mend_works(tmp_path):
             {"sweep": {"variants": {"no-away": {"defence.awy": 0.0}}}},
             ("no-away", "'defence.awy'", "'defence.away'"),
         ),
+        ({"roles": {"main": "latt"}}, ("roles.main", "'latt'", "did you mean 'lat'")),
+        ({"roles": {"undefended": "rlhf"}}, ("roles.undefended", "'rlhf'", "at, lat, ssft")),
+        ({"roles": {"reference": "sft"}}, ("roles.reference", "'sft'", "'ssft'")),
+        ({"roles": {"compared": ["lat", "x"]}}, ("roles.compared", "'x'", "no method")),
+        ({"roles": {"compared": ["lat", "lat"]}}, ("roles.compared", "['lat', 'lat']", "once")),
+        ({"roles": {"chief": "lat"}}, ("roles.chief", "not a known field")),
         ({"data": {"source": "files"}}, ("data.source", "'files'", "data.harmful")),
         ({"model": {"source": "gpt2"}}, ("model.source", "'gpt2'", "'files'")),
     ],
@@ -130,6 +136,62 @@ def test_an_unknown_method_or_change_is_refused(tmp_path):
         profile.training("lat", {"attack.step": 3})
     with pytest.raises(ProfileError, match="'8e-5' is text"):
         profile.training("lat", {"lr": "8e-5"})
+
+
+def test_roles_that_are_stated_are_kept(tmp_path):
+    stated = {"undefended": "ssft", "reference": "at", "main": "lat", "compared": ["lat", "ssft"]}
+    profile = load_profile(write(tmp_path, roles=stated))
+    assert (profile.undefended, profile.reference, profile.main) == ("ssft", "at", "lat")
+    assert profile.compared == ("lat", "ssft")
+    assert profile.roles.model_dump(mode="json") == stated
+
+
+@pytest.mark.parametrize(
+    ("methods", "roles", "resolved"),
+    [
+        # neither an undefended twin nor a reference is guessed
+        ({"a": {}, "b": {}}, {}, (None, None, "a", ("a", "b"))),
+        ({"a": {"attack.steps": 0}, "b": {}}, {}, (None, None, "b", ("a", "b"))),
+        # the twin is never the main method, though it may have an attack's settings
+        ({"a": {}, "b": {}}, {"undefended": "a"}, ("a", "a", "b", ("a", "b"))),
+        # a defence without an attack
+        (
+            {"ssft": {"attack.steps": 0}, "rr": {"attack.steps": 0}},
+            {"undefended": "ssft"},
+            ("ssft", "ssft", "rr", ("rr", "ssft")),
+        ),
+        ({"a": {"attack.steps": 0}}, {"undefended": "a"}, ("a", "a", "a", ("a",))),
+        ({"a": {}, "b": {}}, {"reference": "b"}, (None, "b", "a", ("a", "b"))),
+    ],
+)
+def test_roles_that_are_left_out_are_filled_in(tmp_path, methods, roles, resolved):
+    profile = load_profile(write(tmp_path, methods=methods, roles=roles))
+    found = (profile.undefended, profile.reference, profile.main, profile.compared)
+    assert found == resolved
+    # a run folder's own copy says the same
+    again = write(tmp_path, **{**profile.model_dump(mode="json"), "name": "mine"})
+    assert load_profile(again) == profile
+
+
+def test_sweeps_vary_the_main_method(tmp_path):
+    methods = {"a": {"attack.steps": 0}, "b": {"attack.eps": 2.0}}
+    variants = {"bad": {"attack.epz": 1.0}}
+    said = refusal_of(tmp_path, methods=methods, sweep={"variants": variants})
+    assert "sweep.variants.bad" in said and "'attack.eps'" in said
+    said = refusal_of(tmp_path, methods=methods, sweep={"grid": {"attack.eps": [-1.0]}})
+    assert "methods.b.attack.eps" in said
+    said = refusal_of(
+        tmp_path, methods=methods, roles={"main": "a"}, sweep={"grid": {"attack.eps": [-1.0]}}
+    )
+    assert "methods.a.attack.eps" in said
+
+
+@pytest.mark.parametrize(
+    "path", sorted(find_share("profiles").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_profiles_state_their_roles(path):
+    tree = yaml.safe_load(path.read_text())
+    assert set(tree["roles"]) == {"undefended", "reference", "main", "compared"}
 
 
 def test_differences_name_every_changed_leaf_and_nothing_else(tmp_path):

@@ -157,7 +157,7 @@ def test_another_family_is_trained_attacked_and_audited_by_its_profile_alone(
     tree["data"] = {"source": "files", **files, "near_duplicate": 0.95}
     tree["lora"]["targets"] = OTHERS[family][2]
     tree["train"]["attack"]["sites"] = ["embedding", 0.25, 0.75]
-    tree["methods"] = {"lat": {}}
+    tree["methods"], tree["roles"] = {"lat": {}}, {}
     tree["evaluation"] |= {
         "prompts": 3,
         "pgd_prompts": 3,

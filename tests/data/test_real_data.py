@@ -208,6 +208,7 @@ def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path
     released = {"ssft": tree["model"]["source"], "lat": str(run.model_folder(run.spec("lat", 0)))}
     changed = {**tree, "name": "released", "released": released, "sweep": {"variants": {}}}
     changed["methods"] = {name: tree["methods"][name] for name in released}
+    changed["roles"] = {"undefended": "ssft", "main": "lat"}
     (tmp_path / "released.yaml").write_text(yaml.safe_dump(changed))
     done = pipeline(tmp_path / "released.yaml", tmp_path / "out", "--only", "03,05,99")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -245,6 +246,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_everywhere(tree, tmp_path):
     }
     changed |= {
         "methods": {"ssft": {}, "lat": tree["methods"]["lat"]},
+        "roles": {"undefended": "ssft", "main": "lat"},
         "released": {"ssft": "someone/chat"},
     }
     (tmp_path / "hub.yaml").write_text(yaml.safe_dump(changed))

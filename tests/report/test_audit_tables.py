@@ -33,6 +33,7 @@ PROFILE = Profile(
     description="none of it was measured",
     seeds=SEEDS,
     methods={"ssft": {"attack.steps": 0}, "lat": {"attack.eps": 0.05}},
+    roles={"undefended": "ssft", "main": "lat"},
     evaluation={"encodings": ("plain", "leet"), "further_encodings": ("base64", "plain>leet")},
 )
 # (outcome, understood) of the 40 harmful prompts of a cell, in order: the same pattern for every
