@@ -24,7 +24,7 @@ from torch import Tensor
 from latlib.batch import PADDING, Batch
 from latlib.hooks import Site
 from latlib.losses import Unembed, at_labels
-from latlib.network import Network, Start
+from latlib.network_protocol import Network, Start
 from latlib.train import Trainer
 
 Deltas = Mapping[Site, Tensor] | None

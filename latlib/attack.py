@@ -24,10 +24,9 @@ from torch import Tensor
 
 from latlib.batch import PADDING, Batch
 from latlib.config.profile import AttackSettings
-from latlib.fused.kernels import wide_of
 from latlib.hooks import Site, depth, resolve_sites
-from latlib.losses import argmax_matches, row_means, token_losses
-from latlib.network import Network
+from latlib.losses import argmax_matches, row_means, token_losses, wide_of
+from latlib.network_protocol import Network
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from latlib.fused.kernels import wide_of
-
 Unembed = Callable[[Tensor], Tensor]  # [n, d_model] -> [n, vocabulary]
 CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 128 MiB in float32
 AWAY_LOG_P_FLOOR = -5.0  # FACTS: the authors ignore tokens that are already this unlikely
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, sums and losses: float32, or float64 for a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def at_labels(hidden: Tensor, source: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,10 +29,9 @@ from latlib.io.hub import (
     quietly,
 )
 from latlib.io.machine import can_compile
-from latlib.network import Network, StockNetwork
-
-if TYPE_CHECKING:
-    from latlib.distributed.ranks import Processes
+from latlib.network import StockNetwork
+from latlib.network_protocol import Network
+from latlib.processes import ALONE, Processes
 
 
 def resolve_device(device: str) -> torch.device:
@@ -68,7 +66,7 @@ class LanguageModel:
     settings: ModelSettings
     dtype: torch.dtype
     # those that train it together; see `latlib.distributed.ranks.wrap`
-    processes: Processes | None = None
+    processes: Processes = ALONE
 
     @property
     def lean(self) -> bool:
@@ -78,7 +76,7 @@ class LanguageModel:
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this"
                 " adapter: set it to 'auto'"
             )
-        return self.processes is None and (
+        return self.processes.mode is None and (
             self.settings.forward == "lean"
             or (self.settings.forward == "auto" and _small(self.model) and fits(self.model))
         )
@@ -105,7 +103,7 @@ class LanguageModel:
         if self.lean:
             return LeanNetwork(self.model, adapter, train, self.dtype)
         # a compiled block would not be gathered
-        spread = self.processes is not None and self.processes.mode == "fsdp2"
+        spread = self.processes.mode == "fsdp2"
         compiled = self.settings.compile and not spread and can_compile(self.device.type)
         return StockNetwork(self.model, adapter, train, compiled=compiled, processes=self.processes)
 

@@ -1,30 +1,18 @@
-"""A causal LM in parts: from any site, under a perturbation, up to the hidden states that predict
-labels.
+"""Any Hugging Face decoder as a `Network`: from any site, under a perturbation, up to the hidden
+states that predict labels, through the model's own modules.
 
-A `Network` is what attack, losses, training and evaluation call. There are two, equal up to
-rounding:
-* `StockNetwork` runs any Hugging Face decoder, block by block, through its own modules. It adds
-  perturbations between the blocks and not by hooks, so that gradient checkpointing recomputes the
-  same thing;
-* `lean.LeanNetwork` runs the Llama family over merged weights with few kernels, for models so small
-  that the number of kernels and not arithmetic decides.
-
-1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph:
-   nothing below the first perturbed site depends on the perturbation.
-2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs
-   everything.
-3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only
-   others need.
-4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
-5. Where several processes train the model, `capture` and `hidden` run its blocks inside
-   `Processes.through`.
+1. The decoder runs once with blocks that only note how they are called: masks and rotary tables.
+2. Then each block is called with these and the stream. A perturbation is added between the blocks
+   and not by a `LATHook`, so that gradient checkpointing recomputes the same thing; the sum is the
+   one that the hook makes.
+3. A packed batch has an attention mask of its own, under which completions do not see each other.
+4. Where several processes train the model, its blocks run inside `Processes.through`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,7 +25,6 @@ from latlib.hooks import (
     Capture,
     Site,
     blocks_of,
-    check_delta,
     decoder_of,
     depth,
     orthonormal,
@@ -46,62 +33,8 @@ from latlib.hooks import (
 )
 from latlib.losses import Unembed, at_labels
 from latlib.model_state import adapter_off, forwards_replaced, frozen
-
-if TYPE_CHECKING:
-    from latlib.distributed.ranks import Processes
-
-Start = tuple[Site, Tensor]
-
-
-class Network(Protocol):
-    """See the module's docstring."""
-
-    n_layers: int
-    d_model: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        """site -> [batch, seq, d_model] residual stream, unperturbed, without a graph; with `index`
-        ([n] into the flattened [batch * seq]) site -> [n, d_model]. Blocks above the deepest site
-        are not run."""
-
-    def hidden(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
-        """[batch, seq, d_model] after the final norm. deltas: site -> [batch, seq, d_model]."""
-
-    def label_rows(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
-        """[labels, d_model]: `hidden` at `batch.source`, the positions that predict the labels."""
-
-    def unembed(self, rows: Tensor) -> Tensor:
-        """[n, vocabulary] logits of hidden rows [n, d_model]."""
-
-    def unembedding(self) -> Unembed:
-        """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights
-        alive.
-        """
-
-    def held(self) -> AbstractContextManager[None]:
-        """Keep weights frozen and adapter switched as this network runs them while the context is
-        open. A backward pass with gradient checkpointing runs the blocks again: it belongs inside,
-        or it runs another network."""
-
-    def ablated(self, directions: Tensor) -> Network:
-        """The same network with directions ([d_model] or [k, d_model]) removed from all that is
-        written to the stream."""
-
-    def frozen(self) -> Network:
-        """The same weights as they are now, without gradients: what an attack runs on."""
-
-    def settle(self) -> None:
-        """Hand gradients that backward passes left with the network on to the model's parameters:
-        once after several passes, or after each, which takes a little longer and holds less
-        memory."""
+from latlib.network_protocol import Start, check_start, perturbed
+from latlib.processes import ALONE, Processes
 
 
 class StockNetwork:
@@ -120,7 +53,7 @@ class StockNetwork:
         train: bool = False,
         directions: Tensor | None = None,
         compiled: bool = False,
-        processes: Processes | None = None,
+        processes: Processes = ALONE,
     ):
         self.model, self.adapter, self.train, self.directions = model, adapter, train, directions
         self.processes = processes
@@ -144,7 +77,7 @@ class StockNetwork:
         return self._mode()
 
     def _through(self, call: Callable):
-        return call() if self.processes is None else self.processes.through(self.train, call)
+        return self.processes.through(self.train, call)
 
     def _forward_inputs(self, batch: Batch) -> dict:
         # plain rows are padded on the right, where causal attention never looks
@@ -230,10 +163,10 @@ class StockNetwork:
     ) -> Tensor:
         site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
         calls = self._calls_of_blocks(batch)
-        stream = _perturb(site, stream, deltas)
+        stream = perturbed(site, stream, deltas)
         for i in range(depth(site), self.n_layers):
             args, kwargs = calls[i]
-            stream = _perturb(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
+            stream = perturbed(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
         return self._final_norm()(stream)
 
     def label_rows(
@@ -288,24 +221,6 @@ class StockNetwork:
             if hasattr(self.decoder, name):
                 return getattr(self.decoder, name)
         raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
-
-
-def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
-    """Raise ValueError for a perturbation below the site a forward starts at: it would not be
-    run.
-    """
-    below = [s for s in deltas or () if depth(s) < depth(site)]
-    if below:
-        raise ValueError(
-            f"start is site {site} but site {below[0]} is perturbed: start at the lowest one"
-        )
-
-
-def _perturb(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:
-    if not deltas or site not in deltas:
-        return stream
-    check_delta(site, deltas[site], stream)
-    return stream + deltas[site].to(stream.dtype)
 
 
 class _PartOfStreamError(Exception):

@@ -32,13 +32,13 @@ from torch import Tensor
 
 from latlib.attack import Attack, judge, pgd, radii
 from latlib.batch import Batch, Schedule, TokenRow, collate, join
-from latlib.config.profile import ProfileError, TrainSettings
-from latlib.distributed.ranks import ALONE, placed, whole
+from latlib.config.profile import TrainSettings as TrainOptions
+from latlib.errors import SettingError
 from latlib.hooks import Site
 from latlib.losses import kl_divergence, normalised, token_losses
 from latlib.micro_batches import Deltas, MicroBatch, Teacher, grown, split, wanted_only, without
-from latlib.models import LanguageModel
-from latlib.network import Network
+from latlib.network_protocol import Model, Network
+from latlib.processes import full, sharded
 
 Metrics = dict[str, float]
 TERMS = ("toward", "away", "kl", "sft")
@@ -56,16 +56,16 @@ class Trainer:
 
     harmful: rows with (rejected, chosen); benign: rows with (response,). norms: site -> median
     residual norm, for a relative eps. Where several processes train it, `lm` comes from
-    `processes.wrap`. Raises ValueError for empty or one-sided data, ProfileError for batches that
+    `processes.wrap`. Raises ValueError for empty or one-sided data, SettingError for batches that
     cannot be shared between the processes.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: Model,
         harmful: Sequence[TokenRow],
         benign: Sequence[TokenRow],
-        settings: TrainSettings,
+        settings: TrainOptions,
         seed: int,
         norms: Mapping[Site, float] | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class Trainer:
             lm,
             settings,
             seed,
-            lm.processes or ALONE,
+            lm.processes,
         )
         self.harmful, self.benign = list(harmful), list(benign)
         self.parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
@@ -171,7 +171,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         sums = self.processes.total(sums, TERMS)
-        metrics = {"total": sum(sums.values()), **sums, "grad_norm": whole(norm).item()}
+        metrics = {"total": sum(sums.values()), **sums, "grad_norm": full(norm).item()}
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
                 f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps"
@@ -317,7 +317,7 @@ class Trainer:
             ("benign_batch", benign if self._uses_benign() else count),
         ):
             if world > 1 and rows < count:
-                raise ProfileError(
+                raise SettingError(
                     f"train.{name} = {getattr(self.settings, name)} is too small for {world}"
                     f" processes: its {rows} rows go in {count} micro-batches, so set it to at"
                     f" least {count}, or raise train.micro_batch"
@@ -328,7 +328,7 @@ class Trainer:
         """All that a resumed run needs: the step, the adapter and the optimiser, whole, on the CPU,
         the same for any number of processes, each of which must ask; and a digest of the rows."""
         kept = {"adapter": self.parameters, "optimiser": self.optimiser.state_dict()}
-        return {"step": self.step, "data": self.data, **whole(kept)}
+        return {"step": self.step, "data": self.data, **full(kept)}
 
     def restore(self, state: dict) -> None:
         """Continue from a `state()`, made by as many processes or not. Raises ValueError where the
@@ -342,10 +342,10 @@ class Trainer:
         self.step = state["step"]
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
-                parameter.copy_(placed(value, parameter))
+                parameter.copy_(sharded(value, parameter))
         moments = {
             i: {
-                k: placed(v, self.parameters[i]) if v.dim() else v.clone()
+                k: sharded(v, self.parameters[i]) if v.dim() else v.clone()
                 for k, v in values.items()
             }
             for i, values in state["optimiser"]["state"].items()

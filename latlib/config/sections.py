@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
+from latlib.errors import SettingError
 from latlib.text.encodings import resolve
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -38,12 +39,10 @@ def _encoding(name: str) -> str:
     return name
 
 
+ProfileError = SettingError  # its name where a profile is read
+
 SiteSpec = Annotated[Any, AfterValidator(_site)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
-
-
-class ProfileError(ValueError):
-    """A setting that cannot be used; the message names the field, the value and the mend."""
 
 
 class Section(BaseModel):

@@ -169,9 +169,11 @@ def norms(run: Run, seed: int, lm: LanguageModel) -> dict[Site, float]:
     from latlib.experiment.build import measure_norms
 
     name = f"residual_norms-seed{seed}"
-    if ranks.inside() and not ranks.agreed((run.folder / "results" / f"{name}.json").exists()):
+    if ranks.is_distributed() and not ranks.broadcast(
+        (run.folder / "results" / f"{name}.json").exists()
+    ):
         found = measure_norms(lm, run.profile, seed)
-        if ranks.first():
+        if ranks.is_main():
             run.save_result(name, {str(site): norm for site, norm in found.items()})
         ranks.wait()
     return run.norms(seed)
@@ -208,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _tell_the_end(error, _beside(options.job, "end"))
         if not isinstance(error, Stopped):
             raise
-        if ranks.first():
+        if ranks.is_main():
             print(error, file=sys.stderr, flush=True)
     ranks.leave()
 
@@ -242,7 +244,7 @@ def _train(profile: Profile, folder: Path, wanted: dict, progress_file: Path | N
 
     if ranks.started_as_one_of_many():
         ranks.join(profile.model)
-    if ranks.first():
+    if ranks.is_main():
         Run(profile, folder)  # makes the folder, before the others look
     ranks.wait()
     run = Run(profile, folder)
@@ -255,12 +257,12 @@ def _train(profile: Profile, folder: Path, wanted: dict, progress_file: Path | N
         )
     else:
         spec = run.spec(**wanted)
-    if ranks.first() and not run.has(base := run.spec("base", spec.seed)):
+    if ranks.is_main() and not run.has(base := run.spec("base", spec.seed)):
         build.make_model(run, base, lambda step, total, detail: None)
     ranks.wait()
-    if ranks.agreed(run.has(spec)):
+    if ranks.broadcast(run.has(spec)):
         return
-    if not ranks.first():
+    if not ranks.is_main():
         build.make_model(run, spec, lambda step, total, detail: None)
         return
     with Progress(progress_file or run.folder, f"{spec.label} seed {spec.seed}", 1) as bar:

@@ -6,7 +6,7 @@ over all of them.
 2. `wrap` puts the model under DDP, or spreads it over the processes by FSDP2, block by block. Both
    look at the forward of one module, a `Root`, whose forward is whatever it is asked to call: so
    the engine keeps calling blocks its own way, and `StockNetwork` hands every call to
-   `Processes.through`.
+   `Group.through`.
 3. DDP: the defence goes through the wrapper, since calling the inner module lets the processes part
    silently. Attack and teacher leave no gradients in weights and call the inner module. Gradients
    are exchanged once an update.
@@ -17,8 +17,8 @@ over all of them.
    different numbers of labels, but must gather equally often.
 5. Both average gradients over the processes, so a share of a sum over the whole batch is multiplied
    by their number.
-6. Tensors leave (`whole`) and enter (`placed`) a training state unspread: what is saved knows
-   nothing of processes.
+6. Tensors leave (`processes.full`) and enter (`processes.sharded`) a training state gathered: what
+   is saved knows nothing of processes.
 
 Source: FSDP2, torch.distributed.fsdp.fully_shard.
 """
@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -39,9 +39,9 @@ from latlib.config.profile import ModelSettings, ProfileError
 from latlib.hooks import blocks_of
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, resolve_device, resolve_dtype
+from latlib.processes import Processes, Result, full
 
 Mode = Literal["ddp", "fsdp2"]
-Result = TypeVar("Result")
 # others wait while the first process makes a base model or writes a large adapter
 PATIENCE = timedelta(hours=2)
 
@@ -77,34 +77,34 @@ def join(settings: ModelSettings) -> None:
 
 def leave() -> None:
     """Leave the group, if this process is in one."""
-    if inside():
+    if is_distributed():
         dist.destroy_process_group()
 
 
-def inside() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this process is the one that logs and writes: the only one, or number 0."""
-    return not inside() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def agreed(value: bool) -> bool:
-    """What process 0 says: for what each would find out at another moment (a file, a clock) and all
+def broadcast(value: bool) -> bool:
+    """What process 0 has: for what each would find out at another moment (a file, a clock) and all
     must do alike.
     """
-    if not inside():
+    if not is_distributed():
         return value
-    said = torch.tensor([value])
-    dist.broadcast(said, 0)
-    return bool(said)
+    tensor = torch.tensor([value])
+    dist.broadcast(tensor, 0)
+    return bool(tensor)
 
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if inside():
+    if is_distributed():
         dist.all_reduce(torch.zeros(1))
 
 
@@ -120,73 +120,48 @@ class Root(nn.Module):
         return call()
 
 
-class Processes:
-    """The processes that train one model, as one of them sees it. The default is a process alone,
-    which sums nothing.
+class Group(Processes):
+    """Several processes that train one model. root: the model in a `Root` under DDP or FSDP2."""
 
-    rank: this process's number, of `world`. root: the model in a `Root` under DDP or FSDP2.
-    """
-
-    def __init__(
-        self, rank: int = 0, world: int = 1, mode: Mode | None = None, root: nn.Module | None = None
-    ) -> None:
-        self.rank, self.world, self.mode, self.root = rank, world, mode, root
+    def __init__(self, mode: Mode, root: nn.Module) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        self.mode, self.root = mode, root
 
     def through(self, train: bool, call: Callable[[], Result]) -> Result:
-        """The result of `call`, which runs the model; train: whether weights get gradients of
-        it.
-        """
-        if self.root is None or (self.mode == "ddp" and not (train and torch.is_grad_enabled())):
+        """See `Processes`: under DDP the defence alone goes through the wrapper."""
+        if self.mode == "ddp" and not (train and torch.is_grad_enabled()):
             return call()
         return self.root(call)
 
     def exchange(self, now: bool) -> None:
-        """Whether the next forward is the last of an update, whose backward pass exchanges all
-        gradients.
-
-        FSDP2 exchanges them after each: holding whole gradients back is what it is there to avoid.
+        """See `Processes`. FSDP2 exchanges after each backward pass: holding full gradients back is
+        what it is there to avoid.
         """
         if self.mode == "ddp":
             self.root.require_backward_grad_sync = now  # all that its `no_sync` does
 
-    def own(self, parts: Sequence[Result]) -> list[Result]:
-        """This process's share of a list that all have alike."""
-        return list(parts[self.rank :: self.world])
-
-    def rounded(self, count: int) -> int:
-        """The number of micro-batches that gives each process as many as the others."""
-        return -(-count // self.world) * self.world
-
     def total(self, sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-        """name -> the sum over all processes, for those of `names` that some process has."""
-        if self.root is None:
-            return dict(sums)
-        table = torch.tensor(
-            [[sums.get(n, 0.0), float(n in sums)] for n in names], dtype=torch.float64
-        )
+        """See `Processes`."""
+        rows = [[sums.get(name, 0.0), float(name in sums)] for name in names]
+        table = torch.tensor(rows, dtype=torch.float64)
         dist.all_reduce(table)
-        return {n: value for n, (value, there) in zip(names, table.tolist(), strict=True) if there}
+        pairs = zip(names, table.tolist(), strict=True)
+        return {name: value for name, (value, present) in pairs if present}
 
     def mean(self, values: Sequence[Tensor]) -> float | None:
-        """The mean over the elements of all processes' tensors, None where there are none."""
-        if self.root is None:
-            return torch.cat(list(values)).mean().item() if any(map(len, values)) else None
-        parts = [v.double() for v in values]
-        table = torch.tensor(
-            [sum(p.sum().item() for p in parts), sum(map(len, parts))], dtype=torch.float64
-        )
+        """See `Processes`."""
+        total = sum(v.double().sum().item() for v in values)
+        count = sum(len(v) for v in values)
+        table = torch.tensor([total, count], dtype=torch.float64)
         dist.all_reduce(table)
         return (table[0] / table[1]).item() if table[1] else None
-
-
-ALONE = Processes()
 
 
 def load_settings(settings: ModelSettings, mode: Mode) -> ModelSettings:
     """`settings` for a model that is about to be wrapped: one to be spread is loaded into the
     host's memory, in the precision it will have on the GPU, and moved there block by block."""
     device = resolve_device(settings.device)
-    if not inside() or mode != "fsdp2" or device.type == "cpu":
+    if not is_distributed() or mode != "fsdp2" or device.type == "cpu":
         return settings
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
     return settings.model_copy(update={"device": "cpu", "dtype": dtype})
@@ -200,7 +175,7 @@ def wrap(lm: LanguageModel, mode: Mode, device: torch.device | None = None) -> L
     replaced, and train nothing. device: where FSDP2 puts the parts, by default where the weights
     are. Raises ProfileError for settings that several processes cannot follow.
     """
-    if not inside():
+    if not is_distributed():
         return lm
     if lm.settings.forward == "lean":
         raise ProfileError(
@@ -215,7 +190,7 @@ def wrap(lm: LanguageModel, mode: Mode, device: torch.device | None = None) -> L
             root = nn.parallel.DistributedDataParallel(root, broadcast_buffers=False)
     else:
         _spread(root, lm.model, device or lm.device)
-    return replace(lm, processes=Processes(dist.get_rank(), dist.get_world_size(), mode, root))
+    return replace(lm, processes=Group(mode, root))
 
 
 def _spread(root: nn.Module, model: nn.Module, device: torch.device) -> None:
@@ -236,30 +211,7 @@ def _spread(root: nn.Module, model: nn.Module, device: torch.device) -> None:
     fully_shard(root, mesh=mesh, reshard_after_forward=True, ignored_params=set(head.parameters()))
 
 
-def whole(value: Any) -> Any:
-    """A copy on the CPU of tensors, also in dictionaries and lists, unspread. Every process must
-    ask for the same.
-    """
-    if isinstance(value, Tensor):
-        full = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
-        return full.to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: whole(item) for key, item in value.items()}
-    return type(value)(whole(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole tensor on the device of a parameter, spread as that is. All processes have
-    the same: none is sent."""
-    value = value.to(like.device, copy=True)
-    if not hasattr(like, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def adapter_state(lm: LanguageModel) -> dict[str, Tensor]:
-    """The adapter's parameters, whole and on the CPU, for PEFT's
+    """The adapter's parameters, full and on the CPU, for PEFT's
     `save_pretrained(folder, state_dict=...)`. Every process must ask for it."""
-    return whole({name: p for name, p in lm.model.named_parameters() if "lora_" in name})
+    return full({name: p for name, p in lm.model.named_parameters() if "lora_" in name})

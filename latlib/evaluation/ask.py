@@ -31,7 +31,7 @@ from latlib.evaluation.generate import Perturb, batches, write
 from latlib.evaluation.graders import ExactGrader, Grader, load_grader
 from latlib.losses import row_means, token_losses
 from latlib.models import LanguageModel
-from latlib.network import Network
+from latlib.network_protocol import Network
 from latlib.text.encodings import encode, reply_request, resolve
 from latlib.world import grammar
 from latlib.world.grammar import Outcome

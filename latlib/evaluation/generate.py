@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from latlib.batch import Batch, Row, TokenRow, collate, tokenise
-from latlib.distributed.ranks import ALONE
 from latlib.hooks import Ablate, LATHook, Site
 from latlib.models import LanguageModel
-from latlib.network import Network
+from latlib.network_protocol import Network
+from latlib.processes import ALONE
 
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
 

@@ -32,7 +32,14 @@ from latlib.config.profile import Profile, TrainSettings
 from latlib.data.overlap import check_overlap
 from latlib.data.splits import benign_rows, benign_sample, preference_rows
 from latlib.distributed import launch
-from latlib.distributed.ranks import adapter_state, agreed, first, inside, load_settings, wrap
+from latlib.distributed.ranks import (
+    adapter_state,
+    broadcast,
+    is_distributed,
+    is_main,
+    load_settings,
+    wrap,
+)
 from latlib.evaluation.ask import batches
 from latlib.experiment.checkpoint import (
     WHEN,
@@ -145,7 +152,7 @@ def make_trainer(run: Run, spec: Spec) -> Trainer:
 
 
 def _make_adapter(run: Run, spec: Spec, on_step) -> None:
-    if run.profile.parallel.processes > 1 and not inside():
+    if run.profile.parallel.processes > 1 and not is_distributed():
         launch.launch(run, spec, on_step)
         return
     trainer = make_trainer(run, spec)
@@ -156,7 +163,7 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
     done = load_checkpoint(trainer, checkpoints, watch) or _take_plain_steps(run, spec, trainer)
     _train(run, spec, trainer, watch, checkpoints, done, on_step)
     kept, adapter = watch.keep(), adapter_state(trainer.lm)
-    if not first():
+    if not is_main():
         return
     record = _record(run, spec, trainer, watch.record(kept))
 
@@ -184,16 +191,16 @@ def _train(
     tracker = Tracker(
         file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1
     )
-    with tracker if first() else nullcontext():
+    with tracker if is_main() else nullcontext():
 
         def step_done(step: int, metrics: dict[str, float]) -> None:
             metrics |= watch.after(step)
-            if first():
+            if is_main():
                 tracker.log(step, **metrics)
             on_step(step, settings.steps, f"loss {metrics['total']:.3f}{watch.said()}")
-            if step in shared and agreed(not shared[step].exists()):
+            if step in shared and broadcast(not shared[step].exists()):
                 _share_plain_steps(trainer, file, shared[step])
-            stop = agreed(stop_requested(run.folder))
+            stop = broadcast(stop_requested(run.folder))
             if step < settings.steps and (due.after(step) or stop):
                 save_checkpoint(trainer, checkpoints, watch, logs=[file])
                 due.done()
@@ -258,20 +265,20 @@ def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[in
 
 def _share_plain_steps(trainer: Trainer, metrics: Path, file: Path) -> None:
     state = trainer.state()
-    if first():
+    if is_main():
         write_checked({"state": state, "metrics": metrics.read_text(encoding="utf-8")}, file)
 
 
 def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
     """Take over the plain steps that another model of this seed has done; returns how many."""
     file = _plain_steps_files(run, spec, trainer.settings).get(trainer.settings.attack_after)
-    if not trainer.settings.attack.steps or file is None or not agreed(file.exists()):
+    if not trainer.settings.attack.steps or file is None or not broadcast(file.exists()):
         return 0
     found, _ = read_checked(file)
     if found is None:  # damaged: they are done again
         return 0
     trainer.restore(found["state"])
-    if first():
+    if is_main():
         metrics = run.metrics_file(spec)
         aside = metrics.with_suffix(".partial")
         aside.write_text(found["metrics"], encoding="utf-8")

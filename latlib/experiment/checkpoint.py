@@ -61,7 +61,7 @@ class Due:
         """Whether one is due after `step` steps; all processes are told what the first one's clock
         says.
         """
-        return ranks.agreed(step % self.every == 0 or self.clock() - self.saved >= self.seconds)
+        return ranks.broadcast(step % self.every == 0 or self.clock() - self.saved >= self.seconds)
 
     def done(self) -> None:
         """One was saved just now."""
@@ -84,7 +84,7 @@ def save_checkpoint(
         "random": _random_state(),
     }
     content["watch"] = watch.state() if watch else None
-    if not ranks.first():
+    if not ranks.is_main():
         return
     folder.mkdir(parents=True, exist_ok=True)
     for log in logs:
@@ -225,7 +225,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _restore_random(state: dict[str, Any]) -> None:
-    if ranks.inside():  # it is the first process's
+    if ranks.is_distributed():  # it is the first process's
         return
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
@@ -233,5 +233,5 @@ def _restore_random(state: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    if ranks.first():
+    if ranks.is_main():
         print(f"checkpoint: {line}", file=sys.stderr, flush=True)

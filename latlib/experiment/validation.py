@@ -42,6 +42,7 @@ from latlib.evaluation.ask import examine
 from latlib.evaluation.generate import batches
 from latlib.hooks import Site
 from latlib.losses import kl_divergence
+from latlib.processes import full, sharded
 from latlib.train import Trainer
 
 PURPOSE = "watch"  # tells these tuning prompts from those that are drawn for another purpose
@@ -151,7 +152,7 @@ class Watch:
         look, before = self.look(step), self.last
         self.last = look
         if best([x for x in (self.best, look) if x]) is look:
-            self.best, self.adapter = look, ranks.whole(self.trainer.parameters)
+            self.best, self.adapter = look, full(self.trainer.parameters)
         self._warn(look, before)
         return look.metrics()
 
@@ -196,7 +197,7 @@ class Watch:
             return self.trainer.step
         with torch.no_grad():
             for parameter, value in zip(self.trainer.parameters, self.adapter, strict=True):
-                parameter.copy_(ranks.placed(value, parameter))
+                parameter.copy_(sharded(value, parameter))
         return self.best.step
 
     def said(self) -> str:
@@ -265,7 +266,7 @@ class Watch:
             "answers {:.0%} of prompts neither way": (look.neither, before and before.neither),
         }
         for words, (now, earlier) in said.items():
-            if now > 0.5 and not (earlier and earlier > 0.5) and ranks.first():
+            if now > 0.5 and not (earlier and earlier > 0.5) and ranks.is_main():
                 so_far = (
                     f"the best look so far is of step {self.best.step}"
                     if self.best

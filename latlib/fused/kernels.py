@@ -21,16 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latlib.losses import wide_of
+
 # torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32.
 # Short rows take a
 # float32 softmax instead, long ones get keys that nobody sees; each is twice as fast
 # (docs/lab-log.md).
 SHORT_ROW, ROW_MULTIPLE = 128, 32
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, sums and losses: float32, or float64 for a float64 model."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latlib.batch import Batch
-from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys, wide_of
+from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys
 from latlib.hooks import (
     EMBEDDING,
     Site,
@@ -41,8 +41,8 @@ from latlib.hooks import (
     project_out,
     resolve_sites,
 )
-from latlib.losses import Unembed, at_labels
-from latlib.network import Start, check_start
+from latlib.losses import Unembed, at_labels, wide_of
+from latlib.network_protocol import Start, check_start
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -32,11 +33,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from latlib.config.sections import ModelSettings, ProfileError
+from latlib.errors import SettingError
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SAFE_ADAPTER, _PICKLED_ADAPTER = ("adapter_model.safetensors",), ("adapter_model.bin",)
+
+
+class Permissions(Protocol):
+    """The settings that say what may be opened; `config.sections.ModelSettings` has them."""
+
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Allowed:
     revision: str | None = None
 
     @classmethod
-    def by(cls, settings: ModelSettings, revision: bool = True) -> Allowed:
+    def by(cls, settings: Permissions, revision: bool = True) -> Allowed:
         """What a profile's `model` section allows; its revision is that of model.source only."""
         return cls(
             settings.allow_pickle,
@@ -84,7 +93,7 @@ def quietly() -> Iterator[None]:
 
 
 def located(source: str | os.PathLike[str], field: str) -> str:
-    """The source as transformers wants it. Raises ProfileError for what looks like a path and is no
+    """The source as transformers wants it. Raises SettingError for what looks like a path and is no
     folder.
     """
     text = os.fspath(source)
@@ -92,7 +101,7 @@ def located(source: str | os.PathLike[str], field: str) -> str:
     if text and folder.is_dir():  # '' would be the working folder
         return str(folder)
     if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise ProfileError(
+        raise SettingError(
             f"{field} = {text!r} is not a folder: give a model folder or a hub id such as"
             " owner/name"
         )
@@ -100,7 +109,7 @@ def located(source: str | os.PathLike[str], field: str) -> str:
 
 
 def source_file(source: str, name: str, field: str, revision: str | None = None) -> str | None:
-    """Where a file of a folder or hub repository is on this machine, or None. Raises ProfileError
+    """Where a file of a folder or hub repository is on this machine, or None. Raises SettingError
     if it cannot tell.
     """
     if Path(source).is_dir():
@@ -128,10 +137,10 @@ def base_of(adapter: str, field: str) -> str:
 
 
 def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
-    """The configuration of a whole model. Raises ProfileError, also for an adapter, under which
+    """The configuration of a whole model. Raises SettingError, also for an adapter, under which
     transformers would open whatever model the adapter names."""
     if is_adapter(source, field, allowed.revision):
-        raise ProfileError(
+        raise SettingError(
             f"{field} = {source!r} is an adapter, not a model: give the model under it (its"
             f" adapter_config.json says {base_of(source, field)!r}), and the adapter as a released"
             " model"
@@ -148,7 +157,7 @@ def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
 
 
 def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) -> nn.Module:
-    """A causal LM on the CPU, its weights read in `dtype`. Raises ProfileError naming the field."""
+    """A causal LM on the CPU, its weights read in `dtype`. Raises SettingError naming the field."""
     open_config(source, field, allowed)
     safe = _weights_are_safe(source, field, allowed, _SAFE, _PICKLED)
     try:
@@ -161,7 +170,7 @@ def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) ->
 
 
 def open_tokenizer(source: str, field: str, allowed: Allowed):
-    """The tokenizer of a source. Raises ProfileError naming the field."""
+    """The tokenizer of a source. Raises SettingError naming the field."""
     try:
         with quietly():
             return AutoTokenizer.from_pretrained(source, **allowed.options)
@@ -170,7 +179,7 @@ def open_tokenizer(source: str, field: str, allowed: Allowed):
 
 
 def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) -> PeftModel:
-    """`model` with an adapter on it, its weights not copied. Raises ProfileError naming the
+    """`model` with an adapter on it, its weights not copied. Raises SettingError naming the
     field.
     """
     _weights_are_safe(source, field, allowed, _SAFE_ADAPTER, _PICKLED_ADAPTER)
@@ -184,7 +193,7 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
 def _weights_are_safe(
     source: str, field: str, allowed: Allowed, safe: tuple[str, ...], pickled: tuple[str, ...]
 ) -> bool:
-    """Whether the weights are safetensors, or pickles that are allowed. Raises ProfileError where
+    """Whether the weights are safetensors, or pickles that are allowed. Raises SettingError where
     they are neither.
     """
     if any(source_file(source, name, field, allowed.revision) is not None for name in safe):
@@ -194,18 +203,18 @@ def _weights_are_safe(
         return False
     names = " or ".join(safe)
     if allowed.pickle is None or not there:
-        raise ProfileError(
+        raise SettingError(
             f"{field} = {source!r} holds no {names}: pickled weights can run code and are not read;"
             " convert them to safetensors, or choose a source that has them"
         )
-    raise ProfileError(
+    raise SettingError(
         f"{field} = {source!r} holds no {names}, only pickled weights, which can run any code when"
         " they are opened: convert them to safetensors, or set model.allow_pickle: true if you"
         " trust whoever made them"
     )
 
 
-def explained(error: Exception, field: str, source: str, allowed: Allowed) -> ProfileError:
+def explained(error: Exception, field: str, source: str, allowed: Allowed) -> SettingError:
     """`error` as field, value and mend."""
     chain, at = [], error
     while at is not None and at not in chain:
@@ -240,4 +249,4 @@ def explained(error: Exception, field: str, source: str, allowed: Allowed) -> Pr
             f"cannot be loaded ({lines[0]}): check the folder or the network, or download it and"
             " give the folder"
         )
-    return ProfileError(f"{field} = {source!r} {mend}")
+    return SettingError(f"{field} = {source!r} {mend}")

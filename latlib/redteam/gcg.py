@@ -35,9 +35,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from latlib.batch import Batch, Row, TokenRow, chat_text, collate, tokenise
-from latlib.fused.kernels import wide_of
 from latlib.hooks import EMBEDDING
-from latlib.losses import at_labels, row_means, token_losses
+from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
 from latlib.network import StockNetwork
 

@@ -17,7 +17,7 @@ import pandas as pd
 from latlib.evaluation.ask import examine, prompt_set
 from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
 from latlib.models import LanguageModel
-from latlib.network import Network
+from latlib.network_protocol import Network
 from latlib.refusal.directions import (
     CROSS_RULES,
     OWN_RULES,

@@ -27,7 +27,7 @@ from latlib.data.prompts import Prompt, ask, counterparts
 from latlib.evaluation.generate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel
-from latlib.network import Network
+from latlib.network_protocol import Network
 
 
 def sites_of(n_layers: int) -> tuple[Site, ...]:

@@ -28,7 +28,7 @@ from latlib.batch import TokenRow
 from latlib.evaluation.generate import batches
 from latlib.hooks import EMBEDDING, Site, depth
 from latlib.losses import at_labels
-from latlib.network import Network
+from latlib.network_protocol import Network
 from latlib.refusal.activations import prompt_ends
 from latlib.refusal.interventions import added
 

@@ -143,7 +143,7 @@ def findings(mode: str, folder: Path) -> dict:
     found |= {"state again": again.state(), "resumed": steps_of(again, STEPS - HALF)}
     again.restore(torch.load(folder / "alone.pt", weights_only=True))
     found |= {"resumed from one": steps_of(again, STEPS - HALF)}
-    if ranks.first():
+    if ranks.is_main():
         torch.save(state, folder / f"{mode}-state.pt")
         again.lm.model.save_pretrained(
             folder / f"{mode}-adapter", state_dict=found["resumed from one"]["adapter"]
@@ -151,7 +151,7 @@ def findings(mode: str, folder: Path) -> dict:
     found |= {name: steps_of(trainer_for(mode, **changes), 1) for name, changes in VARIANTS.items()}
     found |= {
         "refusals": refusals(mode),
-        "agreed": [ranks.agreed(ranks.first() == own) for own in (True, False)],
+        "agreed": [ranks.broadcast(ranks.is_main() == own) for own in (True, False)],
     }
     return found | {"stopped": stopped_after(mode, folder)} | negative_controls(mode)
 
@@ -195,11 +195,11 @@ def stopped_after(mode: str, folder: Path) -> dict:
     base, found = folder / "base", {}
     run = with_base_of(folder / f"{mode}-run", base, smoke(mode))
     requested, stop = build.stop_requested, run.folder / "STOP"
-    if not ranks.first():
+    if not ranks.is_main():
         build.stop_requested = lambda folder: True
 
     def on_step(step, total, detail) -> None:
-        if step == 3 and ranks.first():
+        if step == 3 and ranks.is_main():
             stop.touch()
 
     try:
