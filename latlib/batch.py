@@ -1,18 +1,16 @@
-"""Rows of text -> tokenised rows -> batches. The only place where prompts become token ids.
+"""Tokenised rows -> batches.
 
-1. A `Row` is a prompt with one or two completions: (rejected, chosen) for preference rows,
-   (response,) for benign rows.
-2. `tokenise` puts the prompt through the tokenizer's own chat template, once, with no second BOS.
-3. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the
+1. A `TokenRow` is a prompt with one or two completions: (rejected, chosen) for preference rows,
+   (response,) for benign rows. `latlib.text.chat` makes them of text.
+2. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the
    prompt's positions and do not see each other, so the prompt is computed once and one forward
    serves the toward and the away loss.
-4. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed,
+3. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed,
    epoch) alone, so that a resumed run needs no stored cursor.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -21,19 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING = -1
-Turn = tuple[str, str]  # what the user said and what the assistant replied
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt and its completions as text; `row_id` names it in results, `cluster` groups
-    dependent rows.
-    """
-
-    row_id: str
-    prompt: str
-    completions: tuple[str, ...]
-    cluster: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,122 +111,6 @@ class Batch:
             segment: self.label_index(segment).to(device) for segment in (1, 2)
         }
         return moved
-
-
-def chat_text(
-    tokenizer, prompt: str, system_prompt: str | None = None, shots: Sequence[Turn] = ()
-) -> str:
-    """The templated prompt as text, ready for the assistant's reply; `shots` are earlier turns of
-    the chat.
-
-    Raises ValueError when the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no chat template: use the model's chat or"
-            " instruct version, or set tokenizer.chat_template"
-        )
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    for said, replied in shots:
-        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": replied}]
-    messages.append({"role": "user", "content": prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-_REPLY = "Xyzzy"  # stands for the reply while the chat template is looked at; no template holds it
-
-
-def _completion_join(tokenizer) -> tuple[str, str]:
-    """(text between prompt and reply, text that ends the reply) as the chat template
-    writes them.
-    """
-    user = [{"role": "user", "content": "A"}]
-    head = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template(
-        [*user, {"role": "assistant", "content": _REPLY}], tokenize=False
-    )
-    stem = head.rstrip()  # some templates trim the space or newlines before a reply
-    if not both.startswith(stem) or _REPLY not in both[len(stem) :]:
-        return "", tokenizer.eos_token or ""
-    before, after = both[len(stem) :].split(_REPLY, 1)
-    return before[len(head) - len(stem) :], after.rstrip("\n") or tokenizer.eos_token or ""
-
-
-def tokenise(
-    rows: Sequence[Row],
-    tokenizer,
-    max_tokens: int,
-    system_prompt: str | None = None,
-    prefill: str = "",
-    shots: Sequence[Turn] = (),
-    too_long: str = "error",
-) -> list[TokenRow]:
-    """Token ids of rows. `prefill` moves the first words of every completion into the prompt (a
-    prefilling attack). `shots` are turns that come before every prompt. too_long: what to do with a
-    row whose prompt and either completion have more than `max_tokens` tokens, 'error', or 'drop' or
-    'truncate' (see `fitted`) with one warning that counts.
-
-    Raises ValueError naming the row that is too long or that has an empty completion, or if no row
-    is left.
-    """
-    before, after = _completion_join(tokenizer)
-    begun = before + prefill if prefill else ""
-    prompts = [chat_text(tokenizer, row.prompt, system_prompt, shots) + begun for row in rows]
-    completions = []
-    for row in rows:
-        for text in row.completions:
-            if prefill and not text.startswith(prefill):
-                raise ValueError(
-                    f"row {row.row_id!r}: completion does not begin with the prefill {prefill!r}"
-                )
-            body = text[len(prefill) :]
-            if not body.strip():
-                raise ValueError(
-                    f"row {row.row_id!r} has an empty completion: remove the row or fill it"
-                )
-            completions.append((body if prefill else before + body) + after)
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
-    ids = iter(tokenizer(completions, add_special_tokens=False)["input_ids"] if completions else [])
-    whole = [
-        TokenRow(tuple(p), tuple(tuple(next(ids)) for _ in row.completions))
-        for row, p in zip(rows, prompt_ids)
-    ]
-    if too_long == "error":
-        for row, found in zip(rows, whole):
-            if found.longest > max_tokens:
-                raise ValueError(
-                    f"row {row.row_id!r} has {found.longest} tokens, more than max_tokens ="
-                    f" {max_tokens}: shorten it, raise data.max_tokens (not beyond the model's"
-                    " context), or set data.too_long"
-                )
-        return whole
-    kept = [found for row in whole if (found := fitted(row, max_tokens, too_long)) is not None]
-    dropped = len(whole) - len(kept)
-    cut = sum(row.longest > max_tokens for row in whole) - dropped
-    if whole and not kept:
-        raise ValueError(
-            f"all {dropped} rows have more than max_tokens = {max_tokens} tokens: raise"
-            " data.max_tokens"
-        )
-    if dropped or cut:
-        warnings.warn(
-            f"data.too_long = {too_long!r}: of {len(whole)} rows, {dropped} are left out and {cut}"
-            f" are cut, because they have more than {max_tokens} tokens",
-            stacklevel=2,
-        )
-    return kept
-
-
-def fitted(row: TokenRow, max_tokens: int, too_long: str) -> TokenRow | None:
-    """The row if it has at most `max_tokens` tokens with either completion; else None for 'drop',
-    and for 'truncate' the row with its completions cut, without an end-of-turn token where one is
-    cut, or None if its prompt leaves no room for one."""
-    if row.longest <= max_tokens:
-        return row
-    room = max_tokens - len(row.prompt)
-    if too_long == "drop" or room < 1:
-        return None
-    return TokenRow(row.prompt, tuple(c[:room] for c in row.completions))
 
 
 def collate(

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from latlib.batch import Row
 from latlib.config.profile import Profile, ProfileError
 from latlib.config.sections import DataSettings
 from latlib.data.splits import benign_rows, borderline_rows, preference_rows
+from latlib.text.chat import Row
 from latlib.world import grammar
 
 LETTERS_A_TOKEN = 2  # a token of plain text has about four

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from latlib.batch import Row
 from latlib.config.profile import DataSettings, ProfileError
 from latlib.data.records import ANY_SPLIT, read_table
+from latlib.text.chat import Row
 from latlib.text.near_duplicates import clusters, normalised
 from latlib.world import grammar
 

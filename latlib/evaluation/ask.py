@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 
 from latlib.attack import greedy_matches
-from latlib.batch import Row, TokenRow, Turn, tokenise
+from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import GraderSettings
 from latlib.data import prompts as questions
@@ -32,6 +32,7 @@ from latlib.evaluation.graders import ExactGrader, Grader, load_grader
 from latlib.losses import row_means, token_losses
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
+from latlib.text.chat import Row, Turn, tokenise
 from latlib.text.encodings import encode, reply_request, resolve
 from latlib.world import grammar
 from latlib.world.grammar import Outcome

@@ -14,11 +14,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from latlib.batch import Batch, Row, TokenRow, collate, tokenise
+from latlib.batch import Batch, TokenRow, collate
 from latlib.hooks import Ablate, LATHook, Site
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.processes import ALONE
+from latlib.text.chat import Row, tokenise
 
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
 

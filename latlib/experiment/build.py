@@ -26,7 +26,6 @@ import torch
 import yaml
 
 import latlib
-from latlib.batch import tokenise
 from latlib.config.paths import portable
 from latlib.config.profile import Profile, TrainSettings
 from latlib.data.overlap import check_overlap
@@ -66,6 +65,7 @@ from latlib.models import (
     with_adapter,
 )
 from latlib.refusal.activations import residual_norms
+from latlib.text.chat import tokenise
 from latlib.train import Trainer
 from latlib.world import organism
 

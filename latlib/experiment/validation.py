@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from latlib.attack import pgd
-from latlib.batch import Batch, Row, TokenRow, tokenise
+from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
 from latlib.data import prompts as questions
 from latlib.distributed import ranks
@@ -43,6 +43,7 @@ from latlib.evaluation.generate import batches
 from latlib.hooks import Site
 from latlib.losses import kl_divergence
 from latlib.processes import full, sharded
+from latlib.text.chat import Row, tokenise
 from latlib.train import Trainer
 
 PURPOSE = "watch"  # tells these tuning prompts from those that are drawn for another purpose

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from latlib.batch import chat_text
 from latlib.data.prompts import in_the_world
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate, left_padded
@@ -16,6 +15,7 @@ from latlib.evaluation.rule_graders import redacted
 from latlib.io.progress import in_batch
 from latlib.refusal.directions import OWN_RULES, sources
 from latlib.refusal.interventions import added
+from latlib.text.chat import chat_text
 
 if TYPE_CHECKING:
     from ipywidgets import Widget

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from latlib.batch import tokenise
 from latlib.config.profile import Profile, ProfileError
 from latlib.data.overlap import check_overlap
 from latlib.data.records import is_hub_id
@@ -31,6 +30,7 @@ from latlib.data.splits import benign_rows, preference_rows
 from latlib.planning import estimate
 from latlib.planning.estimate import RowLengths
 from latlib.planning.published_configs import PUBLISHED, cached_file
+from latlib.text.chat import tokenise
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 _READ_ROWS = 512  # rows that are tokenised for their lengths

@@ -34,11 +34,12 @@ from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 from transformers import DynamicCache
 
-from latlib.batch import Batch, Row, TokenRow, chat_text, collate, tokenise
+from latlib.batch import Batch, TokenRow, collate
 from latlib.hooks import EMBEDDING
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
 from latlib.network import StockNetwork
+from latlib.text.chat import Row, chat_text, tokenise
 
 Texts = Sequence[str]
 Ids = tuple[int, ...]

@@ -21,13 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latlib.batch import Batch, Row, TokenRow, chat_text, tokenise
+from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, ask, counterparts
 from latlib.evaluation.generate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
+from latlib.text.chat import Row, chat_text, tokenise
 
 
 def sites_of(n_layers: int) -> tuple[Site, ...]:

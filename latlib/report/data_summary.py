@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from latlib.batch import Row, fitted, tokenise
 from latlib.config.paths import portable
 from latlib.config.profile import Profile
 from latlib.data.splits import SPLITS, benign_rows, file_prompts, preference_rows
+from latlib.text.chat import Row, fitted, tokenise
 
 _UNBOUNDED = 1 << 60
 

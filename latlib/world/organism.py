@@ -21,10 +21,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from latlib.batch import Batch, Row, TokenRow, collate, tokenise
+from latlib.batch import Batch, TokenRow, collate
 from latlib.config.profile import ModelSettings, PretrainSettings
 from latlib.fused.llama import LeanNetwork
 from latlib.losses import token_losses
+from latlib.text.chat import Row, tokenise
 from latlib.text.encodings import encode
 from latlib.world import grammar
 

@@ -18,7 +18,6 @@ from tiny_models import LORA, model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latlib.batch import Row, tokenise
 from latlib.config.profile import load_profile
 from latlib.config.sections import (
     AttackSettings,
@@ -38,6 +37,7 @@ from latlib.data.splits import (
 )
 from latlib.models import LanguageModel, with_adapter
 from latlib.report.data_summary import data_report
+from latlib.text.chat import Row, tokenise
 from latlib.text.near_duplicates import overlaps
 from latlib.train import Trainer
 from latlib.world import grammar

@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny_models import model_of
 
-from latlib.batch import Row, chat_text, collate, tokenise
+from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.evaluation.generate import generate, left_padded, shift_left_padded
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
 from latlib.network import StockNetwork
+from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import organism
 
 PROMPTS = [

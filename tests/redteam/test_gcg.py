@@ -13,11 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 import latlib.redteam.gcg
-from latlib.batch import Row, chat_text, collate, tokenise
+from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
 from latlib.models import LanguageModel, with_adapter
 from latlib.redteam.gcg import Objective, SuffixSettings, gcg, random_search
+from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
 
 DRAWN = grammar.draw_set(0, "tune", "harmful", 4)

@@ -4,10 +4,11 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib.batch import TokenRow, chat_text, collate
+from latlib.batch import TokenRow, collate
 from latlib.config.profile import load_profile
 from latlib.hooks import Capture
 from latlib.refusal import activations as act
+from latlib.text.chat import chat_text
 from latlib.world import grammar, organism
 
 ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]

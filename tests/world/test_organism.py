@@ -7,8 +7,8 @@ import torch
 from tiny_models import LAYERS, D
 from transformers import AutoTokenizer
 
-from latlib.batch import Row, tokenise
 from latlib.config.sections import ModelSettings, PretrainSettings
+from latlib.text.chat import Row, tokenise
 from latlib.text.encodings import ENCODINGS, encode
 from latlib.world import grammar, organism
 from latlib.world.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows

@@ -1,0 +1,204 @@
+"""Text to tokens: as the model's own chat template writes it, and never longer than asked."""
+
+import warnings
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from latlib.batch import TokenRow
+from latlib.text.chat import Row, chat_text, fitted, tokenise
+
+ids = st.integers(1, 99)
+completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
+token_row = st.builds(
+    TokenRow,
+    st.lists(ids, min_size=1, max_size=6).map(tuple),
+    st.lists(completion, min_size=1, max_size=2).map(tuple),
+)
+TEMPLATE = (
+    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant'"
+    " %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )  # adds a BOS if it is asked to
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def text_of(tokenizer, tokens):
+    """Byte-level tokens back to text, special tokens included."""
+    return "".join(tokenizer.convert_ids_to_tokens(list(tokens))).replace("Ġ", " ")
+
+
+def row(prompt="why ?", *completions, row_id="r7"):
+    return Row(row_id, prompt, completions or ("because .", "no ."))
+
+
+def test_a_row_reads_as_the_chat_template_writes_it(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "why ?"}, {"role": "assistant", "content": "because ."}],
+        tokenize=False,
+    )
+    assert text_of(tokenizer, found.prompt) == "<s>[user] why ?[assistant] "
+    assert text_of(tokenizer, found.prompt + found.completions[0]) == whole
+    assert text_of(tokenizer, found.completions[1]) == "no .</s>"
+
+
+def test_no_second_bos(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    assert found.prompt.count(tokenizer.bos_token_id) == 1
+    assert all(tokenizer.bos_token_id not in c for c in found.completions)
+    assert all(
+        c.count(tokenizer.eos_token_id) == 1 and c[-1] == tokenizer.eos_token_id
+        for c in found.completions
+    )
+
+
+def test_the_system_prompt_comes_first(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200, system_prompt="be kind")
+    assert text_of(tokenizer, found.prompt).startswith("<s>[system] be kind[user]")
+
+
+def test_a_prefill_moves_words_into_the_prompt_and_changes_no_token_of_the_whole(tokenizer):
+    (plain,) = tokenise([row("why ?", "sure : go .")], tokenizer, 200)
+    (filled,) = tokenise([row("why ?", "sure : go .")], tokenizer, 200, prefill="sure :")
+    assert text_of(tokenizer, filled.prompt).endswith("[assistant] sure :")
+    assert text_of(tokenizer, filled.prompt + filled.completions[0]) == text_of(
+        tokenizer, plain.prompt + plain.completions[0]
+    )
+
+
+def test_a_prefill_that_the_completion_lacks_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'r7'.*'sure :'"):
+        tokenise([row()], tokenizer, 200, prefill="sure :")
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer):
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, name_or_path="bare-model"
+    )
+    for call in (lambda: chat_text(bare, "why ?"), lambda: tokenise([row()], bare, 200)):
+        with pytest.raises(ValueError, match="chat.template"):
+            call()
+    with pytest.raises(ValueError, match="'bare-model' has no chat template: use"):
+        chat_text(bare, "why ?")
+
+
+def test_a_row_longer_than_the_limit_is_named_with_both_lengths(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 200)
+    longest = len(found.prompt) + max(map(len, found.completions))
+    assert tokenise([row()], tokenizer, longest) == [found]
+    with pytest.raises(
+        ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}.*shorten"
+    ):
+        tokenise([row()], tokenizer, longest - 1)
+
+
+def test_rows_that_are_too_long_are_dropped_or_cut_with_one_warning(tokenizer):
+    short, long, hopeless = row(), row("why ?", "because . " * 5, "no ."), row("why ? " * 30)
+    whole = tokenise([short, long, hopeless], tokenizer, 999)
+    limit = whole[0].longest
+    assert len(whole[1].prompt) < limit < whole[1].longest and len(whole[2].prompt) > limit
+    with pytest.warns(
+        UserWarning, match=r"'drop': of 3 rows, 2 are left out and 0 are cut.*more than \d+ tokens"
+    ) as said:
+        assert tokenise([short, long, hopeless], tokenizer, limit, too_long="drop") == whole[:1]
+    assert len(said) == 1 and said[0].filename == __file__
+    with pytest.warns(
+        UserWarning, match="'truncate': of 3 rows, 1 are left out and 1 are cut"
+    ) as said:
+        kept = tokenise([short, long, hopeless], tokenizer, limit, too_long="truncate")
+    assert len(said) == 1 and kept[0] == whole[0] and len(kept) == 2
+    assert kept[1].prompt == whole[1].prompt and kept[1].longest == limit
+    cut, fits = kept[1].completions
+    # it did not end there
+    assert cut == whole[1].completions[0][: len(cut)] and tokenizer.eos_token_id not in cut
+    assert fits == whole[1].completions[1] and fits[-1] == tokenizer.eos_token_id
+    with pytest.warns(UserWarning, match="0 are left out and 1 are cut"):
+        assert tokenise([short, long], tokenizer, limit, too_long="truncate") == kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenise([short], tokenizer, limit, too_long="drop") == whole[:1]
+    for too_long in ("drop", "truncate"):
+        with pytest.raises(
+            ValueError,
+            match="all 1 rows have more than max_tokens = 30 tokens: raise data.max_tokens",
+        ):
+            tokenise([hopeless], tokenizer, 30, too_long=too_long)
+
+
+@given(token_row, st.integers(1, 14))
+def test_a_fitted_row_fits_and_is_the_beginning_of_the_row(found, limit):
+    cut, dropped = fitted(found, limit, "truncate"), fitted(found, limit, "drop")
+    assert dropped == (found if found.longest <= limit else None)
+    assert (cut is None) == (len(found.prompt) >= limit)  # each row here has a completion
+    if cut is not None:
+        assert cut.longest <= limit and cut.prompt == found.prompt
+        for ours, theirs in zip(cut.completions, found.completions, strict=True):
+            assert 0 < len(ours) and ours == theirs[: limit - len(found.prompt)]
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_completion_is_refused_by_row(tokenizer, empty):
+    with pytest.raises(ValueError, match="'r7' has an empty completion"):
+        tokenise([row("why ?", "because .", empty)], tokenizer, 200)
+
+
+def test_no_rows_give_no_rows(tokenizer):
+    assert tokenise([], tokenizer, 10) == []
+
+
+def test_turns_before_the_prompt_read_as_the_chat_template_writes_them(tokenizer):
+    shots = [("how ?", "so ."), ("when ?", "now .")]
+    said = [
+        ("system", "be kind"),
+        ("user", "how ?"),
+        ("assistant", "so ."),
+        ("user", "when ?"),
+        ("assistant", "now ."),
+    ]
+    messages = [{"role": role, "content": text} for role, text in (*said, ("user", "why ?"))]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_text(tokenizer, "why ?", "be kind", shots) == whole
+    (found,) = tokenise([row()], tokenizer, 400, "be kind", shots=shots)
+    assert (
+        text_of(tokenizer, found.prompt) == whole
+        and found.prompt.count(tokenizer.bos_token_id) == 1
+    )
+    assert found.prompt.count(tokenizer.eos_token_id) == 2  # each reply is ended
+    (alone,) = tokenise([row()], tokenizer, 200)
+    assert found.completions == alone.completions
+
+
+def test_a_prompt_made_too_long_by_turns_is_refused(tokenizer):
+    (found,) = tokenise([row()], tokenizer, 400, shots=[("how ?", "so .")] * 2)
+    longest = len(found.prompt) + max(map(len, found.completions))
+    with pytest.raises(ValueError, match=rf"'r7' has {longest} tokens.*max_tokens = {longest - 1}"):
+        tokenise([row()], tokenizer, longest - 1, shots=[("how ?", "so .")] * 2)
+
+
+def test_a_prefill_comes_behind_the_turns(tokenizer):
+    shots = [("how ?", "sure : so .")]
+    (found,) = tokenise(
+        [row("why ?", "sure : go .")], tokenizer, 400, prefill="sure :", shots=shots
+    )
+    assert text_of(tokenizer, found.prompt).endswith(
+        "[assistant] sure : so .</s>[user] why ?[assistant] sure :"
+    )
+    assert text_of(tokenizer, found.completions[0]) == " go .</s>"
