@@ -28,33 +28,10 @@ from latlib.io.hub import (
     open_tokenizer,
     quietly,
 )
-from latlib.io.machine import can_compile
+from latlib.io.machine import can_compile, resolve_device, resolve_dtype
 from latlib.network import StockNetwork
 from latlib.network_protocol import Network
 from latlib.processes import ALONE, Processes
-
-
-def resolve_device(device: str) -> torch.device:
-    """'auto' is CUDA where there is one, else the CPU. Raises ProfileError for a device this
-    machine lacks.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ProfileError(
-            f"model.device = {device!r} but torch sees no GPU: set it to 'auto' or 'cpu'"
-        )
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if native() else torch.float32
 
 
 @dataclass(frozen=True, eq=False)

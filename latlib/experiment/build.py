@@ -1,5 +1,4 @@
-"""Make one model of a run: the organism's base, or an adapter trained on it. Called by `run.Run`,
-one at a time.
+"""Make one model of a run in this process: the organism's base, or an adapter trained on it.
 
 1. Before anything is loaded, test prompts are looked for among the training prompts (`overlap`).
 2. Training goes on from its last good checkpoint (`checkpoint`), or from the plain steps that
@@ -10,7 +9,7 @@ one at a time.
    the profile it was made with, none of which names a path of this machine. Then its checkpoints
    go.
 
-Where several processes train it together (`parallel`), all do all of this and the first one writes.
+Where several processes train it together (`launch`), all do all of this and the first one writes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -30,13 +29,13 @@ from latlib.config.paths import portable
 from latlib.config.profile import Profile, TrainSettings
 from latlib.data.overlap import check_overlap
 from latlib.data.splits import benign_rows, benign_sample, preference_rows
-from latlib.distributed import launch
 from latlib.distributed.ranks import (
     adapter_state,
     broadcast,
     is_distributed,
     is_main,
     load_settings,
+    wait,
     wrap,
 )
 from latlib.evaluation.ask import batches
@@ -50,10 +49,12 @@ from latlib.experiment.checkpoint import (
     sync_tree,
     write_checked,
 )
+from latlib.experiment.layout import Layout
+from latlib.experiment.spec import BASE, Spec
 from latlib.experiment.tracking import Tracker, read_metrics
 from latlib.experiment.validation import Watch, card
 from latlib.hooks import EMBEDDING, Site
-from latlib.io.files import json_ready
+from latlib.io.files import json_ready, write_json
 from latlib.io.progress import Stopped, stop_requested
 from latlib.models import (
     LanguageModel,
@@ -69,36 +70,33 @@ from latlib.text.chat import tokenise
 from latlib.train import Trainer
 from latlib.world import organism
 
-if TYPE_CHECKING:
-    from latlib.experiment.run import Run, Spec
-
 RECORD = "latlib.json"  # in every model folder: how it was made
 PROFILE = "profile.yaml"  # beside it
 NORM_PROMPTS = 128
 
 
-def make_model(run: Run, spec: Spec, on_step) -> None:
+def make_model(layout: Layout, spec: Spec, on_step) -> None:
     """Make the model of `spec` in its folder. on_step(step, total, detail) reports progress."""
-    if spec.method == "base":
-        _make_base(run, spec, on_step)
+    if spec.method == BASE:
+        _make_base(layout, spec, on_step)
     else:
-        _make_adapter(run, spec, on_step)
+        _make_adapter(layout, spec, on_step)
 
 
-def _make_base(run: Run, spec: Spec, on_step) -> None:
-    profile, total = run.profile, run.profile.pretrain.steps
+def _make_base(layout: Layout, spec: Spec, on_step) -> None:
+    profile, total = layout.profile, layout.profile.pretrain.steps
     tokenizer = organism.build_tokenizer(profile.model.vocabulary)
     model = organism.build_model(profile.model, tokenizer, spec.seed)
     device = resolve_device(profile.model.device)
     dtype = resolve_dtype(profile.model.dtype, device)
     with Tracker(
-        run.metrics_file(spec), profile.tracking, spec.folder, {}, run.folder / "wandb"
+        layout.metrics_file(spec), profile.tracking, spec.folder, {}, layout.wandb
     ) as tracker:
 
         def step_done(step: int, loss: float) -> None:
             tracker.log(step, total=loss)
             on_step(step, total, f"loss {loss:.3f}")
-            if stop_requested(run.folder):
+            if stop_requested(layout.folder):
                 raise Stopped(
                     f"{spec.folder}: stopped after step {step}; pretraining starts again next time"
                 )
@@ -114,7 +112,7 @@ def _make_base(run: Run, spec: Spec, on_step) -> None:
         record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
         write_record(folder, record, profile)
 
-    save_folder(run.model_folder(spec), write)
+    save_folder(layout.model_folder(spec), write)
 
 
 def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site, float]:
@@ -126,18 +124,43 @@ def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site
     return residual_norms(base.network(adapter=False), parts, (EMBEDDING, *range(base.n_layers)))
 
 
+def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Site, float]:
+    """site -> median residual norm of a seed's base model on harmless training prompts, in units of
+    the stream; measured once and kept.
+
+    lm: a model on that base, on which several processes measure together where they are there: no
+    GPU alone may hold the model.
+    """
+    file, profile = layout.norms_file(seed), layout.profile
+    if lm is None or not is_distributed():
+        if not file.exists():
+            base = load(layout.model_folder(Spec(BASE, seed)), profile.model)
+            _save_norms(measure_norms(base, profile, seed), file)
+    elif not broadcast(file.exists()):
+        measured = measure_norms(lm, profile, seed)
+        if is_main():
+            _save_norms(measured, file)
+        wait()
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {site if site == EMBEDDING else int(site): norm for site, norm in kept.items()}
+
+
+def _save_norms(measured: dict[Site, float], file: Path) -> None:
+    write_json({str(site): norm for site, norm in measured.items()}, file)
+
+
 def _limit(lm: LanguageModel, profile: Profile) -> int:
     return min(profile.data.max_tokens, lm.context)
 
 
-def make_trainer(run: Run, spec: Spec) -> Trainer:
+def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test
     prompt, too.
     """
-    profile, settings = run.profile, run.profile.training(spec.method, dict(spec.changes))
+    profile, settings = layout.profile, layout.profile.training(spec.method, dict(spec.changes))
     check_overlap(profile)
     mode = profile.parallel.mode
-    base = load(run.model_folder(run.spec("base", spec.seed)), load_settings(profile.model, mode))
+    base = load(layout.model_folder(spec.base), load_settings(profile.model, mode))
     limit, data = _limit(base, profile), profile.data
     harmful, benign = (
         tokenise(
@@ -148,33 +171,30 @@ def make_trainer(run: Run, spec: Spec) -> Trainer:
     lm = wrap(
         with_adapter(base, profile.lora, spec.seed), mode, resolve_device(profile.model.device)
     )
-    return Trainer(lm, harmful, benign, settings, spec.seed, launch.norms(run, spec.seed, lm))
+    return Trainer(lm, harmful, benign, settings, spec.seed, norms(layout, spec.seed, lm))
 
 
-def _make_adapter(run: Run, spec: Spec, on_step) -> None:
-    if run.profile.parallel.processes > 1 and not is_distributed():
-        launch.launch(run, spec, on_step)
-        return
-    trainer = make_trainer(run, spec)
+def _make_adapter(layout: Layout, spec: Spec, on_step) -> None:
+    trainer = make_trainer(layout, spec)
     watch, checkpoints = (
-        Watch(trainer, run.profile, spec.folder),
-        run.folder / "models" / f".{spec.folder}.checkpoints",
+        Watch(trainer, layout.profile, spec.folder),
+        layout.checkpoints(spec),
     )
-    done = load_checkpoint(trainer, checkpoints, watch) or _take_plain_steps(run, spec, trainer)
-    _train(run, spec, trainer, watch, checkpoints, done, on_step)
+    done = load_checkpoint(trainer, checkpoints, watch) or _take_plain_steps(layout, spec, trainer)
+    _train(layout, spec, trainer, watch, checkpoints, done, on_step)
     kept, adapter = watch.keep(), adapter_state(trainer.lm)
     if not is_main():
         return
-    record = _record(run, spec, trainer, watch.record(kept))
+    record = _record(layout, spec, trainer, watch.record(kept))
 
     def write(folder: Path) -> None:
         trainer.lm.model.save_pretrained(folder, state_dict=adapter)
-        _name_base(folder, run, spec)
-        write_record(folder, record, run.profile)
+        _name_base(folder, layout, spec)
+        write_record(folder, record, layout.profile)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         sync_tree(folder)
 
-    target = save_folder(run.model_folder(spec), write)
+    target = save_folder(layout.model_folder(spec), write)
     sync(target.parent)  # the adapter is on the disk before its checkpoints go
     # the second: of killed writers
     for left in (checkpoints, *target.parent.glob(f".{spec.folder}-????????")):
@@ -182,14 +202,20 @@ def _make_adapter(run: Run, spec: Spec, on_step) -> None:
 
 
 def _train(
-    run: Run, spec: Spec, trainer: Trainer, watch: Watch, checkpoints: Path, done: int, on_step
+    layout: Layout,
+    spec: Spec,
+    trainer: Trainer,
+    watch: Watch,
+    checkpoints: Path,
+    done: int,
+    on_step,
 ) -> None:
     """Train from step `done` to the end, or raise `Stopped` with everything saved."""
-    settings, file, due = trainer.settings, run.metrics_file(spec), Due(trainer.settings)
-    shared = _plain_steps_files(run, spec, settings)
+    settings, file, due = trainer.settings, layout.metrics_file(spec), Due(trainer.settings)
+    shared = _plain_steps_files(layout, spec, settings)
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
     tracker = Tracker(
-        file, run.profile.tracking, spec.folder, config, run.folder / "wandb", resume_from=done + 1
+        file, layout.profile.tracking, spec.folder, config, layout.wandb, resume_from=done + 1
     )
     with tracker if is_main() else nullcontext():
 
@@ -200,7 +226,7 @@ def _train(
             on_step(step, settings.steps, f"loss {metrics['total']:.3f}{watch.said()}")
             if step in shared and broadcast(not shared[step].exists()):
                 _share_plain_steps(trainer, file, shared[step])
-            stop = broadcast(stop_requested(run.folder))
+            stop = broadcast(stop_requested(layout.folder))
             if step < settings.steps and (due.after(step) or stop):
                 save_checkpoint(trainer, checkpoints, watch, logs=[file])
                 due.done()
@@ -211,21 +237,21 @@ def _train(
 
 
 def _record(
-    run: Run, spec: Spec, trainer: Trainer, watched: dict[str, Any] | None
+    layout: Layout, spec: Spec, trainer: Trainer, watched: dict[str, Any] | None
 ) -> dict[str, Any]:
     """How an adapter was made."""
-    metrics = read_metrics(run.metrics_file(spec))
+    metrics = read_metrics(layout.metrics_file(spec))
     kept = metrics[metrics["step"] == (watched["kept_step"] if watched else trainer.step)].iloc[-1]
     record = {
         "latlib": latlib.__version__,
         "torch": torch.__version__,
-        "profile": run.profile.name,
-        "base": base_name(run, spec),
-        "revision": run.profile.model.revision,
+        "profile": layout.profile.name,
+        "base": base_name(layout, spec),
+        "revision": layout.profile.model.revision,
         "method": spec.label,
         "seed": spec.seed,
         "training": trainer.settings.model_dump(mode="json"),
-        "lora": run.profile.lora.model_dump(mode="json"),
+        "lora": layout.profile.lora.model_dump(mode="json"),
         "eps": {str(site): radius for site, radius in trainer.eps.items()},
         "seconds": float(metrics["seconds"].sum()),
         "last": {k: v for k, v in kept.to_dict().items() if k != "seconds"},
@@ -240,7 +266,7 @@ def write_record(folder: Path, record: dict[str, Any], profile: Profile) -> None
     (folder / PROFILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
-def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[int, Path]:
+def _plain_steps_files(layout: Layout, spec: Spec, settings: TrainSettings) -> dict[int, Path]:
     """step -> the file that holds training up to there, for every step at which some method's
     attack begins.
 
@@ -256,11 +282,11 @@ def _plain_steps_files(run: Run, spec: Spec, settings: TrainSettings) -> dict[in
     for name in (*WHEN, "keep", *(("evaluate_prompts",) if not settings.evaluate_every else ())):
         del tree[name]  # they change no weight and no line of the log
     digest = hashlib.sha256(json.dumps([tree, spec.seed], sort_keys=True).encode()).hexdigest()[:12]
-    starts = {run.profile.training(method).attack_after for method in run.profile.methods} | {
+    starts = {layout.profile.training(method).attack_after for method in layout.profile.methods} | {
         settings.attack_after
     }
     last = settings.attack_after if settings.attack.steps else settings.steps
-    return {n: run.folder / "models" / f".plain-{n}-{digest}.pt" for n in starts if 0 < n <= last}
+    return {n: layout.plain_steps(n, digest) for n in starts if 0 < n <= last}
 
 
 def _share_plain_steps(trainer: Trainer, metrics: Path, file: Path) -> None:
@@ -269,9 +295,9 @@ def _share_plain_steps(trainer: Trainer, metrics: Path, file: Path) -> None:
         write_checked({"state": state, "metrics": metrics.read_text(encoding="utf-8")}, file)
 
 
-def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
+def _take_plain_steps(layout: Layout, spec: Spec, trainer: Trainer) -> int:
     """Take over the plain steps that another model of this seed has done; returns how many."""
-    file = _plain_steps_files(run, spec, trainer.settings).get(trainer.settings.attack_after)
+    file = _plain_steps_files(layout, spec, trainer.settings).get(trainer.settings.attack_after)
     if not trainer.settings.attack.steps or file is None or not broadcast(file.exists()):
         return 0
     found, _ = read_checked(file)
@@ -279,30 +305,30 @@ def _take_plain_steps(run: Run, spec: Spec, trainer: Trainer) -> int:
         return 0
     trainer.restore(found["state"])
     if is_main():
-        metrics = run.metrics_file(spec)
+        metrics = layout.metrics_file(spec)
         aside = metrics.with_suffix(".partial")
         aside.write_text(found["metrics"], encoding="utf-8")
         aside.replace(metrics)
     return trainer.step
 
 
-def _name_base(folder: Path, run: Run, spec: Spec) -> None:
+def _name_base(folder: Path, layout: Layout, spec: Spec) -> None:
     """Let the adapter name its base by its place in the run folder or its id, not by this machine's
     path.
     """
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name(run, spec)
+    config["base_model_name_or_path"] = base_name(layout, spec)
     # a set: its order differs from process to process
     config["target_modules"] = sorted(config["target_modules"])
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def base_name(run: Run, spec: Spec) -> str:
+def base_name(layout: Layout, spec: Spec) -> str:
     """How a model's folder calls the base: by its place beside it, its hub id, or its own folder's
     name.
     """
-    source = run.profile.model.source
+    source = layout.profile.model.source
     return f"../base-seed{spec.seed}" if source == "world" else portable(source)
 
 

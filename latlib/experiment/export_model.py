@@ -29,7 +29,8 @@ from latlib.config.paths import portable
 from latlib.config.profile import ModelSettings, ProfileError
 from latlib.experiment.build import RECORD, model_card, write_record
 from latlib.experiment.checkpoint import sync, sync_tree
-from latlib.experiment.run import Run, Spec
+from latlib.experiment.run import Run
+from latlib.experiment.spec import Spec
 from latlib.io.hub import Allowed, located, open_config, quietly
 from latlib.models import load, save_folder
 
@@ -55,7 +56,7 @@ def merge(
             f"method = {method!r} has no adapter of this run to merge: choose one that is trained"
             " here"
         )
-    if not run.has(spec):
+    if not run.layout.has(spec):
         raise FileNotFoundError(
             f"{spec.label} seed {seed} is not in {run.folder}: train it first, with ./run_all.sh"
         )
@@ -104,8 +105,8 @@ About the adapter:
 
 def _merged(run: Run, spec: Spec) -> tuple[nn.Module, Any, float]:
     """(merged model, tokenizer, largest difference of a logit from the adapter on its base)"""
-    base = run.model_folder(run.spec("base", spec.seed))
-    lm = load(base, _as_stored(base, run.profile.model), run.model_folder(spec))
+    base = run.layout.model_folder(spec.base)
+    lm = load(base, _as_stored(base, run.profile.model), run.layout.model_folder(spec))
     before = _logits(lm.model)
     with quietly():
         model = lm.model.merge_and_unload(safe_merge=True)

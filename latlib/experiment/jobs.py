@@ -1,40 +1,59 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
 On a CPU there is one worker per core, on a GPU there is one. Where several processes train one
-model together (`latlib.distributed.launch`), a worker has as many cores, or all the GPUs. A single
+model together (`latlib.experiment.launch`), a worker has as many cores, or all the GPUs. A single
 job runs here. The organism's kernels are so small that a second thread costs more than it brings
 (measured: docs/lab-log.md), so it runs on one thread a process; that also makes its results
 independent of who works beside whom.
 
 A job waits for the model it stands on. The first error stops everything that has not begun and is
 raised with the job's name; what was finished stays finished.
+
+Workers are forked from a server, a process that has imported everything and uses no thread. The
+imports take as long as a notebook's own, so the kernel starts the server before them
+(`start_server`), and the two run side by side. For that this module itself loads no torch.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import forkserver, get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import Any
 
 from latlib.config.profile import Profile
-from latlib.experiment import fork_server
 from latlib.io import progress
-from latlib.io.machine import available_cores, keep_freed_memory
-from latlib.models import resolve_device
+from latlib.io.machine import available_cores, keep_freed_memory, resolve_device
 
-if TYPE_CHECKING:
-    from latlib.experiment.run import Run, Spec
-    from latlib.redteam.latent import AttackCell
-
-# a model to make (''), or a suite or an attack to measure on it
-Job = tuple["Spec", "str | AttackCell"]
+OnStep = Callable[[int, int, str], None]  # step, total, detail
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
+PRELOADED = ["latlib.experiment.run"]  # by name: the server imports it, and this process need not
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work: `call(*arguments, on_step)`, a module's function, for another process may
+    be the one that calls it.
+
+    name: in progress lines and errors. key: names its progress file, no two have the same. after:
+    the key of another job that must be done before.
+    """
+
+    name: str
+    key: str
+    call: Callable[..., None]
+    arguments: tuple[Any, ...]
+    after: str = ""
+
+    def perform(self, on_step: OnStep) -> None:
+        """Do it here and now."""
+        self.call(*self.arguments, on_step)
 
 
 def worker_count(profile: Profile, jobs: int) -> int:
@@ -42,7 +61,8 @@ def worker_count(profile: Profile, jobs: int) -> int:
     together = profile.parallel.processes
     if resolve_device(profile.model.device).type != "cpu":
         return min(jobs, profile.workers or 1) if together == 1 else 1
-    return min(jobs, max(1, (profile.workers or min(available_cores(), MOST_WORKERS)) // together))
+    workers = profile.workers or min(available_cores(), MOST_WORKERS)
+    return min(jobs, max(1, workers // together))
 
 
 def threads_for(profile: Profile, processes: int = 1) -> int:
@@ -52,58 +72,52 @@ def threads_for(profile: Profile, processes: int = 1) -> int:
     return 1 if profile.model.source == "world" else max(1, available_cores() // processes)
 
 
-def name_of(job: Job) -> str:
-    """How a job is called in progress lines and errors."""
-    spec, what = job
-    return f"{what} of {spec.label} seed {spec.seed}" if what else f"{spec.label} seed {spec.seed}"
+def prepare_process(threads: int) -> None:
+    """Let this process use so many threads, and keep the memory it frees."""
+    import torch
+
+    keep_freed_memory()
+    torch.set_num_threads(threads)
 
 
-def work(run: Run, jobs: Sequence[Job]) -> None:
-    """Do all jobs, bases before what is trained on them. Raises the first job's error; `Stopped`
-    when asked to stop.
+def work(profile: Profile, folder: Path, jobs: Sequence[Job]) -> None:
+    """Do all jobs of a run folder, those first that others wait for.
+
+    Raises the first job's error; `Stopped` when asked to stop.
     """
     if not jobs:
         return
-    if worker_count(run.profile, len(jobs)) == 1 or len(jobs) == 1:
-        for number, job in enumerate(jobs, start=1):
-            label = name_of(job) + (f" ({number} of {len(jobs)})" if len(jobs) > 1 else "")
-            with progress.Progress(run.folder, label, 1) as bar:
-                run.perform(*job, _counter(bar))
+    count = worker_count(profile, len(jobs))
+    if count > 1:
+        _in_processes(folder, list(jobs), count, threads_for(profile, count))
         return
-    _in_processes(run, list(jobs))
+    for number, job in enumerate(jobs, start=1):
+        label = f"{job.name} ({number} of {len(jobs)})" if len(jobs) > 1 else job.name
+        with progress.Progress(folder, label, 1) as bar:
+            job.perform(bar.on_step)
 
 
-def _counter(bar: progress.Progress):
-    def on_step(step: int, total: int, detail: str) -> None:
-        bar.total = total
-        bar.update(step, detail)
-
-    return on_step
-
-
-def _in_processes(run: Run, jobs: list[Job]) -> None:
-    count = worker_count(run.profile, len(jobs))
-    threads = threads_for(run.profile, count)
+def _in_processes(folder: Path, jobs: list[Job], count: int, threads: int) -> None:
     # spinning barriers are ruinous on shared cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    folder, profile = run.folder, run.profile
-    waiting, running, done = list(jobs), {}, 0
     pool = ProcessPoolExecutor(
-        count, mp_context=fork_server.context(), initializer=_begin, initargs=(threads,)
+        count, mp_context=worker_context(), initializer=prepare_process, initargs=(threads,)
     )
+    label = f"{len(jobs)} jobs, {count} at a time"
+    waiting = list(jobs)
+    running: dict[Future, Job] = {}
+    done = 0
     try:
-        with progress.Progress(
-            folder, f"{len(jobs)} jobs, {count} at a time", 100 * len(jobs)
-        ) as bar:
+        with progress.Progress(folder, label, 100 * len(jobs)) as bar:
             while waiting or running:
-                for job in _ready(waiting, list(running.values()))[: count - len(running)]:
+                for job in _ready(waiting, running.values())[: count - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(_perform, profile, folder, job)] = job
+                    running[pool.submit(_perform, folder, job)] = job
                 finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    _result(future, running.pop(future))
+                    _raise_error(future, running.pop(future))
                     done += 1
-                share, detail = _progress_of(folder, list(running.values()))
+                share, detail = _progress_of(folder, running.values())
                 bar.update(int(100 * (done + share)), detail)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -111,56 +125,73 @@ def _in_processes(run: Run, jobs: list[Job]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _ready(waiting: list[Job], running: list[Job]) -> list[Job]:
-    """Jobs whose base model is neither waiting nor being made."""
-    unmade = {
-        spec.seed for spec, suite in [*waiting, *running] if spec.method == "base" and not suite
-    }
-    return [
-        (s, suite)
-        for s, suite in waiting
-        if s.seed not in unmade or (s.method == "base" and not suite)
-    ]
+def _ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
+    """Jobs that wait for none which is waiting or being done."""
+    unfinished = {job.key for job in (*waiting, *running)}
+    return [job for job in waiting if job.after not in unfinished]
 
 
-def _result(future: Future, job: Job) -> None:
+def _raise_error(future: Future, job: Job) -> None:
+    """Raise what a job raised, if it did."""
     try:
         future.result()
     except progress.Stopped:
         raise
     except Exception as error:
-        error.add_note(f"while working on {name_of(job)}") if hasattr(error, "add_note") else None
+        if hasattr(error, "add_note"):
+            error.add_note(f"while working on {job.name}")
         raise
 
 
-def _begin(threads: int) -> None:
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-
-
-def _perform(profile: Profile, folder: Path, job: Job) -> None:
-    from latlib.experiment.run import Run
-
-    label, file, last = name_of(job), _job_file(folder, job), 0.0
+def _perform(folder: Path, job: Job) -> None:
+    """Do a job in a worker, with a progress file of its own."""
+    file = _job_file(folder, job)
+    last = 0.0
 
     def on_step(step: int, total: int, detail: str) -> None:
         nonlocal last
         if time.monotonic() - last > progress.MIN_INTERVAL_S or step == total:
             last = time.monotonic()
-            progress.report(file, label, step, total, detail)
+            progress.report(file, job.name, step, total, detail)
 
-    Run(profile, folder).perform(*job, on_step)
+    job.perform(on_step)
     file.unlink(missing_ok=True)
 
 
 def _job_file(folder: Path, job: Job) -> Path:
-    spec, what = job
-    name = what if isinstance(what, str) else what.digest("")
-    return folder / "logs" / f".job-{name}-{spec.folder}.json"
+    return folder / "logs" / f".job-{job.key}.json"
 
 
-def _progress_of(folder: Path, running: list[Job]) -> tuple[float, str]:
+def _progress_of(folder: Path, running: Iterable[Job]) -> tuple[float, str]:
     """(jobs' worth of work done by the running jobs, one line about them)"""
-    records = [r for job in running if (r := progress.read(_job_file(folder, job)))]
-    share = sum(r["step"] / max(r["total"], 1) for r in records)
-    return share, " | ".join(f"{r['label']} {r['step']}/{r['total']}" for r in records)
+    share = 0.0
+    lines = []
+    for job in running:
+        if record := progress.read(_job_file(folder, job)):
+            share += record["step"] / max(record["total"], 1)
+            lines.append(f"{record['label']} {record['step']}/{record['total']}")
+    return share, " | ".join(lines)
+
+
+# ---- the server that workers are forked from
+
+
+def _has_server() -> bool:
+    """Whether this platform has fork servers."""
+    return "forkserver" in get_all_start_methods()
+
+
+def worker_context() -> BaseContext:
+    """How workers are started here: forked from the server, or anew where there is none."""
+    if not _has_server():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start_server() -> None:
+    """Start the server without waiting for it."""
+    if _has_server():
+        worker_context()
+        forkserver.ensure_running()

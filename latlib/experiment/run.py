@@ -1,36 +1,37 @@
 """A run's folder: what is there is loaded, what is missing is made, and nothing half-made looks
 finished.
 
-    run = Run("tiny") lm = run.model("lat", seed=0)                      # loads models/lat-seed0,
-    or trains it (and its base) first lm = run.model("lat", 0, {"attack.eps": 0.2})      # a variant
-    of your own, kept beside it run.ensure([("ssft", 0), ("lat", 0)])              # trains what is
-    missing, side by side table = run.evaluate("lat", 0, "audit")            # rows of the outcome
-    table, measured once
+    run = Run("tiny")
+    lm = run.model("lat", seed=0)                  # loads it, or trains it (and its base) first
+    lm = run.model("lat", 0, {"attack.eps": 0.2})  # a variant of your own, kept beside it
+    run.ensure([("ssft", 0), ("lat", 0)])          # trains what is missing, side by side
+    table = run.evaluate("lat", 0, "audit")        # rows of the outcome table, measured once
 
 A folder belongs to the settings it was made with: opening it with others is an error that says
-which differ.
+which differ. Which file lies where is `Run.layout`'s to say.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from latlib.config.profile import Profile, ProfileError, claim_folder, load_profile, run_folder
+from latlib.config.profile import Profile, ProfileError, load_profile, run_folder
+from latlib.distributed import ranks
 from latlib.evaluation.outcomes import OnStep, Subject
-from latlib.experiment import build
-from latlib.experiment.jobs import threads_for, work
+from latlib.experiment import build, launch
+from latlib.experiment.jobs import Job, prepare_process, threads_for, work
+from latlib.experiment.layout import Layout
+from latlib.experiment.spec import BASE, Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.hooks import Site
 from latlib.io.files import write_json, write_table
-from latlib.io.machine import keep_freed_memory
 from latlib.models import LanguageModel, load, load_released
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
@@ -55,33 +56,7 @@ PLAIN_SUITES = {
     "attacks": latent.attacks,
 }
 SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
-GEOMETRY, GEOMETRY_FILES = (
-    "geometry",
-    ("differences.safetensors", "directions.safetensors", "variance.json"),
-)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One model of a run: a method, a seed, and what it changes in the method's training
-    settings.
-    """
-
-    method: str
-    seed: int
-    changes: tuple[tuple[str, Any], ...] = ()
-    variant: str = ""
-
-    @property
-    def label(self) -> str:
-        """How tables name it: 'lat', or 'lat[no-kl]'."""
-        return f"{self.method}[{self.variant}]" if self.variant else self.method
-
-    @property
-    def folder(self) -> str:
-        """How folders name it: 'lat-seed0', or 'lat-no-kl-seed0'."""
-        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", f"-{self.variant}" if self.variant else "")
-        return f"{self.method}{slug}-seed{self.seed}"
+GEOMETRY_FILES = ("differences.safetensors", "directions.safetensors", "variance.json")
 
 
 class Run:
@@ -97,59 +72,19 @@ class Run:
     ) -> None:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
         self.folder = run_folder(self.profile.name, out)
-        claim_folder(self.profile, self.folder)
-        keep_freed_memory()
-        torch.set_num_threads(min(torch.get_num_threads(), threads_for(self.profile)))
+        self.layout = Layout(self.profile, self.folder)
+        self.layout.claim()
+        prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
 
-    def spec(
-        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
-    ) -> Spec:
+    def spec(self, method: str, seed: int = 0, variant: Variant = None) -> Spec:
         """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or
         dotted changes.
 
         Raises ProfileError for an unknown method, variant or field.
         """
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ProfileError(f"seed = {seed!r}: give a whole number >= 0")
-        if variant is None or variant == {}:
-            changes, name = {}, ""
-        elif isinstance(variant, str):
-            variants = self.profile.sweep.variants
-            if variant not in variants:
-                raise ProfileError(
-                    f"variant = {variant!r} is unknown: choose one of"
-                    f" {', '.join(variants) or 'none'}"
-                )
-            changes, name = variants[variant], variant
-        else:
-            changes, name = dict(variant), "+".join(f"{k}={v}" for k, v in sorted(variant.items()))
-        if changes and method in self.profile.released:
-            raise ProfileError(
-                f"variant = {variant!r}: {method} is released.{method}, which is not trained here"
-            )
-        if method != "base":
-            self.profile.training(method, changes)
-        elif changes:
-            raise ProfileError(f"variant = {variant!r}: the base model has none")
-        return Spec(method, seed, tuple(sorted(changes.items())), name)
+        return find_spec(self.profile, method, seed, variant)
 
-    def model_folder(self, spec: Spec) -> Path:
-        """Where a model of this run lies once it is made; of one that is not made
-        here, its source.
-        """
-        return Path(self._source(spec) or self.folder / "models" / spec.folder)
-
-    def _source(self, spec: Spec) -> str | None:
-        """The folder or hub id of a model that is not made here: another base than the world's, or
-        a released one.
-        """
-        if spec.method == "base":
-            return None if self.profile.model.source == "world" else self.profile.model.source
-        return self.profile.released.get(spec.method)
-
-    def has(self, spec: Spec) -> bool:
-        """Whether a model is made, or need not be. Folders are moved into place whole."""
-        return self._source(spec) is not None or self.model_folder(spec).is_dir()
+    # ---- models
 
     def ensure(self, models: Iterable[tuple]) -> None:
         """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases
@@ -159,80 +94,60 @@ class Run:
 
     def _ensure(self, models: Iterable[Spec]) -> None:
         specs = list(models)
-        bases = [self.spec("base", seed) for seed in dict.fromkeys(s.seed for s in specs)]
-        jobs = [(s, "") for s in dict.fromkeys([*bases, *specs]) if not self.has(s)]
-        work(self, jobs)
+        wanted = dict.fromkeys([*(spec.base for spec in specs), *specs])
+        missing = [spec for spec in wanted if not self.layout.has(spec)]
+        self._work([_making(self.layout, spec) for spec in missing])
 
-    def model(
-        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
-    ) -> LanguageModel:
+    def _work(self, jobs: list[Job]) -> None:
+        work(self.profile, self.folder, jobs)
+
+    def model(self, method: str, seed: int = 0, variant: Variant = None) -> LanguageModel:
         """The model, made first if need be, frozen and ready to run; 'base' is the model before
         safety training.
         """
         spec = self.spec(method, seed, variant)
-        self.ensure([(method, seed, variant)])
-        base = self.model_folder(self.spec("base", seed))
-        if method in self.profile.released:
-            return load_released(base, self.profile.model, self.profile.released[method])
-        return load(base, self.profile.model, None if method == "base" else self.model_folder(spec))
+        self._ensure([spec])
+        return _opened(self.layout, spec)
 
-    def card(
-        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def card(self, method: str, seed: int = 0, variant: Variant = None) -> dict[str, Any]:
         """What is recorded of a model's making: settings, seconds, last losses, residual norms.
 
         Raises ProfileError for a model that is not made here.
         """
-        if self._source(self.spec(method, seed, variant)):
-            raise ProfileError(
-                f"{method} is not made here: it is"
-                f" {self._source(self.spec(method, seed, variant))!r}"
-            )
-        self.ensure([(method, seed, variant)])
-        file = self.model_folder(self.spec(method, seed, variant)) / build.RECORD
-        return json.loads(file.read_text(encoding="utf-8"))
+        spec = self.spec(method, seed, variant)
+        if source := self.layout.source(spec):
+            raise ProfileError(f"{method} is not made here: it is {source!r}")
+        self._ensure([spec])
+        return _read_json(self.layout.model_folder(spec) / build.RECORD)
 
     def norms(self, seed: int = 0) -> dict[Site, float]:
         """site -> median residual norm of the base model on harmless training prompts, in units of
         the stream.
         """
-        file = self.folder / "results" / f"residual_norms-seed{seed}.json"
-        if not file.exists():
-            base = self.model("base", seed)
-            norms = build.measure_norms(base, self.profile, seed)
-            self.save_result(file.stem, {str(site): norm for site, norm in norms.items()})
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {site if site == "embedding" else int(site): norm for site, norm in found.items()}
+        if not self.layout.norms_file(seed).exists():
+            self._ensure([Spec(BASE, seed)])
+        return build.norms(self.layout, seed)
 
-    def metrics(
-        self, method: str, seed: int = 0, variant: str | Mapping[str, Any] | None = None
-    ) -> pd.DataFrame:
+    def metrics(self, method: str, seed: int = 0, variant: Variant = None) -> pd.DataFrame:
         """The training metrics of a model, a row a step."""
-        self.ensure([(method, seed, variant)])
-        return read_metrics(self.metrics_file(self.spec(method, seed, variant)))
+        spec = self.spec(method, seed, variant)
+        self._ensure([spec])
+        return read_metrics(self.layout.metrics_file(spec))
 
-    def metrics_file(self, spec: Spec) -> Path:
-        """The JSONL that a model's training writes."""
-        return self.folder / "metrics" / f"{spec.folder}.jsonl"
-
-    def subject(self, spec: Spec) -> Subject:
-        """What an evaluation suite needs to know about a model."""
-        method = "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
-        attack = self.profile.training(method).attack
-        return Subject(self.profile, spec.label, spec.seed, attack, self.norms(spec.seed))
+    # ---- the geometry of activations
 
     def differences(self, method: str, seed: int = 0) -> Differences:
         """Harmful-harmless activation differences of a model (see `refusal.Differences`), found
         once and kept.
         """
-        file = self._geometry_file(method, seed, "differences.safetensors")
+        file = self.layout.geometry_file(self.spec(method, seed), "differences.safetensors")
         if not file.exists():
             paired_differences(self.model(method, seed), self.profile).save(file)
         return Differences.load(file)
 
     def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
         """rule -> refusal direction of a model (see `refusal.directions`), found once and kept."""
-        file = self._geometry_file(method, seed, "directions.safetensors")
+        file = self.layout.geometry_file(self.spec(method, seed), "directions.safetensors")
         if not file.exists():
             found = find_directions(
                 self.model(method, seed), self.profile, self.differences(method, seed)
@@ -243,53 +158,44 @@ class Run:
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
         """Explained variance of a model's differences at their last token (see
         `geometry.variance_table`), found once and kept."""
-        file = self._geometry_file(method, seed, "variance.json")
+        file = self.layout.geometry_file(self.spec(method, seed), "variance.json")
         if not file.exists():
             found = self.differences(method, seed)
             site = fixed_site(len(found.pairs) - 1)
             write_json(variance_table(found.last(), found.clusters, site), file)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _read_json(file)
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
         """Find differences, directions and variance of every model of [(method, seed), ...], side
         by side.
         """
-        models = list(dict.fromkeys(models))
-        self.ensure(models)
-        missing = [
-            m
-            for m in models
-            if not all(self._geometry_file(*m, name).exists() for name in GEOMETRY_FILES)
-        ]
-        work(self, [(self.spec(*m), GEOMETRY) for m in missing])
+        specs = list(dict.fromkeys(self.spec(*m) for m in models))
+        self._ensure(specs)
+        missing = [spec for spec in specs if not self._has_geometry(spec)]
+        self._work([_finding_geometry(self.layout, spec) for spec in missing])
 
-    def _geometry_file(self, method: str, seed: int, name: str) -> Path:
-        folder = self.folder / "results" / "geometry" / self.spec(method, seed).folder
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
+    def _has_geometry(self, spec: Spec) -> bool:
+        return all(self.layout.geometry_file(spec, name).exists() for name in GEOMETRY_FILES)
+
+    # ---- outcomes
+
+    def subject(self, spec: Spec) -> Subject:
+        """What an evaluation suite needs to know about a model."""
+        method = "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
+        attack = self.profile.training(method).attack
+        return Subject(self.profile, spec.label, spec.seed, attack, self.norms(spec.seed))
 
     def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
         """Outcome rows of an attack of your own on a model, measured once and kept."""
         self.measure([((method, seed), cell)])
-        return pd.read_parquet(self.table_file(self.spec(method, seed), cell))
-
-    def table_file(self, spec: Spec, what: str | AttackCell) -> Path:
-        """Where the outcome rows of a suite or an attack lie."""
-        folder = self.folder / "results"
-        if isinstance(what, AttackCell):
-            return folder / "attacks" / f"{what.digest(spec.folder)}.parquet"
-        return folder / "outcomes" / f"{what}-{spec.folder}.parquet"
+        return pd.read_parquet(self.layout.table_file(self.spec(method, seed), cell))
 
     def evaluate(
-        self,
-        method: str,
-        seed: int = 0,
-        suite: str = "audit",
-        variant: str | Mapping[str, Any] | None = None,
+        self, method: str, seed: int = 0, suite: str = "audit", variant: Variant = None
     ) -> pd.DataFrame:
         """Outcome rows of a suite (see `SUITES`), measured once and kept."""
         self.measure([((method, seed, variant), suite)])
-        return pd.read_parquet(self.table_file(self.spec(method, seed, variant), suite))
+        return pd.read_parquet(self.layout.table_file(self.spec(method, seed, variant), suite))
 
     def measure(self, wanted: Iterable[tuple[tuple, str | AttackCell]]) -> None:
         """Measure what is missing of [(model, suite or attack), ...], side by side; the longest
@@ -303,17 +209,17 @@ class Run:
             raise ValueError(
                 f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}"
             )
-        jobs = list(dict.fromkeys((self.spec(*m), what) for m, what in wanted))
-        jobs = [(s, what) for s, what in jobs if not self.table_file(s, what).exists()]
-        self._ensure(s for s, _ in jobs)
-        if any(what == "ablation" for _, what in jobs):  # needs the directions of the other methods
-            self.find_geometry((m, s.seed) for s, _ in jobs for m in sources(self.profile))
+        pairs = list(dict.fromkeys((self.spec(*m), what) for m, what in wanted))
+        pairs = [(s, what) for s, what in pairs if not self.layout.table_file(s, what).exists()]
+        self._ensure(s for s, _ in pairs)
+        if any(what == "ablation" for _, what in pairs):  # needs the others' directions
+            self.find_geometry((m, s.seed) for s, _ in pairs for m in sources(self.profile))
         self.ensure(
-            (m, s.seed) for s, what in jobs if what == "transfer" for m in self.profile.methods
+            (m, s.seed) for s, what in pairs if what == "transfer" for m in self.profile.methods
         )
-        for seed in {s.seed for s, _ in jobs}:
+        for seed in {s.seed for s, _ in pairs}:
             self.norms(seed)
-        work(self, jobs)
+        self._work([_measuring(self.layout, spec, what) for spec, what in pairs])
 
     def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
         """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by
@@ -323,16 +229,18 @@ class Run:
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""
-        files = sorted((self.folder / "results" / "outcomes").glob("*.parquet"))
+        files = sorted(self.layout.outcomes.glob("*.parquet"))
         if not files:
             raise FileNotFoundError(
                 f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh"
             )
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
 
+    # ---- other results
+
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
         """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
-        file = self.folder / "results" / f"{name}.json"
+        file = self.layout.result_file(name)
         write_json(data, file)
         return file
 
@@ -340,52 +248,90 @@ class Run:
         """Read results/<name>.json. Raises FileNotFoundError naming what to run when
         it is missing.
         """
-        file = self.folder / "results" / f"{name}.json"
+        file = self.layout.result_file(name)
         if not file.exists():
             raise FileNotFoundError(
                 f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh"
             )
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _read_json(file)
 
-    def perform(self, spec: Spec, what: str | AttackCell, on_step) -> None:
-        """Do one job here and now: make a model (''), find its geometry, or measure a suite or an
-        attack on it.
-        """
-        if not what:
-            build.make_model(self, spec, on_step)
-            return
-        if what == GEOMETRY:
-            self.directions(spec.method, spec.seed)
-            self.variance(spec.method, spec.seed)
-            return
-        lm = self.model(
-            spec.method, spec.seed, dict(spec.changes) if not spec.variant else self._variant(spec)
-        )
-        write_table(self._rows(lm, spec, what, on_step), self.table_file(spec, what))
 
-    def _rows(
-        self, lm: LanguageModel, spec: Spec, what: str | AttackCell, on_step: OnStep
-    ) -> pd.DataFrame:
-        """Outcome rows of a suite or an attack, which is given what else it needs."""
-        subject, seed = self.subject(spec), spec.seed
-        if isinstance(what, AttackCell):
-            return what.measure(lm, subject)
-        if what == "jailbreaks":
-            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
-            if suffixes:
-                found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
-                self.save_result(f"suffixes-{spec.folder}", found)
-            return table
-        if what == "transfer":
-            targets = {
-                method: lm if method == spec.label else self.model(method, seed)
-                for method in self.profile.methods
-            }
-            return latent.transfer(lm, subject, targets, on_step)
-        if what == "ablation":
-            directions = {m: self.directions(m, seed) for m in sources(self.profile)}
-            return ablation(lm, subject, directions, self.differences(spec.label, seed), on_step)
-        return PLAIN_SUITES[what](lm, subject, on_step)
+def _opened(layout: Layout, spec: Spec) -> LanguageModel:
+    """A model that is there."""
+    base, settings = layout.model_folder(spec.base), layout.profile.model
+    if spec.method in layout.profile.released:
+        return load_released(base, settings, layout.profile.released[spec.method])
+    adapter = None if spec.method == BASE else layout.model_folder(spec)
+    return load(base, settings, adapter)
 
-    def _variant(self, spec: Spec) -> str | dict[str, Any]:
-        return spec.variant if spec.variant in self.profile.sweep.variants else dict(spec.changes)
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---- jobs: what a worker does
+
+
+def _making(layout: Layout, spec: Spec) -> Job:
+    """The job of making a model, after its base."""
+    after = "" if spec.method == BASE else spec.base.folder
+    return Job(_name(spec), spec.folder, _make, (layout, spec), after)
+
+
+def _finding_geometry(layout: Layout, spec: Spec) -> Job:
+    """The job of finding a model's differences, directions and variance."""
+    key = f"geometry-{spec.folder}"
+    return Job(f"geometry of {_name(spec)}", key, _find_geometry, (layout, spec))
+
+
+def _measuring(layout: Layout, spec: Spec, what: str | AttackCell) -> Job:
+    """The job of measuring a suite or an attack on a model."""
+    key = f"{what if isinstance(what, str) else what.digest('')}-{spec.folder}"
+    return Job(f"{what} of {_name(spec)}", key, _measure, (layout, spec, what))
+
+
+def _name(spec: Spec) -> str:
+    return f"{spec.label} seed {spec.seed}"
+
+
+def _make(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Make a model: in this process, or in several that are started for it."""
+    several = layout.profile.parallel.processes > 1 and not ranks.is_distributed()
+    if several and spec.method != BASE:
+        launch.launch(layout, spec, on_step)
+    else:
+        build.make_model(layout, spec, on_step)
+
+
+def _find_geometry(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    run = Run(layout.profile, layout.folder)
+    run.directions(spec.method, spec.seed)
+    run.variance(spec.method, spec.seed)
+
+
+def _measure(layout: Layout, spec: Spec, what: str | AttackCell, on_step: OnStep) -> None:
+    run = Run(layout.profile, layout.folder)
+    write_table(_rows(run, spec, what, on_step), layout.table_file(spec, what))
+
+
+def _rows(run: Run, spec: Spec, what: str | AttackCell, on_step: OnStep) -> pd.DataFrame:
+    """Outcome rows of a suite or an attack, which is given what else it needs."""
+    lm, subject, seed = _opened(run.layout, spec), run.subject(spec), spec.seed
+    if isinstance(what, AttackCell):
+        return what.measure(lm, subject)
+    if what == "jailbreaks":
+        table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
+        if suffixes:
+            found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
+            run.save_result(f"suffixes-{spec.folder}", found)
+        return table
+    if what == "transfer":
+        targets = {
+            method: lm if method == spec.label else run.model(method, seed)
+            for method in run.profile.methods
+        }
+        return latent.transfer(lm, subject, targets, on_step)
+    if what == "ablation":
+        directions = {method: run.directions(method, seed) for method in sources(run.profile)}
+        return ablation(lm, subject, directions, run.differences(spec.label, seed), on_step)
+    return PLAIN_SUITES[what](lm, subject, on_step)

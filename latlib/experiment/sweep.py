@@ -35,10 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from latlib.config.profile import Profile, ProfileError, SweepSettings
-from latlib.experiment.run import Run, Spec
+from latlib.experiment.run import Run
+from latlib.experiment.spec import Spec
 from latlib.experiment.sweep_tasks import SUITE, base_paths, make_base, make_trial, packed, unpack
 from latlib.io.machine import available_cores
-from latlib.runner.pipeline import DONE, FAILED, STOPPED, USAGE, UsageError, locked
+from latlib.io.progress import ExitStatus
 
 RETRIES = 3  # of a trial whose process or machine was lost; an error of its own is not retried
 REMIND_S = 60.0  # after which the driver says that it waits
@@ -130,7 +131,7 @@ def sweep(
 
 
 def _is_made(run: Run, trial: Spec, adapter: bool) -> bool:
-    return run.table_file(trial, SUITE).exists() and (not adapter or run.has(trial))
+    return run.layout.table_file(trial, SUITE).exists() and (not adapter or run.layout.has(trial))
 
 
 def _name(trial: Spec) -> str:
@@ -349,14 +350,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # trials share cores
     try:
         run = Run(options.pop("profile"), options.pop("out"))
-        with locked(run.folder):
-            return FAILED if sweep(run, **options).failed else DONE
-    except (ProfileError, UsageError, SweepError) as error:
+        with run.layout.locked():
+            failed = sweep(run, **options).failed
+            return ExitStatus.FAILED if failed else ExitStatus.DONE
+    except (ProfileError, SweepError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        return ExitStatus.USAGE
     except KeyboardInterrupt:
         print("\nstopped; what was finished is saved: continue with the same command", flush=True)
-        return STOPPED
+        return ExitStatus.STOPPED
 
 
 if __name__ == "__main__":

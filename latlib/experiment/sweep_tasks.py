@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from latlib.config.profile import FREE_FIELDS, Profile, validated
-from latlib.experiment.run import Run, Spec
+from latlib.experiment.run import Run
+from latlib.experiment.spec import Spec
 from latlib.models import save_folder
 
 SUITE = "variant"  # what is measured on a trial's model
@@ -94,17 +95,17 @@ def base_paths(run: Run, seed: int) -> list[Path]:
     """
     base = run.spec("base", seed)
     model = (
-        [run.model_folder(base), run.metrics_file(base)]
+        [run.layout.model_folder(base), run.layout.metrics_file(base)]
         if run.profile.model.source == "world"
         else []
     )
-    return [*model, run.folder / "results" / f"residual_norms-seed{seed}.json"]
+    return [*model, run.layout.norms_file(seed)]
 
 
 def trial_paths(run: Run, trial: Spec, adapter: bool) -> list[Path]:
     """What is kept of a trial, its table last: where that is, all is."""
-    model = [run.model_folder(trial)] if adapter else []
-    return [*model, run.metrics_file(trial), run.table_file(trial, SUITE)]
+    model = [run.layout.model_folder(trial)] if adapter else []
+    return [*model, run.layout.metrics_file(trial), run.layout.table_file(trial, SUITE)]
 
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:

@@ -1,4 +1,7 @@
-"""What this machine offers to a process: cores, and memory that stays mapped."""
+"""What this machine offers to a process: cores, memory that stays mapped, devices and precisions.
+
+torch is loaded by what needs it, so that a process which only counts cores starts at once.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import os
 import sys
 import warnings
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
+from latlib.errors import SettingError
+
+if TYPE_CHECKING:
+    import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
@@ -39,6 +46,8 @@ def can_compile(device: str) -> bool:
     """Whether `torch.compile` works on this kind of device (a CPU needs a C++ compiler, a GPU
     Triton); warns if not.
     """
+    import torch
+
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing, the same code runs without
@@ -49,3 +58,30 @@ def can_compile(device: str) -> bool:
         )
         return False
     return True
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is CUDA where there is one, else the CPU. Raises SettingError for a device this
+    machine lacks.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingError(
+            f"model.device = {device!r} but torch sees no GPU: set it to 'auto' or 'cpu'"
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 where the hardware multiplies it natively, else float32."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if native() else torch.float32

@@ -15,10 +15,21 @@ import json
 import os
 import sys
 import time
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
+
+
+class ExitStatus(IntEnum):
+    """How a command of latlib ends."""
+
+    DONE = 0
+    FAILED = 1  # something went wrong on the way
+    USAGE = 2  # a wrong option or setting
+    INCOMPLETE = 3  # something that a run needs is missing
+    STOPPED = 75  # by a signal, everything saved: the same command continues
 
 
 class Stopped(RuntimeError):
@@ -129,6 +140,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def on_step(self, step: int, total: int, detail: str) -> None:
+        """The same of work that says itself how many steps it has."""
+        self.total = total
+        self.update(step, detail)
 
     def __exit__(self, *_: object) -> None:
         report(self.path, self.label, self._step, self.total, self._detail)

@@ -7,7 +7,7 @@
    `<run>/logs/NN_name.log`.
 3. The kernel is this very Python, whatever kernelspecs the user has installed, in the notebook's
    own folder (as in JupyterLab and nbval), and a signal handler can reach it
-   (`latlib.runner.kernel_signals`).
+   (`latlib.runner.kernel`).
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from latlib.io.progress import Stopped
-from latlib.runner.kernel_signals import Kernel
+from latlib.runner import kernel as kernel_process
+from latlib.runner.kernel import Kernel
 
 ENGINE = "latlib"
-# its imports run beside the notebook's
-_FIRST = "__import__('latlib.experiment.fork_server').fork_server.start()"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -59,14 +58,7 @@ class _ThisPython(KernelSpecManager):
     """
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [
-            sys.executable,
-            "-m",
-            "ipykernel_launcher",
-            "-f",
-            "{connection_file}",
-            f"--IPKernelApp.exec_lines={_FIRST}",
-        ]
+        argv = [sys.executable, "-m", kernel_process.__name__, "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import fcntl
-import importlib
 import os
 import shutil
 import signal
@@ -31,16 +29,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from latlib.config.profile import ProfileError, claim_folder, find_share, load_profile, run_folder
+from latlib.config.profile import ProfileError, find_share, load_profile, run_folder
+from latlib.experiment.layout import Layout
 from latlib.io import progress
-from latlib.runner.kernel_signals import Kernel
+from latlib.io.progress import ExitStatus
+from latlib.runner.kernel import Kernel
 
 if TYPE_CHECKING:
     from latlib.runner.notebooks import Failure
 
-DONE, FAILED, USAGE, INCOMPLETE, STOPPED = 0, 1, 2, 3, 75
 REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
 # What a run folder may hold; `--fresh` empties no folder that holds anything else and no
 # profile.yaml.
@@ -147,26 +147,6 @@ def empty_run_folder(folder: Path) -> None:
             entry.unlink()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder, so that two pipelines never write into the same one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise UsageError(
-            f"run folder {folder} cannot be written ({error.strerror}): choose another with --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another run is using {folder}: wait for it, or choose another with --out"
-            ) from None
-        yield
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}"
@@ -257,10 +237,10 @@ def run_all(notebooks: list[Path], folder: Path, parameters: dict[str, Any], ker
             print(
                 "\nstopped; what was finished is saved: continue with the same command", flush=True
             )
-            return STOPPED
+            return ExitStatus.STOPPED
         if failure is not None:
             _say_failure(failure)
-            return FAILED
+            return ExitStatus.FAILED
     print(f"{'all':<20} {_clock(time.monotonic() - started):>6}  ok", flush=True)
     report = next((n for n in notebooks if n.stem == "99_report"), None)
     if report is not None:
@@ -271,9 +251,9 @@ def run_all(notebooks: list[Path], folder: Path, parameters: dict[str, Any], ker
             export_html(executed, folder / "report.html")
         except (ExportError, OSError) as error:
             print(f"\nfailed: report.html from {executed}\n{error}", flush=True)
-            return FAILED
+            return ExitStatus.FAILED
         print(f"\nreport: {folder / 'report.html'}", flush=True)
-    return DONE
+    return ExitStatus.DONE
 
 
 @contextlib.contextmanager
@@ -316,6 +296,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check() -> ModuleType:
+    """`latlib.planning.check`, loaded where it is asked for: it needs torch, which takes seconds
+    that a run of the made-up world's notebooks need not wait.
+    """
+    from latlib.planning import check
+
+    return check
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -337,22 +326,21 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UsageError(
                     "--check goes with --profile, --out and --json, and --json with --check only"
                 )
-            return importlib.import_module("latlib.planning.check").main(
-                profile, folder, options.json
-            )
+            return _check().main(profile, folder, options.json)
         notebooks = select(
             find_notebooks(options.notebooks or find_share("notebooks")), options.only
         )
         if profile.model.source != "world" and not options.unchecked:
-            if lacks := importlib.import_module("latlib.planning.check").lacking(profile, folder):
+            if lacks := _check().lacking(profile, folder):
                 print(f"{lacks}\nmend that, or run anyway with --unchecked", file=sys.stderr)
-                return INCOMPLETE
+                return ExitStatus.INCOMPLETE
         if options.fresh:
             check_run_folder(folder)  # before even a lock is put there
-        with locked(folder):
+        layout = Layout(profile, folder)
+        with layout.locked():
             if options.fresh:
                 empty_run_folder(folder)
-            claim_folder(profile, folder)
+            layout.claim()
             # this and the next: left by a run that was killed
             (folder / "STOP").unlink(missing_ok=True)
             shutil.rmtree(folder / "notebooks" / ".unfinished", ignore_errors=True)
@@ -366,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
                     shutil.rmtree(folder / "notebooks" / ".unfinished", ignore_errors=True)
     except (ProfileError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        return ExitStatus.USAGE
 
 
 if __name__ == "__main__":

@@ -205,7 +205,10 @@ def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path
     they were made.
     """
     _, run = finished
-    released = {"ssft": tree["model"]["source"], "lat": str(run.model_folder(run.spec("lat", 0)))}
+    released = {
+        "ssft": tree["model"]["source"],
+        "lat": str(run.layout.model_folder(run.spec("lat", 0))),
+    }
     changed = {**tree, "name": "released", "released": released, "sweep": {"variants": {}}}
     changed["methods"] = {name: tree["methods"][name] for name in released}
     changed["roles"] = {"undefended": "ssft", "main": "lat"}
@@ -260,7 +263,7 @@ base, ssft, lat = (run.model(method) for method in ("base", "ssft", "lat"))
 ids = torch.tensor([[5, 6, 7]])
 assert torch.equal(base.model(input_ids=ids).logits, ssft.model(input_ids=ids).logits)
 assert not torch.equal(base.model(input_ids=ids).logits, lat.model(input_ids=ids).logits)
-assert load_tokenizer(run.model_folder(run.spec("base")), run.profile.model).chat_template
+assert load_tokenizer(run.layout.model_folder(run.spec("base")), run.profile.model).chat_template
 merge(run, "lat", 0, {str(tmp_path / "merged")!r})
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}

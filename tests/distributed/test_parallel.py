@@ -29,11 +29,11 @@ from latlib.config.sections import (
     ParallelSettings,
     TrainSettings,
 )
-from latlib.distributed import launch as parallel
 from latlib.distributed import ranks
 from latlib.distributed.ranks import adapter_state, wrap
 from latlib.evaluation.generate import write
-from latlib.experiment import build, fork_server, jobs
+from latlib.experiment import build, jobs
+from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
 from latlib.io.progress import Stopped
 from latlib.train import Trainer
@@ -203,14 +203,14 @@ def stopped_after(mode: str, folder: Path) -> dict:
             stop.touch()
 
     try:
-        build.make_model(run, run.spec("lat"), on_step)
+        build.make_model(run.layout, run.spec("lat"), on_step)
     except Stopped as error:
         found["said"] = str(error)
     build.stop_requested = requested
     ranks.wait()
     stop.unlink(missing_ok=True)
     ranks.wait()
-    build.make_model(run, run.spec("lat"), lambda step, total, detail: None)
+    build.make_model(run.layout, run.spec("lat"), lambda step, total, detail: None)
     return found
 
 
@@ -289,7 +289,7 @@ def pair(folder, alone) -> dict:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        fork_server.context().Process(target=one_of_two, args=(rank, port, folder))
+        jobs.worker_context().Process(target=one_of_two, args=(rank, port, folder))
         for rank in (0, 1)
     ]
     for process in started:
@@ -512,7 +512,7 @@ def trained_alone(folder) -> Run:
 
 def assert_equal_runs(run: Run, alone: Run) -> None:
     """An adapter folder and the metrics, up to float32's rounding."""
-    folders = [r.model_folder(r.spec("lat")) for r in (run, alone)]
+    folders = [r.layout.model_folder(r.spec("lat")) for r in (run, alone)]
     assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
     found, expected = (load_file(f / "adapter_model.safetensors") for f in folders)
     assert found.keys() == expected.keys()
@@ -570,7 +570,7 @@ def launch_script(run, monkeypatch, script: str, on_step=lambda *_: None):
         ]
 
     monkeypatch.setattr(parallel, "_command", command)
-    parallel.launch(run, run.spec("lat"), on_step)
+    parallel.launch(run.layout, run.spec("lat"), on_step)
 
 
 SAY = (

@@ -111,14 +111,14 @@ def told_of_this_machine(folder):
 
 
 def test_no_path_of_this_machine_is_in_either_folder(run, merged):
-    for folder in (merged, run.model_folder(run.spec("lat", 0, "no-kl"))):
+    for folder in (merged, run.layout.model_folder(run.spec("lat", 0, "no-kl"))):
         assert told_of_this_machine(folder) == []
 
 
 def test_both_folders_hold_the_whole_profile(run, merged):
     for folder in (
         merged,
-        run.model_folder(run.spec("lat", 0, "no-kl")),
+        run.layout.model_folder(run.spec("lat", 0, "no-kl")),
         run.folder / "models" / "base-seed0",
     ):
         assert (

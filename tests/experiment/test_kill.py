@@ -15,7 +15,8 @@ import torch
 
 from latlib import train
 from latlib.config.profile import load_profile
-from latlib.experiment import build, checkpoint, fork_server
+from latlib.experiment import build, checkpoint
+from latlib.experiment.jobs import worker_context
 from latlib.experiment.run import Run
 from latlib.experiment.tracking import Tracker
 
@@ -90,11 +91,11 @@ def result(run, model):
     it.
     """
     spec = run.spec(*model)
-    folder = run.model_folder(spec)
+    folder = run.layout.model_folder(spec)
     found = {name: (folder / name).read_bytes() for name in FILES}
     record = json.loads((folder / "latlib.json").read_text())
     record.pop("seconds")
-    lines = [json.loads(line) for line in run.metrics_file(spec).read_text().splitlines()]
+    lines = [json.loads(line) for line in run.layout.metrics_file(spec).read_text().splitlines()]
     return found | {
         "record": record,
         "log": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
@@ -114,7 +115,7 @@ def uninterrupted(base, tmp_path_factory):
 
 
 def killed(folder, models, moment):
-    process = fork_server.context().Process(target=child, args=(folder, models, moment))
+    process = worker_context().Process(target=child, args=(folder, models, moment))
     process.start()
     process.join(60)
     return process.exitcode
@@ -131,7 +132,7 @@ def test_killed_and_started_again_it_ends_the_same(base, uninterrupted, tmp_path
     folder, models = tmp_path / "run", MODELS[keep]
     shutil.copytree(base, folder)
     assert killed(folder, models, moment) == -signal.SIGKILL
-    made = Run("smoke", folder).has(Run("smoke", folder).spec(*models[0]))
+    made = Run("smoke", folder).layout.has(Run("smoke", folder).spec(*models[0]))
     assert made == (moment == "before the checkpoints are deleted")
     saved = list((folder / "models").glob(".*.checkpoints/step-*.pt"))
     # and they stay until the adapter is in its place
@@ -156,12 +157,12 @@ COMMAND = """
 import os, signal
 from latlib.experiment import build
 from latlib.experiment.run import Run
-saved = make.save_checkpoint
+saved = build.save_checkpoint
 def save_and_die(*args, **kwargs):
     saved(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
 if {dies}:
-    make.save_checkpoint = save_and_die
+    build.save_checkpoint = save_and_die
 Run("smoke", {folder!r}).ensure([("lat", 0)])
 """
 

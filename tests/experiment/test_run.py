@@ -19,13 +19,13 @@ def run(tmp_path_factory):
 
 
 def adapter(run, method, seed=0):
-    return load_file(run.model_folder(run.spec(method, seed)) / "adapter_model.safetensors")
+    return load_file(run.layout.model_folder(run.spec(method, seed)) / "adapter_model.safetensors")
 
 
 def test_plain_steps_are_done_once_and_change_no_bit(run, tmp_path):
     alone = Run("smoke", tmp_path / "alone")
     base = alone.folder / "models" / "base-seed0"
-    base.symlink_to(run.model_folder(run.spec("base", 0)))
+    base.symlink_to(run.layout.model_folder(run.spec("base", 0)))
     (alone.folder / "results" / "residual_norms-seed0.json").write_bytes(
         (run.folder / "results" / "residual_norms-seed0.json").read_bytes()
     )
@@ -41,7 +41,7 @@ def test_plain_steps_are_done_once_and_change_no_bit(run, tmp_path):
 
 
 def test_what_is_made_is_not_made_again(run):
-    folder = run.model_folder(run.spec("lat", 0))
+    folder = run.layout.model_folder(run.spec("lat", 0))
     before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
     Run("smoke", run.folder).model("lat", 0)
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
@@ -51,7 +51,7 @@ def test_an_adapter_is_a_standard_one_with_a_card(run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = run.model_folder(run.spec("lat", 0))
+    folder = run.layout.model_folder(run.spec("lat", 0))
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folder.parent / "base-seed0"), folder
     )
@@ -124,7 +124,7 @@ def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
     """
     cells = attack_cells(run)
     run.measure([(("ssft", 0), cell) for cell in cells])
-    files = {run.table_file(run.spec("ssft", 0), cell) for cell in cells}
+    files = {run.layout.table_file(run.spec("ssft", 0), cell) for cell in cells}
     assert len(files) == len(cells) and all(file.exists() for file in files)
     alone = Run("smoke", tmp_path / "alone")
     for name in ("models/base-seed0", "models/ssft-seed0", "results/residual_norms-seed0.json"):
@@ -147,23 +147,21 @@ def test_suites_and_attacks_share_one_call(run):
         (run.spec("lat", 0, "no-kl"), "variant"),
         (run.spec("lat", 0), cell),
     ):
-        assert run.table_file(spec, what).exists()
+        assert run.layout.table_file(spec, what).exists()
 
 
 def test_an_unknown_suite_is_named_before_anything_is_made(run):
     with pytest.raises(ValueError, match="suite = 'audti' is unknown: choose one of audit"):
         run.measure([(("at", 1), "audti")])
-    assert not run.has(run.spec("at", 1))
+    assert not run.layout.has(run.spec("at", 1))
 
 
 def test_a_table_that_is_there_needs_no_model(run, monkeypatch):
     """Tables come home from a sweep without their models: nothing is trained to read them."""
     table = run.evaluate("lat", 0, "audit")
-    file = run.table_file(run.spec("lat", 0, {"attack.eps": 0.3}), "audit")
+    file = run.layout.table_file(run.spec("lat", 0, {"attack.eps": 0.3}), "audit")
     table.to_parquet(file)
-    monkeypatch.setattr(
-        "latlib.experiment.run.work", lambda run, jobs: jobs and pytest.fail(f"made {jobs}")
-    )
+    monkeypatch.setattr(Run, "_work", lambda self, jobs: jobs and pytest.fail(f"made {jobs}"))
     try:
         assert run.evaluate("lat", 0, "audit", {"attack.eps": 0.3}).equals(table)
     finally:

@@ -192,10 +192,11 @@ def test_a_sweep_gives_what_the_same_trials_give_here(swept, local):
     wanted = sweeping.trials(local)
     assert len(wanted) == 4 and set(swept.result.done) == set(wanted) and not swept.result.failed
     for trial in wanted:
-        ours, theirs = (run.table_file(trial, "variant") for run in (local, swept.run))
+        ours, theirs = (run.layout.table_file(trial, "variant") for run in (local, swept.run))
         assert ours.read_bytes() == theirs.read_bytes(), trial.label
         weights = [
-            run.model_folder(trial) / "adapter_model.safetensors" for run in (local, swept.run)
+            run.layout.model_folder(trial) / "adapter_model.safetensors"
+            for run in (local, swept.run)
         ]
         assert weights[0].read_bytes() == weights[1].read_bytes(), trial.label
         curves = [run.metrics("lat", trial.seed, dict(trial.changes)) for run in (local, swept.run)]
@@ -233,9 +234,7 @@ def test_a_second_sweep_and_a_run_here_make_nothing(swept, monkeypatch):
     assert (
         sweeping.main(["--profile", str(file), "--out", str(swept.run.folder), "--adapters"]) == 0
     )
-    monkeypatch.setattr(
-        Run, "perform", lambda self, spec, what, on_step: pytest.fail(f"{spec} is made again")
-    )
+    monkeypatch.setattr(Run, "_work", lambda self, jobs: jobs and pytest.fail(f"made {jobs}"))
     swept.run.evaluate("lat", 1, "variant", {"attack.eps": 0.1, "defence.kl": 1.0})
     after = {
         f: f.stat().st_mtime_ns
@@ -282,7 +281,7 @@ def test_what_is_finished_is_kept_when_a_sweep_is_stopped(swept, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         sweep(run, scratch=scratch, say=interrupt)
-    finished = [t for t in sweeping.trials(run) if run.table_file(t, "variant").exists()]
+    finished = [t for t in sweeping.trials(run) if run.layout.table_file(t, "variant").exists()]
     assert len(finished) == 1 and "1 trials left" in lines[-1]
     (other,) = set(sweeping.trials(run)) - set(finished)
     (lock,) = scratch.glob(f"*/{other.folder}.lock")

@@ -31,7 +31,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def trainer(run):
-    return build.make_trainer(run, run.spec("lat", 0, {"evaluate_every": 2, "evaluate_prompts": 5}))
+    return build.make_trainer(
+        run.layout, run.spec("lat", 0, {"evaluate_every": 2, "evaluate_prompts": 5})
+    )
 
 
 def look_of(step=1, **changes) -> Look:
@@ -46,7 +48,9 @@ def look_of(step=1, **changes) -> Look:
 
 
 def adapter(run, changes):
-    return load_file(run.model_folder(run.spec("lat", 0, changes)) / "adapter_model.safetensors")
+    return load_file(
+        run.layout.model_folder(run.spec("lat", 0, changes)) / "adapter_model.safetensors"
+    )
 
 
 def test_looking_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
@@ -344,7 +348,7 @@ def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
 def test_what_changes_no_result_keeps_plain_steps_shared(run, changes, same):
     spec, settings = run.spec("lat"), run.profile.training("lat")
     files = [
-        build._plain_steps_files(run, spec, s)
+        build._plain_steps_files(run.layout, spec, s)
         for s in (settings, settings.model_copy(update=changes))
     ]
     assert files[0] and (files[0] == files[1]) == same

@@ -141,7 +141,7 @@ def test_a_run_does_not_take_leftovers_for_outcomes(tmp_path, monkeypatch):
             write_table(NEW, folder / "audit-lat-seed0.parquet")
     assert len(list(folder.iterdir())) == 2
     assert run.outcomes().equals(OLD)
-    assert not run.table_file(run.spec("lat"), "audit").exists()
+    assert not run.layout.table_file(run.spec("lat"), "audit").exists()
 
 
 def test_a_run_keeps_its_results_whole(tmp_path, monkeypatch):

@@ -1,6 +1,10 @@
-"""Stops a notebook's kernel so that it can save first. Imports nothing heavy: signal handlers are
-set before all else.
+"""A notebook's kernel: how it starts, and how it is stopped so that it can save first. Imports
+nothing heavy: signal handlers are set before all else.
 
+`main` is what runs in the kernel's process. It starts the server that workers are forked from
+(`latlib.experiment.jobs`), whose imports then run beside the notebook's own.
+
+`Kernel.stop` ends one that is at work:
 1. A file `<run>/STOP` asks the loop in the kernel to save and leave
    (`latlib.io.progress.stop_requested`).
 2. After SIGINT_AFTER_S a SIGINT, after SIGKILL_AFTER_S a SIGKILL goes to the kernel's whole process
@@ -16,11 +20,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from latlib.experiment.jobs import start_server
 
 # a small model has saved 0.4-1.1 s after STOP; a step longer than this is lost, not the run
 SIGINT_AFTER_S = 2.0
@@ -69,3 +76,19 @@ class Kernel:
             time.sleep(wait)
             if manager is not None and self.manager is manager:  # still the same notebook
                 self.send(number)
+
+
+def main() -> None:
+    """Be a kernel, as `python -m ipykernel_launcher` is, with the workers' server beside it."""
+    if sys.path[0] == os.getcwd():
+        del sys.path[0]  # the kernel puts it back once it has started
+    from ipykernel.kernelapp import IPKernelApp
+
+    kernel = IPKernelApp.instance()
+    kernel.initialize()
+    start_server()  # now, for what workers print goes where the kernel's output goes
+    kernel.start()
+
+
+if __name__ == "__main__":
+    main()

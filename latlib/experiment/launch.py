@@ -1,10 +1,10 @@
-"""Start the processes that train one adapter together: from a notebook, or by hand under torchrun.
+r"""Start the processes that train one adapter together: from a notebook, or by hand under torchrun.
 
 From a notebook nothing changes: with `parallel: {processes: 4, mode: ddp}` in the profile,
 `run.ensure` comes here.
 1. `launch` writes the job to a JSON file and starts torchrun, which starts this module in every
    process.
-2. Each joins the group and makes the model as one process would (`make`); process 0 logs, writes
+2. Each joins the group and makes the model as one process would (`build`); process 0 logs, writes
    and reports progress, which `launch` passes on. A file STOP in the run folder stops all of them
    after the same step.
 3. What ends them, an error or a stop, is left in another JSON file; `launch` raises it again. If
@@ -12,9 +12,10 @@ From a notebook nothing changes: with `parallel: {processes: 4, mode: ddp}` in t
 
 By hand, on one machine or (with torchrun's own options) on several that share the run folder:
 
-    torchrun --nproc-per-node 2 -m latlib.distributed.launch --profile my.yaml --method lat --seed 0
-    --out runs/mine accelerate launch --multi_gpu --num_processes 2 -m latlib.distributed.launch
-    --profile my.yaml --method lat --seed 0
+    torchrun --nproc-per-node 2 -m latlib.experiment.launch \
+        --profile my.yaml --method lat --seed 0 --out runs/mine
+    accelerate launch --multi_gpu --num_processes 2 -m latlib.experiment.launch \
+        --profile my.yaml --method lat --seed 0
 
 The mode is the profile's `parallel.mode`; the number of processes is what was started.
 """
@@ -30,37 +31,36 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
 
 import latlib
 from latlib.config.profile import Profile, ProfileError, load_profile, run_folder, validated
 from latlib.distributed import ranks
-from latlib.experiment.jobs import threads_for
+from latlib.experiment import build
+from latlib.experiment.jobs import OnStep, prepare_process, threads_for
+from latlib.experiment.layout import Layout
+from latlib.experiment.spec import Spec, find_spec
 from latlib.io.files import write_json
 from latlib.io.progress import Progress, Stopped, read
-
-if TYPE_CHECKING:
-    from latlib.experiment.run import Run, Spec
-    from latlib.hooks import Site
-    from latlib.models import LanguageModel
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for processes that are asked to end, before they are killed
 LAST_LINES = 30  # of the processes' output, in the error
-OnStep = Callable[[int, int, str], None]
 
 
-def launch(run: Run, spec: Spec, on_step: OnStep) -> None:
-    """Train the adapter of `spec` in `run.profile.parallel.processes` processes; its base must be
+def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Train the adapter of `spec` in `profile.parallel.processes` processes; its base must be
     there.
 
-    on_step(step, total, detail) as in `make.make_model`. Raises `Stopped` when all have saved and
+    on_step(step, total, detail) as in `build.make_model`. Raises `Stopped` when all have saved and
     left, ProfileError for settings that several processes cannot follow, RuntimeError with the last
     lines they wrote when one has failed.
     """
-    count, logs = run.profile.parallel.processes, run.folder / "logs"
+    count, logs = layout.profile.parallel.processes, layout.logs
     job, log = logs / f".parallel-{spec.folder}.json", logs / f"parallel-{spec.folder}.log"
     wanted = {
         "method": spec.method,
@@ -71,10 +71,14 @@ def launch(run: Run, spec: Spec, on_step: OnStep) -> None:
     for left in (_beside(job, "progress"), _beside(job, "end")):  # by a launch that was killed
         left.unlink(missing_ok=True)
     write_json(
-        {"profile": run.profile.model_dump(mode="json"), "folder": str(run.folder), "spec": wanted},
+        {
+            "profile": layout.profile.model_dump(mode="json"),
+            "folder": str(layout.folder),
+            "spec": wanted,
+        },
         job,
     )
-    threads = threads_for(run.profile, count)
+    threads = threads_for(layout.profile, count)
     paths = [str(Path(latlib.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -113,7 +117,7 @@ def _command(count: int, job: Path) -> list[str]:
         "--nproc-per-node",
         str(count),
     ]
-    return [*torchrun, "-m", "latlib.distributed.launch", "--job", str(job)]
+    return [*torchrun, "-m", "latlib.experiment.launch", "--job", str(job)]
 
 
 def _beside(job: Path, what: str) -> Path:
@@ -162,27 +166,10 @@ def _raise_what_ended_it(code: int, file: Path, log: Path, label: str, count: in
         )
 
 
-def norms(run: Run, seed: int, lm: LanguageModel) -> dict[Site, float]:
-    """`run.norms`, measured by all processes together where there are several: no GPU alone may
-    hold the model.
-    """
-    from latlib.experiment.build import measure_norms
-
-    name = f"residual_norms-seed{seed}"
-    if ranks.is_distributed() and not ranks.broadcast(
-        (run.folder / "results" / f"{name}.json").exists()
-    ):
-        found = measure_norms(lm, run.profile, seed)
-        if ranks.is_main():
-            run.save_result(name, {str(site): norm for site, norm in found.items()})
-        ranks.wait()
-    return run.norms(seed)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """One of the processes; see the module's docstring."""
     parser = argparse.ArgumentParser(
-        prog="torchrun -m latlib.distributed.launch", description="Train one adapter together."
+        prog="torchrun -m latlib.experiment.launch", description="Train one adapter together."
     )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--profile", default="tiny")
@@ -237,41 +224,37 @@ def _tell_the_end(error: BaseException, file: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _train(profile: Profile, folder: Path, wanted: dict, progress_file: Path | None) -> None:
+def _train(
+    profile: Profile, folder: Path, wanted: dict[str, Any], progress_file: Path | None
+) -> None:
     """Make the model as one of the processes of the environment."""
-    from latlib.experiment import build
-    from latlib.experiment.run import Run, Spec
-
     if ranks.started_as_one_of_many():
         ranks.join(profile.model)
+    layout = Layout(profile, folder)
     if ranks.is_main():
-        Run(profile, folder)  # makes the folder, before the others look
+        layout.claim()  # makes the folder, before the others look
     ranks.wait()
-    run = Run(profile, folder)
+    layout.claim()
+    prepare_process(min(torch.get_num_threads(), threads_for(profile)))
     if "changes" in wanted:
-        spec = Spec(
-            wanted["method"],
-            wanted["seed"],
-            tuple(sorted(wanted["changes"].items())),
-            wanted["variant"],
-        )
+        spec = Spec(**wanted | {"changes": tuple(sorted(wanted["changes"].items()))})
     else:
-        spec = run.spec(**wanted)
-    if ranks.is_main() and not run.has(base := run.spec("base", spec.seed)):
-        build.make_model(run, base, lambda step, total, detail: None)
+        spec = find_spec(profile, **wanted)
+    if ranks.is_main() and not layout.has(spec.base):
+        build.make_model(layout, spec.base, _silent)
     ranks.wait()
-    if ranks.broadcast(run.has(spec)):
+    if ranks.broadcast(layout.has(spec)):
         return
     if not ranks.is_main():
-        build.make_model(run, spec, lambda step, total, detail: None)
+        build.make_model(layout, spec, _silent)
         return
-    with Progress(progress_file or run.folder, f"{spec.label} seed {spec.seed}", 1) as bar:
+    label = f"{spec.label} seed {spec.seed}"
+    with Progress(progress_file or layout.folder, label, 1) as bar:
+        build.make_model(layout, spec, bar.on_step)
 
-        def on_step(step: int, total: int, detail: str) -> None:
-            bar.total = total
-            bar.update(step, detail)
 
-        build.make_model(run, spec, on_step)
+def _silent(step: int, total: int, detail: str) -> None:
+    """Report nothing."""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Which file of a run lies where in its folder.
+
+    profile.yaml                                what the run was made with
+    models/<model>/                             an adapter or a base, with its card and its record
+    models/.<model>.checkpoints/                of a training that is not finished
+    metrics/<model>.jsonl                       a line a training step
+    results/outcomes/<suite>-<model>.parquet    rows of the outcome table
+    results/attacks/<digest>.parquet            rows of a single attack
+    results/geometry/<model>/                   differences, directions and variance of activations
+    results/<name>.json                         everything else that was measured
+
+where <model> is `Spec.folder`, such as 'lat-seed0'.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latlib.config.profile import Profile, ProfileError, claim_folder
+from latlib.experiment.spec import BASE, Spec
+
+if TYPE_CHECKING:
+    from latlib.redteam.latent import AttackCell
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a run with this profile in this folder. It makes nothing but folders."""
+
+    profile: Profile
+    folder: Path
+
+    def claim(self) -> None:
+        """Make the folder, or see that it belongs to these settings. Raises ProfileError."""
+        claim_folder(self.profile, self.folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, so that two commands never write into the same one. Raises
+        ProfileError.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("a")
+        except OSError as error:
+            raise ProfileError(
+                f"run folder {self.folder} cannot be written ({error.strerror}): choose another"
+                " with --out"
+            ) from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ProfileError(
+                    f"another run is using {self.folder}: wait for it, or choose another with --out"
+                ) from None
+            yield
+
+    def source(self, spec: Spec) -> str | None:
+        """The folder or hub id of a model that is not made here: another base than the world's, or
+        a released one.
+        """
+        if spec.method == BASE:
+            source = self.profile.model.source
+            return None if source == "world" else source
+        return self.profile.released.get(spec.method)
+
+    def model_folder(self, spec: Spec) -> Path:
+        """Where a model of this run lies once it is made; of one that is not made here, its
+        source.
+        """
+        return Path(self.source(spec) or self.folder / "models" / spec.folder)
+
+    def has(self, spec: Spec) -> bool:
+        """Whether a model is made, or need not be. Folders are moved into place whole."""
+        return self.source(spec) is not None or self.model_folder(spec).is_dir()
+
+    def checkpoints(self, spec: Spec) -> Path:
+        """The folder of a training's checkpoints."""
+        return self.folder / "models" / f".{spec.folder}.checkpoints"
+
+    def plain_steps(self, steps: int, digest: str) -> Path:
+        """The state after so many training steps without an attack, which methods share."""
+        return self.folder / "models" / f".plain-{steps}-{digest}.pt"
+
+    def metrics_file(self, spec: Spec) -> Path:
+        """The JSONL that a model's training writes."""
+        return self.folder / "metrics" / f"{spec.folder}.jsonl"
+
+    def table_file(self, spec: Spec, what: str | AttackCell) -> Path:
+        """Where the outcome rows of a suite or an attack lie."""
+        if isinstance(what, str):
+            return self.outcomes / f"{what}-{spec.folder}.parquet"
+        return self.folder / "results" / "attacks" / f"{what.digest(spec.folder)}.parquet"
+
+    @property
+    def outcomes(self) -> Path:
+        """The folder of the suites' tables."""
+        return self.folder / "results" / "outcomes"
+
+    def geometry_file(self, spec: Spec, name: str) -> Path:
+        """A file on the geometry of a model's activations, in a folder that is made."""
+        folder = self.folder / "results" / "geometry" / spec.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def result_file(self, name: str) -> Path:
+        """Where a result of this name lies."""
+        return self.folder / "results" / f"{name}.json"
+
+    def norms_file(self, seed: int) -> Path:
+        """Where the residual norms of a seed's base model lie."""
+        return self.result_file(f"residual_norms-seed{seed}")
+
+    @property
+    def logs(self) -> Path:
+        """The folder of logs, and of what processes tell each other."""
+        return self.folder / "logs"
+
+    @property
+    def wandb(self) -> Path:
+        """The folder that is given to W&B."""
+        return self.folder / "wandb"

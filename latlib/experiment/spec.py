@@ -1,0 +1,76 @@
+"""Which model of a run is meant: a method, a seed, and what is changed in the method's settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latlib.config.profile import Profile, ProfileError
+
+BASE = "base"  # the model before safety training
+Variant = str | Mapping[str, Any] | None  # a name of `sweep.variants`, or changes by dotted name
+_NO_NAME = re.compile(r"[^A-Za-z0-9._=+-]+")  # what a folder's name does without
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model of a run: a method, a seed, and what it changes in the method's training
+    settings. variant: what the changes are called, '' without any.
+    """
+
+    method: str
+    seed: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """How tables name it: 'lat', or 'lat[no-kl]'."""
+        return f"{self.method}[{self.variant}]" if self.variant else self.method
+
+    @property
+    def folder(self) -> str:
+        """How folders name it: 'lat-seed0', or 'lat-no-kl-seed0'."""
+        variant = _NO_NAME.sub("-", f"-{self.variant}") if self.variant else ""
+        return f"{self.method}{variant}-seed{self.seed}"
+
+    @property
+    def base(self) -> Spec:
+        """The model that it is trained on."""
+        return Spec(BASE, self.seed)
+
+
+def find_spec(profile: Profile, method: str, seed: int = 0, variant: Variant = None) -> Spec:
+    """The model of a run that (method, seed, variant) means.
+
+    Raises ProfileError for an unknown method, seed, variant or field.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ProfileError(f"seed = {seed!r}: give a whole number >= 0")
+    changes, name = _changes(profile, variant)
+    if changes and method in profile.released:
+        raise ProfileError(
+            f"variant = {variant!r}: {method} is released.{method}, which is not trained here"
+        )
+    if method != BASE:
+        profile.training(method, changes)
+    elif changes:
+        raise ProfileError(f"variant = {variant!r}: the base model has none")
+    return Spec(method, seed, tuple(sorted(changes.items())), name)
+
+
+def _changes(profile: Profile, variant: Variant) -> tuple[dict[str, Any], str]:
+    """(changes by dotted name, what they are called)"""
+    if not variant:
+        return {}, ""
+    if isinstance(variant, Mapping):
+        named = [f"{field}={value}" for field, value in sorted(variant.items())]
+        return dict(variant), "+".join(named)
+    known = profile.sweep.variants
+    if variant not in known:
+        raise ProfileError(
+            f"variant = {variant!r} is unknown: choose one of {', '.join(known) or 'none'}"
+        )
+    return dict(known[variant]), variant
