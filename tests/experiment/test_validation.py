@@ -286,12 +286,12 @@ def test_refusing_and_collapsing_are_said_once_while_they_last(told, capsys):
 
 def test_the_card_says_which_step_and_why(told):
     observer = told(*LOOKS)
-    text = card(observer.record(observer.keep()))
+    text = " ".join(card(observer.record(observer.keep())).split())
     assert "this adapter is of step 2, the best look's step (train.keep: best)" in text
     assert "The best look was at step 2, with a score of 0.80" in text and "attack wins 20%" in text
     assert validation.CRITERION in text
     observer.settings = observer.settings.model_copy(update={"keep": "last"})
-    text = card(observer.record(3))
+    text = " ".join(card(observer.record(3)).split())
     assert (
         "this adapter is of step 3, the last step (train.keep: last)" in text
         and "look was at step 2" in text
@@ -395,7 +395,7 @@ def test_looks_on_real_prompts_and_long_rows_are_left_out(files):
     ]
     shares = log.iloc[-1][[c for c in log if c.startswith("watch_") and c != "watch_kl"]]
     assert len(shares) == 5 and shares.between(0, 1).all() and log["watch_kl"].iloc[-1] > 0
-    folder = files.model_folder(files.spec("lat"))
+    folder = files.layout.model_folder(files.spec("lat"))
     for name in ("adapter_config.json", "latlib.json", "profile.yaml", "README.md"):
         text = (folder / name).read_text()
         assert str(files.folder.parent) not in text and "/models/" not in text, name
