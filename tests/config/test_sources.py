@@ -1,0 +1,79 @@
+"""Every value of a shipped profile says where it is from, and what it names is in docs/sources.md."""
+
+import re
+
+import pytest
+import yaml
+
+from latlib.config.profile import find_share
+
+PROFILES = sorted(find_share("profiles").glob("*.yaml"))
+MARK = re.compile(r"\[(our choice|LAT|Casper|Abbas|Arditi|GCG|circuit breakers|replication)\]")
+WITHOUT = ("name", "description")  # they name the profile
+
+
+def unmarked(text: str) -> list[str]:
+    """The dotted names of values without a mark on their line or on the line of a section around
+    them.
+    """
+    lines = text.splitlines()
+    found = []
+
+    def marked(*nodes) -> bool:
+        own = {node.start_mark.line for node in nodes}
+        return any(MARK.search(lines[number].partition("#")[2]) for number in own)
+
+    def walk(node, path) -> None:
+        for key, value in node.value:
+            name = (*path, key.value)
+            if name[0] in WITHOUT or marked(key):
+                continue
+            if isinstance(value, yaml.MappingNode):
+                walk(value, name)
+            elif not marked(key, value):
+                found.append(".".join(name))
+
+    walk(yaml.compose(text), ())
+    return found
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("a: 1", ["a"]),
+        ("a: 1  # [our choice]", []),
+        ("name: x\ndescription: y", []),
+        ("a: [1]  # our choice", ["a"]),
+        ("a:  # [LAT]\n  b: 1\n  c: {d: 2}", []),
+        ("a:\n  b: 1\n  c: {d: 2}  # [LAT]\n  e: 3  # [F1]", ["a.b", "a.e"]),
+        ("a:\n  - 1\n  - 2\nb: 1  # [LAT]", ["a"]),
+        ("# [our choice] all of it\na: 1", ["a"]),
+    ],
+)
+def test_a_value_without_a_mark_is_seen(text, names):
+    assert unmarked(text) == names
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_value_of_a_profile_says_where_it_is_from(path):
+    assert not unmarked(path.read_text())
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_the_marks_of_a_profile_are_explained_at_its_top(path):
+    text = path.read_text()
+    legend = text[: text.index("\nname:")]
+    used = set(MARK.findall(text))
+    assert used and used <= set(MARK.findall(legend))
+
+
+def test_what_is_cited_is_there(root):
+    """Anchors of docs/sources.md, wherever they are cited, are headings of it."""
+    page = (root / "docs" / "sources.md").read_text()
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    files = [*PROFILES, *(root / "latlib").rglob("*.py"), *(root / "docs").glob("*.md")]
+    cited = set(re.findall(r"\]\(#([\w-]+)\)", page))
+    for file in files:
+        cited |= set(re.findall(r"sources\.md#([\w-]+)", file.read_text(encoding="utf-8")))
+    assert len(cited) > 5 and cited <= anchors
