@@ -33,7 +33,6 @@ from latlib.io.machine import available_cores, keep_freed_memory, resolve_device
 OnStep = Callable[[int, int, str], None]  # step, total, detail
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
-PRELOADED = ["latlib.experiment.run"]  # by name: the server imports it, and this process need not
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,8 @@ def worker_context() -> BaseContext:
     if not _has_server():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    # by name: the server imports it, and this process need not
+    context.set_forkserver_preload(["latlib.experiment.run"])
     return context
 
 

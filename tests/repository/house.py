@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("latlib.evaluation",),
     ("latlib.refusal", "latlib.redteam"),
     ("latlib.planning",),
-    ("latlib.experiment", "latlib.distributed.launch"),
+    ("latlib.experiment",),
     ("latlib.report",),
     ("latlib.runner",),
 )
@@ -41,6 +41,7 @@ LAZY = "latlib"
 # The core imports where nothing but these is installed.
 CORE_NEEDS = {"torch", "transformers", "peft", "numpy", "safetensors"}
 ONLY_REPORT = "matplotlib"
+FORKED_WITH = "set_forkserver_preload"  # of multiprocessing: takes names of modules
 
 CORE_LINES = 2500
 FILE_LINES = 700
@@ -208,14 +209,15 @@ def upward_arrows(sources: Sources) -> list[str]:
 def string_imports(sources: Sources) -> list[str]:
     """Modules of ours that are imported, or named to be imported, in a string.
 
-    The lazy `latlib/__init__.py` may; so may the name after `-m`, which starts another process.
+    The lazy `latlib/__init__.py` may; so may names that another process imports: the one after
+    `-m`, and those that a server forks workers with.
     """
     found = []
     for module in sources.values():
         if module.name == LAZY:
             continue
-        after_m = {id(node) for node in _names_of_processes(module.tree)}
-        skipped = after_m | {id(docstring.value) for docstring in docstrings(module.tree)}
+        elsewhere = {id(node) for node in _names_of_processes(module.tree)}
+        skipped = elsewhere | {id(docstring.value) for docstring in docstrings(module.tree)}
         for node in ast.walk(module.tree):
             if not isinstance(node, ast.Constant) or id(node) in skipped:
                 continue
@@ -230,8 +232,10 @@ def _names_a_module(text: str, sources: Sources) -> bool:
     return any(name in sources and name != LAZY for name in (whole, *inside))
 
 
-def _names_of_processes(tree: ast.AST) -> Iterator[ast.expr]:
+def _names_of_processes(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == FORKED_WITH:
+            yield from ast.walk(node)
         if isinstance(node, ast.List | ast.Tuple):
             for before, after in zip(node.elts, node.elts[1:]):
                 if isinstance(before, ast.Constant) and before.value == "-m":

@@ -105,6 +105,7 @@ GOOD = [
     (house.upward_arrows, {"latlib.report.claims": "import latlib.attack, latlib.models"}),
     (house.upward_arrows, {"latlib.text.a": "import latlib.io.files", "latlib.io.files": ""}),
     (house.string_imports, {CORE: "'''See latlib.models.'''\nrun = ['-m', 'latlib.models']"}),
+    (house.string_imports, {CORE: "context.set_forkserver_preload(['latlib.models'])"}),
     (house.string_imports, {CORE: "say('python -m latlib.models does it')"}),
     (house.string_imports, {"latlib": "import_module('latlib.models')"}),
     (third_parties, {CORE: "import torch.nn, json, latlib.models"}),
@@ -188,9 +189,7 @@ LIMITS = [
 ]
 # What is not yet so. A limit that is reached fails here until its line is taken out.
 PENDING = {
-    house.circles: "experiment's modules, and distributed.launch with experiment",
     house.upward_arrows: "12 arrows",
-    house.string_imports: "4 strings",
     house.long_functions: "2 functions",
     house.dense_functions: "42 functions",
     house.without_docstring: "6 functions",
@@ -287,7 +286,7 @@ def test_no_path_of_a_machine_stands_anywhere(texts):
 
 
 TORCHLESS = ["latlib.report.stats", "latlib.report.evidence", "latlib.report.claims"]
-LOADS_TORCH = {"latlib.report.evidence", "latlib.report.claims"}  # still
+LOADS_TORCH = {"latlib.report.claims"}  # still
 
 
 @pytest.mark.parametrize(
