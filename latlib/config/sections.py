@@ -1,5 +1,8 @@
 """The sections of a profile: every setting with its type, its range, its default and where the
 default comes from.
+
+Sources are listed in docs/sources.md; "our choice" that docs/lab-log.md explains names it. Authors'
+code: github.com/aengusl/latent-adversarial-training at commit 53ac752.
 """
 
 from __future__ import annotations
@@ -54,19 +57,25 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which model, and how it is run."""
 
-    source: Text = "world"  # 'world' builds the tiny organism; otherwise a model folder or hub id
-    revision: Text | None = None  # of a hub model: a commit, branch or tag
-    # read weights that exist only as pickles, which can run any code when they are opened
+    # 'world' builds the tiny organism; otherwise a model folder or hub id. Our choice
+    source: Text = "world"
+    # of a hub model: a commit, branch or tag. Our choice: the hub's newest
+    revision: Text | None = None
+    # read weights that exist only as pickles, which can run any code when they are opened. Our
+    # choice: no
     allow_pickle: Flag = False
-    trust_remote_code: Flag = False  # run the Python files of a model's folder
-    # compute dtype; master weights stay float32
+    # run the Python files of a model's folder. Our choice: no
+    trust_remote_code: Flag = False
+    # compute dtype; master weights stay float32. Our choice: what the machine is fast in
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
-    device: Text = "auto"
-    # 'lean' is the fast Llama path of latlib.fused.llama
+    device: Text = "auto"  # our choice: a GPU where there is one
+    # 'lean' is the fast Llama path of latlib.fused.llama. Our choice: where it fits the model
     forward: Literal["auto", "stock", "lean"] = "auto"
-    # torch.compile of the stock forward's blocks; falls back with a warning where it cannot
+    # torch.compile of the stock forward's blocks; falls back with a warning where it cannot. Our
+    # choice: it costs 8 to 23 s a process (docs/lab-log.md)
     compile: Flag = False
-    # the fields from here on describe the organism and are unused for other sources
+    # The fields from here on describe the organism and are unused for other sources. Our choice:
+    # the smallest that reads every encoding (docs/lab-log.md)
     dim: Count = 128
     layers: Count = 8
     heads: Count = 4
@@ -76,9 +85,7 @@ class ModelSettings(Section):
 
 
 class PretrainSettings(Section):
-    """How the organism is trained from scratch; see docs/lab-log.md for where the numbers come
-    from.
-    """
+    """How the organism is trained from scratch. All of it is our choice (docs/lab-log.md)."""
 
     steps: Count = 300
     batch: Count = 128
@@ -93,7 +100,7 @@ class PretrainSettings(Section):
 
 
 class DataSettings(Section):
-    """Where preference and benign rows come from."""
+    """Where preference and benign rows come from. Defaults are our choice where none is named."""
 
     source: Literal["world", "files"] = "world"
     # world: how many training prompts of each kind are drawn; files: the most that are read
@@ -102,24 +109,25 @@ class DataSettings(Section):
     harmful: Text | None = None
     benign: Text | None = None
     # our name -> a column, or a format string over them: "{instruction}\n{input}",
-    # "{messages[1][content]}"
-    harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}  # AdvBench's names
-    benign_columns: dict[str, str] = {"prompt": "instruction"}
+    # "{messages[1][content]}". The names are AdvBench's (Zou et al. 2023)
+    harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
+    benign_columns: dict[str, str] = {"prompt": "instruction"}  # Alpaca's name
     harmful_config: Text | None = None  # of a hub data set that has several configurations
     benign_config: Text | None = None
     harmful_split: Text = "train"  # of a hub data set or a data set's folder
     benign_split: Text = "train"
-    streaming: Flag = False  # read a hub data set row by row instead of downloading it whole
+    streaming: Flag = False  # read a hub data set row by row instead of downloading all of it
     # of the prompts: half for choosing (tune), half for results
     held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.3
     # prompts that results are measured on; None: held out of `harmful`
     test_harmful: Text | None = None
+    # AdvBench's names (Zou et al. 2023)
     test_harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
     test_benign: Text | None = None
-    test_benign_columns: dict[str, str] = {"prompt": "instruction"}
+    test_benign_columns: dict[str, str] = {"prompt": "instruction"}  # Alpaca's name
     # prompts that merely sound harmful, as in XSTest: a refusal is one too many
     test_borderline: Text | None = None
-    test_borderline_columns: dict[str, str] = {"prompt": "prompt"}
+    test_borderline_columns: dict[str, str] = {"prompt": "prompt"}  # XSTest's name
     # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
     near_duplicate: Share = 0.7
     # chosen, where the file has none
@@ -127,14 +135,14 @@ class DataSettings(Section):
     # where the file has none: say so in the data
     benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)
     # of a row's prompt and either completion; never more than the model's context
-    max_tokens: Count = 512
+    max_tokens: Count = 512  # as in Casper et al. 2024, lat.py
     # truncate: cut a completion, drop a row whose prompt is
     too_long: Literal["error", "drop", "truncate"] = "error"
     system_prompt: Text | None = None
 
 
 class LoraSettings(Section):
-    """The adapter (peft LoRA)."""
+    """The adapter (peft LoRA). All of it is our choice, for the organism (docs/lab-log.md)."""
 
     r: Count = 16
     alpha: Positive = 32.0
@@ -152,35 +160,45 @@ class LoraSettings(Section):
 class AttackSettings(Section):
     """PGD on latent perturbations."""
 
+    # Sheshadri et al. 2024, authors' code: 8, 16, 24 and 30 of 32 blocks, as shares of the depth
     sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 0.9375)
-    # radius of each position's L2 ball (FACTS: 6.0 in both of the authors' jailbreak notebooks)
+    # radius of each position's L2 ball. Sheshadri et al. 2024, authors' code: 6.0 for both models
     eps: Positive = 6.0
-    # relative: times the site's median residual norm
+    # relative: times the site's median residual norm. Sheshadri et al. 2024: absolute
     eps_mode: Literal["absolute", "relative"] = "absolute"
-    steps: Natural = 5  # 0: no attack
-    rule: Literal["adamw", "sign", "l2"] = "adamw"
-    # adamw: Adam's rate; sign and l2: a share of eps, by default 2 / steps
+    steps: Natural = 5  # 0: no attack. Our choice; the authors' code takes 16
+    rule: Literal["adamw", "sign", "l2"] = "adamw"  # Sheshadri et al. 2024, authors' code
+    # adamw: Adam's rate; sign and l2: a share of eps. Our choice: the rule's own, see latlib.attack
     lr: Positive | None = None
-    start: Literal["zero", "random"] = "zero"
-    restarts: Count = 1
+    start: Literal["zero", "random"] = "zero"  # Sheshadri et al. 2024, authors' code
+    restarts: Count = 1  # Sheshadri et al. 2024, authors' code
+    # Sheshadri et al. 2024, authors' code: the prompt for Llama-2, both for Llama-3
     positions: Literal["prompt", "prompt+completion"] = "prompt"
-    toward: NonNegative = 0.5
-    away: NonNegative = 0.5
-    targeted: Flag = True  # False: maximise the loss of the benign response (Casper et al.)
+    toward: NonNegative = 0.5  # Sheshadri et al. 2024, authors' code
+    away: NonNegative = 0.5  # Sheshadri et al. 2024, authors' code
+    # False: maximise the loss of the benign response (Casper et al. 2024). Sheshadri et al. 2024
+    targeted: Flag = True
 
 
 class DefenceSettings(Section):
-    """Coefficients of the defence's objective; each is applied to a mean over label tokens."""
+    """Coefficients of the defence's objective; each is applied to a mean over label tokens.
+
+    Defaults: Sheshadri et al. 2024, authors' code, for Llama-3, before they are divided by their
+    sum.
+    """
 
     toward: NonNegative = 0.5
     away: NonNegative = 0.5
     kl: NonNegative = 0.1
     sft: NonNegative = 0.0
+    # reference: the authors' normalised reverse KL. Our choice: KL in nats a token
     kl_mode: Literal["token", "reference"] = "token"
 
 
 class TrainSettings(Section):
-    """One loop for all methods."""
+    """One loop for all methods. Defaults are our choice, for the organism, where none is named
+    (docs/lab-log.md).
+    """
 
     steps: Count = 130
     attack_after: Natural = 0  # steps of plain safety training before the attack begins
@@ -194,12 +212,13 @@ class TrainSettings(Section):
     shared_forward: Flag = False
     # lengths are rounded up to a multiple of this, so that compiled code is reused
     pad_to: Count = 1
-    iterations: Count = 1  # model updates for each attack (FACTS: 4 in the authors' notebooks)
+    # model updates for each attack. Sheshadri et al. 2024, authors' code: 4
+    iterations: Count = 1
     lr: Positive = 2.0e-3
     lr_warmup: Natural = 10
     lr_decay_share: Share = 0.3
     weight_decay: NonNegative = 0.0
-    clip: Positive = 1.0
+    clip: Positive = 1.0  # Sheshadri et al. 2024, authors' code
     checkpoint_every: Count = 50  # steps
     checkpoint_minutes: Positive = 10.0  # and at least as often as this
     checkpoints_kept: Count = 2
@@ -211,25 +230,26 @@ class TrainSettings(Section):
 
 
 class SuffixSearchSettings(Section):
-    """Adversarial suffixes, sought on tuning prompts; see `latlib.redteam.gcg`, whose defaults are
-    Zou et al.'s.
+    """Adversarial suffixes, sought on tuning prompts; see `latlib.redteam.gcg`.
+
+    Defaults: Zou et al. 2023, algorithms 1 and 2, where nothing else is named.
     """
 
     steps: Natural = 500  # 0: no suffixes
     tokens: Count = 20
     candidates: Count = 512
     topk: Count = 256
-    prompts: Count = 25  # Zou et al. attack 25 behaviours at once
-    prompts_per_step: Natural = 0  # drawn of these for a step; 0: all, as in Zou et al.
-    batch: Count = 64
+    prompts: Count = 25  # behaviours attacked at once
+    prompts_per_step: Natural = 0  # drawn of these for a step; 0: all
+    batch: Count = 64  # rows at a time: our choice
 
 
 class GraderSettings(Section):
     """What tells refused, complied and neither where the right answer is unknown; see
-    `latlib.evaluation.graders`.
+    `latlib.evaluation.graders`. Defaults are our choice where none is named.
     """
 
-    # Arditi et al. 2024
+    # Arditi et al. 2024: phrases anywhere in the reply
     name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"
     # folder or hub id of a grader that is a model; None: the published one
     source: Text | None = None
@@ -239,7 +259,9 @@ class GraderSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """What is measured, on how many prompts."""
+    """What is measured, on how many prompts. Defaults are our choice, for the organism, where none
+    is named.
+    """
 
     prompts: Count = 256
     pgd_prompts: Count = 200
@@ -272,7 +294,8 @@ class EvaluationSettings(Section):
 
 
 class RolesSettings(Section):
-    """What each method is for. The names of methods mean nothing to the code; their roles do.
+    """What each method is for. The names of methods mean nothing to the code; their roles do. The
+    defaults are our choice.
 
     A loaded profile holds the resolved names: what is left out here is filled in by `resolved`.
     """
@@ -323,7 +346,7 @@ def _check_method(field: str, name: str | None, known: Iterable[str]) -> None:
 
 class SweepSettings(Section):
     """Variants of the main method (`roles.main`), trained on the first seed: name -> field of
-    `train` -> value.
+    `train` -> value. None by default: our choice.
     """
 
     variants: dict[Text, dict[str, Any]] = {}
@@ -332,7 +355,7 @@ class SweepSettings(Section):
 
 
 class ParallelSettings(Section):
-    """Several processes that train one model, a GPU each."""
+    """Several processes that train one model, a GPU each. One by default: our choice."""
 
     processes: Count = 1
     # fsdp2: the weights are spread over the GPUs, for models too big for one
@@ -342,12 +365,14 @@ class ParallelSettings(Section):
 class BudgetSettings(Section):
     """What a GPU costs, for the estimate of `--check`."""
 
-    # a round figure for an H100 on a pod; put your provider's price here
+    # our choice: a round figure for an H100 on a pod; put your provider's price here
     usd_per_hour: Positive = 3.0
 
 
 class TrackingSettings(Section):
-    """Metrics always go to a local JSONL; this is about Weights & Biases."""
+    """Metrics always go to a local JSONL; this is about Weights & Biases. Offline by default, so
+    that nothing leaves the machine unasked: our choice.
+    """
 
     wandb: Literal["disabled", "offline", "online"] = "offline"
     project: Text = "latlib"

@@ -1,5 +1,6 @@
 """Every value of a shipped profile says where it is from, and what it names is in docs/sources.md."""
 
+import ast
 import re
 
 import pytest
@@ -77,3 +78,53 @@ def test_what_is_cited_is_there(root):
     for file in files:
         cited |= set(re.findall(r"sources\.md#([\w-]+)", file.read_text(encoding="utf-8")))
     assert len(cited) > 5 and cited <= anchors
+
+
+SOURCE = re.compile(r"our choice|et al\. \d{4}", re.IGNORECASE)
+
+
+def without_source(source: str) -> list[str]:
+    """Defaults of sections whose comment names no source, in classes whose docstring names none."""
+    lines = source.splitlines()
+    found = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or SOURCE.search(ast.get_docstring(node) or ""):
+            continue
+        above = ""  # one comment may be about several lines, until a blank line or another comment
+        for field in node.body:
+            if not isinstance(field, ast.AnnAssign) or field.value is None:
+                continue
+            first = field.lineno - 1
+            comment = [lines[i].partition("#")[2] for i in range(first, field.end_lineno)]
+            while lines[first - 1].strip().startswith("#"):
+                first -= 1
+                comment.insert(0, lines[first])
+            said = " ".join(part.strip(" #") for part in comment if part)
+            above = said or above
+            if not SOURCE.search(above) and not isinstance(field.value, ast.Call):
+                found.append(f"{node.name}.{field.target.id}")
+    return found
+
+
+def test_a_default_without_a_source_is_seen():
+    text = '''
+class A(Section):
+    """Settings."""
+
+    a: int = 1  # our choice
+    # of something. Zou et al. 2023
+    b: int = 2
+    c: int = 3  # steps
+    d: Other = Other()
+
+
+class B(Section):
+    """All of it is our choice."""
+
+    a: int = 1
+'''
+    assert without_source(text) == ["A.c"]
+
+
+def test_every_default_of_a_section_says_where_it_is_from(root):
+    assert not without_source((root / "latlib" / "config" / "sections.py").read_text())
