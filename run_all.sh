@@ -24,7 +24,7 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --check              say what the run needs and whether it is here: model, data, disk, memory, hours, cost; runs nothing
   --json               with --check: as JSON
   --unchecked          run a real model although --check finds something missing, which otherwise stops it
-  --test               lint, tests and every notebook on the smoke profile; arguments after -- go to pytest
+  --test               lint, types, tests and every notebook on the smoke profile; arguments after -- go to pytest
   --help               this text
 
 Exit status: 0 done, 1 something failed (the last lines say what, and where the log is), 2 wrong option or setting,
@@ -111,8 +111,8 @@ PYTHON
 has_test_tools() {
   "$1" -I - >/dev/null 2>&1 <<'PYTHON'
 import importlib.util, sys
-tools = ("pytest", "pytest_timeout", "hypothesis", "nbval", "sklearn", "ray")
-sys.exit(any(importlib.util.find_spec(name) is None for name in tools) or importlib.util.find_spec("ruff") is None)
+tools = ("pytest", "pytest_timeout", "hypothesis", "nbval", "sklearn", "ray", "ruff", "mypy")
+sys.exit(any(importlib.util.find_spec(name) is None for name in tools))
 PYTHON
 }
 
@@ -239,7 +239,8 @@ run_tests() {
   cd "$ROOT"
   run "$PYTHON" -m ruff check || status=1
   run "$PYTHON" -m ruff format --check || status=1
-  [ "$status" = 0 ] || say "ruff found something to mend (above)"
+  run "$PYTHON" -m mypy || status=1
+  [ "$status" = 0 ] || say "ruff or mypy found something to fix (above)"
   run "$PYTHON" -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
     ${pytest_options[@]+"${pytest_options[@]}"} || status=1
   exit "$status"

@@ -29,6 +29,7 @@ case "$*" in
   "-m pip install"*) echo "pip speaks"; exit "${FAKE_PIP:-0}" ;;
   "-m ruff check") echo "ruff: bad"; exit "${FAKE_RUFF:-0}" ;;
   "-m ruff format"*) exit "${FAKE_FORMAT:-0}" ;;
+  "-m mypy") echo "mypy: bad"; exit "${FAKE_MYPY:-0}" ;;
   "-m latlib.runner.pipeline"*) exit "${FAKE_PIPELINE:-0}" ;;
   "-m pytest"*)
     echo "$LATLIB_PROFILE $LATLIB_RUNS $(ls -d "$(dirname "$LATLIB_RUNS")")" >>"$FAKE_LOG"
@@ -209,7 +210,7 @@ def test_python_too_old_or_absent_is_said(checkout):
 
 
 @pytest.mark.parametrize(
-    ("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "PYTEST")]
+    ("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "MYPY", "PYTEST")]
 )
 def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, fake, status):
     done = call(checkout, "--test", "--", "-k", "one or two", **fake)
