@@ -74,6 +74,7 @@ BAD = [
     (house.string_imports, {CORE: "importlib.import_module('latlib.models')"}),
     (house.string_imports, {CORE: "code = '''import latlib.models as m'''"}),
     (house.string_imports, {CORE: "code = \"__import__('latlib.models').load()\""}),
+    (house.string_imports, {CORE: "MODULES = ['latlib.models']"}),
     (house.string_imports, {CORE: "job = 'latlib.models:load_model'"}),
     (third_parties, {CORE: "import pandas"}),
     (third_parties, {CORE: "def f():\n    from scipy.stats import norm"}),

@@ -210,7 +210,8 @@ def test_python_too_old_or_absent_is_said(checkout):
 
 
 @pytest.mark.parametrize(
-    ("fake", "status"), [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "MYPY", "PYTEST")]
+    ("fake", "status"),
+    [({}, 0)] + [({f"FAKE_{n}": 1}, 1) for n in ("RUFF", "FORMAT", "MYPY", "PYTEST")],
 )
 def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, fake, status):
     done = call(checkout, "--test", "--", "-k", "one or two", **fake)
