@@ -69,7 +69,7 @@ BAD = [
     (house.upward_arrows, {CORE: "if TYPE_CHECKING:\n    from latlib.report import claims"}),
     (
         house.upward_arrows,
-        {"latlib.data.ranks": "import latlib.distributed.launch", "latlib.distributed.launch": ""},
+        {"latlib.distributed.ranks": "import latlib.redteam.gcg", "latlib.redteam.gcg": ""},
     ),
     (house.string_imports, {CORE: "importlib.import_module('latlib.models')"}),
     (house.string_imports, {CORE: "code = '''import latlib.models as m'''"}),
