@@ -6,4 +6,4 @@ correctness matters. Follow a perturbation: `attack` makes it, `hooks` carries i
 `losses` judge it, `train` hardens against it, `evaluate` counts what it did, `report` shows it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

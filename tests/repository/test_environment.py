@@ -1,5 +1,6 @@
 """pyproject.toml, constraints.txt and environment.yml describe the same environment."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import latlib
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11; the files do not depend on who reads them
 
@@ -71,6 +74,56 @@ def test_conda_users_get_the_same_set(root):
     pinned = pins(root, python.split("=")[1])
     assert listed == {name: pinned[name] for name in direct(root)}
     assert python.split("=")[1] in ("3.10", "3.11", "3.12", "3.13")
+
+
+def hooks(root):
+    """Hook id -> (revision of its repository without the v, the hook), of .pre-commit-config.yaml."""
+    found = {}
+    for repository in yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"]:
+        for hook in repository["hooks"]:
+            found[hook["id"]] = (str(repository.get("rev", "")).removeprefix("v"), hook)
+    return found
+
+
+def test_hooks_before_a_commit_are_of_the_versions_that_test(root):
+    found, pinned = hooks(root), pins(root)
+    for hook, package in {
+        "ruff-check": "ruff",
+        "ruff-format": "ruff",
+        "nbstripout": "nbstripout",
+    }.items():
+        assert f"=={found[hook][0]}" == pinned[package]
+
+
+def test_a_commit_leaves_notebooks_as_they_are_stored(root, tmp_path):
+    """nbstripout and our own hook would change nothing of what is committed, and take what is not."""
+    found = hooks(root)
+    strip = [sys.executable, "-m", "nbstripout", *found["nbstripout"][1]["args"]]
+    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    assert notebooks
+    subprocess.run([*strip, "--verify", *notebooks], check=True)
+    executed = tmp_path / "executed.ipynb"
+    notebook = json.loads(notebooks[0].read_text())
+    notebook["metadata"]["papermill"] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = cell["execution_count"] or 9
+            cell["outputs"] = cell["outputs"] or [
+                {"output_type": "stream", "name": "stdout", "text": "a"}
+            ]
+    executed.write_text(json.dumps(notebook))
+    subprocess.run([*strip, executed], check=True)
+    program, *arguments = found["counts"][1]["entry"].split()
+    assert program == "python"
+    subprocess.run([sys.executable, *arguments, executed], cwd=root, check=True)
+    assert json.loads(executed.read_text()) == json.loads(notebooks[0].read_text())
+
+
+def test_it_can_be_cited(root):
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert citation["version"] == project(root)["version"] == latlib.__version__
+    assert citation["license"] == project(root)["license"] == "MIT"
+    assert f"## {latlib.__version__}" in (root / "CHANGELOG.md").read_text()
 
 
 def test_run_all_accepts_the_same_pythons(root):

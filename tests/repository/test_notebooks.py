@@ -1,7 +1,7 @@
 """The notebooks' sources: readable, runnable anywhere, and with something for nbval to compare.
 
-python tests/repository/test_notebooks.py notebooks/01_hooks.ipynb     # run on `smoke` and store the compared
-cells anew
+python tests/repository/test_notebooks.py notebooks/01_hooks.ipynb           # run on `smoke`, store the compared cells anew
+python tests/repository/test_notebooks.py --strip notebooks/01_hooks.ipynb   # take away what other cells hold
 """
 
 import ast
@@ -15,6 +15,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 COMPARED = "NBVAL_CHECK_OUTPUT"
+KEPT = "keep_output"  # nbstripout's word for the same cells
 MOST_LINES = 15
 # /home/..., C:\..., ~/...: a path that exists on one machine only
 ABSOLUTE = re.compile(
@@ -69,6 +70,7 @@ def test_nbval_has_something_to_compare_and_nothing_else_is_stored(notebook):
     compared = [cell for cell in code_of(notebook) if COMPARED in tags(cell)]
     assert compared, "nbval would compare nothing"
     for cell in compared:
+        assert KEPT in tags(cell), "nbstripout would take what nbval compares"
         assert cell.outputs and cell.execution_count, "nbval skips a cell without output or count"
         assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in cell.outputs)
     for cell in code_of(notebook):
@@ -132,14 +134,33 @@ def store(path: Path) -> None:
     NotebookClient(
         notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()
-    for cell in code_of(notebook):
-        cell.metadata.pop("execution", None)
-        if COMPARED not in tags(cell):
-            cell.outputs, cell.execution_count = [], None
-    notebook.metadata.language_info = {"name": "python"}
+    strip(notebook)
     nbformat.write(notebook, path)
 
 
+def strip(notebook) -> None:
+    """Take from every other cell what an execution left in it."""
+    for cell in code_of(notebook):
+        cell.metadata.pop("execution", None)
+        if COMPARED not in tags(cell):
+            cell.outputs = []
+            cell.execution_count = None
+    notebook.metadata.language_info = {"name": "python"}
+
+
+def main(arguments: list[str]) -> None:
+    """Store the named notebooks' compared cells anew, or with --strip only take away the rest."""
+    for name in arguments:
+        path = Path(name).resolve()
+        if "--strip" not in arguments:
+            store(path)
+        elif name != "--strip":
+            notebook = nbformat.read(path, as_version=4)
+            before = nbformat.writes(notebook)
+            strip(notebook)
+            if nbformat.writes(notebook) != before:
+                nbformat.write(notebook, path)
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        store(Path(name).resolve())
+    main(sys.argv[1:])
