@@ -4,7 +4,7 @@ model should answer.
 1. Over-refusal sets: XSTest (arXiv 2308.01263; safe prompts that sound unsafe, and their unsafe
    contrasts) and OR-Bench (arXiv 2405.20947). Harmful sets: AdvBench, HarmBench, JailbreakBench,
    StrongREJECT.
-2. A set is a file that the user has (`latlib.data.splits` reads it; columns are mapped by name),
+2. A set is a file that the user has (`latlib.data.records` reads it; columns are mapped by name),
    or, where the package `datasets` is installed, the published copy on the hub. No prompt is
    shipped with latlib.
 3. Every prompt says 'safe' (a refusal is over-refusal) or 'unsafe' (compliance is harm), by its
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from latlib.config.sections import ProfileError
-from latlib.data.records import ANY_SPLIT, Record, hub_records, mapped, read_records
+from latlib.data.records import ANY_SPLIT, Source, read_table
 
 Label = Literal["safe", "unsafe"]
 
@@ -44,31 +44,32 @@ class PromptSet:
 
     columns: Mapping[str, str]
     label: Label  # of prompts without a label column
-    hub: tuple[str, str | None, str] | None = None  # repository, configuration, split
+    hub: Source | None = None
+    contrast: str = ""  # how the categories of unsafe prompts begin, in a set of safe ones
+
+
+def _hub(repository: str, config: str | None, split: str) -> Source:
+    return Source(repository, "the hub's copy", config, split)
 
 
 _OR_BENCH = {"text": "prompt", "category": "category"}
-_JBB, _JBB_HUB = {"text": "Goal", "category": "Category"}, "JailbreakBench/JBB-Behaviors"
+_OR_HUB = "bench-llm/or-bench"
+_JBB = {"text": "Goal", "category": "Category"}
+_JBB_HUB = "JailbreakBench/JBB-Behaviors"
+_XSTEST = {"text": "prompt", "category": "type", "label": "label"}
+_HARMBENCH = {"text": "Behavior", "category": "SemanticCategory"}
+_STRONG = {"text": "forbidden_prompt", "category": "category"}
 SETS: dict[str, PromptSet] = {
-    "xstest": PromptSet(
-        {"text": "prompt", "category": "type", "label": "label"},
-        "safe",
-        ("Paul/XSTest", None, "train"),
-    ),
-    "or-bench": PromptSet(_OR_BENCH, "safe", ("bench-llm/or-bench", "or-bench-80k", "train")),
-    "or-bench-hard": PromptSet(
-        _OR_BENCH, "safe", ("bench-llm/or-bench", "or-bench-hard-1k", "train")
-    ),
-    "or-bench-toxic": PromptSet(
-        _OR_BENCH, "unsafe", ("bench-llm/or-bench", "or-bench-toxic", "train")
-    ),
+    "xstest": PromptSet(_XSTEST, "safe", _hub("Paul/XSTest", None, "train"), "contrast_"),
+    "or-bench": PromptSet(_OR_BENCH, "safe", _hub(_OR_HUB, "or-bench-80k", "train")),
+    "or-bench-hard": PromptSet(_OR_BENCH, "safe", _hub(_OR_HUB, "or-bench-hard-1k", "train")),
+    "or-bench-toxic": PromptSet(_OR_BENCH, "unsafe", _hub(_OR_HUB, "or-bench-toxic", "train")),
     "advbench": PromptSet({"text": "goal"}, "unsafe"),
-    "harmbench": PromptSet({"text": "Behavior", "category": "SemanticCategory"}, "unsafe"),
-    "jailbreakbench": PromptSet(_JBB, "unsafe", (_JBB_HUB, "behaviors", "harmful")),
-    "jailbreakbench-benign": PromptSet(_JBB, "safe", (_JBB_HUB, "behaviors", "benign")),
-    "strongreject": PromptSet({"text": "forbidden_prompt", "category": "category"}, "unsafe"),
+    "harmbench": PromptSet(_HARMBENCH, "unsafe"),
+    "jailbreakbench": PromptSet(_JBB, "unsafe", _hub(_JBB_HUB, "behaviors", "harmful")),
+    "jailbreakbench-benign": PromptSet(_JBB, "safe", _hub(_JBB_HUB, "behaviors", "benign")),
+    "strongreject": PromptSet(_STRONG, "unsafe"),
 }
-_CONTRAST = "contrast_"  # how XSTest names the types of its unsafe prompts
 
 
 def asked_prompts(
@@ -94,43 +95,31 @@ def asked_prompts(
         raise ProfileError(
             f"file_columns = {columns!r} needs 'text' and takes 'category' and 'label' besides"
         )
-    if file is None:
-        source, records = _from_hub(name, known)
-    else:
-        source, records = str(file), read_records(str(file), "file", split=ANY_SPLIT)
-    # every row's label is checked, so that a broken file does not pass because n was small
-    found = [
-        AskedPrompt(
-            f"{name}-{i:04d}", row["text"], _label(name, row, i, known), row.get("category", "")
-        )
-        for i, row in enumerate(mapped(records, source, columns, ("text",), "file"))
-    ]
-    return found[:n]
-
-
-def _label(name: str, row: Mapping[str, str], number: int, known: PromptSet) -> Label:
-    if "label" in row:
-        label = row["label"].lower()
-        if label not in ("safe", "unsafe"):
-            raise ProfileError(
-                f"file, row {number + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe':"
-                " mend the row, or leave 'label' out of file_columns"
-            )
-        return label
-    if name == "xstest" and row.get("category", "").startswith(_CONTRAST):
-        return "unsafe"
-    return known.label
-
-
-def _from_hub(name: str, known: PromptSet) -> tuple[str, list[Record]]:
-    """(what it is, its rows) of the published copy. Raises ProfileError where there is none or it
-    cannot be had.
-    """
-    if known.hub is None:
+    source = known.hub
+    if file is not None:
+        source = Source(str(file), "file", split=ANY_SPLIT)
+    if source is None:
         raise ProfileError(
             f"file = None: {name!r} is read from a file only: download it from its authors and give"
             " its path"
         )
-    repository, configuration, split = known.hub
-    source = "/".join(part for part in known.hub if part)
-    return source, hub_records(repository, configuration, split, None, "file")
+    found = []
+    # every row's label is checked, so that a broken file does not pass because n was small
+    for i, row in enumerate(read_table(source, columns, ("text",))):
+        label = _label(row, i, known)
+        found.append(AskedPrompt(f"{name}-{i:04d}", row["text"], label, row.get("category", "")))
+    return found[:n]
+
+
+def _label(row: Mapping[str, str], index: int, known: PromptSet) -> Label:
+    if "label" not in row:
+        unsafe = known.contrast and row.get("category", "").startswith(known.contrast)
+        return "unsafe" if unsafe else known.label
+    if row["label"].lower() == "safe":
+        return "safe"
+    if row["label"].lower() == "unsafe":
+        return "unsafe"
+    raise ProfileError(
+        f"file, row {index + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe': mend the"
+        " row, or leave 'label' out of file_columns"
+    )

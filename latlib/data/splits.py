@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from latlib.config.profile import DataSettings, ProfileError
-from latlib.data.records import ANY_SPLIT, read_table
+from latlib.data.records import ANY_SPLIT, Source, read_table
 from latlib.text.chat import Row
 from latlib.text.near_duplicates import clusters, normalised
 from latlib.world import grammar
@@ -204,10 +204,9 @@ def _main(settings: DataSettings, kind: Kind) -> list[dict[str, str]]:
     )
     if path is None:
         return []
+    source = Source(path, f"data.{kind}", config, split, settings.streaming, settings.rows)
     needed = ("prompt", "rejected") if kind == "harmful" else ("prompt",)
-    return read_table(
-        path, columns, needed, f"data.{kind}", config, split, settings.streaming, settings.rows
-    )
+    return read_table(source, columns, needed)
 
 
 def _test(settings: DataSettings, kind: Kind) -> list[FilePrompt] | None:
@@ -215,11 +214,9 @@ def _test(settings: DataSettings, kind: Kind) -> list[FilePrompt] | None:
     path, columns = getattr(settings, f"test_{kind}"), getattr(settings, f"test_{kind}_columns")
     if path is None:
         return None
-    field, more = (
-        f"data.test_{kind}",
-        {"split": ANY_SPLIT, "streaming": settings.streaming, "rows": settings.rows},
-    )
-    records = read_table(path, columns, ("prompt",), field, **more)
+    field = f"data.test_{kind}"
+    source = Source(path, field, None, ANY_SPLIT, settings.streaming, settings.rows)
+    records = read_table(source, columns, ("prompt",))
     numbered = [(i, r) for i, r in enumerate(records) if r.get("label", "safe").lower() == "safe"]
     if not numbered:
         raise ProfileError(f"{field} = {path!r} has no row labelled 'safe': mend {field}_columns")

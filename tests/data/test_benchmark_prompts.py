@@ -8,12 +8,12 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from test_splits import write
 
 from latlib.config.sections import ProfileError
 from latlib.data.benchmarks import SETS, AskedPrompt, asked_prompts
+from latlib.data.records import Source
 
 XSTEST = [  # of our own making, with the published columns
     {
@@ -136,13 +136,13 @@ def test_the_hubs_copy_is_read_by_repository_configuration_and_split(monkeypatch
     calls, columns = [], SETS[name].columns
 
     def load(repository, configuration, split):
-        calls.append((repository, configuration, split))
+        calls.append(Source(repository, "the hub's copy", configuration, split))
         record = {
             columns["text"]: "ask",
             columns["category"]: "lore",
             columns.get("label", "x"): "safe",
         }
-        return types.SimpleNamespace(to_pandas=lambda: pd.DataFrame([record]))
+        return [record]
 
     with_datasets(monkeypatch, load)
     (found,) = asked_prompts(name)

@@ -10,7 +10,7 @@ import pytest
 from test_splits import write
 
 from latlib.config.sections import ProfileError
-from latlib.data.records import ANY_SPLIT, is_hub_id, read_table
+from latlib.data.records import ANY_SPLIT, Source, is_hub_id, read_table
 
 RECORDS = [
     {
@@ -32,14 +32,12 @@ RECORDS = [
 
 
 def read(path, columns, needed=("prompt",), **how):
-    return read_table(str(path), columns, needed, "data.harmful", **how)
+    return read_table(Source(str(path), "data.harmful", **how), columns, needed)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
 def test_files_read_the_same_whole_and_streaming(tmp_path, suffix, streaming):
-    if streaming:
-        pytest.importorskip("datasets")
     path = write(tmp_path, f"rows{suffix}", [{k: r[k] for k in ("goal", "note")} for r in RECORDS])
     columns = {"prompt": "goal", "both": "{goal}: {note}", "note": "note"}
     found = read(path, columns, streaming=streaming)
@@ -66,8 +64,8 @@ def test_format_strings_reach_into_lists_and_records(tmp_path, suffix):
             "no column 'gaol' for 'prompt'; it has goal, note, messages: set data.harmful_columns",
         ),
         ("{messages[1][text]}", r"row 1: .*finds no 'text' in messages\[1\], which has content"),
-        ("{messages[2][content]}", r"row 1: .*finds no '2' in messages, which has items 0 to 1"),
-        ("{messages[first]}", "finds no 'first' in messages, which has items 0 to 1"),
+        ("{messages[2][content]}", r"row 1: .*finds no '2' in messages, which has 0, 1"),
+        ("{messages[first]}", "finds no 'first' in messages, which has 0, 1"),
         ("{goal[0]}", "finds no '0' in goal, which is str"),
         ("{messages}", "row 1: .* is no text but list with parts"),
         ("messages", "row 1: .* is no text but list with parts"),
@@ -156,9 +154,8 @@ def test_a_benchmark_of_one_split_is_taken_whole_and_of_several_none_is_guessed(
             r" file"
         )
         with pytest.raises(ProfileError, match=said):
-            read_table(
-                "owner/name", {"prompt": "goal"}, ["prompt"], "data.test_harmful", split=ANY_SPLIT
-            )
+            source = Source("owner/name", "data.test_harmful", split=ANY_SPLIT)
+            read_table(source, {"prompt": "goal"}, ["prompt"])
     else:
         read("owner/name", {"prompt": "goal"}, split=ANY_SPLIT, streaming=True)
     assert calls == ([taken] if taken else [])
@@ -205,7 +202,7 @@ def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
     module.load_dataset = load
     monkeypatch.setitem(sys.modules, "datasets", module)
     with pytest.raises(
-        ProfileError, match=f"data.harmful = 'owner/name': owner/name cannot be had.*{said}"
+        ProfileError, match=f"data.harmful = 'owner/name': owner/name/train cannot be had.*{said}"
     ):
         read("owner/name", {"prompt": "goal"})
 
@@ -245,3 +242,66 @@ def test_a_json_file_of_something_else_is_named(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(["a"]))
     with pytest.raises(ProfileError, match="cannot be read: row 1 is str, not a record"):
         read(tmp_path / "rows.json", {"prompt": "goal"})
+
+
+SPELT = ["None", "NA", "nan", "007", "1e3", "2024-01-01", "true", " null"]
+STRIPPED = [text.strip() for text in SPELT]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_what_a_file_says_is_text(tmp_path, suffix):
+    path = write(tmp_path, f"rows{suffix}", [{"goal": text} for text in SPELT])
+    assert [r["prompt"] for r in read(path, {"prompt": "goal"})] == STRIPPED
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_what_a_folders_files_say_is_text(tmp_path, monkeypatch, suffix):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set", f"train{suffix}", [{"goal": text} for text in SPELT])
+    assert [r["prompt"] for r in read(tmp_path / "set", {"prompt": "goal"})] == STRIPPED
+
+
+def test_numbers_and_truth_values_of_json_are_written_as_python_writes_them(tmp_path):
+    path = write(tmp_path, "rows.json", [{"goal": value} for value in (7, 0.5, True)])
+    assert [r["prompt"] for r in read(path, {"prompt": "goal"})] == ["7", "0.5", "True"]
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("rows.csv", "goal,note\na,b\nc,d,e\n", "line 3 has more fields than the 2"),
+        ("rows.csv", "goal,goal\na,b\n", "names a column twice: goal, goal"),
+        ("rows.csv", 'goal,note\na,"b\n', "unexpected end of data"),
+        ("rows.jsonl", '{"goal": "a"}\n\n{"goal": \n', "line 3 is no JSON"),
+        ("rows.jsonl", '{"goal": "a"}\n\n["b"]\n', "line 3 is list, not a record"),
+        ("rows.json", '[{"goal": "a"}, 7]', "row 2 is int, not a record"),
+        ("rows.parquet", "goal", "cannot be read"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        ProfileError, match=f"data.harmful = .*{name}' cannot be read: .*{said}|{said}"
+    ):
+        read(tmp_path / name, {"prompt": "goal"})
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("rows.csv", 'goal\r\n"a\nb"\r\n\r\nc\r\n'),
+        ("rows.jsonl", '{"goal": "a\\nb"}\n{"goal": "c"}'),
+        ("rows.json", '{"goal": ["a\\nb", "c"]}'),
+        ("rows.json", '{"goal": {"0": "a\\nb", "1": "c"}}'),
+    ],
+)
+def test_a_byte_order_mark_and_lines_in_a_field_are_read(tmp_path, name, text):
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    assert read(tmp_path / name, {"prompt": "goal"}) == [{"prompt": "a\nb"}, {"prompt": "c"}]
+
+
+def test_a_long_field_is_read(tmp_path):
+    path = write(tmp_path, "rows.csv", [{"goal": "a" * 200_000}])
+    assert len(read(path, {"prompt": "goal"})[0]["prompt"]) == 200_000
