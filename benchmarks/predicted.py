@@ -8,7 +8,6 @@ import torch
 from naive import NaiveTrainer, label_tokens, micro_batches
 from shapes import Shape, build, computing_in, rows, train_settings
 
-from latlib.attack import radii
 from latlib.planning.step_cost import Prediction, counted, whole_step
 
 
@@ -36,7 +35,7 @@ def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, 
 
 def _naive_step(lm, harmful, benign, settings) -> Prediction:
     trainer = NaiveTrainer(
-        lm.model, harmful, benign, settings, 0, radii(settings.attack, lm.n_layers)
+        lm.model, harmful, benign, settings, 0, settings.attack.threat_model(lm.n_layers).radius
     )
     tokens = label_tokens(harmful, benign)
 

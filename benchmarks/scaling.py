@@ -28,8 +28,9 @@ from shapes import Shape
 from variants import ENGINE, Bench
 
 from latlib.attack import attack_losses
-from latlib.hooks import EMBEDDING, depth, resolve_sites
+from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.io.machine import keep_freed_memory
+from latlib.threat import depth
 
 AXES = {
     "prompt": "prompt length (tokens)",
@@ -109,7 +110,7 @@ def full_pass(bench: Bench, trainer) -> Callable[[], None]:
             delta = torch.zeros(
                 shape, dtype=network.dtype, device=network.device, requires_grad=True
             )
-            with network.held():
+            with network.frozen_mode():
                 loss = attack_losses(
                     network, batch, settings, network.label_rows(batch, {EMBEDDING: delta})
                 )

@@ -12,7 +12,6 @@ from shapes import Shape, build, computing_in, rows, train_settings
 from switches import POINTS, SwitchedTrainer
 from torch import Tensor
 
-from latlib.attack import radii
 from latlib.models import LanguageModel
 
 
@@ -117,7 +116,7 @@ class Bench:
         lm = self.language_model(variant, dtype)
         settings = train_settings(self.shape, variant.micro_batch, variant.shared_forward)
         if variant.naive:
-            eps = radii(settings.attack, lm.n_layers)
+            eps = settings.attack.threat_model(lm.n_layers).radius
             return NaiveTrainer(lm.model, self.harmful, self.benign, settings, self.seed, eps)
         return SwitchedTrainer(lm, self.harmful, self.benign, settings, self.seed, off=variant.off)
 

@@ -6,8 +6,7 @@
    prompt's positions and do not see each other, so the prompt is computed once and one forward
    serves the toward and the away loss.
 3. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed,
-   epoch) alone, so that a resumed run needs no stored cursor.
-"""
+   epoch) alone, so that a resumed run needs no stored cursor."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ PADDING = -1
 @dataclass(frozen=True)
 class TokenRow:
     """Token ids of a row: the templated prompt, and each completion ended by the end-of-turn
-    token.
-    """
+    token."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -33,8 +31,7 @@ class TokenRow:
     @property
     def length(self) -> int:
         """Tokens fed to the model: everything but the last token of each completion, which is only
-        predicted.
-        """
+        predicted."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
 
     @property
@@ -51,8 +48,7 @@ class Batch:
     padding. source: [labels] index into the flattened [batch * seq] of the position that predicts
     each label. labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or
     2), and its row. packed: whether some row holds two completions (then attention needs a mask of
-    its own).
-    """
+    its own)."""
 
     ids: Tensor
     positions: Tensor
@@ -70,8 +66,7 @@ class Batch:
 
     def attends(self) -> Tensor:
         """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax
-        row is empty.
-        """
+        row is empty."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
         causal = torch.ones(
             self.shape[1], self.shape[1], dtype=torch.bool, device=self.ids.device
@@ -81,8 +76,7 @@ class Batch:
 
     def label_index(self, segment: int) -> Tensor:
         """Indices into the label tensors of one completion; found once, for looking makes a GPU
-        wait.
-        """
+        wait."""
         found = self.__dict__.setdefault("_label_index", {})
         if segment not in found:
             found[segment] = (self.label_segments == segment).nonzero().squeeze(1)
@@ -90,8 +84,7 @@ class Batch:
 
     def select(self, rows: Tensor) -> Batch:
         """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as
-        this one.
-        """
+        this one."""
         # in the order of `rows`
         own, kept = (rows[:, None] == self.label_rows).nonzero(as_tuple=True)
         parts = {name: getattr(self, name)[rows] for name in ("ids", "positions", "segments")}
@@ -172,8 +165,7 @@ def join(a: Batch, b: Batch) -> Batch:
 @dataclass(frozen=True)
 class Schedule:
     """Which of `n` rows step `step` takes, `batch` at a time, reshuffled every epoch from (seed,
-    epoch).
-    """
+    epoch)."""
 
     n: int
     batch: int
@@ -181,8 +173,7 @@ class Schedule:
 
     def rows(self, step: int) -> list[int]:
         """Row indices of a step; a batch may run over the end of an epoch into the next
-        permutation.
-        """
+        permutation."""
         return [
             self._order(at // self.n)[at % self.n]
             for at in range(step * self.batch, (step + 1) * self.batch)

@@ -7,28 +7,24 @@
 3. A block may return a tensor or a tuple whose first element is the stream (it depends on family
    and version).
 4. Under gradient checkpointing the backward pass runs the blocks again: keep the context open until
-   after `backward()`.
-"""
+   after `backward()`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Site = int | Literal["embedding"]
-EMBEDDING: Literal["embedding"] = "embedding"
+from latlib.threat import EMBEDDING, Site, resolve_sites
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns
     embedding and blocks.
 
-    Raises ValueError when there is no list of `config.num_hidden_layers` blocks.
-    """
+    Raises ValueError when there is no list of `config.num_hidden_layers` blocks."""
     n = model.config.num_hidden_layers
     for module in model.modules():
         for child in module.children():
@@ -45,30 +41,6 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return next(
         c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList) and len(c) == n
     )
-
-
-def depth(site: Site) -> int:
-    """Blocks that have run when the stream reaches the site: 0 for the embedding, i + 1 after block
-    i.
-    """
-    return 0 if site == EMBEDDING else int(site) + 1
-
-
-def resolve_sites(specs: Iterable[int | float | str], n_layers: int) -> tuple[Site, ...]:
-    """Sites in order of depth; a fraction f means block floor(f * n_layers), so 15/16 of 32 is 30.
-
-    Raises ValueError for a site outside the model.
-    """
-    sites: set[Site] = set()
-    for spec in specs:
-        site = int(spec * n_layers) if isinstance(spec, float) else spec
-        if site != EMBEDDING and not (isinstance(site, int) and 0 <= site < n_layers):
-            raise ValueError(
-                f"site = {spec!r} is outside this model of {n_layers} blocks: "
-                f"give 'embedding', 0..{n_layers - 1}, or a fraction of depth in [0, 1)"
-            )
-        sites.add(site)
-    return tuple(sorted(sites, key=depth))
 
 
 def _replace_stream(output, stream: Tensor):
@@ -141,8 +113,7 @@ class LATHook(_Hooks):
     A float32 delta on a bf16 stream is added in bf16. With `decoding=True` the perturbation applies
     to the prefill, and the following calls of one token (cached decoding) pass unchanged. Raises
     ValueError inside the forward when a delta's shape, device or dtype does not fit the stream.
-    Source: Casper et al. 2024; Sheshadri et al. 2024, section 3.
-    """
+    Source: Casper et al. 2024; Sheshadri et al. 2024, section 3."""
 
     def __init__(
         self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False
@@ -220,8 +191,7 @@ class Ablate(_Hooks):
 
     directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the
     embedding and to the output of every block, attention and MLP, so that the stream never holds
-    them. Source: Arditi et al. 2024, section 2.4.
-    """
+    them. Source: Arditi et al. 2024, section 2.4."""
 
     def __init__(self, model: nn.Module, directions: Tensor) -> None:
         super().__init__()
@@ -238,43 +208,32 @@ class Ablate(_Hooks):
         return project_out(stream, self.basis)
 
 
+# the norms behind attention and MLP in families that have them (Gemma 2, OLMo 2)
+_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe")
+
+
 def writers_of(block: nn.Module) -> list[nn.Module]:
     """The attention and MLP modules of a block, whose outputs are added to the residual stream; in
-    families that put a norm behind them (Gemma 2, OLMo 2) these norms.
+    families that put a norm behind them these norms.
 
     Raises ValueError when they cannot be told from their names.
     """
-    norms = [
-        c
-        for n, c in block.named_children()
-        if n in ("post_attention_layernorm", "post_feedforward_layernorm")
-    ]
+    children = dict(block.named_children())
+    norms = [child for name, child in children.items() if name in _NORMS]
     if len(norms) == 2:
         return norms
-    found = [
-        child
-        for name, child in block.named_children()
-        if name
-        in (
-            "self_attn",
-            "attn",
-            "attention",
-            "self_attention",
-            "mlp",
-            "feed_forward",
-            "block_sparse_moe",
-        )
-    ]
-    if len(found) != 2:
-        names = [name for name, _ in block.named_children()]
+    writers = [child for name, child in children.items() if name in _ATTENTION + _MLP]
+    if len(writers) != 2:
+        names = list(children)
         raise ValueError(f"cannot tell attention and MLP of {type(block).__name__} among {names}")
-    return found
+    return writers
 
 
 def project_out(stream: Tensor, basis: Tensor) -> Tensor:
     """`stream` ([..., d_model]) without its part along the orthonormal rows of `basis` ([k,
-    d_model]).
-    """
+    d_model])."""
     basis = basis.to(stream.device, stream.dtype)
     return stream - (stream @ basis.T) @ basis
 
@@ -283,8 +242,7 @@ def orthonormal(directions: Tensor) -> Tensor:
     """[rank, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model], perhaps
     dependent).
 
-    Raises ValueError for a zero or non-finite direction.
-    """
+    Raises ValueError for a zero or non-finite direction."""
     rows = torch.atleast_2d(directions.detach()).double()
     norms = rows.norm(dim=-1)
     if not torch.isfinite(norms).all() or (norms == 0).any():

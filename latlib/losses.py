@@ -9,8 +9,7 @@
    pass needs three.
 3. `token_losses` returns one value per label token; what is averaged over what is the caller's
    choice: the attack sums per-row means (rows do not interact), the defence averages over all
-   tokens of the whole batch, however it is cut into micro-batches.
-"""
+   tokens of the whole batch, however it is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 
 def at_labels(hidden: Tensor, source: Tensor) -> Tensor:
     """[labels, d_model]: the hidden states ([batch, seq, d_model]) of the positions that predict a
-    label.
-    """
+    label."""
     return hidden.flatten(0, 1).index_select(0, source)
 
 
@@ -56,8 +54,7 @@ def token_losses(
     rows: [labels, d_model] hidden states; labels: [labels]; away: [labels] bool, which tokens to
     push away from. toward = -log p(label). away = -log(1 - p(label)), 0 where log p(label) < -5,
     exact for p near 1. chunk: rows at a time, by default as the vocabulary allows. Source:
-    Sheshadri et al. 2024 and the authors' code.
-    """
+    Sheshadri et al. 2024 and the authors' code."""
     away = torch.zeros_like(labels, dtype=torch.bool) if away is None else away
 
     def losses(rows: Tensor, labels: Tensor, away: Tensor) -> Tensor:
@@ -72,8 +69,7 @@ class _LabelLosses(torch.autograd.Function):
 
     With p the softmax, q = p(label) and s the sum of all other p (exact where q is near 1), toward
     = -log q and away = -log s. The gradient in the logits is, at the label and elsewhere, q - 1 and
-    p for toward, q and (1 - 1 / s) p for away.
-    """
+    p for toward, q and (1 - 1 / s) p for away."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, away: Tensor) -> Tensor:
@@ -115,8 +111,7 @@ def kl_divergence(
 
     token: KL(teacher || student) in nats, summed over the vocabulary. reference: KL(student ||
     teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then divided
-    by its own detached value (see `normalised`).
-    """
+    by its own detached value (see `normalised`)."""
 
     def divergence(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
         new = _log_softmax(student(student_rows))
@@ -143,8 +138,7 @@ def _by_row(
     function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor
 ) -> Tensor:
     """`function(*rows)` [n], each value from its own row of every argument, with a chunk's logits
-    at a time.
-    """
+    at a time."""
     one = unembed(rows[0][:1].detach())
     size = chunk or rows_per_chunk(one.shape[-1])
     if len(rows[0]) <= size:
@@ -157,8 +151,7 @@ def _by_row(
 
 class _ByRow(torch.autograd.Function):
     """Values [n] of a function of rows; the gradient in the first argument is found in the forward
-    pass.
-    """
+    pass."""
 
     @staticmethod
     def forward(
@@ -189,15 +182,13 @@ class _ByRow(torch.autograd.Function):
 
 def normalised(loss: Tensor) -> Tensor:
     """loss / its own detached value, as the authors scale their KL: the value is 1, the direction
-    is kept.
-    """
+    is kept."""
     return loss / loss.detach().clamp(min=1e-8)
 
 
 def row_means(values: Tensor, rows: Tensor, n: int) -> Tensor:
     """[n] mean of the label values of each row; 0 for a row without labels. values, rows:
-    [labels].
-    """
+    [labels]."""
     total = torch.zeros(n, dtype=values.dtype, device=values.device).index_add(0, rows, values)
     count = torch.zeros_like(total).index_add(0, rows, torch.ones_like(values))
     return total / count.clamp(min=1)

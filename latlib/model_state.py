@@ -24,8 +24,7 @@ def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as
-    it was.
-    """
+    it was."""
     if not hasattr(model, "disable_adapter"):
         yield
         return
@@ -36,8 +35,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can
-    leave none behind.
-    """
+    leave none behind."""
     with _requires_grad_kept(model):
         model.requires_grad_(False)
         yield

@@ -1,7 +1,6 @@
 """Load a causal LM with its tokenizer, put an adapter on it, and hand out the networks that run it.
 
-The frozen teacher is the same weights with the adapter off; there is never a second copy.
-"""
+The frozen teacher is the same weights with the adapter off; there is never a second copy."""
 
 from __future__ import annotations
 
@@ -53,10 +52,9 @@ class LanguageModel:
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this"
                 " adapter: set it to 'auto'"
             )
-        return self.processes.mode is None and (
-            self.settings.forward == "lean"
-            or (self.settings.forward == "auto" and _small(self.model) and fits(self.model))
-        )
+        if self.processes.mode is not None or self.settings.forward == "stock":
+            return False
+        return self.settings.forward == "lean" or (_small(self.model) and fits(self.model))
 
     @property
     def n_layers(self) -> int:
@@ -75,8 +73,7 @@ class LanguageModel:
 
     def network(self, adapter: bool = True, train: bool = False) -> Network:
         """A view of the weights as they are now. adapter=False is the frozen teacher; train=True
-        keeps the graph.
-        """
+        keeps the graph."""
         if self.lean:
             return LeanNetwork(self.model, adapter, train, self.dtype)
         # a compiled block would not be gathered
@@ -97,8 +94,7 @@ def load(
     `settings.dtype`; a large one is loaded in that dtype. model.revision is that of model.source
     and of no other folder or id. Raises ProfileError naming `field` (or 'adapter') for what is
     missing, gated or broken, and for pickles and foreign code that model.allow_pickle and
-    model.trust_remote_code do not allow.
-    """
+    model.trust_remote_code do not allow."""
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
@@ -117,11 +113,9 @@ def load(
 
 def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
     """The tokenizer of what `load` loads, without its weights."""
-    return open_tokenizer(
-        located(folder, "model.source"),
-        "model.source",
-        Allowed.by(settings, revision=str(folder) == settings.source),
-    )
+    field = "model.source"
+    allowed = Allowed.by(settings, revision=str(folder) == settings.source)
+    return open_tokenizer(located(folder, field), field, allowed)
 
 
 def load_released(
@@ -140,8 +134,7 @@ def load_released(
 
 def _fits_lean(config) -> bool:
     """Whether a model of this configuration would run the lean forward, told from its shapes
-    without its weights.
-    """
+    without its weights."""
     # saves building the others, which may need code of their own
     if type(config) is not LlamaConfig:
         return False
@@ -152,15 +145,13 @@ def _fits_lean(config) -> bool:
 
 def _small(model: nn.Module) -> bool:
     """Whether the lean forward pays. An adapter does not count: with and without one a model runs
-    the same way.
-    """
+    the same way."""
     return sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) <= LEAN_LIMIT
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by
-    the wrong angle.
-    """
+    the wrong angle."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -170,8 +161,7 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
     """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is
     trained.
 
-    Raises ProfileError when a target module does not exist.
-    """
+    Raises ProfileError when a target module does not exist."""
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -190,8 +180,7 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
 
 def save_folder(target: Path, write) -> Path:
     """Let `write(folder)` fill a folder beside `target`, then move it into place: it is there whole
-    or not at all.
-    """
+    or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

@@ -6,8 +6,7 @@ states that predict labels, through the model's own modules.
    and not by a `LATHook`, so that gradient checkpointing recomputes the same thing; the sum is the
    one that the hook makes.
 3. A packed batch has an attention mask of its own, under which completions do not see each other.
-4. Where several processes train the model, its blocks run inside `Processes.through`.
-"""
+4. Where several processes train the model, its blocks run inside `Processes.through`."""
 
 from __future__ import annotations
 
@@ -26,7 +25,6 @@ from latlib.hooks import (
     Site,
     blocks_of,
     decoder_of,
-    depth,
     orthonormal,
     project_out,
     resolve_sites,
@@ -35,6 +33,7 @@ from latlib.losses import Unembed, at_labels
 from latlib.model_state import adapter_off, forwards_replaced, frozen
 from latlib.network_protocol import Start, check_start, perturbed
 from latlib.processes import ALONE, Processes
+from latlib.threat import depth
 
 
 class StockNetwork:
@@ -43,8 +42,7 @@ class StockNetwork:
     adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the
     weights while it runs. compiled: run the blocks through `torch.compile`, one compilation for all
     of them (not under ablation hooks or gradient checkpointing, which need the modules' own calls).
-    processes: those that train the model together.
-    """
+    processes: those that train the model together."""
 
     def __init__(
         self,
@@ -72,7 +70,7 @@ class StockNetwork:
         ):
             yield
 
-    def held(self) -> AbstractContextManager[None]:
+    def frozen_mode(self) -> AbstractContextManager[None]:
         """See `Network`."""
         return self._mode()
 
@@ -206,7 +204,7 @@ class StockNetwork:
         """See `Network`."""
         return self._with(False, self.directions)
 
-    def settle(self) -> None:
+    def flush_gradients(self) -> None:
         """See `Network`: gradients are with the parameters already."""
 
     def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:

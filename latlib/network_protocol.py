@@ -9,8 +9,7 @@ its own modules, `fused.llama.LeanNetwork` runs the Llama family over merged wei
    everything.
 3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only
    others need.
-4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions.
-"""
+4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions."""
 
 from __future__ import annotations
 
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from latlib.batch import Batch
-from latlib.hooks import Site, check_delta, depth
+from latlib.hooks import Site, check_delta
 from latlib.losses import Unembed
 from latlib.processes import Processes
+from latlib.threat import depth
 
 Start = tuple[Site, Tensor]
 
@@ -77,10 +77,9 @@ class Network(Protocol):
 
     def unembedding(self) -> Unembed:
         """`unembed` for a caller that is done with the rest: it keeps no copy of the other weights
-        alive.
-        """
+        alive."""
 
-    def held(self) -> AbstractContextManager[None]:
+    def frozen_mode(self) -> AbstractContextManager[None]:
         """Keep weights frozen and adapter switched as this network runs them while the context is
         open. A backward pass with gradient checkpointing runs the blocks again: it belongs inside,
         or it runs another network."""
@@ -92,7 +91,7 @@ class Network(Protocol):
     def frozen(self) -> Network:
         """The same weights as they are now, without gradients: what an attack runs on."""
 
-    def settle(self) -> None:
+    def flush_gradients(self) -> None:
         """Hand gradients that backward passes left with the network on to the model's parameters:
         once after several passes, or after each, which takes a little longer and holds less
         memory."""
@@ -100,8 +99,7 @@ class Network(Protocol):
 
 def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
     """Raise ValueError for a perturbation below the site a forward starts at: it would not be
-    run.
-    """
+    run."""
     below = [s for s in deltas or () if depth(s) < depth(site)]
     if below:
         raise ValueError(

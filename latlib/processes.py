@@ -1,8 +1,7 @@
 """The processes that train one model, as one of them sees it; here, a process alone.
 
 `distributed.ranks` has the group that sums over several. Training asks only for what stands here,
-so that its code is the same for one process and for many.
-"""
+so that its code is the same for one process and for many."""
 
 from __future__ import annotations
 
@@ -26,14 +25,12 @@ class Processes:
 
     def through(self, train: bool, call: Callable[[], Result]) -> Result:
         """The result of `call`, which runs the model; train: whether weights get gradients of
-        it.
-        """
+        it."""
         return call()
 
     def exchange(self, now: bool) -> None:
         """Whether the next forward is the last of an update, whose backward pass exchanges all
-        gradients.
-        """
+        gradients."""
 
     def own(self, parts: Sequence[Result]) -> list[Result]:
         """This process's share of a list that all have alike."""
@@ -59,8 +56,7 @@ ALONE = Processes()
 
 def full(value: Any) -> Any:
     """A copy on the CPU of tensors, also in dictionaries and lists, gathered where they are
-    sharded. Every process must ask for the same.
-    """
+    sharded. Every process must ask for the same."""
     if isinstance(value, Tensor):
         tensor = value.detach()
         if hasattr(tensor, "full_tensor"):

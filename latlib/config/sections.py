@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
+from latlib.threat import PGD, Site, ThreatModel
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -179,6 +181,24 @@ class AttackSettings(Section):
     # False: maximise the loss of the benign response (Casper et al. 2024). Sheshadri et al. 2024
     targeted: Flag = True
 
+    def threat_model(self, n_layers: int, norms: Mapping[Site, float] | None = None) -> ThreatModel:
+        """Where the adversary may perturb a model of so many blocks, and how far. norms: site ->
+        median residual norm, needed for eps_mode 'relative'. Raises ValueError without them, or for
+        a site outside the model.
+        """
+        if self.eps_mode == "absolute":
+            return ThreatModel.absolute(self.sites, self.eps, n_layers, self.positions)
+        if norms is None:
+            raise ValueError(
+                "eps_mode = 'relative' needs the median residual norms: measure them with"
+                " residual_norms()"
+            )
+        return ThreatModel.relative(self.sites, self.eps, norms, n_layers, self.positions)
+
+    def search(self) -> PGD:
+        """How it searches there."""
+        return PGD(**{field.name: getattr(self, field.name) for field in fields(PGD)})
+
 
 class DefenceSettings(Section):
     """Coefficients of the defence's objective; each is applied to a mean over label tokens.
@@ -200,6 +220,8 @@ class TrainSettings(Section):
     (docs/lab-log.md).
     """
 
+    # what is minimised: a class of latlib.objectives
+    objective: Literal["safety-training"] = "safety-training"
     steps: Count = 130
     attack_after: Natural = 0  # steps of plain safety training before the attack begins
     eps_ramp: Natural = 0  # steps over which the radius then grows to eps

@@ -242,6 +242,7 @@ def _record(
     """How an adapter was made."""
     metrics = read_metrics(layout.metrics_file(spec))
     kept = metrics[metrics["step"] == (watched["kept_step"] if watched else trainer.step)].iloc[-1]
+    radii = trainer.threat.radius if trainer.threat else {}
     record = {
         "latlib": latlib.__version__,
         "torch": torch.__version__,
@@ -252,7 +253,7 @@ def _record(
         "seed": spec.seed,
         "training": trainer.settings.model_dump(mode="json"),
         "lora": layout.profile.lora.model_dump(mode="json"),
-        "eps": {str(site): radius for site, radius in trainer.eps.items()},
+        "eps": {str(site): radius for site, radius in radii.items()},
         "seconds": float(metrics["seconds"].sum()),
         "last": {k: v for k, v in kept.to_dict().items() if k != "seconds"},
     }

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -162,13 +162,19 @@ class Watch:
         trainer, profile, attack = self.trainer, self.profile, self.settings.attack
         lm, generator = trainer.lm, torch.Generator().manual_seed(trainer.seed * 1_000_003 + step)
         begun = bool(attack.steps) and step > self.settings.attack_after
-        targeted = attack.model_copy(update={"targeted": True})
+        targeted = replace(attack.search(), targeted=True)
         with torch.random.fork_rng():
             network = lm.network()
 
             def perturb(batch: Batch) -> Mapping[Site, Tensor]:
                 return pgd(
-                    network, batch, trainer.eps, targeted, generator, judged=False, stop=True
+                    network,
+                    batch,
+                    trainer.threat,
+                    targeted,
+                    generator,
+                    judged=False,
+                    stop_when_won=True,
                 ).deltas
 
             harmful, harmless = (

@@ -12,8 +12,7 @@ with the same lines under autograd there are about half as many passes over memo
    rows fit, not the attention weights.
 
 Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it
-is in the weights).
-"""
+is in the weights)."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class RMSNorm(torch.autograd.Function):
 
 def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """pairs [tokens, 2, width]: the two halves of every head; cos, sin [tokens, 1, width]. A
-    contiguous copy.
-    """
+    contiguous copy."""
     out, sin = pairs * cos, sin.squeeze(1)
     out[:, 0].addcmul_(pairs[:, 1], sin, value=1.0 if inverse else -1.0)
     out[:, 1].addcmul_(pairs[:, 0], sin, value=-1.0 if inverse else 1.0)
@@ -68,8 +66,7 @@ def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> T
 
 def padded_keys(seq: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many keys `Attention` should be given a mask for: seq, or a little more where that is
-    faster.
-    """
+    faster."""
     fast = device.type != "cpu" or dtype != torch.bfloat16 or seq < SHORT_ROW
     return seq if fast else -(-seq // ROW_MULTIPLE) * ROW_MULTIPLE
 
@@ -112,8 +109,7 @@ class Attention(torch.autograd.Function):
     qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the
     second halves of the same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads
     * head_dim]. cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]. bias, additive, [1 or
-    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`].
-    """
+    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`]."""
 
     @staticmethod
     def forward(
@@ -193,8 +189,7 @@ class MLP(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
     gate_up [2 * ffn, d_model]; down [d_model, ffn]. trained: the rows of gate_up whose gradient is
-    wanted, where it needs one (an adapter often leaves the gate alone).
-    """
+    wanted, where it needs one (an adapter often leaves the gate alone)."""
 
     @staticmethod
     def forward(ctx, x, gate_up, down, eps: float, trained: slice) -> Tensor:

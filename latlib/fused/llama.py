@@ -10,12 +10,11 @@ A model of a few million parameters is bound by the number of kernels. Here, onc
 so that a block is two functions with backward passes of their own (`kernels`) and a perturbation is
 one addition.
 4. Training runs over leaves that hold the merged values: backward passes add to their gradients,
-   and `settle` takes these through the merge to the adapter.
+   and `flush_gradients` takes these through the merge to the adapter.
 
 Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to
 `LlamaForCausalLM` without biases and to plain LoRA; `fits` says so, and everything else takes
-`forward.StockNetwork`.
-"""
+`network.StockNetwork`."""
 
 from __future__ import annotations
 
@@ -36,13 +35,13 @@ from latlib.hooks import (
     Site,
     check_delta,
     decoder_of,
-    depth,
     orthonormal,
     project_out,
     resolve_sites,
 )
 from latlib.losses import Unembed, at_labels, wide_of
 from latlib.network_protocol import Start, check_start
+from latlib.threat import depth
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000
@@ -113,8 +112,7 @@ class Weights:
 
 def merge(model: nn.Module, adapter: bool) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
-    grad.
-    """
+    grad."""
     decoder, config = decoder_of(model), model.config
     size = head_dim(config)
 
@@ -153,11 +151,10 @@ def _trained_rows(mlp: nn.Module) -> slice:
 
 
 class LeanNetwork:
-    """A `forward.Network` over merged weights.
+    """A `network_protocol.Network` over merged weights.
 
-    model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by `settle`.
-    dtype: compute dtype.
-    """
+    model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by
+    `flush_gradients`. dtype: compute dtype."""
 
     def __init__(
         self,
@@ -190,11 +187,11 @@ class LeanNetwork:
         )
 
     def frozen(self) -> LeanNetwork:
-        """See `forward.Network`: the same merged values, without gradients."""
+        """See `Network`: the same merged values, without gradients."""
         return self._with(self.weights.map(torch.Tensor.detach), _merged=None)
 
-    def settle(self) -> None:
-        """See `forward.Network`."""
+    def flush_gradients(self) -> None:
+        """See `Network`."""
         found = [
             (w, leaf.grad)
             for w, leaf in zip(self._merged, self.weights, strict=True)
@@ -246,7 +243,7 @@ class LeanNetwork:
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
     ) -> dict[Site, Tensor]:
-        """See `forward.Network`."""
+        """See `Network`."""
         found, sites = {}, resolve_sites(sites, self.n_layers)
         with torch.no_grad():
             stream = F.embedding(batch.ids, self.weights.embed)
@@ -261,15 +258,14 @@ class LeanNetwork:
     def hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `forward.Network`."""
+        """See `Network`."""
         return self._run(batch, deltas, start, None)
 
     def label_rows(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `forward.Network`: behind its attention, the last block runs at these
-        positions only.
-        """
+        """See `Network`: behind its attention, the last block runs at these
+        positions only."""
         return self._run(batch, deltas, start, batch.source)
 
     def _run(
@@ -298,23 +294,21 @@ class LeanNetwork:
         return RMSNorm.apply(stream, self.eps)
 
     def unembed(self, rows: Tensor) -> Tensor:
-        """See `forward.Network`."""
+        """See `Network`."""
         return F.linear(rows, self.weights.head)
 
     def unembedding(self) -> Unembed:
-        """See `forward.Network`."""
+        """See `Network`."""
         return partial(F.linear, weight=self.weights.head)
 
-    def held(self) -> AbstractContextManager[None]:
-        """See `forward.Network`: merged weights are a network's own, so there is
-        nothing to hold.
-        """
+    def frozen_mode(self) -> AbstractContextManager[None]:
+        """See `Network`: merged weights are a network's own, so there is
+        nothing to hold."""
         return nullcontext()
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
-        """See `forward.Network`. The directions leave every matrix that writes to the stream
-        (Arditi et al. 2024).
-        """
+        """See `Network`. The directions leave every matrix that writes to the stream (Arditi et al.
+        2024)."""
         if self.directions is not None:
             directions = torch.cat(
                 (self.directions, torch.atleast_2d(directions.detach()).to(self.directions))

@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from latlib import attack
 from latlib.batch import Batch, TokenRow
 from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
-from latlib.hooks import EMBEDDING, blocks_of, depth, resolve_sites
+from latlib.hooks import EMBEDDING, blocks_of, resolve_sites
 from latlib.models import LanguageModel, quietly, with_adapter
 from latlib.planning.counters import StepCounter, bytes_of
+from latlib.threat import depth
 from latlib.train import Trainer
 
 

@@ -229,7 +229,7 @@ class Objective:
             delta = torch.zeros(
                 *rows.shape, network.d_model, dtype=network.dtype, device=network.device
             )
-            with torch.enable_grad(), network.held():
+            with torch.enable_grad(), network.frozen_mode():
                 losses = self._row_losses(
                     rows, network.label_rows(rows, {EMBEDDING: delta.requires_grad_()})
                 )
@@ -265,7 +265,7 @@ class Objective:
         batch.ids[:, start : start + width] = candidates
         if not cut:
             return self._row_losses(batch, network.label_rows(batch))
-        with network.held():
+        with network.frozen_mode():
             if prompt not in self._caches:
                 past, ids = (
                     DynamicCache(config=network.model.config),

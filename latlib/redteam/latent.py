@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from latlib.attack import attack_losses, perturbed_positions, pgd, radii, random_noise
+from latlib.attack import attack_losses, perturbed_positions, pgd, random_noise
 from latlib.batch import Batch
 from latlib.config.profile import AttackSettings, validated
 from latlib.evaluation.ask import examine, prompt_set, token_rows
@@ -66,14 +66,18 @@ class AttackCell:
         """Its outcome rows."""
         evaluation, settings = subject.profile.evaluation, self.settings
         prompts = prompt_set("harmful", subject.profile, self.n or evaluation.pgd_prompts)
-        network, eps = lm.network(), radii(settings, lm.n_layers, subject.norms)
+        network, threat = lm.network(), settings.threat_model(lm.n_layers, subject.norms)
+        search = settings.search()
         generator = torch.Generator().manual_seed(subject.seed)
 
         def perturb(batch: Batch) -> Mapping[Site, Tensor]:
             if self.name == "noise":
                 mask = perturbed_positions(batch, settings.positions)
-                return {site: random_noise(network, mask, r, generator) for site, r in eps.items()}
-            return pgd(network, batch, eps, settings, generator, judged=False, stop=True).deltas
+                noise = threat.radius.items()
+                return {site: random_noise(network, mask, r, generator) for site, r in noise}
+            return pgd(
+                network, batch, threat, search, generator, judged=False, stop_when_won=True
+            ).deltas
 
         found = examine(lm, subject.profile, prompts, network=network, perturb=perturb)
         columns = self.columns(lm.n_layers) | {"texts": found.texts}
@@ -154,7 +158,7 @@ def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd
 def _adam_rate(settings: AttackSettings, lm: LanguageModel, subject: Subject) -> float:
     """Adam moves every coordinate by about its rate: the one that makes its steps as long as the
     other rules' are, at the median of the sites' radii."""
-    limits = radii(settings, lm.n_layers, subject.norms).values()
+    limits = settings.threat_model(lm.n_layers, subject.norms).radii
     return 2 / settings.steps * median(limits) / lm.network().d_model ** 0.5
 
 
@@ -180,13 +184,18 @@ def transfer(
             replace_settings(base_attack(subject), eps=eps), f"transfer:{subject.method}"
         )
         limits, found = (
-            radii(cell.settings, lm.n_layers, subject.norms),
+            cell.settings.threat_model(lm.n_layers, subject.norms),
             {m: ["neither"] * len(rows) for m in targets},
         )
         generator = torch.Generator().manual_seed(subject.seed)
         for index, batch in batches(rows, evaluation.batch, lm.device):
             deltas = pgd(
-                networks[subject.method], batch, limits, cell.settings, generator, judged=False
+                networks[subject.method],
+                batch,
+                limits,
+                cell.settings.search(),
+                generator,
+                judged=False,
             ).deltas
             for m, target in targets.items():
                 asked, given = [prompts[i] for i in index], lambda _, d=deltas: d
@@ -226,8 +235,10 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
             s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True)
             for s in sites
         }
-        with torch.enable_grad(), network.held():
-            loss = attack_losses(network, batch, attack, network.label_rows(batch, deltas)).sum()
+        with torch.enable_grad(), network.frozen_mode():
+            loss = attack_losses(
+                network, batch, attack.search(), network.label_rows(batch, deltas)
+            ).sum()
             # a site that nothing depends on has gradient 0
             loss = loss + 0.0 * sum(d.sum() for d in deltas.values())
             gradients = torch.autograd.grad(loss, list(deltas.values()))

@@ -1,4 +1,4 @@
-"""What is done with a direction besides ablating it as the model runs (`forward.Network.ablated`).
+"""What is done with a direction besides ablating it as the model runs (`Network.ablated`).
 
 1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as
    ablation by hooks, and a standard model: it can be saved, merged, generated from.

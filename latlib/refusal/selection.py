@@ -26,11 +26,12 @@ from torch import Tensor
 
 from latlib.batch import TokenRow
 from latlib.evaluation.generate import batches
-from latlib.hooks import EMBEDDING, Site, depth
+from latlib.hooks import EMBEDDING, Site
 from latlib.losses import at_labels
 from latlib.network_protocol import Network
 from latlib.refusal.activations import prompt_ends
 from latlib.refusal.interventions import added
+from latlib.threat import depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates

@@ -186,7 +186,7 @@ def pretrain(
         parts = [collate(next(batches)) for _ in range(settings.micro_batches)]
         labels = sum(len(part.labels) for part in parts)
         loss = sum(_backward(network, part, labels) for part in parts)
-        network.settle()
+        network.flush_gradients()
         for optimiser, lrs in zip(optimisers, rates, strict=True):
             for group, lr in zip(optimiser.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale

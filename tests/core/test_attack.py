@@ -2,6 +2,8 @@
 on the weights.
 """
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -18,21 +20,21 @@ from tiny_models import (
     token_rows,
 )
 
+from latlib import attack
 from latlib.attack import (
     Attack,
     _better,
     attack_losses,
     greedy_matches,
     perturbed_positions,
-    pgd,
     project_l2,
-    radii,
     random_noise,
 )
 from latlib.batch import TokenRow, collate
 from latlib.config.sections import AttackSettings
 from latlib.hooks import EMBEDDING
 from latlib.refusal.activations import residual_norms
+from latlib.threat import PGD, ThreatModel
 
 KINDS = ["stock", "lean"]
 RULES = ["adamw", "sign", "l2"]
@@ -42,7 +44,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 def settings_for(rule="l2", **changes):
     lr = 0.3 if rule == "adamw" else None  # large enough that the projection has something to do
-    return AttackSettings(**{"rule": rule, "lr": lr, "steps": 4, **changes})
+    return PGD(**{"rule": rule, "lr": lr, "steps": 4, **changes})
+
+
+def pgd(network, batch, radii, search, *rest, positions="prompt", **more):
+    """`attack.pgd` within balls of these radii, given site by site."""
+    return attack.pgd(network, batch, ThreatModel.within(radii, positions), search, *rest, **more)
 
 
 def seeded(seed=0):
@@ -82,9 +89,7 @@ def test_each_position_has_a_ball_of_its_own():
 
 @pytest.mark.parametrize("eps", [0.0, -1.0])
 def test_a_ball_without_radius_is_refused(eps):
-    with pytest.raises(
-        ValueError, match=f"eps = {eps} must be > 0: for no attack set attack.steps = 0"
-    ):
+    with pytest.raises(ValueError, match=f"eps = {eps} must be > 0: for no attack take no steps"):
         project_l2(torch.ones(1, 2), eps)
 
 
@@ -94,8 +99,8 @@ def test_a_ball_without_radius_is_refused(eps):
 def test_pgd_equals_the_reference(rule, completions, kind):
     lm, rows = language_model(kind, trained=True), token_rows(3, 2)
     positions = "prompt+completion" if completions else "prompt"
-    settings = settings_for(rule, toward=0.7, away=0.4, positions=positions)
-    found = pgd(lm.network(), collate(rows, pad_to=16), EPS, settings)
+    settings = settings_for(rule, toward=0.7, away=0.4)
+    found = pgd(lm.network(), collate(rows, pad_to=16), EPS, settings, positions=positions)
     llama = reference.Llama.of(lm.model, SCALING)
     for n, row in enumerate(rows):
         expected, losses = reference.pgd(
@@ -149,7 +154,7 @@ def test_perturbations_stay_in_the_ball_and_off_the_padding(start, rule, kind, d
     for positions in ("prompt", "prompt+completion"):
         batch = preference_batch()
         found = pgd(
-            network, batch, EPS, settings_for(rule, start=start, positions=positions), seeded()
+            network, batch, EPS, settings_for(rule, start=start), seeded(), positions=positions
         )
         allowed = batch.segments == 0 if positions == "prompt" else batch.segments >= 0
         assert (~allowed).any() and set(found.deltas) == set(EPS)
@@ -232,7 +237,7 @@ def test_every_site_is_attacked_within_its_own_radius():
         {2: 0.1, EMBEDDING: 5.0},
         settings_for(steps=10),
     )
-    assert found.eps == {2: 0.1, EMBEDDING: 5.0}
+    assert found.threat.radius == {2: 0.1, EMBEDDING: 5.0}
     assert (
         0.05
         < found.deltas[2].norm(dim=-1).max()
@@ -257,7 +262,7 @@ def test_restarts_keep_the_best_of_each_row():
     network, batch = language_model().network(), preference_batch(8)
     settings = settings_for(steps=2, start="random")
     one = pgd(network, batch, EPS, settings, seeded())
-    many = pgd(network, batch, EPS, settings.model_copy(update={"restarts": 6}), seeded())
+    many = pgd(network, batch, EPS, replace(settings, restarts=6), seeded())
     assert (many.losses[-1] <= one.losses[-1]).all() and (many.losses[-1] < one.losses[-1]).any()
     with torch.no_grad():
         again = attack_losses(network, batch, settings, network.label_rows(batch, many.deltas))
@@ -341,24 +346,26 @@ def test_relative_radii_follow_the_median_norm_of_each_site():
             ]
         assert norms[site] == pytest.approx(torch.tensor(found).median().item(), rel=1e-5)
     settings = AttackSettings(sites=("embedding", 2), eps=0.1, eps_mode="relative")
-    assert radii(settings, LAYERS, norms) == {s: pytest.approx(0.1 * norms[s]) for s in norms}
+    assert settings.threat_model(LAYERS, norms).radius == {
+        s: pytest.approx(0.1 * norms[s]) for s in norms
+    }
     with pytest.raises(ValueError, match="'relative' needs the median residual norms"):
-        radii(settings, LAYERS)
+        settings.threat_model(LAYERS)
 
 
 def test_absolute_radii_are_the_same_at_every_site():
-    assert radii(AttackSettings(sites=(0.75, "embedding", 1), eps=6.0), LAYERS) == {
+    assert AttackSettings(sites=(0.75, "embedding", 1), eps=6.0).threat_model(LAYERS).radius == {
         EMBEDDING: 6.0,
         1: 6.0,
         3: 6.0,
     }
     with pytest.raises(ValueError, match="site = 4 is outside this model of 4 blocks"):
-        radii(AttackSettings(sites=(4,)), LAYERS)
+        AttackSettings(sites=(4,)).threat_model(LAYERS)
 
 
 def test_an_attack_without_sites_or_with_unknown_positions_is_refused():
     network, batch = language_model().network(), preference_batch()
-    with pytest.raises(ValueError, match="eps names no site"):
+    with pytest.raises(ValueError, match="sites = .. names no site"):
         pgd(network, batch, {}, settings_for())
     with pytest.raises(ValueError, match="'completion': choose 'prompt' or 'prompt.completion'"):
         perturbed_positions(batch, "completion")
@@ -418,15 +425,13 @@ def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, pos
         preference_batch(8),
         14 if positions == "prompt" else 8,
     )
-    settings = settings_for(
-        rule, steps=steps, positions=positions, lr=0.3 if rule == "adamw" else 0.15
-    )
+    settings = settings_for(rule, steps=steps, lr=0.3 if rule == "adamw" else 0.15)
     network = lm.network()
     trail = watched(network)
-    free = pgd(network, batch, STRONG, settings)
+    free = pgd(network, batch, STRONG, settings, positions=positions)
     network = lm.network()
     calls = watched(network)
-    found = pgd(network, batch, STRONG, settings, stop=True)
+    found = pgd(network, batch, STRONG, settings, stop_when_won=True, positions=positions)
     won_at = [next((k for k, (_, _, won) in enumerate(trail) if won[n]), None) for n in range(8)]
     assert None in won_at and len({k for k in won_at if k is not None}) > 2, "nothing to tell apart"
     assert (
@@ -454,7 +459,12 @@ def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, pos
 def test_perturbations_that_won_are_in_the_ball_and_off_the_padding(rule, dtype):
     network, batch = language_model(dtype=dtype).network(), preference_batch(8)
     found = pgd(
-        network, batch, STRONG, settings_for(rule, steps=14, restarts=2), seeded(), stop=True
+        network,
+        batch,
+        STRONG,
+        settings_for(rule, steps=14, restarts=2),
+        seeded(),
+        stop_when_won=True,
     )
     assert found.won.any() and not found.won.all()
     for site, delta in found.deltas.items():
@@ -466,12 +476,10 @@ def test_perturbations_that_won_are_in_the_ball_and_off_the_padding(rule, dtype)
 def test_restarts_go_to_rows_that_are_open_and_lose_none_that_is_won():
     lm, batch = language_model(trained=True), preference_batch(8)
     settings = settings_for(steps=8, start="random")
-    one = pgd(lm.network(), batch, STRONG, settings, seeded(), stop=True)
+    one = pgd(lm.network(), batch, STRONG, settings, seeded(), stop_when_won=True)
     network = lm.network()
     calls = watched(network)
-    many = pgd(
-        network, batch, STRONG, settings.model_copy(update={"restarts": 4}), seeded(), stop=True
-    )
+    many = pgd(network, batch, STRONG, replace(settings, restarts=4), seeded(), stop_when_won=True)
     assert one.won.any() and not many.won.all() and (many.won & ~one.won).any()
     assert many.won[one.won].all() and (many.losses[-1] <= one.losses[-1])[~many.won].all()
     assert (many.losses[-1] < one.losses[-1])[~many.won].any()
@@ -502,9 +510,11 @@ def test_a_restart_takes_a_row_by_winning_it_or_by_a_lower_loss():
         torch.tensor([True, False, True, False, False]),
         torch.tensor([[9.0, 9, 9, 9, 9], [1.0, 2, 3, 4, 5]]),
     )
-    first = Attack({1: torch.zeros(5, 2, D)}, losses, won, {1: 1.0})
+    first = Attack({1: torch.zeros(5, 2, D)}, losses, won, ThreatModel.within({1: 1.0}))
     again = torch.tensor([[8.0, 8, 8], [1.5, 4.5, 5.5]])
-    second = Attack({1: torch.ones(3, 2, D)}, again, torch.tensor([False, True, False]), {1: 1.0})
+    second = Attack(
+        {1: torch.ones(3, 2, D)}, again, torch.tensor([False, True, False]), first.threat
+    )
     found = _better(first, second, torch.tensor([1, 3, 4]))
     assert found.won.tolist() == [True, False, True, True, False]
     assert found.losses.tolist() == [[9, 8, 9, 8, 9], [1, 1.5, 3, 4.5, 5]]
@@ -536,7 +546,7 @@ def test_rows_that_are_won_from_the_start_are_never_touched(judged):
     network = language_model().network()
     batch = collate(own_replies(network, 3))
     calls = watched(network)
-    found = pgd(network, batch, EPS, settings_for(steps=5), judged=judged, stop=True)
+    found = pgd(network, batch, EPS, settings_for(steps=5), judged=judged, stop_when_won=True)
     assert len(calls) == 1 + judged and found.losses.shape == (5 + judged, 3)
     assert all(
         (delta == 0).all() and delta.shape == (*batch.shape, D) for delta in found.deltas.values()
@@ -545,7 +555,9 @@ def test_rows_that_are_won_from_the_start_are_never_touched(judged):
         found.losses, found.losses[:1].expand_as(found.losses), rtol=0, atol=1e-10
     )
     assert found.won.all() if judged else found.won is None
-    again = pgd(network, batch, EPS, settings_for(steps=5, restarts=4), seeded(), stop=True)
+    again = pgd(
+        network, batch, EPS, settings_for(steps=5, restarts=4), seeded(), stop_when_won=True
+    )
     assert again.won.all() and all((delta == 0).all() for delta in again.deltas.values())
     assert len(calls) == 1 + judged + 2  # no restart for rows that are won
 
@@ -559,12 +571,12 @@ def test_an_attack_ends_when_its_last_row_is_won():
     batch = collate([rows[7], rows[4], *own_replies(network, 1, seed=5)])
     calls = watched(network)
     settings = settings_for(steps=40, lr=0.15)
-    found = pgd(network, batch, STRONG, settings, stop=True)
+    found = pgd(network, batch, STRONG, settings, stop_when_won=True)
     assert found.won.all() and found.losses.shape == (41, 3)
     sizes = [call[0].shape[0] for call in calls]
     assert sizes[:2] == [3, 2] and 1 in sizes and sizes[-1] == 3 and len(sizes) < 40
     assert [bool(found.deltas[1][n].any()) for n in range(3)] == [True, True, False]
-    alone = pgd(lm.network(), collate([rows[4]]), STRONG, settings, stop=True)
+    alone = pgd(lm.network(), collate([rows[4]]), STRONG, settings, stop_when_won=True)
     torch.testing.assert_close(found.losses[:, 1], alone.losses[:, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(
         found.deltas[2][1, : rows[4].length], alone.deltas[2][0], rtol=0, atol=1e-10
@@ -575,7 +587,9 @@ def test_an_untargeted_attack_leaves_a_row_alone_whose_response_is_gone():
     network, (written,) = language_model().network(), token_rows(1, 1)
     written = TokenRow(written.prompt, (greedy_reply(network, written.prompt, 3),))
     batch = collate([token_rows(2, 1)[1], written])
-    found = pgd(network, batch, {1: 30.0}, settings_for(targeted=False, steps=20), stop=True)
+    found = pgd(
+        network, batch, {1: 30.0}, settings_for(targeted=False, steps=20), stop_when_won=True
+    )
     assert found.won.all() and not found.deltas[1][0].any() and found.deltas[1][1].any()
     assert found.losses[-1, 1] < found.losses[0, 1]
 
@@ -592,7 +606,7 @@ def test_an_attack_that_stops_leaves_no_trace_on_the_weights(kind):
         STRONG,
         settings_for(steps=14, restarts=2),
         seeded(),
-        stop=True,
+        stop_when_won=True,
     )
     assert found.won.any()
     assert lora[0].grad is kept and (kept == 7.0).all()
@@ -608,7 +622,7 @@ def test_an_attack_that_wins_nothing_is_the_same_with_and_without_stop():
     network, batch = language_model().network(), preference_batch()
     settings = settings_for(steps=3, restarts=3)
     plain, stop = (
-        pgd(network, batch, {1: 1e-3}, settings, seeded(), stop=s) for s in (False, True)
+        pgd(network, batch, {1: 1e-3}, settings, seeded(), stop_when_won=s) for s in (False, True)
     )
     assert not plain.won.any() and torch.equal(plain.losses, stop.losses)
     assert torch.equal(plain.deltas[1], stop.deltas[1])

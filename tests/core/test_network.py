@@ -101,8 +101,8 @@ def test_lean_gradients_equal_stock(settle_each):
         for _ in range(2):  # two micro-batches
             label_logits(network, batch, deltas).logsumexp(-1).pow(2).sum().backward()
             if settle_each:
-                network.settle()
-        network.settle()
+                network.flush_gradients()
+        network.flush_gradients()
         found.append([t.grad for t in (*parameters, *deltas.values())])
     for a, b in zip(*found, strict=True):
         assert a.abs().sum() > 0
@@ -145,7 +145,7 @@ def test_label_rows_are_hidden_states_at_the_label_positions(kind, site):
         deltas = {s: d.requires_grad_() for s, d in noise_like(batch, {site, LAYERS - 1}).items()}
         logits = network.unembed(rows_of(network, deltas))
         logits.logsumexp(-1).pow(2).sum().backward()
-        network.settle()
+        network.flush_gradients()
         found.append([logits, *(t.grad for t in (*parameters, *deltas.values()))])
         lm.model.zero_grad()
     for a, b in zip(*found, strict=True):

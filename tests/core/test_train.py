@@ -61,7 +61,7 @@ def gradients_of(trainer) -> list:
 
 def spy_on_terms(trainer) -> list:
     """(micro-batch, deltas, tokens, terms) of every micro-batch that is trained on."""
-    seen, terms_of = [], trainer.defence_terms
+    seen, terms_of = [], trainer.objective.losses
 
     def spy(network, part, deltas, tokens, look=lambda part, rows: None):
         found = {}
@@ -70,7 +70,7 @@ def spy_on_terms(trainer) -> list:
             yield terms
         seen.append((part, deltas, tokens, found))
 
-    trainer.defence_terms = spy
+    trainer.objective.losses = spy
     return seen
 
 
@@ -111,7 +111,7 @@ def test_steps_equal_the_reference(micro_batch, kind):
 def test_the_merged_teacher_is_gone_before_the_student_runs():
     """A merged copy of the frozen model beside the student's would be a second model in memory."""
     trainer, teachers, seen = trainer_for(micro_batch=2), [], []
-    network_of, terms_of = trainer.lm.network, trainer.defence_terms
+    network_of, terms_of = trainer.lm.network, trainer.objective.losses
 
     def network(adapter=True, train=False):
         found = network_of(adapter=adapter, train=train)
@@ -124,7 +124,7 @@ def test_the_merged_teacher_is_gone_before_the_student_runs():
         yield from terms_of(*args, **kwargs)
 
     object.__setattr__(trainer.lm, "network", network)
-    trainer.defence_terms = terms
+    trainer.objective.losses = terms
     trainer.train_step()
     assert seen == [[None]] * 3
 
@@ -193,7 +193,8 @@ def test_layout_changes_no_gradient(kind, change):
 @pytest.mark.parametrize("kind", ["stock", "lean"])
 def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind):
     trainer = trainer_for(kind=kind, micro_batch=2)
-    seen, terms_of = spy_on_terms(trainer), trainer.defence_terms
+    terms_of = trainer.objective.losses
+    seen = spy_on_terms(trainer)
     before = adapter_of(trainer)
     trainer.train_step()
     with torch.no_grad():  # the weights the attack saw
@@ -296,7 +297,7 @@ def test_training_against_the_attack_makes_it_lose():
 def attack_on(trainer):
     attack = settings_for("lat").attack
     batch = train.collate(trainer.harmful)
-    return train.pgd(trainer.lm.network(), batch, train.radii(attack, LAYERS), attack)
+    return train.pgd(trainer.lm.network(), batch, attack.threat_model(LAYERS), attack.search())
 
 
 @pytest.mark.parametrize("kind", ["stock", "lean"])

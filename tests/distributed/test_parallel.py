@@ -20,7 +20,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import LAYERS, language_model, noise_like, token_rows
 
-from latlib import train
 from latlib.config.profile import ProfileError, load_profile
 from latlib.config.sections import (
     AttackSettings,
@@ -216,17 +215,15 @@ def stopped_after(mode: str, folder: Path) -> dict:
 
 def negative_controls(mode: str) -> dict:
     """The mistakes that the tests must be able to see."""
-    found, counts = {}, train._label_tokens
+    found, trainer = {}, trainer_for(mode, **LAT)
+    counts = trainer.objective.counts
 
     def own_counts(parts):
-        return {
-            name: trainer.processes.world * n
-            for name, n in counts(trainer.processes.own(parts)).items()
-        }
+        own = counts(trainer.processes.own(parts))
+        return {name: trainer.processes.world * n for name, n in own.items()}
 
-    trainer, train._label_tokens = trainer_for(mode, **LAT), own_counts
+    trainer.objective.counts = own_counts
     found["a mean for each process"] = steps_of(trainer, HALF)
-    train._label_tokens = counts
     if mode == "ddp":
         trainer = trainer_for(mode, **LAT)
         trainer.processes.through = lambda train, call: call()

@@ -142,7 +142,7 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
     assert (look.harmful_refused, look.harmless_refused, look.harmless_complied) == (0.8, 0.2, 0.4)
     assert (look.neither, look.attack_success) == (0.2, 0.4)
     assert look.score == 0.6 and look.metrics()["watch_attack_success"] == 0.4
-    assert norms == pytest.approx(trainer.eps, rel=1e-3)
+    assert norms == pytest.approx(trainer.threat.radius, rel=1e-3)
     assert observer.look(2).attack_success is None, "the attack has not begun"
     assert "watch_attack_success" not in observer.look(2).metrics()
 

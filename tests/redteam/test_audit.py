@@ -66,7 +66,7 @@ def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
         (
             token_losses(network.unembed, network.label_rows(batch), batch.labels) * weights
         ).sum().backward()
-        network.settle()
+        network.flush_gradients()
         optimiser.step()
         optimiser.zero_grad()
     model.requires_grad_(False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_audit import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
 
-from latlib.attack import attack_losses, perturbed_positions, pgd, radii
+from latlib.attack import attack_losses, perturbed_positions, pgd
 from latlib.batch import collate
 from latlib.config.profile import ProfileError, load_profile
 from latlib.config.sections import AttackSettings
@@ -26,6 +26,7 @@ from latlib.redteam.latent import (
     gradient_norms,
     replace_settings,
 )
+from latlib.threat import ThreatModel
 
 PROFILE = small_profile()
 LAT = PROFILE.training("lat").attack
@@ -207,11 +208,11 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
     cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
     network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
-    limits = radii(settings, lm.n_layers, subject.norms)
+    limits = settings.threat_model(lm.n_layers, subject.norms).radius
     median = sorted(limits.values())[1]
-    own = dict.fromkeys(limits, median)
-    adam = pgd(network, batch, own, settings.model_copy(update={"steps": 1})).deltas
-    usual = replace_settings(LAT, steps=1, lr=2 / steps)
+    own = ThreatModel.within(dict.fromkeys(limits, median))
+    adam = pgd(network, batch, own, replace(settings.search(), steps=1)).deltas
+    usual = replace_settings(LAT, steps=1, lr=2 / steps).search()
     for site in SITES:
         lengths = adam[site].norm(dim=-1)[batch.segments == 0]
         torch.testing.assert_close(
@@ -230,9 +231,9 @@ def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject, monkeypat
     cell.measure(model, subject)
     assert calls == [8, 8]  # the step, and what it did
     batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
-    limits = radii(cell.settings, lm.n_layers, subject.norms)
-    found = pgd(lm.network(), batch, limits, cell.settings).deltas
-    for site, limit in limits.items():
+    threat = cell.settings.threat_model(lm.n_layers, subject.norms)
+    found = pgd(lm.network(), batch, threat, cell.settings.search()).deltas
+    for site, limit in threat.radius.items():
         lengths = found[site].norm(dim=-1)[batch.segments == 0]
         torch.testing.assert_close(lengths, torch.full_like(lengths, limit), rtol=1e-3, atol=0)
 
@@ -242,7 +243,8 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, subject):
     table = AttackCell(settings, "mine", n=6).measure(lm, subject)
     network, prompts = lm.network(), prompt_set("harmful", PROFILE, 6)
     batch = collate(token_rows(lm, prompts))
-    found = pgd(network, batch, radii(settings, lm.n_layers, subject.norms), settings, stop=True)
+    threat, search = settings.threat_model(lm.n_layers, subject.norms), settings.search()
+    found = pgd(network, batch, threat, search, stop_when_won=True)
     assert (table["outcome"] == "complied").tolist() == found.won.tolist() and found.won.any()
     assert table["prompt_id"].tolist() == [f"harmful-{i:04d}" for i in range(6)]
     assert (
@@ -328,10 +330,10 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
         prompt_set("harmful", PROFILE),
         replace_settings(base_attack(subject), eps=0.2),
     )
-    limits, network = radii(settings, lm.n_layers, subject.norms), lm.network()
+    threat, network = settings.threat_model(lm.n_layers, subject.norms), lm.network()
 
     def perturb(batch):  # the white-box attack on the source, all its steps
-        return pgd(network, batch, limits, settings).deltas
+        return pgd(network, batch, threat, settings.search()).deltas
 
     for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
         expected = examine(target, PROFILE, prompts, perturb=perturb).outcomes
@@ -359,7 +361,7 @@ def test_transferred_perturbations_take_all_their_steps(lm, other, subject, monk
     seen = []
     monkeypatch.setattr(latent, "pgd", lambda *a, **k: seen.append((a[3], k)) or pgd(*a, **k))
     latent.transfer(lm, subject, all_are(other))
-    assert [(s.steps, k.get("stop", False)) for s, k in seen] == [
+    assert [(s.steps, k.get("stop_when_won", False)) for s, k in seen] == [
         (PROFILE.evaluation.pgd_steps, False)
     ]
 
@@ -393,7 +395,9 @@ def test_gradients_are_found_at_every_site(lm, subject):
     for row in token_rows(lm, prompt_set("harmful", PROFILE)):  # one at a time
         batch, network = collate([row]), lm.network()
         deltas = {s: torch.zeros(*batch.shape, network.d_model, requires_grad=True) for s in SITES}
-        attack_losses(network, batch, LAT, network.label_rows(batch, deltas)).sum().backward()
+        attack_losses(
+            network, batch, LAT.search(), network.label_rows(batch, deltas)
+        ).sum().backward()
         for site in SITES:
             norm = deltas[site].grad[0, : len(row.prompt)].norm().item()
             expected[site] = min(expected[site], norm)

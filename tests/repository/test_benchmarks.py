@@ -26,12 +26,12 @@ from switches import POINTS, WRAPPERS, SwitchedTrainer
 from variants import Bench, choose
 
 from latlib import losses
-from latlib.attack import attack_losses, radii
+from latlib.attack import attack_losses
 from latlib.batch import TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
 from latlib.experiment.run import Run
-from latlib.hooks import depth
 from latlib.redteam.gcg import SuffixSettings
+from latlib.threat import PGD, depth
 from latlib.train import Trainer
 
 KINDS = ("stock", "lean")
@@ -92,7 +92,7 @@ def test_naive_equals_the_engine(rule, kind):
         *data,
         settings,
         3,
-        radii(settings.attack, lm.n_layers),
+        settings.attack.threat_model(lm.n_layers).radius,
     )
     for _ in range(2):
         assert naive.train_step() == pytest.approx(engine.train_step()["total"], abs=1e-9)
@@ -142,7 +142,7 @@ def test_wrappers_give_the_same_losses_and_gradients_of_delta(point, kind):
         deltas = {site: delta.requires_grad_() for site, delta in noise_like(batch, (1, 2)).items()}
         start = (1, each.capture(batch, [1])[1])
         rows = each.label_rows(batch, deltas, start)
-        values = attack_losses(each, batch, AttackSettings(), rows)
+        values = attack_losses(each, batch, PGD(), rows)
         found.append((values, *torch.autograd.grad(values.sum(), list(deltas.values()))))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-10)

@@ -1,0 +1,297 @@
+"""What a defence minimises: one class a defence.
+
+To add one, subclass `Objective` and name it in `OBJECTIVES`; settings of its own are a section in
+`config.sections`, and a method of a profile says `objective: NAME`. A step of training:
+1. `rows` says which of the step's rows carry the perturbation and which are benign.
+2. `with_teacher` adds what the frozen model says to them, before the student runs.
+3. `losses` gives weighted terms, one dictionary a forward. Each is a sum over a micro-batch divided
+   by a count over the whole batch (`counts`), so that micro-batches change nothing.
+
+Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from latlib.attack import Deltas
+from latlib.batch import Batch, TokenRow, join
+from latlib.losses import Unembed, kl_divergence, normalised, token_losses
+from latlib.network_protocol import Model, Network
+from latlib.threat import PGD, Site, ThreatModel
+
+Terms = dict[str, Tensor]
+
+
+class AttackOptions(Protocol):
+    """The attack in training; `config.sections.AttackSettings` has it. steps = 0: none."""
+
+    steps: int
+    targeted: bool
+
+    def threat_model(self, n_layers: int, norms: Mapping[Site, float] | None) -> ThreatModel:
+        """Where the adversary may perturb a model, and how far."""
+
+    def search(self) -> PGD:
+        """How it searches."""
+
+
+class DefenceOptions(Protocol):
+    """Coefficients of `SafetyTraining`; each is applied to a mean over label tokens."""
+
+    toward: float
+    away: float
+    kl: float
+    sft: float
+    kl_mode: Literal["token", "reference"]
+
+
+class ObjectiveOptions(Protocol):
+    """What objectives read of the settings of training."""
+
+    objective: str
+    shared_forward: bool
+
+    @property
+    def attack(self) -> AttackOptions:
+        """The attack in training."""
+
+    @property
+    def defence(self) -> DefenceOptions:
+        """Coefficients."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through the model together. attacked: rows that carry delta. benign: rows with
+    delta = 0. clean: [rows of attacked] bool, rows whose delta is put back to zero. number: its
+    place in the step's list, whichever process runs it. teacher: see `Objective.with_teacher`."""
+
+    attacked: Batch
+    benign: Batch | None
+    clean: Tensor
+    number: int = 0
+    teacher: Any = None
+
+
+# is shown the attacked rows' `label_rows` under the perturbation
+Observe = Callable[[MicroBatch, Tensor], None]
+
+
+def ignore(part: MicroBatch, rows: Tensor) -> None:
+    """An `Observe` that does nothing."""
+
+
+class Objective(ABC):
+    """Base of every defence; see the module's docstring. terms: names that `losses` may give."""
+
+    terms: ClassVar[tuple[str, ...]]
+
+    def __init__(self, settings: ObjectiveOptions) -> None:
+        self.settings = settings
+
+    @property
+    @abstractmethod
+    def uses_benign(self) -> bool:
+        """Whether benign rows play a part."""
+
+    def rows(
+        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
+    ) -> tuple[list[TokenRow], list[TokenRow]]:
+        """(rows that carry the perturbation, benign rows) of a step."""
+        return harmful, benign
+
+    def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with what the frozen model says to them."""
+        return parts
+
+    @abstractmethod
+    def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
+        """What sums are divided by, over the whole batch."""
+
+    @abstractmethod
+    def forwards(self, part: MicroBatch) -> int:
+        """How many dictionaries `losses` gives for a micro-batch."""
+
+    @abstractmethod
+    def losses(
+        self,
+        network: Network,
+        part: MicroBatch,
+        deltas: Deltas | None,
+        counts: Mapping[str, int],
+        observe: Observe = ignore,
+    ) -> Iterator[Terms]:
+        """Weighted terms, scalars that sum to the objective: one dictionary for each forward, whose
+        backward pass belongs before the next is asked for, so that one graph exists at a time."""
+
+
+class Teacher(NamedTuple):
+    """All that KL needs of the frozen model: its output matrix, and its `label_rows` of a benign
+    batch."""
+
+    unembed: Unembed
+    rows: Tensor
+
+
+class SafetyTraining(Objective):
+    """Refuse harmful requests under the perturbation, stay useful without it: toward * CE(chosen |
+    delta) + away * away(rejected | delta) + kl * KL(teacher || student) + sft * CE(benign).
+
+    One objective for four methods, which differ in their threat model: supervised safety training
+    has none, adversarial training attacks the embedding, LAT the residual stream."""
+
+    terms = ("toward", "away", "kl", "sft")
+
+    @property
+    def uses_benign(self) -> bool:
+        """See `Objective`."""
+        return bool(self.settings.defence.kl or self.settings.defence.sft)
+
+    def rows(
+        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
+    ) -> tuple[list[TokenRow], list[TokenRow]]:
+        """See `Objective`. The rejected completion plays no part in plain steps before an attack,
+        nor without an away term."""
+        plain = not attacked and bool(self.settings.attack.steps)
+        if plain or not (attacked or self.settings.defence.away):
+            harmful = wanted_only(harmful)
+        return harmful, benign
+
+    def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
+        """See `Objective`: a `Teacher` for each micro-batch with benign rows, where there is KL."""
+        if not self.settings.defence.kl:
+            return parts
+        network = lm.network(adapter=False)
+        unembed = network.unembedding()
+        taught = []
+        with torch.no_grad():
+            for part in parts:
+                if part.benign is not None:
+                    teacher = Teacher(unembed, network.label_rows(part.benign))
+                    part = replace(part, teacher=teacher)
+                taught.append(part)
+        return taught
+
+    def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
+        """See `Objective`: label tokens."""
+        first = sum(len(part.attacked.label_index(1)) for part in parts)
+        second = sum(len(part.attacked.label_index(2)) for part in parts)
+        benign = sum(len(part.benign.labels) for part in parts if part.benign is not None)
+        if any(part.attacked.packed for part in parts):
+            return {"toward": second, "away": first, "benign": benign}
+        return {"toward": first, "away": 0, "benign": benign}
+
+    def forwards(self, part: MicroBatch) -> int:
+        """See `Objective`."""
+        apart = self.uses_benign and part.benign is not None and not self.settings.shared_forward
+        return 2 if apart else 1
+
+    def losses(
+        self,
+        network: Network,
+        part: MicroBatch,
+        deltas: Deltas | None,
+        counts: Mapping[str, int],
+        observe: Observe = ignore,
+    ) -> Iterator[Terms]:
+        """See `Objective`."""
+        benign = part.benign if self.uses_benign else None
+        if benign is not None and self.settings.shared_forward:
+            yield self._together(network, part, deltas, counts, observe)
+            return
+        rows = network.label_rows(part.attacked, deltas)
+        observe(part, rows)
+        yield self._harmful(network, rows, part.attacked, counts)
+        if benign is not None:
+            yield self._benign(network, network.label_rows(benign), part, counts)
+
+    def _together(
+        self,
+        network: Network,
+        part: MicroBatch,
+        deltas: Deltas | None,
+        counts: Mapping[str, int],
+        observe: Observe,
+    ) -> Terms:
+        """Harmful and benign rows in one forward."""
+        both = join(part.attacked, part.benign)
+        padded_deltas = {site: padded(delta, both) for site, delta in (deltas or {}).items()}
+        rows = network.label_rows(both, padded_deltas)
+        n = len(part.attacked.labels)
+        observe(part, rows[:n])
+        harmful = self._harmful(network, rows[:n], part.attacked, counts)
+        return harmful | self._benign(network, rows[n:], part, counts)
+
+    def _harmful(
+        self, network: Network, rows: Tensor, batch: Batch, counts: Mapping[str, int]
+    ) -> Terms:
+        weights = self.settings.defence
+        rejected = batch.label_segments == 1 if batch.packed else None
+        losses = token_losses(network.unembed, rows, batch.labels, away=rejected)
+        # a row with one completion has only the wanted one
+        chosen = batch.label_index(2 if batch.packed else 1)
+        terms = {"toward": weights.toward * losses[chosen].sum() / counts["toward"]}
+        if weights.away and batch.packed:
+            away = losses[batch.label_index(1)].sum()
+            terms["away"] = weights.away * away / counts["away"]
+        return terms
+
+    def _benign(
+        self, network: Network, rows: Tensor, part: MicroBatch, counts: Mapping[str, int]
+    ) -> Terms:
+        weights, terms = self.settings.defence, {}
+        if weights.kl:
+            kl = kl_divergence(network.unembed, rows, *part.teacher, weights.kl_mode)
+            if weights.kl_mode == "token":
+                total = kl.sum()
+            else:
+                total = normalised(kl.mean()) * len(kl)
+            terms["kl"] = weights.kl * total / counts["benign"]
+        if weights.sft:
+            sft = token_losses(network.unembed, rows, part.benign.labels).sum()
+            terms["sft"] = weights.sft * sft / counts["benign"]
+        return terms
+
+
+class UntargetedTraining(SafetyTraining):
+    """The same under an adversary that raises the loss of wanted completions, of harmful and of
+    benign rows alike (Casper et al. 2024)."""
+
+    def rows(
+        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
+    ) -> tuple[list[TokenRow], list[TokenRow]]:
+        """See `Objective`."""
+        if not attacked:
+            return super().rows(harmful, benign, attacked)
+        return wanted_only(harmful) + benign, benign
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "safety-training": SafetyTraining,
+}
+
+
+def objective_for(settings: ObjectiveOptions) -> Objective:
+    """The objective that settings ask for."""
+    kind = OBJECTIVES[settings.objective]
+    if kind is SafetyTraining and not settings.attack.targeted:
+        kind = UntargetedTraining
+    return kind(settings)
+
+
+def wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Preference rows without their rejected completion."""
+    return [TokenRow(row.prompt, row.completions[1:]) for row in rows]
+
+
+def padded(delta: Tensor, batch: Batch) -> Tensor:
+    """A perturbation of the first rows of a joined batch, zero on all others."""
+    n, seq, _ = delta.shape
+    return F.pad(delta, (0, 0, 0, batch.shape[1] - seq, 0, batch.shape[0] - n))
