@@ -114,19 +114,16 @@ def collate(
     ids, positions, segments = [], [], []
     source, labels, label_segments, label_rows = [], [], [], []
     for index, row in enumerate(rows):
-        tokens, places, parts = (
-            list(row.prompt),
-            list(range(len(row.prompt))),
-            [0] * len(row.prompt),
-        )
+        begin = len(row.prompt)
+        tokens, places, parts = list(row.prompt), list(range(begin)), [0] * begin
         for segment, completion in enumerate(row.completions, start=1):
             first, n = len(tokens), len(completion)
             tokens += completion[:-1]
-            places += range(len(row.prompt), len(row.prompt) + n - 1)
+            places += range(begin, begin + n - 1)
             parts += [segment] * (n - 1)
-            source += [
-                index * seq + at for at in (len(row.prompt) - 1, *range(first, first + n - 1))
-            ]
+            # the prompt's last token predicts the first label, each token the one behind it
+            predicting = (begin - 1, *range(first, first + n - 1))
+            source += [index * seq + at for at in predicting]
             labels += completion
             label_segments += [segment] * n
             label_rows += [index] * n
@@ -145,20 +142,24 @@ def collate(
 def join(a: Batch, b: Batch) -> Batch:
     """One batch of the rows of both, `a`'s first, and their labels in the same order."""
     seq = max(a.shape[1], b.shape[1])
+    a, b = _as_long_as(a, seq), _as_long_as(b, seq)
+    n = a.shape[0]
+    names = ("ids", "positions", "segments", "labels", "label_segments")
+    parts = {name: torch.cat((getattr(a, name), getattr(b, name))) for name in names}
+    source = torch.cat((a.source, b.source + n * seq))
+    label_rows = torch.cat((a.label_rows, b.label_rows + n))
+    return Batch(**parts, source=source, label_rows=label_rows, packed=a.packed or b.packed)
 
-    def rows(name: str, fill: int) -> Tensor:
-        parts = (getattr(x, name) for x in (a, b))
-        return torch.cat([F.pad(part, (0, seq - part.shape[1]), value=fill) for part in parts])
 
-    def moved(x: Batch, first: int) -> Tensor:
-        return x.source + (x.source // x.shape[1]) * (seq - x.shape[1]) + first * seq
-
-    return Batch(
-        *(rows("ids", 0), rows("positions", 0), rows("segments", PADDING)),
-        torch.cat((moved(a, 0), moved(b, a.shape[0]))),
-        *(torch.cat((getattr(a, name), getattr(b, name))) for name in ("labels", "label_segments")),
-        torch.cat((a.label_rows, b.label_rows + a.shape[0])),
-        a.packed or b.packed,
+def _as_long_as(batch: Batch, seq: int) -> Batch:
+    """The batch with its rows padded to `seq` positions."""
+    more = seq - batch.shape[1]
+    return replace(
+        batch,
+        ids=F.pad(batch.ids, (0, more)),
+        positions=F.pad(batch.positions, (0, more)),
+        segments=F.pad(batch.segments, (0, more), value=PADDING),
+        source=batch.source + (batch.source // batch.shape[1]) * more,
     )
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
-from latlib.fused.llama import LEAN_LIMIT, LeanNetwork, fits
+from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
 from latlib.io.hub import (
     Allowed,
     is_adapter,
@@ -54,7 +53,7 @@ class LanguageModel:
             )
         if self.processes.mode is not None or self.settings.forward == "stock":
             return False
-        return self.settings.forward == "lean" or (_small(self.model) and fits(self.model))
+        return self.settings.forward == "lean" or runs_lean(self.model)
 
     @property
     def n_layers(self) -> int:
@@ -82,7 +81,7 @@ class LanguageModel:
         return StockNetwork(self.model, adapter, train, compiled=compiled, processes=self.processes)
 
 
-def load(
+def load_model(
     folder: str | os.PathLike[str],
     settings: ModelSettings,
     adapter: str | os.PathLike[str] | None = None,
@@ -99,7 +98,7 @@ def load(
     dtype = resolve_dtype(settings.dtype, device)
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
     source = located(folder, field)
-    lean = settings.forward != "stock" and _fits_lean(open_config(source, field, allowed))
+    lean = settings.forward != "stock" and will_run_lean(open_config(source, field, allowed))
     weights = torch.float32 if lean and dtype == torch.bfloat16 else dtype
     tokenizer = open_tokenizer(source, field, allowed)
     model = _cast(open_model(source, field, allowed, weights), weights).to(device).eval()
@@ -112,7 +111,7 @@ def load(
 
 
 def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
-    """The tokenizer of what `load` loads, without its weights."""
+    """The tokenizer of what `load_model` loads, without its weights."""
     field = "model.source"
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
     return open_tokenizer(located(folder, field), field, allowed)
@@ -123,30 +122,13 @@ def load_released(
 ) -> LanguageModel:
     """Somebody's trained model: a whole one (folder or hub id, with its own tokenizer), or an
     adapter (it has an adapter_config.json) on the model `base_source`, with that one's tokenizer.
-    Raises as `load`, naming `released`."""
+    Raises as `load_model`, naming `released`."""
     source = located(released, "released")
     if not is_adapter(source, "released"):
-        return load(source, settings, field="released")
-    lm = load(base_source, settings)
+        return load_model(source, settings, field="released")
+    lm = load_model(base_source, settings)
     model = open_adapter(lm.model, source, "released", Allowed.by(settings, revision=False)).eval()
     return replace(lm, model=model.requires_grad_(False))
-
-
-def _fits_lean(config) -> bool:
-    """Whether a model of this configuration would run the lean forward, told from its shapes
-    without its weights."""
-    # saves building the others, which may need code of their own
-    if type(config) is not LlamaConfig:
-        return False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return _small(model) and fits(model)
-
-
-def _small(model: nn.Module) -> bool:
-    """Whether the lean forward pays. An adapter does not count: with and without one a model runs
-    the same way."""
-    return sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) <= LEAN_LIMIT
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

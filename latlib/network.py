@@ -71,7 +71,6 @@ class StockNetwork:
             yield
 
     def frozen_mode(self) -> AbstractContextManager[None]:
-        """See `Network`."""
         return self._mode()
 
     def _through(self, call: Callable):
@@ -117,7 +116,6 @@ class StockNetwork:
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
     ) -> dict[Site, Tensor]:
-        """See `Network`."""
         with self._mode():
             return self._through(
                 lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index)
@@ -147,7 +145,6 @@ class StockNetwork:
     def hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `Network`."""
         if start is not None:
             check_start(start[0], deltas)
         if deltas and self.directions is not None:
@@ -170,7 +167,6 @@ class StockNetwork:
     def label_rows(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `Network`."""
         return at_labels(self.hidden(batch, deltas, start), batch.source)
 
     def _runner(self, i: int) -> Callable:
@@ -183,25 +179,21 @@ class StockNetwork:
         return block._latlib_compiled
 
     def unembed(self, rows: Tensor) -> Tensor:
-        """See `Network`."""
         with self._mode():
             logits = self.model.get_output_embeddings()(rows)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def unembedding(self) -> Unembed:
-        """See `Network`."""
         return self.unembed
 
     def ablated(self, directions: Tensor) -> StockNetwork:
-        """See `Network`."""
         if self.directions is not None:
             before = torch.atleast_2d(self.directions)
             directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
         return self._with(self.train, directions)
 
     def frozen(self) -> StockNetwork:
-        """See `Network`."""
         return self._with(False, self.directions)
 
     def flush_gradients(self) -> None:

@@ -27,6 +27,8 @@ from latlib.network_protocol import Model, Network
 from latlib.threat import PGD, Site, ThreatModel
 
 Terms = dict[str, Tensor]
+Rows = list[TokenRow]
+Counts = Mapping[str, int]
 
 
 class AttackOptions(Protocol):
@@ -101,9 +103,7 @@ class Objective(ABC):
     def uses_benign(self) -> bool:
         """Whether benign rows play a part."""
 
-    def rows(
-        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
-    ) -> tuple[list[TokenRow], list[TokenRow]]:
+    def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
         """(rows that carry the perturbation, benign rows) of a step."""
         return harmful, benign
 
@@ -125,7 +125,7 @@ class Objective(ABC):
         network: Network,
         part: MicroBatch,
         deltas: Deltas | None,
-        counts: Mapping[str, int],
+        counts: Counts,
         observe: Observe = ignore,
     ) -> Iterator[Terms]:
         """Weighted terms, scalars that sum to the objective: one dictionary for each forward, whose
@@ -151,12 +151,9 @@ class SafetyTraining(Objective):
 
     @property
     def uses_benign(self) -> bool:
-        """See `Objective`."""
         return bool(self.settings.defence.kl or self.settings.defence.sft)
 
-    def rows(
-        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
-    ) -> tuple[list[TokenRow], list[TokenRow]]:
+    def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
         """See `Objective`. The rejected completion plays no part in plain steps before an attack,
         nor without an away term."""
         plain = not attacked and bool(self.settings.attack.steps)
@@ -189,7 +186,6 @@ class SafetyTraining(Objective):
         return {"toward": first, "away": 0, "benign": benign}
 
     def forwards(self, part: MicroBatch) -> int:
-        """See `Objective`."""
         apart = self.uses_benign and part.benign is not None and not self.settings.shared_forward
         return 2 if apart else 1
 
@@ -198,10 +194,9 @@ class SafetyTraining(Objective):
         network: Network,
         part: MicroBatch,
         deltas: Deltas | None,
-        counts: Mapping[str, int],
+        counts: Counts,
         observe: Observe = ignore,
     ) -> Iterator[Terms]:
-        """See `Objective`."""
         benign = part.benign if self.uses_benign else None
         if benign is not None and self.settings.shared_forward:
             yield self._together(network, part, deltas, counts, observe)
@@ -217,7 +212,7 @@ class SafetyTraining(Objective):
         network: Network,
         part: MicroBatch,
         deltas: Deltas | None,
-        counts: Mapping[str, int],
+        counts: Counts,
         observe: Observe,
     ) -> Terms:
         """Harmful and benign rows in one forward."""
@@ -229,9 +224,7 @@ class SafetyTraining(Objective):
         harmful = self._harmful(network, rows[:n], part.attacked, counts)
         return harmful | self._benign(network, rows[n:], part, counts)
 
-    def _harmful(
-        self, network: Network, rows: Tensor, batch: Batch, counts: Mapping[str, int]
-    ) -> Terms:
+    def _harmful(self, network: Network, rows: Tensor, batch: Batch, counts: Counts) -> Terms:
         weights = self.settings.defence
         rejected = batch.label_segments == 1 if batch.packed else None
         losses = token_losses(network.unembed, rows, batch.labels, away=rejected)
@@ -243,9 +236,7 @@ class SafetyTraining(Objective):
             terms["away"] = weights.away * away / counts["away"]
         return terms
 
-    def _benign(
-        self, network: Network, rows: Tensor, part: MicroBatch, counts: Mapping[str, int]
-    ) -> Terms:
+    def _benign(self, network: Network, rows: Tensor, part: MicroBatch, counts: Counts) -> Terms:
         weights, terms = self.settings.defence, {}
         if weights.kl:
             kl = kl_divergence(network.unembed, rows, *part.teacher, weights.kl_mode)
@@ -264,18 +255,13 @@ class UntargetedTraining(SafetyTraining):
     """The same under an adversary that raises the loss of wanted completions, of harmful and of
     benign rows alike (Casper et al. 2024)."""
 
-    def rows(
-        self, harmful: list[TokenRow], benign: list[TokenRow], attacked: bool
-    ) -> tuple[list[TokenRow], list[TokenRow]]:
-        """See `Objective`."""
+    def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
         if not attacked:
             return super().rows(harmful, benign, attacked)
         return wanted_only(harmful) + benign, benign
 
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "safety-training": SafetyTraining,
-}
+OBJECTIVES: dict[str, type[Objective]] = {"safety-training": SafetyTraining}
 
 
 def objective_for(settings: ObjectiveOptions) -> Objective:

@@ -31,7 +31,7 @@ from latlib.attack import Attack, Deltas, judge, pgd
 from latlib.batch import Batch, Schedule, TokenRow, collate
 from latlib.errors import SettingError
 from latlib.network_protocol import Model, Network
-from latlib.objectives import MicroBatch, ObjectiveOptions, Observe, ignore, objective_for
+from latlib.objectives import Counts, MicroBatch, ObjectiveOptions, Observe, ignore, objective_for
 from latlib.processes import Processes, full, sharded
 from latlib.threat import PGD, Site
 
@@ -141,7 +141,7 @@ class Trainer:
         network: Network,
         parts: Sequence[MicroBatch],
         deltas: Sequence[Deltas | None],
-        counts: Mapping[str, int],
+        counts: Counts,
         observe: Observe,
     ) -> Metrics:
         """Forward, backward over all micro-batches, one optimiser step."""
@@ -162,7 +162,7 @@ class Trainer:
         network: Network,
         parts: Sequence[MicroBatch],
         deltas: Sequence[Deltas | None],
-        counts: Mapping[str, int],
+        counts: Counts,
         observe: Observe,
     ) -> dict[str, float]:
         """name -> this process's sum of a term, its gradients left with the parameters."""

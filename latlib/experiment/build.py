@@ -58,7 +58,7 @@ from latlib.io.files import json_ready, write_json
 from latlib.io.progress import Stopped, stop_requested
 from latlib.models import (
     LanguageModel,
-    load,
+    load_model,
     quietly,
     resolve_device,
     resolve_dtype,
@@ -134,7 +134,7 @@ def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Si
     file, profile = layout.norms_file(seed), layout.profile
     if lm is None or not is_distributed():
         if not file.exists():
-            base = load(layout.model_folder(Spec(BASE, seed)), profile.model)
+            base = load_model(layout.model_folder(Spec(BASE, seed)), profile.model)
             _save_norms(measure_norms(base, profile, seed), file)
     elif not broadcast(file.exists()):
         measured = measure_norms(lm, profile, seed)
@@ -160,7 +160,7 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     profile, settings = layout.profile, layout.profile.training(spec.method, dict(spec.changes))
     check_overlap(profile)
     mode = profile.parallel.mode
-    base = load(layout.model_folder(spec.base), load_settings(profile.model, mode))
+    base = load_model(layout.model_folder(spec.base), load_settings(profile.model, mode))
     limit, data = _limit(base, profile), profile.data
     harmful, benign = (
         tokenise(

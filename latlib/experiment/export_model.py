@@ -32,7 +32,7 @@ from latlib.experiment.checkpoint import sync, sync_tree
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
 from latlib.io.hub import Allowed, located, open_config, quietly
-from latlib.models import load, save_folder
+from latlib.models import load_model, save_folder
 
 PROBE_TOKENS = 32
 # largest difference of logits, in their standard deviations: rounding of a merged weight to its
@@ -106,7 +106,7 @@ About the adapter:
 def _merged(run: Run, spec: Spec) -> tuple[nn.Module, Any, float]:
     """(merged model, tokenizer, largest difference of a logit from the adapter on its base)"""
     base = run.layout.model_folder(spec.base)
-    lm = load(base, _as_stored(base, run.profile.model), run.layout.model_folder(spec))
+    lm = load_model(base, _as_stored(base, run.profile.model), run.layout.model_folder(spec))
     before = _logits(lm.model)
     with quietly():
         model = lm.model.merge_and_unload(safe_merge=True)

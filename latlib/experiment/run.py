@@ -32,7 +32,7 @@ from latlib.experiment.spec import BASE, Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.hooks import Site
 from latlib.io.files import write_json, write_table
-from latlib.models import LanguageModel, load, load_released
+from latlib.models import LanguageModel, load_model, load_released
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
 from latlib.refusal.ablation import ablation
@@ -262,7 +262,7 @@ def _opened(layout: Layout, spec: Spec) -> LanguageModel:
     if spec.method in layout.profile.released:
         return load_released(base, settings, layout.profile.released[spec.method])
     adapter = None if spec.method == BASE else layout.model_folder(spec)
-    return load(base, settings, adapter)
+    return load_model(base, settings, adapter)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
 from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys
@@ -58,6 +59,23 @@ def fits(model: nn.Module) -> bool:
         and getattr(config, "pretraining_tp", 1) == 1
         and all(_plain_lora(m) for m in model.modules() if hasattr(m, "lora_A"))
     )
+
+
+def runs_lean(model: nn.Module) -> bool:
+    """Whether the lean forward fits and pays. An adapter does not count for its size: with and
+    without one a model runs the same way."""
+    sizes = (p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    return sum(sizes) <= LEAN_LIMIT and fits(model)
+
+
+def will_run_lean(config: PretrainedConfig) -> bool:
+    """The same, told from a configuration without weights."""
+    # saves building the others, which may need code of their own
+    if type(config) is not LlamaConfig:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return runs_lean(model)
 
 
 def _plain_lora(layer: nn.Module) -> bool:
@@ -191,7 +209,6 @@ class LeanNetwork:
         return self._with(self.weights.map(torch.Tensor.detach), _merged=None)
 
     def flush_gradients(self) -> None:
-        """See `Network`."""
         found = [
             (w, leaf.grad)
             for w, leaf in zip(self._merged, self.weights, strict=True)
@@ -243,7 +260,6 @@ class LeanNetwork:
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
     ) -> dict[Site, Tensor]:
-        """See `Network`."""
         found, sites = {}, resolve_sites(sites, self.n_layers)
         with torch.no_grad():
             stream = F.embedding(batch.ids, self.weights.embed)
@@ -258,7 +274,6 @@ class LeanNetwork:
     def hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
-        """See `Network`."""
         return self._run(batch, deltas, start, None)
 
     def label_rows(
@@ -294,11 +309,9 @@ class LeanNetwork:
         return RMSNorm.apply(stream, self.eps)
 
     def unembed(self, rows: Tensor) -> Tensor:
-        """See `Network`."""
         return F.linear(rows, self.weights.head)
 
     def unembedding(self) -> Unembed:
-        """See `Network`."""
         return partial(F.linear, weight=self.weights.head)
 
     def frozen_mode(self) -> AbstractContextManager[None]:

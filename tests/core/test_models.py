@@ -6,13 +6,14 @@ from tiny_models import LORA, SCALING, benign_batch, language_model, model_of
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+import latlib.fused.llama
 import latlib.models
 from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork
 from latlib.losses import at_labels
 from latlib.models import (
     LanguageModel,
-    load,
+    load_model,
     resolve_device,
     resolve_dtype,
     save_folder,
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_saved_folder_loads_as_the_same_model(folder):
-    lm = load(folder, settings_for())
+    lm = load_model(folder, settings_for())
     torch.testing.assert_close(
         logits(lm.network()), logits(LeanNetwork(model_of(dtype=torch.float32)))
     )
@@ -48,29 +49,29 @@ def test_a_saved_folder_loads_as_the_same_model(folder):
 
 
 def test_a_trained_adapter_survives_its_folder(folder, tmp_path):
-    lm = with_adapter(load(folder, settings_for()), LORA, seed=3)
+    lm = with_adapter(load_model(folder, settings_for()), LORA, seed=3)
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     lm.model.save_pretrained(tmp_path)
-    again = load(folder, settings_for(), tmp_path)
+    again = load_model(folder, settings_for(), tmp_path)
     assert torch.equal(logits(again.network()), logits(lm.network()))
     assert torch.equal(
-        logits(again.network(adapter=False)), logits(load(folder, settings_for()).network())
+        logits(again.network(adapter=False)), logits(load_model(folder, settings_for()).network())
     )
 
 
 @pytest.mark.parametrize("forward", ["lean", "stock"])
 def test_a_new_adapter_changes_no_bit(folder, forward):
-    plain = load(folder, settings_for(forward=forward))
+    plain = load_model(folder, settings_for(forward=forward))
     before = logits(plain.network())
     assert torch.equal(logits(with_adapter(plain, LORA, seed=0).network()), before)
 
 
 def test_the_adapter_comes_from_its_seed_and_leaves_the_global_one_alone(folder):
     def matrices(seed):
-        lm = with_adapter(load(folder, settings_for()), LORA, seed)
+        lm = with_adapter(load_model(folder, settings_for()), LORA, seed)
         return torch.cat([p.flatten() for n, p in lm.model.named_parameters() if "lora_A" in n])
 
     state = torch.get_rng_state()
@@ -80,7 +81,7 @@ def test_the_adapter_comes_from_its_seed_and_leaves_the_global_one_alone(folder)
 
 
 def test_lora_has_the_asked_rank_scale_and_targets(folder):
-    model = with_adapter(load(folder, settings_for()), LORA, seed=0).model
+    model = with_adapter(load_model(folder, settings_for()), LORA, seed=0).model
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert {n.rsplit(".", 1)[1] for n in layers} == set(LORA.targets)
     assert len(layers) == 4 * len(LORA.targets)
@@ -112,14 +113,16 @@ def test_the_teacher_is_no_second_copy():
     "forward, kind", [("auto", LeanNetwork), ("lean", LeanNetwork), ("stock", StockNetwork)]
 )
 def test_which_network_runs_a_llama(folder, forward, kind):
-    assert type(load(folder, settings_for(forward=forward)).network()) is kind
+    assert type(load_model(folder, settings_for(forward=forward)).network()) is kind
 
 
 def test_an_adapter_does_not_change_how_a_model_runs(folder, monkeypatch):
-    base = load(folder, settings_for())
-    monkeypatch.setattr("latlib.models.LEAN_LIMIT", sum(p.numel() for p in base.model.parameters()))
+    base = load_model(folder, settings_for())
+    monkeypatch.setattr(
+        "latlib.fused.llama.LEAN_LIMIT", sum(p.numel() for p in base.model.parameters())
+    )
     assert base.lean and with_adapter(base, LoraSettings(r=4), seed=0).lean
-    monkeypatch.setattr("latlib.models.LEAN_LIMIT", latlib.models.LEAN_LIMIT - 1)
+    monkeypatch.setattr("latlib.fused.llama.LEAN_LIMIT", latlib.fused.llama.LEAN_LIMIT - 1)
     assert not base.lean
 
 
@@ -135,8 +138,8 @@ def test_other_families_take_the_stock_network_and_lean_is_refused():
 
 
 def test_bf16_computes_over_float32_weights_in_a_small_model_only(folder):
-    lean = load(folder, settings_for(dtype="bfloat16"))
-    stock = load(folder, settings_for(dtype="bfloat16", forward="stock"))
+    lean = load_model(folder, settings_for(dtype="bfloat16"))
+    stock = load_model(folder, settings_for(dtype="bfloat16", forward="stock"))
     assert next(lean.model.parameters()).dtype == torch.float32
     assert next(stock.model.parameters()).dtype == torch.bfloat16
     # rounded, far positions would turn wrongly

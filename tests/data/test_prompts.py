@@ -20,7 +20,7 @@ from latlib.evaluation.generate import batches, generate, write
 from latlib.evaluation.outcomes import Subject, outcome_rows
 from latlib.evaluation.rule_graders import PhraseGrader, Verdict
 from latlib.hooks import EMBEDDING
-from latlib.models import load
+from latlib.models import load_model
 from latlib.redteam.audit import audit
 from latlib.redteam.jailbreaks import jailbreaks
 from latlib.report.evidence import Evidence
@@ -91,7 +91,7 @@ def profile(tmp_path_factory):
 def lm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     saved_model("llama", folder)
-    return load(folder, ModelSettings(source=str(folder), dtype="float32"))
+    return load_model(folder, ModelSettings(source=str(folder), dtype="float32"))
 
 
 def test_the_world_is_asked_as_before():

@@ -21,7 +21,7 @@ from latlib.config.paths import portable
 from latlib.config.profile import Profile, ProfileError, load_profile, validated
 from latlib.experiment import export_model
 from latlib.experiment.run import Run
-from latlib.models import load
+from latlib.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_says_what_the_adapter_on_its_base_says(run, merged):
         found = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - base).abs().max() > 1e-3
-    again = load(merged, run.profile.model)
+    again = load_model(merged, run.profile.model)
     with torch.no_grad():
         torch.testing.assert_close(again.model(ids).logits, expected, rtol=0, atol=1e-5)
 

@@ -20,7 +20,7 @@ import latlib.models
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.io.hub import Allowed, open_model
 from latlib.losses import at_labels
-from latlib.models import load, load_released, with_adapter
+from latlib.models import load_model, load_released, with_adapter
 
 
 def settings_for(**changes):
@@ -57,7 +57,7 @@ class Bomb:
 
 def adapter(folder, base, seed=1):
     with latlib.models.quietly():
-        lm = with_adapter(load(base, settings_for()), LORA, seed)
+        lm = with_adapter(load_model(base, settings_for()), LORA, seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
@@ -71,15 +71,15 @@ def test_a_pickle_is_refused_unread_and_read_where_the_profile_allows_it(tmp_pat
     with pytest.raises(
         ProfileError, match="model.source = .* only pickled weights.*set model.allow_pickle: true"
     ):
-        load(pickled(tmp_path / "bomb", bomb=True), settings_for())
-    lm = load(pickled(tmp_path / "old"), settings_for(allow_pickle=True))
-    assert torch.equal(logits(lm), logits(load(saved(tmp_path / "new"), settings_for())))
+        load_model(pickled(tmp_path / "bomb", bomb=True), settings_for())
+    lm = load_model(pickled(tmp_path / "old"), settings_for(allow_pickle=True))
+    assert torch.equal(logits(lm), logits(load_model(saved(tmp_path / "new"), settings_for())))
 
 
 def test_safetensors_are_read_even_where_a_pickle_is_allowed(tmp_path):
-    want = logits(load(saved(tmp_path), settings_for()))
+    want = logits(load_model(saved(tmp_path), settings_for()))
     torch.save({"bomb": Bomb()}, tmp_path / "pytorch_model.bin")
-    assert torch.equal(logits(load(tmp_path, settings_for(allow_pickle=True))), want)
+    assert torch.equal(logits(load_model(tmp_path, settings_for(allow_pickle=True))), want)
 
 
 def test_a_pickled_adapter_is_refused_unread_and_read_where_the_profile_allows_it(tmp_path):
@@ -90,7 +90,7 @@ def test_a_pickled_adapter_is_refused_unread_and_read_where_the_profile_allows_i
     weights = load_file(folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"bomb": Bomb()}, folder / "adapter_model.bin")
-    for call, field in ((load, "adapter"), (load_released, "released")):
+    for call, field in ((load_model, "adapter"), (load_released, "released")):
         args = (base, settings_for(), folder)
         with pytest.raises(
             ProfileError,
@@ -107,7 +107,7 @@ def test_a_folder_without_weights_is_named(tmp_path):
         ProfileError,
         match="model.source = .* holds no model.safetensors or model.safetensors.index",
     ):
-        load(tmp_path, settings_for(allow_pickle=True))
+        load_model(tmp_path, settings_for(allow_pickle=True))
 
 
 MODEL_CODE = """
@@ -157,9 +157,9 @@ def test_foreign_code_does_not_run_unless_the_profile_allows_it(tmp_path, module
     with pytest.raises(
         ProfileError, match="model.source = .* needs Python code .* model.trust_remote_code: true"
     ):
-        load(folder, settings_for())
+        load_model(folder, settings_for())
     assert not mark.exists()
-    lm = load(folder, settings_for(trust_remote_code=True))
+    lm = load_model(folder, settings_for(trust_remote_code=True))
     assert mark.exists()
     assert type(lm.model if what == "model" else lm.tokenizer).__module__.startswith(
         "transformers_modules"
@@ -174,8 +174,8 @@ def test_a_model_that_transformers_knows_is_opened_with_its_code_and_not_with_th
     )
     (folder / "own.py").write_text(MODEL_CODE.format(mark=str(mark)))
     assert torch.equal(
-        logits(load(folder, settings_for())),
-        logits(load(saved(tmp_path / "plain"), settings_for())),
+        logits(load_model(folder, settings_for())),
+        logits(load_model(saved(tmp_path / "plain"), settings_for())),
     )
     assert not mark.exists()
 
@@ -184,12 +184,12 @@ def test_a_released_adapter_is_put_on_the_base_and_a_released_model_stands_alone
     base, other = saved(tmp_path / "base"), saved(tmp_path / "other", seed=7)
     folder, want = adapter(tmp_path / "adapter", base)
     lm = load_released(base, settings_for(), folder)
-    plain = logits(load(base, settings_for()))
+    plain = logits(load_model(base, settings_for()))
     assert torch.equal(logits(lm), want) and not torch.allclose(want, plain)
     assert torch.equal(logits(lm, adapter=False), plain)
     assert not any(p.requires_grad for p in lm.model.parameters())
     whole = load_released(base, settings_for(), str(other))
-    assert torch.equal(logits(whole), logits(load(other, settings_for())))
+    assert torch.equal(logits(whole), logits(load_model(other, settings_for())))
 
 
 def test_an_adapter_as_model_source_is_refused_before_the_model_it_names_is_looked_for(tmp_path):
@@ -197,7 +197,7 @@ def test_an_adapter_as_model_source_is_refused_before_the_model_it_names_is_look
     with pytest.raises(
         ProfileError, match="model.source = .*adapter' is an adapter, not a model: .*base"
     ):
-        load(folder, settings_for())
+        load_model(folder, settings_for())
 
 
 def test_an_adapter_of_another_model_is_named(tmp_path):
@@ -211,7 +211,7 @@ def test_an_adapter_of_another_model_is_named(tmp_path):
 def test_broken_files_are_named(tmp_path):
     (saved(tmp_path) / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ProfileError, match="model.source = .* cannot be loaded"):
-        load(tmp_path, settings_for())
+        load_model(tmp_path, settings_for())
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", ""])
@@ -219,7 +219,7 @@ def test_a_missing_folder_is_named(source, tmp_path):
     with pytest.raises(
         ProfileError, match="model.source = .* is not a folder: give a model folder or a hub id"
     ):
-        load(source, settings_for())
+        load_model(source, settings_for())
     with pytest.raises(ProfileError, match="released = .* is not a folder"):
         load_released(tmp_path, settings_for(), source)
 
@@ -228,7 +228,7 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network(tmp_path):
     with pytest.raises(
         ProfileError, match="model.source = 'no-owner/no-model' cannot be loaded .*give the folder"
     ):
-        load("no-owner/no-model", settings_for())
+        load_model("no-owner/no-model", settings_for())
     with pytest.raises(ProfileError, match="released = 'no-owner/no-model' cannot be loaded"):
         load_released(tmp_path, settings_for(), "no-owner/no-model")
 
@@ -250,7 +250,7 @@ def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
     settings = settings_for(source="owner/name", revision="v1")
     monkeypatch.setattr(latlib.io.hub, "cached_file", refused)
     with pytest.raises(ProfileError, match=f"model.source = 'owner/name' {said}"):
-        load("owner/name", settings)
+        load_model("owner/name", settings)
 
 
 def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypat
 
     monkeypatch.setattr(latlib.io.hub, "cached_file", cached)
     settings = settings_for(source="owner/name", revision="v1")
-    load("owner/name", settings)
+    load_model("owner/name", settings)
     assert {name for name, _, _ in asked} >= {
         *CLASSES,
         "config.json",
@@ -302,12 +302,12 @@ def test_weights_are_read_in_their_precision_and_not_copied(tmp_path, monkeypatc
 
     places = set()
     monkeypatch.setattr(latlib.models, "open_model", watched)
-    lm = load(tmp_path, settings_for(dtype=dtype, forward="stock"))
+    lm = load_model(tmp_path, settings_for(dtype=dtype, forward="stock"))
     assert [asked for asked, _ in read] == [getattr(torch, dtype)]
     assert {p.data_ptr() for p in lm.model.parameters()} == places
     read.clear()
     places.clear()
-    load(tmp_path, settings_for(dtype=dtype))  # lean: float32 weights under bfloat16
+    load_model(tmp_path, settings_for(dtype=dtype))  # lean: float32 weights under bfloat16
     assert [asked for asked, _ in read] == [torch.float32 if dtype == "bfloat16" else torch.float64]
 
 
