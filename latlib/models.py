@@ -5,10 +5,7 @@ The frozen teacher is the same weights with the adapter off; there is never a se
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -158,19 +155,3 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
         except ValueError as error:
             raise ProfileError(f"lora.targets = {list(lora.targets)}: {error}") from None
     return LanguageModel(model.eval(), lm.tokenizer, lm.settings, lm.dtype)
-
-
-def save_folder(target: Path, write) -> Path:
-    """Let `write(folder)` fill a folder beside `target`, then move it into place: it is there whole
-    or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write(aside)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return target

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
 
-from latlib.config.paths import absolute, portable
+from latlib.config.paths import absolute
 from latlib.config.sections import (
     AttackSettings,
     BudgetSettings,
@@ -60,7 +59,6 @@ __all__ = [
     "SweepSettings",
     "TrackingSettings",
     "TrainSettings",
-    "claim_folder",
     "differences",
     "find_share",
     "load_profile",
@@ -176,7 +174,6 @@ class Profile(Section):
 
 # Fields that may differ between two visits to the same run folder: they change no result.
 FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
-NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
@@ -299,49 +296,6 @@ def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> 
     return (
         Path(root).expanduser() if root else find_share("notebooks").parent / "runs"
     ).resolve() / profile_name
-
-
-def claim_folder(profile: Profile, folder: Path) -> None:
-    """Make a run folder and write its profile there, or compare with the profile it was made with.
-
-    Raises ProfileError for a folder that cannot be written, or that was made with other settings
-    (saying which differ).
-    """
-    file, mine = folder / "profile.yaml", profile.model_dump(mode="json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < NEEDED_BYTES:
-            raise ProfileError(
-                f"run folder {folder}: {free / 2**20:.0f} MiB are free on its disk, a run needs"
-                f" {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk with"
-                " --out"
-            )
-        for name in ("models", "metrics", "results/outcomes", "logs"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            aside = file.with_name(f".profile.{os.getpid()}")
-            aside.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
-            aside.replace(file)
-    except OSError as error:
-        raise ProfileError(
-            f"run folder {folder} cannot be written ({error}): give another with --out"
-        ) from None
-    theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    lines = differences(*(_fixed(tree) for tree in (theirs, mine)))
-    if lines:
-        raise ProfileError(
-            f"run folder {folder} was made with other settings:\n  "
-            + "\n  ".join(lines)
-            + "\nstart over with --fresh, or keep both by giving another folder with --out"
-        )
-
-
-def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
-    """The part of a dumped profile that a run folder is made with: a grid names trials and changes
-    none, and a file stays the same wherever it lies."""
-    kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
-    return kept | {"sweep": {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -45,8 +45,6 @@ from latlib.experiment.checkpoint import (
     load_checkpoint,
     read_checked,
     save_checkpoint,
-    sync,
-    sync_tree,
     write_checked,
 )
 from latlib.experiment.layout import Layout
@@ -54,7 +52,7 @@ from latlib.experiment.spec import BASE, Spec
 from latlib.experiment.tracking import Tracker, read_metrics
 from latlib.experiment.validation import Watch, card
 from latlib.hooks import EMBEDDING, Site
-from latlib.io.files import json_ready, write_json
+from latlib.io.files import folder_aside, json_ready, read_json, write_json, write_text
 from latlib.io.progress import Stopped, stop_requested
 from latlib.models import (
     LanguageModel,
@@ -62,7 +60,6 @@ from latlib.models import (
     quietly,
     resolve_device,
     resolve_dtype,
-    save_folder,
     with_adapter,
 )
 from latlib.refusal.activations import residual_norms
@@ -105,14 +102,12 @@ def _make_base(layout: Layout, spec: Spec, on_step) -> None:
             model.to(device), tokenizer, profile.pretrain, spec.seed, dtype, step_done
         )
 
-    def write(folder: Path) -> None:
+    with folder_aside(layout.model_folder(spec)) as folder:
         with quietly():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
         write_record(folder, record, profile)
-
-    save_folder(layout.model_folder(spec), write)
 
 
 def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site, float]:
@@ -141,7 +136,7 @@ def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Si
         if is_main():
             _save_norms(measured, file)
         wait()
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = read_json(file)
     return {site if site == EMBEDDING else int(site): norm for site, norm in kept.items()}
 
 
@@ -187,16 +182,13 @@ def _make_adapter(layout: Layout, spec: Spec, on_step) -> None:
         return
     record = _record(layout, spec, trainer, watch.record(kept))
 
-    def write(folder: Path) -> None:
+    target = layout.model_folder(spec)
+    with folder_aside(target) as folder:
         trainer.lm.model.save_pretrained(folder, state_dict=adapter)
         _name_base(folder, layout, spec)
         write_record(folder, record, layout.profile)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
-        sync_tree(folder)
-
-    target = save_folder(layout.model_folder(spec), write)
-    sync(target.parent)  # the adapter is on the disk before its checkpoints go
-    # the second: of killed writers
+    # it is on the disk now; the second: of killed writers
     for left in (checkpoints, *target.parent.glob(f".{spec.folder}-????????")):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -306,10 +298,7 @@ def _take_plain_steps(layout: Layout, spec: Spec, trainer: Trainer) -> int:
         return 0
     trainer.restore(found["state"])
     if is_main():
-        metrics = layout.metrics_file(spec)
-        aside = metrics.with_suffix(".partial")
-        aside.write_text(found["metrics"], encoding="utf-8")
-        aside.replace(metrics)
+        write_text(found["metrics"], layout.metrics_file(spec))
     return trainer.step
 
 
@@ -318,7 +307,7 @@ def _name_base(folder: Path, layout: Layout, spec: Spec) -> None:
     path.
     """
     file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     config["base_model_name_or_path"] = base_name(layout, spec)
     # a set: its order differs from process to process
     config["target_modules"] = sorted(config["target_modules"])

@@ -33,6 +33,8 @@ import torch
 
 from latlib.config.profile import ProfileError, TrainSettings, differences
 from latlib.distributed import ranks
+from latlib.io import files
+from latlib.io.files import aside
 from latlib.train import Trainer
 
 if TYPE_CHECKING:
@@ -86,9 +88,8 @@ def save_checkpoint(
     content["watch"] = watch.state() if watch else None
     if not ranks.is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     for log in logs:
-        sync(log)
+        files.sync(log)
     try:
         write_checked(content, folder / f"step-{trainer.step:08d}.pt")
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
@@ -132,19 +133,12 @@ def write_checked(content: dict[str, Any], file: Path) -> None:
     """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or
     not at all.
     """
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        torch.save(content, aside)
-        with aside.open("r+b") as handle:
+    with aside(file) as partial:
+        torch.save(content, partial)
+        with partial.open("r+b") as handle:
             digest = _digest(handle)
             handle.seek(0, os.SEEK_END)
             handle.write(MARK + digest.encode() + b"\n")
-        sync(aside)
-        aside.replace(file)
-        sync(file.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
@@ -164,21 +158,6 @@ def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
         return torch.load(file, map_location="cpu", weights_only=True), ""
     except Exception as error:  # whatever it is, an older checkpoint is better than none
         return None, f"cannot be read ({type(error).__name__})"
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until a folder with all that is in it is on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 def _digest(handle, size: int | None = None) -> str:

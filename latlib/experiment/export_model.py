@@ -28,11 +28,11 @@ import latlib
 from latlib.config.paths import portable
 from latlib.config.profile import ModelSettings, ProfileError
 from latlib.experiment.build import RECORD, model_card, write_record
-from latlib.experiment.checkpoint import sync, sync_tree
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
+from latlib.io.files import folder_aside
 from latlib.io.hub import Allowed, located, open_config, quietly
-from latlib.models import load_model, save_folder
+from latlib.models import load_model
 
 PROBE_TOKENS = 32
 # largest difference of logits, in their standard deviations: rounding of a merged weight to its
@@ -72,17 +72,13 @@ def merge(
         "settings": portable(run.profile.model_dump(mode="json")),
     }
 
-    def write(folder: Path) -> None:
+    with folder_aside(target) as folder:
         with quietly():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         write_record(folder, record, run.profile)
         (folder / "README.md").write_text(card(record), encoding="utf-8")
         folder.chmod(0o755)  # a folder made aside is its maker's alone
-        sync_tree(folder)
-
-    save_folder(target, write)
-    sync(target.parent)
     return target
 
 

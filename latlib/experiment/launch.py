@@ -32,6 +32,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +215,8 @@ def _tell_the_end(error: BaseException, file: Path) -> None:
     absence.
     """
     end = {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-    aside = file.with_suffix(f".{os.getpid()}")
-    write_json({**end, "rank": int(os.environ.get("RANK", "0"))}, aside)
-    try:
-        os.link(aside, file)
-    except FileExistsError:
-        pass
-    finally:
-        aside.unlink(missing_ok=True)
+    with suppress(FileExistsError), file.open("x", encoding="utf-8") as handle:
+        json.dump({**end, "rank": int(os.environ.get("RANK", "0"))}, handle)
 
 
 def _train(

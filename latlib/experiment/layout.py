@@ -14,52 +14,92 @@ where <model> is `Spec.folder`, such as 'lat-seed0'.
 
 from __future__ import annotations
 
-import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from latlib.config.profile import Profile, ProfileError, claim_folder
+import yaml
+from filelock import FileLock, Timeout
+
+from latlib.config.paths import portable
+from latlib.config.profile import FREE_FIELDS, Profile, ProfileError, differences
 from latlib.experiment.spec import BASE, Spec
+from latlib.io.files import write_text
 
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
 
+NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a run with this profile in this folder. It makes nothing but folders."""
+    """The files of a run with this profile in this folder."""
 
     profile: Profile
     folder: Path
 
     def claim(self) -> None:
-        """Make the folder, or see that it belongs to these settings. Raises ProfileError."""
-        claim_folder(self.profile, self.folder)
+        """Make the folder and write the profile there, or compare with the one it was made with.
+
+        Raises ProfileError for a folder that cannot be written, or that was made with other
+        settings (saying which differ).
+        """
+        mine = self.profile.model_dump(mode="json")
+        file = self.folder / "profile.yaml"
+        try:
+            self._make_folders()
+            if not file.exists():
+                write_text(yaml.safe_dump(mine, sort_keys=False), file)
+        except OSError as error:
+            raise ProfileError(
+                f"run folder {self.folder} cannot be written ({error}): give another with --out"
+            ) from None
+        theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if lines := differences(_fixed(theirs), _fixed(mine)):
+            raise ProfileError(
+                f"run folder {self.folder} was made with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nstart over with --fresh, or keep both by giving another folder with --out"
+            )
+
+    def _make_folders(self) -> None:
+        """Make the folders. Raises ProfileError where the disk is too full for a run."""
+        for folder in (self.folder / "models", self.folder / "metrics", self.outcomes, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < NEEDED_BYTES:
+            raise ProfileError(
+                f"run folder {self.folder}: {free / 2**20:.0f} MiB are free on its disk, a run"
+                f" needs {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk"
+                " with --out"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder, so that two commands never write into the same one. Raises
         ProfileError.
         """
+        lock = FileLock(self.folder / ".lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("a")
+            lock.acquire()
+        except Timeout:
+            raise ProfileError(
+                f"another run is using {self.folder}: wait for it, or choose another with --out"
+            ) from None
         except OSError as error:
             raise ProfileError(
                 f"run folder {self.folder} cannot be written ({error.strerror}): choose another"
                 " with --out"
             ) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ProfileError(
-                    f"another run is using {self.folder}: wait for it, or choose another with --out"
-                ) from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def source(self, spec: Spec) -> str | None:
         """The folder or hub id of a model that is not made here: another base than the world's, or
@@ -126,3 +166,11 @@ class Layout:
     def wandb(self) -> Path:
         """The folder that is given to W&B."""
         return self.folder / "wandb"
+
+
+def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
+    """The part of a dumped profile that a run folder is made with: a grid names trials and changes
+    none, and a file stays the same wherever it lies."""
+    kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
+    sweep = {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}
+    return kept | {"sweep": sweep}

@@ -13,7 +13,6 @@ which differ. Which file lies where is `Run.layout`'s to say.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ from latlib.experiment.layout import Layout
 from latlib.experiment.spec import BASE, Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.hooks import Site
-from latlib.io.files import write_json, write_table
+from latlib.io.files import read_json, write_json, write_table
 from latlib.models import LanguageModel, load_model, load_released
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
@@ -118,7 +117,7 @@ class Run:
         if source := self.layout.source(spec):
             raise ProfileError(f"{method} is not made here: it is {source!r}")
         self._ensure([spec])
-        return _read_json(self.layout.model_folder(spec) / build.RECORD)
+        return read_json(self.layout.model_folder(spec) / build.RECORD)
 
     def norms(self, seed: int = 0) -> dict[Site, float]:
         """site -> median residual norm of the base model on harmless training prompts, in units of
@@ -163,7 +162,7 @@ class Run:
             found = self.differences(method, seed)
             site = fixed_site(len(found.pairs) - 1)
             write_json(variance_table(found.last(), found.clusters, site), file)
-        return _read_json(file)
+        return read_json(file)
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
         """Find differences, directions and variance of every model of [(method, seed), ...], side
@@ -253,7 +252,7 @@ class Run:
             raise FileNotFoundError(
                 f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh"
             )
-        return _read_json(file)
+        return read_json(file)
 
 
 def _opened(layout: Layout, spec: Spec) -> LanguageModel:
@@ -263,10 +262,6 @@ def _opened(layout: Layout, spec: Spec) -> LanguageModel:
         return load_released(base, settings, layout.profile.released[spec.method])
     adapter = None if spec.method == BASE else layout.model_folder(spec)
     return load_model(base, settings, adapter)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # ---- jobs: what a worker does

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,10 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from latlib.config.profile import FREE_FIELDS, Profile, validated
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
-from latlib.models import save_folder
+from latlib.io.files import aside, folder_aside
 
 SUITE = "variant"  # what is measured on a trial's model
 Files = dict[str, bytes]  # path in a run folder -> content
@@ -40,7 +41,7 @@ def _scratch(settings: dict[str, Any], name: str, place: str) -> Iterator[Run]:
     """The run of one task in this machine's scratch folder, to itself; deleted at the end unless
     there was an error.
 
-    The lock file beside it lists the processes that worked on it, a line each.
+    A file beside it lists the processes that worked on it, a line each.
     """
     profile = validated(Profile, settings)
     digest = hashlib.sha256(
@@ -53,9 +54,10 @@ def _scratch(settings: dict[str, Any], name: str, place: str) -> Iterator[Run]:
     )
     folder = root / digest.hexdigest()[:12] / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # an attempt that Ray gave up may not be quite dead yet
-        print(os.getpid(), file=lock, flush=True)
+    # an attempt that Ray gave up may not be quite dead yet
+    with FileLock(folder.with_name(f"{name}.lock")):
+        with folder.with_name(f"{name}.attempts").open("a") as attempts:
+            print(os.getpid(), file=attempts)
         yield Run(profile, folder)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -129,7 +131,8 @@ def unpack(folder: Path, files: Files) -> None:
             )
     for target, parts in models.items():
         if not target.exists():
-            save_folder(target, lambda aside, parts=parts: _write(aside, parts))
+            with folder_aside(target) as folder_of_model:
+                _write(folder_of_model, parts)
     _write(
         folder, {name: content for name, content in files.items() if not name.startswith("models/")}
     )
@@ -137,8 +140,5 @@ def unpack(folder: Path, files: Files) -> None:
 
 def _write(folder: Path, files: Files) -> None:
     for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_bytes(content)
-        aside.replace(file)
+        with aside(folder / name) as partial:
+            partial.write_bytes(content)

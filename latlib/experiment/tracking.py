@@ -31,6 +31,8 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 
+from latlib.io.files import write_text
+
 if TYPE_CHECKING:
     from latlib.config.profile import TrackingSettings
 
@@ -191,11 +193,8 @@ class Tracker:
         self._mirror: _Mirror | None = None
 
     def __enter__(self) -> Tracker:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in _records(self.path) if record["step"] < self.resume_from]
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_text("".join(json.dumps(record) + "\n" for record in kept), self.path)
         self._file = self.path.open("a", encoding="utf-8")
         if self.settings.wandb != "disabled":
             # else leaving can hang for half a minute

@@ -1,31 +1,92 @@
-"""Results on disk: written aside, then renamed, so that a file is whole or absent."""
+"""Files that are whole or absent: written aside, put on the disk, then renamed."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextmanager
+def aside(file: Path, durable: bool = True) -> Iterator[Path]:
+    """The path to write at: what is there at the end becomes `file`; after an error it is deleted,
+    and `file` is what it was.
+
+    durable: wait until it is on the disk. Processes that write the same file do not meet: a path
+    is a process's own.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        partial.replace(file)
+        if durable:
+            sync(file.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def folder_aside(target: Path) -> Iterator[Path]:
+    """The same of a folder: an empty one beside `target` to be filled. What `target` was is
+    replaced.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Write a text file."""
+    with aside(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
     """Write a parquet file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    table.to_parquet(aside, index=False)
-    aside.replace(file)
+    with aside(file) as partial:
+        table.to_parquet(partial, index=False)
 
 
 def write_json(data: Any, file: Path) -> None:
     """Write a JSON file; NaN and infinities become null."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(json.dumps(json_ready(data), indent=1, allow_nan=False), encoding="utf-8")
-    aside.replace(file)
+    write_text(json.dumps(json_ready(data), indent=1, allow_nan=False), file)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def json_ready(value: Any) -> Any:

@@ -15,9 +15,12 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+
+from latlib.io.files import aside
 
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
 
@@ -64,13 +67,8 @@ def report(
         "detail": detail,
         "time": time.time(),
     }
-    # one a process: workers report side by side
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with suppress(OSError), aside(target, durable=False) as partial:
         partial.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(partial, target)
-    except OSError:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ harmless ones.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, ask, counterparts
 from latlib.evaluation.generate import batches
 from latlib.hooks import EMBEDDING, Site
+from latlib.io.files import aside
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.text.chat import Row, chat_text, tokenise
@@ -148,10 +148,10 @@ def save_activations(found: Mapping[Site, Tensor], path: Path, **columns: Sequen
     for name, column in columns.items():
         if rows != {len(column)}:
             raise ValueError(f"{name} has {len(column)} entries for {sorted(rows)} rows: one a row")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {str(site): values.float().contiguous() for site, values in found.items()}
-    save_file(tensors, aside, {"sites": json.dumps(list(found)), "columns": json.dumps(columns)})
-    aside.replace(path)
+    about = {"sites": json.dumps(list(found)), "columns": json.dumps(columns)}
+    with aside(path) as partial:
+        save_file(tensors, partial, about)
 
 
 def load_activations(path: Path) -> tuple[dict[Site, Tensor], dict[str, list[str]]]:

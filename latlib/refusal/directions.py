@@ -14,7 +14,6 @@ Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt
 from latlib.evaluation.ask import examine, token_rows
 from latlib.hooks import Site
+from latlib.io.files import aside
 from latlib.models import LanguageModel
 from latlib.refusal.activations import (
     differences,
@@ -184,16 +184,14 @@ def best_site(
 
 def save_directions(found: Mapping[str, Direction], path: Path) -> None:
     """Write directions aside, then rename: workers may find the same ones at the same time."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     about = {
         rule: {"site": d.site, "position": d.position, "note": d.note} for rule, d in found.items()
     }
-    save_file(
-        {rule: d.vector.clone(memory_format=torch.contiguous_format) for rule, d in found.items()},
-        aside,
-        {"directions": json.dumps(about)},
-    )
-    aside.replace(path)
+    vectors = {
+        rule: d.vector.clone(memory_format=torch.contiguous_format) for rule, d in found.items()
+    }
+    with aside(path) as partial:
+        save_file(vectors, partial, {"directions": json.dumps(about)})
 
 
 def load_directions(path: Path) -> dict[str, Direction]:

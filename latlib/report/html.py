@@ -23,6 +23,8 @@ from bs4 import BeautifulSoup, Tag
 from nbconvert.exporters import HTMLExporter
 from traitlets.config import Config
 
+from latlib.io.files import write_text
+
 # What an output is shown as, best first. Scripts are not in it: an output that is nothing else is
 # an error.
 MIME_TYPES = [
@@ -57,9 +59,7 @@ def export_html(notebook_path: str | os.PathLike[str], html_path: str | os.PathL
     """
     source, target = Path(notebook_path), Path(html_path)
     html = to_html(nbformat.read(source, as_version=4), source.stem)
-    partial = target.with_name(f".{target.name}")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, target)
+    write_text(html, target)
 
 
 def to_html(notebook: nbformat.NotebookNode, name: str) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from latlib.io.files import folder_aside
 from latlib.io.machine import available_cores
-from latlib.models import save_folder
 from latlib.report.claims import main as write_claims
 
 LIMIT_BYTES = 8_000_000
@@ -40,7 +40,7 @@ def publish(run: Path, target: Path) -> None:
     if not (run / "report.html").is_file():
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
 
-    def write(folder: Path) -> None:
+    with folder_aside(target.resolve()) as folder:
         for source in (
             *sorted(run.glob("results/*.json")),
             *run.glob("results/*.png"),
@@ -57,8 +57,6 @@ def publish(run: Path, target: Path) -> None:
         whole = pd.concat(tables, ignore_index=True)
         whole.to_parquet(folder / "outcomes" / "all.parquet", index=False, compression="zstd")
         _check(folder)
-
-    save_folder(target.resolve(), write)
 
 
 def timing(run: Path) -> dict[str, float]:

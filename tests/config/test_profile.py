@@ -9,12 +9,10 @@ from pydantic import ValidationError
 from latlib.config.profile import (
     Profile,
     ProfileError,
-    claim_folder,
     differences,
     find_share,
     load_profile,
     run_folder,
-    validated,
 )
 
 MINIMAL = {
@@ -253,21 +251,3 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(
     (mine / "world").mkdir()
     file.write_text(yaml.safe_dump(tree | {"model": {"source": "world"}}))
     assert load_profile(file).model.source == "world"  # a folder of that name is none
-
-
-def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
-    tree = {
-        "name": "mine",
-        "description": "a test",
-        "model": {"source": "owner/chat"},
-        "methods": {"lat": {}},
-    }
-    tree["data"] = {"source": "files", "harmful": "/here/bad.csv", "benign": "owner/good"}
-    claim_folder(validated(Profile, tree), tmp_path)
-    moved = tree | {"data": tree["data"] | {"harmful": "/there/bad.csv"}}
-    claim_folder(validated(Profile, moved), tmp_path)
-    with pytest.raises(ProfileError, match="data.harmful: 'bad.csv' -> 'worse.csv'"):
-        claim_folder(
-            validated(Profile, tree | {"data": tree["data"] | {"harmful": "/here/worse.csv"}}),
-            tmp_path,
-        )

@@ -16,7 +16,6 @@ from latlib.models import (
     load_model,
     resolve_device,
     resolve_dtype,
-    save_folder,
     with_adapter,
 )
 from latlib.network import StockNetwork
@@ -158,21 +157,3 @@ def test_devices_and_dtypes_by_name(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert resolve_dtype("auto", torch.device("cpu")) == dtype
-
-
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "run" / "model"
-
-    def broken(folder):
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        save_folder(target, broken)
-    assert list(target.parent.iterdir()) == []
-    save_folder(target, lambda folder: (folder / "one").write_text("1"))
-    with pytest.raises(KeyboardInterrupt):
-        save_folder(target, broken)
-    assert [p.name for p in target.iterdir()] == ["one"]
-    save_folder(target, lambda folder: (folder / "two").write_text("2"))
-    assert [p.name for p in target.iterdir()] == ["two"] and len(list(target.parent.iterdir())) == 1

@@ -20,6 +20,7 @@ from latlib.experiment.checkpoint import (
     save_checkpoint,
     write_checked,
 )
+from latlib.io import files
 from latlib.train import Trainer
 
 
@@ -206,7 +207,7 @@ def test_it_is_on_the_disk_before_it_has_its_name_and_behind_its_log(tmp_path, m
     trainer, log, seen = trainer_of(1), tmp_path / "log", []
     log.touch()
     folder = tmp_path / "checkpoints"
-    monkeypatch.setattr(checkpoint, "sync", lambda path: seen.append((path.name, names(folder))))
+    monkeypatch.setattr(files, "sync", lambda path: seen.append((path.name, names(folder))))
     save_checkpoint(trainer, folder, logs=[log])
     (first, none), (aside, there), (last, named) = seen
     assert first == "log" and none == []

@@ -98,8 +98,8 @@ def cluster(tmp_path_factory):
 def attempts(scratch):
     """trial -> the processes that worked on it, in order."""
     return {
-        f.name.removesuffix(".lock"): list(map(int, f.read_text().split()))
-        for f in scratch.glob("*/lat-*.lock")
+        f.name.removesuffix(".attempts"): list(map(int, f.read_text().split()))
+        for f in scratch.glob("*/lat-*.attempts")
     }
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latlib.experiment.run import Run
-from latlib.io.files import json_ready, write_json, write_table
+from latlib.io.files import folder_aside, json_ready, write_json, write_table
 
 OLD, NEW = (
     pd.DataFrame({"outcome": ["refused"]}),
@@ -124,6 +124,26 @@ def test_a_write_that_dies_leaves_the_file_as_it_was(name, dies, begun, tmp_path
     assert same(read(tmp_path / name), new)
 
 
+def fill(target, name, dies=False):
+    with folder_aside(target) as folder:
+        (folder / name).write_text(name)
+        if dies:
+            raise KeyboardInterrupt
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "run" / "model"
+    with pytest.raises(KeyboardInterrupt):
+        fill(target, "half", dies=True)
+    assert list(target.parent.iterdir()) == []
+    fill(target, "one")
+    with pytest.raises(KeyboardInterrupt):
+        fill(target, "half", dies=True)
+    assert [p.name for p in target.iterdir()] == ["one"]
+    fill(target, "two")
+    assert [p.name for p in target.iterdir()] == ["two"] and len(list(target.parent.iterdir())) == 1
+
+
 def test_what_cannot_be_written_as_json_destroys_nothing(tmp_path):
     write_json({"a": 1}, tmp_path / "a.json")
     with pytest.raises(TypeError):
@@ -139,7 +159,7 @@ def test_a_run_does_not_take_leftovers_for_outcomes(tmp_path, monkeypatch):
         patch.setattr(pd.DataFrame, "to_parquet", lambda self, path, **_: half(path))
         with pytest.raises(OSError, match="No space left"):
             write_table(NEW, folder / "audit-lat-seed0.parquet")
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 1
     assert run.outcomes().equals(OLD)
     assert not run.layout.table_file(run.spec("lat"), "audit").exists()
 
