@@ -207,6 +207,7 @@ def test_it_is_on_the_disk_before_it_has_its_name_and_behind_its_log(tmp_path, m
     trainer, log, seen = trainer_of(1), tmp_path / "log", []
     log.touch()
     folder = tmp_path / "checkpoints"
+    folder.mkdir()
     monkeypatch.setattr(files, "sync", lambda path: seen.append((path.name, names(folder))))
     save_checkpoint(trainer, folder, logs=[log])
     (first, none), (aside, there), (last, named) = seen
