@@ -10,6 +10,7 @@ states that predict labels, through the model's own modules.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
@@ -142,6 +143,20 @@ class StockNetwork:
                 stop.remove()
             return {s: streams[s] if index is None else at_labels(streams[s], index) for s in sites}
 
+    def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        wanted = resolve_sites(sites, self.n_layers)
+        with self._mode():
+            return self._through(lambda: self._streams(batch, wanted))
+
+    def _streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        found = {}
+        for site, stream in self._walk(batch):
+            if site in sites:
+                found[site] = stream
+            if site == sites[-1]:
+                break
+        return found
+
     def hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:
@@ -156,13 +171,21 @@ class StockNetwork:
     def _hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None
     ) -> Tensor:
+        _, stream = deque(self._walk(batch, deltas, start), maxlen=1)[0]
+        return self._final_norm()(stream)
+
+    def _walk(
+        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+    ) -> Iterator[tuple[Site, Tensor]]:
+        """(site, perturbed stream there), block by block."""
         site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
         calls = self._calls_of_blocks(batch)
         stream = perturbed(site, stream, deltas)
+        yield site, stream
         for i in range(depth(site), self.n_layers):
             args, kwargs = calls[i]
             stream = perturbed(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
-        return self._final_norm()(stream)
+            yield i, stream
 
     def label_rows(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None

@@ -62,6 +62,9 @@ class Network(Protocol):
         ([n] into the flattened [batch * seq]) site -> [n, d_model]. Blocks above the deepest site
         are not run."""
 
+    def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """`capture` with a graph, for objectives on the stream itself."""
+
     def hidden(
         self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
     ) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,49 +24,11 @@ from latlib.attack import Deltas
 from latlib.batch import Batch, TokenRow, join
 from latlib.losses import Unembed, kl_divergence, normalised, token_losses
 from latlib.network_protocol import Model, Network
-from latlib.threat import PGD, Site, ThreatModel
 
 Terms = dict[str, Tensor]
 Rows = list[TokenRow]
 Counts = Mapping[str, int]
-
-
-class AttackOptions(Protocol):
-    """The attack in training; `config.sections.AttackSettings` has it. steps = 0: none."""
-
-    steps: int
-    targeted: bool
-
-    def threat_model(self, n_layers: int, norms: Mapping[Site, float] | None) -> ThreatModel:
-        """Where the adversary may perturb a model, and how far."""
-
-    def search(self) -> PGD:
-        """How it searches."""
-
-
-class DefenceOptions(Protocol):
-    """Coefficients of `SafetyTraining`; each is applied to a mean over label tokens."""
-
-    toward: float
-    away: float
-    kl: float
-    sft: float
-    kl_mode: Literal["token", "reference"]
-
-
-class ObjectiveOptions(Protocol):
-    """What objectives read of the settings of training."""
-
-    objective: str
-    shared_forward: bool
-
-    @property
-    def attack(self) -> AttackOptions:
-        """The attack in training."""
-
-    @property
-    def defence(self) -> DefenceOptions:
-        """Coefficients."""
+Options = Any  # a `config.sections.TrainSettings`, or anything with its fields
 
 
 @dataclass(frozen=True)
@@ -95,8 +57,9 @@ class Objective(ABC):
 
     terms: ClassVar[tuple[str, ...]]
 
-    def __init__(self, settings: ObjectiveOptions) -> None:
+    def __init__(self, settings: Options) -> None:
         self.settings = settings
+        self.step = 0  # which step is trained; for terms whose weight follows a schedule
 
     @property
     @abstractmethod
@@ -264,7 +227,7 @@ class UntargetedTraining(SafetyTraining):
 OBJECTIVES: dict[str, type[Objective]] = {"safety-training": SafetyTraining}
 
 
-def objective_for(settings: ObjectiveOptions) -> Objective:
+def objective_for(settings: Options) -> Objective:
     """The objective that settings ask for."""
     kind = OBJECTIVES[settings.objective]
     if kind is SafetyTraining and not settings.attack.targeted:

@@ -22,7 +22,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,36 +31,18 @@ from latlib.attack import Attack, Deltas, judge, pgd
 from latlib.batch import Batch, Schedule, TokenRow, collate
 from latlib.errors import SettingError
 from latlib.network_protocol import Model, Network
-from latlib.objectives import Counts, MicroBatch, ObjectiveOptions, Observe, ignore, objective_for
+from latlib.objectives import Counts, MicroBatch, Observe, Options, ignore, objective_for
 from latlib.processes import Processes, full, sharded
 from latlib.threat import PGD, Site
 
 Metrics = dict[str, float]
 
 
-class TrainOptions(ObjectiveOptions, Protocol):
-    """The settings of a training, as `config.sections.TrainSettings` explains them."""
-
-    steps: int
-    attack_after: int
-    eps_ramp: int
-    clean_share: float
-    batch: int
-    benign_batch: int
-    micro_batch: int
-    pad_to: int
-    iterations: int
-    lr: float
-    lr_warmup: int
-    lr_decay_share: float
-    weight_decay: float
-    clip: float
-
-
 class Trainer:
     """Trains the adapter of `lm` in place.
 
-    harmful: rows with (rejected, chosen); benign: rows with (response,). norms: site -> median
+    harmful: rows with (rejected, chosen); benign: rows with (response,). settings: a
+    `config.sections.TrainSettings`, or anything with its fields. norms: site -> median
     residual norm, for a relative eps. Where several processes train it, `lm` comes from
     `ranks.wrap`. Raises ValueError for empty or one-sided data, SettingError for batches that
     cannot be shared between the processes."""
@@ -70,7 +52,7 @@ class Trainer:
         lm: Model,
         harmful: Sequence[TokenRow],
         benign: Sequence[TokenRow],
-        settings: TrainOptions,
+        settings: Options,
         seed: int,
         norms: Mapping[Site, float] | None = None,
     ) -> None:
@@ -109,6 +91,7 @@ class Trainer:
         """One step; returns the means over its updates of everything that was optimised, and of the
         attack."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        self.objective.step = self.step
         attacked = self._attacks()
         batch = self._micro_batches(attacked, generator)
         counts = self.objective.counts(batch)

@@ -260,15 +260,20 @@ class LeanNetwork:
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
     ) -> dict[Site, Tensor]:
-        found, sites = {}, resolve_sites(sites, self.n_layers)
         with torch.no_grad():
-            stream = F.embedding(batch.ids, self.weights.embed)
-            for at in range(depth(sites[-1]) + 1):
-                site = EMBEDDING if at == 0 else at - 1
-                if at > 0:
-                    stream = self._block(stream, at - 1, self._tables(batch))
-                if site in sites:
-                    found[site] = stream if index is None else at_labels(stream, index)
+            found = self.streams(batch, sites)
+            if index is None:
+                return found
+            return {site: at_labels(stream, index) for site, stream in found.items()}
+
+    def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        sites = resolve_sites(sites, self.n_layers)
+        stream = F.embedding(batch.ids, self.weights.embed)
+        found = {EMBEDDING: stream} if EMBEDDING in sites else {}
+        for i in range(depth(sites[-1])):
+            stream = self._block(stream, i, self._tables(batch))
+            if i in sites:
+                found[i] = stream
         return found
 
     def hidden(

@@ -413,3 +413,20 @@ def test_lean_merges_a_bf16_model_with_its_float32_adapter():
     assert {p.dtype for n, p in lm.model.named_parameters() if "lora_" in n} == {torch.float32}
     found, expected = (label_logits(n, batch) for n in (lm.network(), StockNetwork(lm.model)))
     assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["stock", "lean"])
+def test_streams_are_what_capture_reads_with_gradients_to_the_adapter(kind):
+    lm, batch = language_model(kind, trained=True), preference_batch(3)
+    sites = ["embedding", 1, 3]
+    for parameter in (p for n, p in lm.model.named_parameters() if "lora_" in n):
+        parameter.requires_grad_(True)
+    network = lm.network(train=True)
+    streams = network.streams(batch, sites)
+    captured = network.capture(batch, sites)
+    assert list(streams) == sites and all(torch.equal(streams[s], captured[s]) for s in sites)
+    assert not any(stream.requires_grad for stream in captured.values())
+    streams[1].square().sum().backward()
+    network.flush_gradients()
+    reached = [p.grad is not None for n, p in lm.model.named_parameters() if "lora_" in n]
+    assert any(reached) and not all(reached), "the blocks above site 1 play no part"
