@@ -2,12 +2,19 @@
 busy-waits.
 """
 
+from __future__ import annotations
+
 import os
+import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from latlib import Run
 
 # The same examples every time, and no deadline: a busy machine is no failure.
 hypothesis.settings.register_profile("latlib", derandomize=True, deadline=None)
@@ -48,7 +55,37 @@ def root() -> Path:
     return ROOT
 
 
-def pytest_sessionfinish() -> None:
-    import shutil
+@pytest.fixture(scope="session")
+def smoke_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the profile `smoke` with its base model and residual norms of seed 0, and
+    nothing else. To be copied, never written to."""
+    from latlib.experiment.run import Run
 
+    run = Run("smoke", tmp_path_factory.mktemp("smoke") / "base")
+    run.norms(0)  # makes the base model
+    return run.folder
+
+
+@pytest.fixture(scope="session")
+def smoke_models(smoke_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`smoke_base` with the adapters of ssft and lat, seed 0. To be copied, never written to."""
+    from latlib.experiment.run import Run
+
+    folder = tmp_path_factory.mktemp("smoke") / "models"
+    shutil.copytree(smoke_base, folder)
+    Run("smoke", folder).ensure([("ssft", 0), ("lat", 0)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke_run(smoke_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A module's own smoke run, in which base, ssft and lat of seed 0 are already there."""
+    from latlib.experiment.run import Run
+
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    shutil.copytree(smoke_models, folder)
+    return Run("smoke", folder)
+
+
+def pytest_sessionfinish() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)

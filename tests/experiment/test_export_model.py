@@ -20,16 +20,13 @@ import latlib
 from latlib.config.paths import portable
 from latlib.config.profile import Profile, ProfileError, load_profile, validated
 from latlib.experiment import export_model
-from latlib.experiment.run import Run
 from latlib.models import load_model
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = Run("smoke", tmp_path_factory.mktemp("run"))
-    run.ensure([("base", 0)])
-    run.ensure([("lat", 0, "no-kl")])
-    return run
+def run(smoke_run):
+    smoke_run.ensure([("lat", 0, "no-kl")])
+    return smoke_run
 
 
 @pytest.fixture(scope="module")

@@ -79,11 +79,9 @@ def child(folder, models, moment):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(smoke_base):
     """A run folder with the base model and nothing else."""
-    run = Run("smoke", tmp_path_factory.mktemp("base"))
-    run.norms(0)
-    return run.folder
+    return smoke_base
 
 
 def result(run, model):

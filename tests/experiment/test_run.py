@@ -12,10 +12,8 @@ from latlib.redteam.latent import AttackCell, replace_settings
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = Run("smoke", tmp_path_factory.mktemp("run"))
-    run.ensure([("ssft", 0), ("lat", 0)])
-    return run
+def run(smoke_run):
+    return smoke_run
 
 
 def adapter(run, method, seed=0):

@@ -23,10 +23,8 @@ EVERY = {"evaluate_every": 2, "evaluate_prompts": 5}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = Run("smoke", tmp_path_factory.mktemp("run"))
-    run.norms(0)
-    return run
+def run(smoke_run):
+    return smoke_run
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import pytest
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate
 from latlib.experiment import widgets
-from latlib.experiment.run import Run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return Run("smoke", tmp_path_factory.mktemp("run"))
+def run(smoke_run):
+    return smoke_run
 
 
 def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):

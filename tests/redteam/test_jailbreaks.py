@@ -12,7 +12,6 @@ from latlib.config.profile import load_profile
 from latlib.evaluation import ask
 from latlib.evaluation.ask import affirmation_tokens, grade_rows, prompt_set, token_rows
 from latlib.evaluation.outcomes import COLUMNS
-from latlib.experiment.run import Run
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.jailbreaks import (
@@ -28,10 +27,8 @@ TYPED, FOUND = ["many-shot", "system"], ["suffix-gcg", "suffix-random"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = Run("smoke", tmp_path_factory.mktemp("run"))
-    run.ensure([("ssft", 0)])
-    return run
+def run(smoke_run):
+    return smoke_run
 
 
 @pytest.fixture(scope="module")

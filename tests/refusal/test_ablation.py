@@ -13,7 +13,6 @@ from sklearn.decomposition import TruncatedSVD
 from latlib.batch import TokenRow
 from latlib.config.profile import load_profile
 from latlib.evaluation.ask import Examined, prompt_set
-from latlib.experiment.run import Run
 from latlib.refusal import activations, directions
 from latlib.refusal.directions import Differences, Direction
 from latlib.world import grammar
@@ -23,8 +22,8 @@ SITES = activations.sites_of(tiny.LAYERS)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return Run("smoke", tmp_path_factory.mktemp("run"))
+def run(smoke_run):
+    return smoke_run
 
 
 def test_the_ablated_network_holds_none_of_the_direction():

@@ -29,7 +29,6 @@ from latlib import losses
 from latlib.attack import attack_losses
 from latlib.batch import TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
-from latlib.experiment.run import Run
 from latlib.redteam.gcg import SuffixSettings
 from latlib.threat import PGD, depth
 from latlib.train import Trainer
@@ -451,13 +450,12 @@ def test_directions_are_timed_beside_a_plain_forward(tmp_path):
     )
 
 
-def test_both_suffix_searches_ask_the_same_prompts_as_often(tmp_path, monkeypatch):
+def test_both_suffix_searches_ask_the_same_prompts_as_often(smoke_run, tmp_path, monkeypatch):
     monkeypatch.setattr(suffixes, "BUDGETS", (1,))
     monkeypatch.setattr(suffixes, "SETTINGS", SuffixSettings(n_tokens=2, candidates=3, topk=4))
-    Run("smoke", tmp_path / "run")  # claims the folder; models are made on first use
     arguments = [
         "--run",
-        str(tmp_path / "run"),
+        str(smoke_run.folder),
         "--prompts",
         "4",
         "--json",
