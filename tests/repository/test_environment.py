@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import yaml
@@ -141,3 +142,42 @@ def test_importing_latlib_needs_only_the_core():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"matplotlib", "wandb", "papermill", "nbconvert"} & set(loaded)
+
+
+FROM_A_WHEEL = """
+import sys
+sys.path.insert(0, {site!r})
+import latlib
+from latlib import Run, LATHook, Capture, Ablate, pgd, ThreatModel, PGD, Trainer, load_model, generate, encode, gcg
+from latlib import Evidence
+from latlib.config.profile import find_share, load_profile
+assert latlib.__file__.startswith({site!r}), latlib.__file__
+assert str(find_share("profiles")).startswith({site!r}), find_share("profiles")
+assert encode("a leek", "leet") != "a leek"
+run = Run("smoke", {out!r})
+assert run.folder.is_dir() and load_profile("tiny").name == "tiny"
+print("as installed")
+"""
+
+
+def test_a_wheel_works_outside_the_clone(root, tmp_path):
+    """The public names, the profiles and the notebooks come with it."""
+    build = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    made = subprocess.run(
+        [sys.executable, "-c", build, tmp_path],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    site = tmp_path / "site"
+    with zipfile.ZipFile(tmp_path / made.stdout.split()[-1]) as wheel:
+        wheel.extractall(site)
+    assert (site / "latlib" / "py.typed").exists()
+    assert list((site / "latlib" / "_share" / "notebooks").glob("*.ipynb"))
+    assert not list(site.glob("latlib/**/*.pyc")) and not (site / "tests").exists()
+    code = FROM_A_WHEEL.format(site=str(site), out=str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "as installed\n", done.stderr

@@ -45,9 +45,21 @@ def exists(name: str) -> bool:
     module, _, thing = name.rpartition(".")
     while module and module not in LATLIB:
         module, _, thing = module.rpartition(".")
-    if not module:
-        return False
-    return bool(re.search(rf"\b{thing}\b", LATLIB[module].text))
+    return bool(module) and thing in names_of(LATLIB[module])
+
+
+def names_of(module: house.Module) -> set[str]:
+    """What a module defines at its top; what the package itself loads lazily stands in strings."""
+    found = set()
+    for node in module.tree.body:
+        if isinstance(node, house.Function | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            if module.name == house.LAZY:
+                strings = (text for text in ast.walk(node) if isinstance(text, ast.Constant))
+                found |= {text.value for text in strings}
+    return found
 
 
 def test_what_is_looked_for_is_found():
