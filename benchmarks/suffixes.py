@@ -20,7 +20,8 @@ from pathlib import Path
 
 from measure import environment, write
 
-from latlib.evaluation.ask import grade_rows, prompt_set, token_rows
+from latlib.evaluation.ask import Wording, prompt_set, token_rows
+from latlib.evaluation.examine import grade_rows
 from latlib.experiment.run import Run
 from latlib.redteam.gcg import SuffixSettings, gcg, random_search
 from latlib.report.stats import cluster_interval, paired_interval, paired_p_value
@@ -43,7 +44,8 @@ def opened(
     network, won, losses = lm.network(), [], []
     for place, prompt in enumerate(prompts):
         found = search(lm, [prompt.text], [prompt.answer], settings, place)
-        (outcome,), _ = grade_rows(lm, network, token_rows(lm, [prompt], suffix=found.text))
+        rows = token_rows(lm, [prompt], Wording(suffix=found.text))
+        (outcome,), _ = grade_rows(network, rows)
         won.append(outcome == "complied")
         losses.append(found.loss)
     return won, losses

@@ -7,7 +7,7 @@ understanding is known exactly.
 On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every
 encoding, whether the base would finish the right recipe once its first words stand there (exact),
 and whether the recipe is likelier after its own request than after others (what
-`latlib.evaluation.ask` measures on real data). Chance: 1 / (1 + DISTRACTORS).
+`latlib.evaluation.examine` measures on real data). Chance: 1 / (1 + DISTRACTORS).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from measure import environment, write
 
-from latlib.evaluation.ask import DISTRACTORS, examine, likelier, prompt_set, token_rows
+from latlib.evaluation.ask import Wording, prompt_set, token_rows
+from latlib.evaluation.examine import DISTRACTORS, examiner_of, understood_by_likelihood
 from latlib.experiment.run import Run
 
 
@@ -26,14 +27,12 @@ def measure(run: Run, encodings: list[str]) -> list[dict]:
     were and were not.
     """
     lm, prompts, rows = run.model("base"), prompt_set("harmful", run.profile), []
-    network = lm.network()
+    network, examiner = lm.network(), examiner_of(run.profile)
     for encoding in encodings:
-        exact = examine(
-            lm, run.profile, prompts, network=network, encoding=encoding, understanding=True
-        ).understood
-        found = likelier(
-            network, token_rows(lm, prompts, encoding), prompts, run.profile.evaluation.batch
-        )
+        wording = Wording.of(encoding)
+        exact = examiner.examine(lm, prompts, wording, network, understanding=True).understood
+        rows_of = token_rows(lm, prompts, wording)
+        found = understood_by_likelihood(network, rows_of, prompts, examiner.size)
         sides = {
             side: [f for f, e in zip(found, exact, strict=True) if e == side]
             for side in (True, False)

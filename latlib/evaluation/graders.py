@@ -28,16 +28,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from latlib.config.sections import ModelSettings, ProfileError
-from latlib.evaluation.rule_graders import (
-    OUTCOMES,
-    ExactGrader,
-    Grader,
-    PhraseGrader,
-    Verdict,
-    agreement,
-    checked_pairs,
-    redacted,
-)
+from latlib.evaluation.outcomes import Outcome
+from latlib.evaluation.phrases import OPENING
+from latlib.evaluation.rule_graders import Grader, PhraseGrader, Verdict, checked_pairs
 from latlib.io.hub import (
     Allowed,
     base_of,
@@ -49,22 +42,6 @@ from latlib.io.hub import (
     source_file,
 )
 from latlib.models import LanguageModel, resolve_device, resolve_dtype
-
-__all__ = [
-    "OUTCOMES",
-    "ExactGrader",
-    "Grader",
-    "GuardGrader",
-    "ModelGrader",
-    "PhraseGrader",
-    "ScoreGrader",
-    "Verdict",
-    "YesNoGrader",
-    "agreement",
-    "load_grader",
-    "load_judge",
-    "redacted",
-]
 
 TEMPLATE_FILE = "grader_template.txt"  # looked for in a local model folder
 _FIELDS = {
@@ -78,7 +55,6 @@ _FIELDS = {
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # how vocabularies write a word's leading space: not at all, SentencePiece, BPE
 _SPACES = ("", "\u2581", "\u0120")
-_REFUSAL = PhraseGrader("prefix")
 _DTYPES = ("auto", "float64", "float32", "bfloat16")
 
 
@@ -174,8 +150,8 @@ class ModelGrader:
 
     def _verdict(self, score: float, reply: str) -> Verdict:
         if score >= self.threshold:
-            return Verdict("complied", score)
-        return Verdict("refused" if _REFUSAL.refusal(reply) else "neither", score)
+            return Verdict(Outcome.COMPLIED, score)
+        return Verdict(Outcome.REFUSED if OPENING.of(reply) else Outcome.NEITHER, score)
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Expected score in [0, 1] of each row of token ids; rows of similar length share a

@@ -38,7 +38,8 @@ from latlib.distributed.ranks import (
     wait,
     wrap,
 )
-from latlib.evaluation.ask import batches
+from latlib.evaluation.generate import batches
+from latlib.evaluation.outcomes import BASE
 from latlib.experiment.checkpoint import (
     WHEN,
     Due,
@@ -48,7 +49,7 @@ from latlib.experiment.checkpoint import (
     write_checked,
 )
 from latlib.experiment.layout import Layout
-from latlib.experiment.spec import BASE, Spec
+from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import Tracker, read_metrics
 from latlib.experiment.validation import Watch, card
 from latlib.hooks import EMBEDDING, Site

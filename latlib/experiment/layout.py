@@ -26,7 +26,8 @@ from filelock import FileLock, Timeout
 
 from latlib.config.paths import portable
 from latlib.config.profile import FREE_FIELDS, Profile, ProfileError, differences
-from latlib.experiment.spec import BASE, Spec
+from latlib.evaluation.outcomes import BASE
+from latlib.experiment.spec import Spec
 from latlib.io.files import write_text
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import torch
 
 from latlib.config.profile import Profile, ProfileError, load_profile, run_folder
 from latlib.distributed import ranks
-from latlib.evaluation.outcomes import OnStep, Subject
+from latlib.evaluation.outcomes import BASE, OnStep, Subject
 from latlib.experiment import build, launch
 from latlib.experiment.jobs import Job, prepare_process, threads_for, work
 from latlib.experiment.layout import Layout
-from latlib.experiment.spec import BASE, Spec, Variant, find_spec
+from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.hooks import Site
 from latlib.io.files import read_json, write_json, write_table
@@ -180,9 +180,7 @@ class Run:
 
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
-        method = "lat" if "lat" in self.profile.methods else next(iter(self.profile.methods))
-        attack = self.profile.training(method).attack
-        return Subject(self.profile, spec.label, spec.seed, attack, self.norms(spec.seed))
+        return Subject(self.profile, spec.method, spec.seed, self.norms(spec.seed), spec.variant)
 
     def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
         """Outcome rows of an attack of your own on a model, measured once and kept."""

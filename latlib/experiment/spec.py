@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latlib.config.profile import Profile, ProfileError
+from latlib.evaluation.outcomes import BASE
 
-BASE = "base"  # the model before safety training
 Variant = str | Mapping[str, Any] | None  # a name of `sweep.variants`, or changes by dotted name
 _NO_NAME = re.compile(r"[^A-Za-z0-9._=+-]+")  # what a folder's name does without
 

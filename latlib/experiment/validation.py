@@ -38,7 +38,7 @@ from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
 from latlib.data import prompts as questions
 from latlib.distributed import ranks
-from latlib.evaluation.ask import examine
+from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import batches
 from latlib.hooks import Site
 from latlib.losses import kl_divergence
@@ -163,6 +163,7 @@ class Watch:
         lm, generator = trainer.lm, torch.Generator().manual_seed(trainer.seed * 1_000_003 + step)
         begun = bool(attack.steps) and step > self.settings.attack_after
         targeted = replace(attack.search(), targeted=True)
+        examiner = examiner_of(profile)
         with torch.random.fork_rng():
             network = lm.network()
 
@@ -178,11 +179,11 @@ class Watch:
                 ).deltas
 
             harmful, harmless = (
-                examine(lm, profile, prompts, network=network).outcomes
+                examiner.examine(lm, prompts, network=network).outcomes
                 for prompts in (self.harmful, self.harmless)
             )
             under = (
-                examine(lm, profile, self.harmful, network=network, perturb=perturb).outcomes
+                examiner.examine(lm, self.harmful, network=network, perturb=perturb).outcomes
                 if begun
                 else []
             )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal
 from latlib.data.prompts import in_the_world
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate, left_padded
-from latlib.evaluation.rule_graders import redacted
+from latlib.evaluation.outcomes import OWN_RULES, Rule
+from latlib.evaluation.phrases import redacted
 from latlib.io.progress import in_batch
-from latlib.refusal.directions import OWN_RULES, sources
+from latlib.refusal.directions import sources
 from latlib.refusal.interventions import added
 from latlib.text.chat import chat_text
 
@@ -72,7 +73,7 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
         target=ipywidgets.Dropdown(options=names, value=names[-1]),
         mode=ipywidgets.Dropdown(options=("ablate", "add", "nothing")),
         vector=ipywidgets.Dropdown(options=names, value=names[-1]),
-        rule=ipywidgets.Dropdown(options=OWN_RULES, value="best"),
+        rule=ipywidgets.Dropdown(options=[str(rule) for rule in OWN_RULES], value=str(Rule.BEST)),
         strength=ipywidgets.FloatSlider(
             value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False
         ),

@@ -13,8 +13,11 @@ understood.
    encoded one.
 5. Prefilling puts the first words of the right answer into the model's mouth.
 6. Real data has no twins: a harmful request's counterpart is any harmless one, and whether a
-   request was understood is measured on itself, by its answer's likelihood (`evaluate`). Prefilled
-   replies are then written out and graded, in the encodings that are audited in full.
+   request was understood is measured on itself, by its answer's likelihood
+   (`latlib.evaluation.examine`). Prefilled replies are then written out and graded, in the
+   encodings that are audited in full.
+
+To add an encoding: `latlib.text.encodings`, and a profile that names it.
 """
 
 from __future__ import annotations
@@ -24,71 +27,96 @@ from dataclasses import replace
 
 import pandas as pd
 
-from latlib.data.prompts import in_the_world, kinds
-from latlib.evaluation.ask import examine, prompt_set
-from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
+from latlib.config.profile import Profile
+from latlib.data.prompts import Prompt, kinds
+from latlib.evaluation.ask import Wording, prompt_set
+from latlib.evaluation.examine import Examiner, examiner_of
+from latlib.evaluation.outcomes import (
+    HARMFUL,
+    HARMLESS,
+    PLAIN,
+    PREFILL,
+    TWIN,
+    Cell,
+    OnStep,
+    Subject,
+    outcome_rows,
+    unseen,
+)
 from latlib.models import LanguageModel
-from latlib.redteam.latent import AttackCell, replace_settings
+from latlib.network_protocol import Network
+from latlib.redteam.latent import AttackCell, main_attack, replace_settings
 
 
 def audit(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Harmful requests, their twins and prefilling in every encoding; harmless requests of other
     kinds in those that the model was taught, to say what a defence costs. Further encodings on the
     profile's first seed only."""
-    evaluation = subject.profile.evaluation
-    first = subject.seed == subject.profile.seeds[0]
-    further = evaluation.further_encodings if first else ()
-    return _audit(lm, subject, evaluation.encodings, further, on_step)
+    profile = subject.profile
+    first = subject.seed == profile.seeds[0]
+    further = profile.evaluation.further_encodings if first else ()
+    return _audit(lm, subject, further, on_step)
 
 
 def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
-    """The short suite of a sweep: the audit without further encodings, and the attack at `lat`'s
-    own radius.
+    """The short suite of a sweep: the audit without further encodings, and the attack at the main
+    defence's own radius.
     """
-    lat = subject.profile.training("lat").attack
-    attack = AttackCell(replace_settings(lat, steps=subject.profile.evaluation.pgd_steps))
-    tables = [
-        _audit(lm, subject, subject.profile.evaluation.encodings, (), on_step),
-        attack.measure(lm, subject),
-    ]
-    return pd.concat(tables, ignore_index=True)
+    profile = subject.profile
+    steps = profile.evaluation.pgd_steps
+    attack = AttackCell(replace_settings(main_attack(profile), steps=steps))
+    asked = _audit(lm, subject, (), on_step)
+    return pd.concat([asked, attack.measure(lm, subject)], ignore_index=True)
 
 
 def _audit(
-    lm: LanguageModel,
-    subject: Subject,
-    taught: Sequence[str],
-    further: Sequence[str],
-    on_step: OnStep,
+    lm: LanguageModel, subject: Subject, further: Sequence[str], on_step: OnStep
 ) -> pd.DataFrame:
-    profile, network, tables = subject.profile, lm.network(), []
-    world, twins = in_the_world(profile), prompt_set("twin", profile)
-    # data without responses: what the model says in plain words is the answer
-    if not all(p.answer for p in twins):
-        said = examine(lm, profile, twins, network=network).texts
-        twins = [replace(p, answer=p.answer or reply) for p, reply in zip(twins, said, strict=True)]
+    profile = subject.profile
+    examiner = examiner_of(profile)
+    network = lm.network()
+    taught = profile.evaluation.encodings
+    twins = _answered(examiner, lm, network, prompt_set(TWIN, profile))
+    harmful = prompt_set(HARMFUL, profile)
+    tables = []
     for step, encoding in enumerate((*taught, *further), start=1):
-        names = ["twin", "harmful", *(["harmless"] if encoding in taught else [])]
-        if encoding == "plain":
-            names += [name for name in kinds(profile) if name not in names]
-        understood = None
-        for name in names:
-            prompts = twins if name == "twin" else prompt_set(name, profile)
-            deep = name in ("twin", "harmful")
-            # a real model writes every prefilled reply anew: not in further encodings
-            begun = name == "harmful" and (world or encoding in taught)
-            asked = {"encoding": encoding, "understanding": deep, "prefilling": begun}
-            found = examine(lm, profile, prompts, network=network, **asked)
-            # of real data each prompt itself says whether it was understood
-            if name == "twin" or not world:
-                understood = found.understood
-            cell = {"encoding": encoding} | ({"understood": understood} if deep else {})
-            tables.append(
-                outcome_rows(subject, name, prompts, found.outcomes, texts=found.texts, **cell)
-            )
-            if found.prefilled:
-                tables.append(
-                    outcome_rows(subject, name, prompts, found.prefilled, attack="prefill", **cell)
-                )
+        wording = Wording.of(encoding)
+        # a real model writes every prefilled reply anew: not in further encodings
+        prefilling = not examiner.writes or encoding in taught
+        of_twins, of_harmful = examiner.examine_pairs(
+            lm, twins, harmful, wording, network, prefilling
+        )
+        cell = Cell(encoding=wording.encoding, reply_encoding=wording.reply_encoding)
+        tables.append(outcome_rows(subject, replace(cell, prompts=TWIN), twins, of_twins))
+        tables.append(outcome_rows(subject, cell, harmful, of_harmful))
+        if of_harmful.prefilled:
+            prefilled = replace(of_harmful, outcomes=of_harmful.prefilled, texts=None)
+            tables.append(outcome_rows(subject, replace(cell, attack=PREFILL), harmful, prefilled))
+        for name in _further_sets(profile, encoding):
+            prompts = prompt_set(name, profile)
+            found = examiner.examine(lm, prompts, wording, network)
+            tables.append(outcome_rows(subject, replace(cell, prompts=name), prompts, found))
         on_step(step, len(taught) + len(further), encoding)
     return pd.concat(tables, ignore_index=True)
+
+
+def _further_sets(profile: Profile, encoding: str) -> list[str]:
+    """The sets of harmless prompts that are asked in an encoding beside the twins: what a defence
+    costs."""
+    names = [HARMLESS] if encoding in profile.evaluation.encodings else []
+    if encoding == PLAIN:
+        names += [name for name in kinds(profile) if name not in (HARMFUL, *names)]
+    return names
+
+
+def _answered(
+    examiner: Examiner, lm: LanguageModel, network: Network, prompts: Sequence[Prompt]
+) -> list[Prompt]:
+    """The prompts with an answer each: where data has no responses, what the model says in plain
+    words is the answer.
+    """
+    if all(prompt.answer for prompt in prompts):
+        return list(prompts)
+    replies = examiner.examine(lm, prompts, network=network).texts
+    pairs = zip(prompts, replies, strict=True)
+    return [replace(prompt, answer=prompt.answer or reply) for prompt, reply in pairs]

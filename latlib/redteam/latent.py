@@ -4,10 +4,11 @@ other rules and sites.
 1. An `AttackCell` is one attack at one radius on the same harmful prompts. A row is left alone once
    it is won, so that steps and restarts go to the rows that still hold; noise of the same norm is
    the control.
-2. `robustness` is the security curve: PGD at `lat`'s sites over the profile's radii, up to where
-   every defence breaks.
-3. `attacks` varies one thing at a time at `lat`'s radius and twice that: steps, restarts, rule,
-   sites, one single step. Its worst case per prompt is what a defence is worth.
+2. `robustness` is the security curve: PGD at the main defence's sites over the profile's radii, up
+   to where every defence breaks.
+3. `attacks` varies one thing at a time at the radii `evaluation.strong_eps`: steps, restarts, rule,
+   sites, one single step. Its worst case per prompt is what a defence is worth. A new attack is a
+   line of `variations`.
 4. `transfer` puts perturbations found on one model into the others: an attacker without access to
    their weights.
 
@@ -23,6 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,14 +32,34 @@ from torch import Tensor
 
 from latlib.attack import attack_losses, perturbed_positions, pgd, random_noise
 from latlib.batch import Batch
-from latlib.config.profile import AttackSettings, validated
-from latlib.evaluation.ask import examine, prompt_set, token_rows
-from latlib.evaluation.generate import batches
-from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
+from latlib.config.profile import AttackSettings, Profile, validated
+from latlib.data.prompts import Prompt
+from latlib.evaluation.ask import prompt_set
+from latlib.evaluation.examine import examiner_of
+from latlib.evaluation.generate import Perturb, batches
+from latlib.evaluation.outcomes import (
+    HARMFUL,
+    NOISE,
+    ONE_STEP,
+    PGD,
+    PGD_ALL_SITES,
+    PGD_OTHER_SITES,
+    PGD_RESTARTS,
+    PGD_STRONG,
+    TRANSFER,
+    Cell,
+    Examined,
+    OnStep,
+    Outcome,
+    Subject,
+    outcome_rows,
+    pgd_by,
+    unseen,
+)
 from latlib.hooks import EMBEDDING, Site, resolve_sites
 from latlib.models import LanguageModel
-
-ONE_STEP = "one-step"
+from latlib.network_protocol import Network
+from latlib.threat import ThreatModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class AttackCell:
     """
 
     settings: AttackSettings
-    name: str = "pgd"
+    name: str = PGD
     n: int = 0
 
     def __str__(self) -> str:
@@ -57,100 +79,110 @@ class AttackCell:
 
     def digest(self, model: str) -> str:
         """What tells this cell on a model (by its folder's name) from every other one."""
-        key = json.dumps(
-            [model, self.settings.model_dump(mode="json"), self.name, self.n], sort_keys=True
-        )
+        settings = self.settings.model_dump(mode="json")
+        key = json.dumps([model, settings, self.name, self.n], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def measure(self, lm: LanguageModel, subject: Subject) -> pd.DataFrame:
         """Its outcome rows."""
-        evaluation, settings = subject.profile.evaluation, self.settings
-        prompts = prompt_set("harmful", subject.profile, self.n or evaluation.pgd_prompts)
-        network, threat = lm.network(), settings.threat_model(lm.n_layers, subject.norms)
-        search = settings.search()
+        profile = subject.profile
+        prompts = prompt_set(HARMFUL, profile, self.n or profile.evaluation.pgd_prompts)
+        network = lm.network()
+        threat = self.settings.threat_model(lm.n_layers, subject.norms)
         generator = torch.Generator().manual_seed(subject.seed)
+        perturb = self._perturb(network, threat, generator)
+        found = examiner_of(profile).examine(lm, prompts, network=network, perturb=perturb)
+        return outcome_rows(subject, Cell(attack=self.name, threat=threat), prompts, found)
 
-        def perturb(batch: Batch) -> Mapping[Site, Tensor]:
-            if self.name == "noise":
-                mask = perturbed_positions(batch, settings.positions)
-                noise = threat.radius.items()
-                return {site: random_noise(network, mask, r, generator) for site, r in noise}
+    def _perturb(
+        self, network: Network, threat: ThreatModel, generator: torch.Generator
+    ) -> Perturb:
+        search = self.settings.search()
+
+        def noise(batch: Batch) -> Mapping[Site, Tensor]:
+            mask = perturbed_positions(batch, threat.positions)
+            return {
+                site: random_noise(network, mask, radius, generator)
+                for site, radius in threat.radius.items()
+            }
+
+        def attack(batch: Batch) -> Mapping[Site, Tensor]:
             return pgd(
                 network, batch, threat, search, generator, judged=False, stop_when_won=True
             ).deltas
 
-        found = examine(lm, subject.profile, prompts, network=network, perturb=perturb)
-        columns = self.columns(lm.n_layers) | {"texts": found.texts}
-        return outcome_rows(subject, "harmful", prompts, found.outcomes, **columns)
-
-    def columns(self, n_layers: int) -> dict:
-        """What the outcome table says of the attack."""
-        return {
-            "attack": self.name,
-            "eps": self.settings.eps,
-            "sites": resolve_sites(self.settings.sites, n_layers),
-        }
+        return noise if self.name == NOISE else attack
 
 
-def replace_settings(settings: AttackSettings, **changes) -> AttackSettings:
+def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings:
     """`settings` with some fields changed. Raises ProfileError for a bad field or value."""
     return validated(AttackSettings, {**settings.model_dump(), **changes}, "attack")
 
 
-def base_attack(subject: Subject) -> AttackSettings:
-    """`lat`'s attack with the steps of an evaluation: what all cells vary."""
-    lat = subject.profile.training("lat").attack
-    return replace_settings(
-        lat, steps=subject.profile.evaluation.pgd_steps, lr=None if lat.rule != "adamw" else lat.lr
-    )
+def main_attack(profile: Profile) -> AttackSettings:
+    """The main defence's attack: the threat model of every evaluation."""
+    return profile.training(profile.main).attack
+
+
+def base_attack(profile: Profile) -> AttackSettings:
+    """The main attack with the steps of an evaluation: what all cells vary. A rate that is a share
+    of eps and fits the steps of training is too short or too long for others."""
+    attack = main_attack(profile)
+    lr = attack.lr if attack.rule == "adamw" else None
+    return replace_settings(attack, steps=profile.evaluation.pgd_steps, lr=lr)
 
 
 def robustness(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
-    """Security curves: PGD at `lat`'s sites and at the embedding over the profile's radii, noise of
-    the same norms, and one attack with many more steps at `lat`'s radius."""
-    evaluation, attack = subject.profile.evaluation, base_attack(subject)
-    cells = [AttackCell(replace_settings(attack, eps=eps)) for eps in evaluation.eps]
-    cells += [
-        AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,)))
-        for eps in evaluation.embedding_eps
-    ]
-    cells += [AttackCell(replace_settings(attack, eps=eps), "noise") for eps in evaluation.eps]
-    cells.append(AttackCell(replace_settings(attack, steps=evaluation.strong_steps), "pgd-strong"))
+    """Security curves: PGD at the main defence's sites and at the embedding over the profile's
+    radii, noise of the same norms, and one attack with many more steps at the trained radius."""
+    evaluation = subject.profile.evaluation
+    attack = base_attack(subject.profile)
+    curve = [replace_settings(attack, eps=eps) for eps in evaluation.eps]
+    cells = [AttackCell(settings) for settings in curve]
+    for eps in evaluation.embedding_eps:
+        cells.append(AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))))
+    cells += [AttackCell(settings, NOISE) for settings in curve]
+    strong = replace_settings(attack, steps=evaluation.strong_steps)
+    cells.append(AttackCell(strong, PGD_STRONG))
     return _measured(lm, subject, cells, on_step)
 
 
-def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
-    """Variations of the attack at the radii `evaluation.strong_eps`: twice the steps, restarts,
-    other rules, other sites, one step."""
-    evaluation, attack = subject.profile.evaluation, base_attack(subject)
-    trained = resolve_sites(attack.sites, lm.n_layers)
+def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
+    """Name of an attack -> the one thing that it changes in `base_attack`."""
+    evaluation = profile.evaluation
+    attack = base_attack(profile)
+    trained = resolve_sites(attack.sites, n_layers)
     # a perturbation behind the last block writes the first token itself
-    inner = range(lm.n_layers - 1)
+    inner = tuple(range(n_layers - 1))
     held_out = tuple(site for site in inner if site not in trained)
-    changes: dict[str, dict] = {
+    changes: dict[str, dict[str, Any]] = {
         # as long as the radius
         ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},
-        "pgd-strong": {"steps": evaluation.strong_steps},
-        "pgd-restarts": {"restarts": 1 + evaluation.restarts},
-        "pgd-all-sites": {"sites": tuple(inner)},
-        "pgd-other-sites": {"sites": held_out or (EMBEDDING,)},
+        PGD_STRONG: {"steps": evaluation.strong_steps},
+        PGD_RESTARTS: {"restarts": 1 + evaluation.restarts},
+        PGD_ALL_SITES: {"sites": inner},
+        PGD_OTHER_SITES: {"sites": held_out or (EMBEDDING,)},
     }
-    changes |= {
-        f"pgd-{rule}": {"rule": rule, "lr": None}
-        for rule in evaluation.rules
-        if rule != attack.rule
-    }
+    for rule in evaluation.rules:
+        if rule != attack.rule:
+            changes[pgd_by(rule)] = {"rule": rule, "lr": None}
+    return changes
+
+
+def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+    """`variations` of the attack at the radii `evaluation.strong_eps`."""
+    evaluation = subject.profile.evaluation
+    attack = base_attack(subject.profile)
     cells = []
     for eps in evaluation.strong_eps:
         if eps not in evaluation.eps:  # what is varied is in no security curve
-            cells += [
-                AttackCell(replace_settings(attack, eps=eps), name) for name in ("pgd", "noise")
-            ]
-        for name, change in changes.items():
+            usual = replace_settings(attack, eps=eps)
+            cells += [AttackCell(usual), AttackCell(usual, NOISE)]
+        for name, change in variations(subject.profile, lm.n_layers).items():
             settings = replace_settings(attack, eps=eps, **change)
             if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):
                 settings = replace_settings(settings, lr=_adam_rate(settings, lm, subject))
-            if (name, eps) != ("pgd-strong", attack.eps):  # which is part of `robustness`
+            if (name, eps) != (PGD_STRONG, attack.eps):  # which is part of `robustness`
                 cells.append(AttackCell(settings, name))
     return _measured(lm, subject, cells, on_step)
 
@@ -158,8 +190,9 @@ def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd
 def _adam_rate(settings: AttackSettings, lm: LanguageModel, subject: Subject) -> float:
     """Adam moves every coordinate by about its rate: the one that makes its steps as long as the
     other rules' are, at the median of the sites' radii."""
-    limits = settings.threat_model(lm.n_layers, subject.norms).radii
-    return 2 / settings.steps * median(limits) / lm.network().d_model ** 0.5
+    threat = settings.threat_model(lm.n_layers, subject.norms)
+    length = 2 / settings.steps * median(threat.radii)
+    return length / lm.network().d_model ** 0.5
 
 
 def transfer(
@@ -170,52 +203,57 @@ def transfer(
 ) -> pd.DataFrame:
     """This model's perturbations, at the radii `evaluation.strong_eps`, put into every target.
 
-    targets: how tables name it -> a model of this seed; this one is a target too. Rows are of the
-    target; attack is 'transfer:<this model>'. Perturbations take all their steps, won or not: what
-    barely wins at home travels worse.
+    targets: method -> its model of this seed; this model is a target too. Rows are of the target;
+    source is this model. Perturbations take all their steps, won or not: what barely wins at home
+    travels worse.
     """
-    evaluation, tables = subject.profile.evaluation, []
-    prompts = prompt_set("harmful", subject.profile, evaluation.pgd_prompts)
-    targets = {**targets, subject.method: lm}
-    networks = {m: target.network() for m, target in targets.items()}
-    rows = token_rows(lm, prompts, system_prompt=subject.profile.data.system_prompt)
-    for number, eps in enumerate(evaluation.strong_eps, start=1):
-        cell = AttackCell(
-            replace_settings(base_attack(subject), eps=eps), f"transfer:{subject.method}"
-        )
-        limits, found = (
-            cell.settings.threat_model(lm.n_layers, subject.norms),
-            {m: ["neither"] * len(rows) for m in targets},
-        )
-        generator = torch.Generator().manual_seed(subject.seed)
-        for index, batch in batches(rows, evaluation.batch, lm.device):
-            deltas = pgd(
-                networks[subject.method],
-                batch,
-                limits,
-                cell.settings.search(),
-                generator,
-                judged=False,
-            ).deltas
-            for m, target in targets.items():
-                asked, given = [prompts[i] for i in index], lambda _, d=deltas: d
-                got = examine(
-                    target,
-                    subject.profile,
-                    asked,
-                    network=networks[m],
-                    perturb=given,
-                    size=len(index),
-                )
-                for i, outcome in zip(index, got.outcomes, strict=True):
-                    found[m][i] = outcome
-        for m, outcomes in found.items():
-            of_target = replace(subject, method=m)
-            tables.append(
-                outcome_rows(of_target, "harmful", prompts, outcomes, **cell.columns(lm.n_layers))
-            )
-        on_step(number, len(evaluation.strong_eps), str(cell))
+    profile = subject.profile
+    prompts = prompt_set(HARMFUL, profile, profile.evaluation.pgd_prompts)
+    models = {**targets, subject.label: lm}
+    tables = []
+    for number, eps in enumerate(profile.evaluation.strong_eps, start=1):
+        settings = replace_settings(base_attack(profile), eps=eps)
+        threat = settings.threat_model(lm.n_layers, subject.norms)
+        cell = Cell(attack=TRANSFER, source=subject.label, threat=threat)
+        found = _transferred(subject, models, prompts, settings, threat)
+        for name, outcomes in found.items():
+            own = name == subject.label
+            target = subject if own else replace(subject, method=name, variant="")
+            tables.append(outcome_rows(target, cell, prompts, outcomes))
+        on_step(number, len(profile.evaluation.strong_eps), f"{TRANSFER} at eps {eps:g}")
     return pd.concat(tables, ignore_index=True)
+
+
+def _transferred(
+    subject: Subject,
+    models: Mapping[str, LanguageModel],
+    prompts: Sequence[Prompt],
+    settings: AttackSettings,
+    threat: ThreatModel,
+) -> dict[str, Examined]:
+    """Name of a model -> what it makes of the prompts under the perturbations found on the
+    subject's.
+    """
+    examiner = examiner_of(subject.profile)
+    networks = {name: model.network() for name, model in models.items()}
+    network = networks[subject.label]
+    generator = torch.Generator().manual_seed(subject.seed)
+    outcomes = {name: [Outcome.NEITHER] * len(prompts) for name in models}
+    rows = examiner.rows(models[subject.label], prompts)
+    for index, batch in batches(rows, examiner.size, network.device):
+        attack = pgd(network, batch, threat, settings.search(), generator, judged=False)
+        asked = [prompts[i] for i in index]
+        for name, model in models.items():
+            perturb = _always(attack.deltas)
+            found = examiner.examine(model, asked, network=networks[name], perturb=perturb)
+            for i, outcome in zip(index, found.outcomes, strict=True):
+                outcomes[name][i] = outcome
+    return {name: Examined(of_model, examiner.exact) for name, of_model in outcomes.items()}
+
+
+def _always(deltas: Mapping[Site, Tensor]) -> Perturb:
+    """The perturbation of one batch, whichever batch it is asked of."""
+    return lambda batch: deltas
 
 
 def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Site, float]:
@@ -224,28 +262,35 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
 
     Zero would mean that the attack has nothing to follow: gradient masking, or a broken hook.
     """
-    attack = base_attack(subject)
-    sites, network = resolve_sites(attack.sites, lm.n_layers), lm.network()
+    profile = subject.profile
+    attack = base_attack(profile)
+    sites = resolve_sites(attack.sites, lm.n_layers)
+    network = lm.network()
     smallest = dict.fromkeys(sites, float("inf"))
-    system = subject.profile.data.system_prompt
-    rows = token_rows(lm, prompt_set("harmful", subject.profile, n), system_prompt=system)
-    for _, batch in batches(rows, subject.profile.evaluation.batch, lm.device):
-        shape = (*batch.shape, network.d_model)
-        deltas = {
-            s: torch.zeros(shape, device=lm.device, dtype=network.dtype, requires_grad=True)
-            for s in sites
-        }
-        with torch.enable_grad(), network.frozen_mode():
-            loss = attack_losses(
-                network, batch, attack.search(), network.label_rows(batch, deltas)
-            ).sum()
-            # a site that nothing depends on has gradient 0
-            loss = loss + 0.0 * sum(d.sum() for d in deltas.values())
-            gradients = torch.autograd.grad(loss, list(deltas.values()))
-        for site, gradient in zip(sites, gradients, strict=True):
-            inside = gradient.float() * perturbed_positions(batch, attack.positions)
-            smallest[site] = min(smallest[site], inside.flatten(1).norm(dim=1).min().item())
+    rows = examiner_of(profile).rows(lm, prompt_set(HARMFUL, profile, n))
+    for _, batch in batches(rows, profile.evaluation.batch, lm.device):
+        mask = perturbed_positions(batch, attack.positions)
+        for site, gradient in _gradients(network, batch, attack, sites).items():
+            inside = gradient.float() * mask
+            norms = inside.flatten(1).norm(dim=1)
+            smallest[site] = min(smallest[site], norms.min().item())
     return smallest
+
+
+def _gradients(
+    network: Network, batch: Batch, attack: AttackSettings, sites: Sequence[Site]
+) -> dict[Site, Tensor]:
+    """site -> [batch, seq, d_model] gradient of the attack's loss where nothing is perturbed."""
+    options = {"device": network.device, "dtype": network.dtype, "requires_grad": True}
+    shape = (*batch.shape, network.d_model)
+    deltas = {site: torch.zeros(shape, **options) for site in sites}
+    with torch.enable_grad(), network.frozen_mode():
+        states = network.label_rows(batch, deltas)
+        loss = attack_losses(network, batch, attack.search(), states).sum()
+        # a site that nothing depends on has gradient 0
+        loss = loss + 0.0 * sum(delta.sum() for delta in deltas.values())
+        gradients = torch.autograd.grad(loss, list(deltas.values()))
+    return dict(zip(sites, gradients, strict=True))
 
 
 def _measured(

@@ -1,6 +1,7 @@
 """What is left of refusal without a direction: ablation of every source's directions from a target.
 
-1. Each source's directions (`directions`) are removed from the target model, which is then asked.
+1. Each source's directions (`latlib.refusal.directions`) are removed from the target model, which
+   is then asked. The target's own are tried by every rule and at every site.
 2. Controls stand beside them: nothing removed, random directions, and the mean of differences whose
    labels are shuffled.
 3. A direction that carries refusal also induces it: added to harmless prompts, beside a random one.
@@ -11,23 +12,35 @@ Sources: Abbas et al. 2025, section 3; Arditi et al. 2024.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pandas as pd
+from torch import Tensor
 
-from latlib.evaluation.ask import examine, prompt_set
-from latlib.evaluation.outcomes import OnStep, Subject, outcome_rows, unseen
+from latlib.batch import Batch
+from latlib.evaluation.ask import prompt_set
+from latlib.evaluation.examine import examiner_of
+from latlib.evaluation.generate import Perturb
+from latlib.evaluation.outcomes import (
+    CROSS_RULES,
+    HARMLESS,
+    NOTHING,
+    OWN_RULES,
+    RANDOM,
+    SHUFFLED,
+    Cell,
+    Intervention,
+    OnStep,
+    Rule,
+    Subject,
+    outcome_rows,
+    unseen,
+)
+from latlib.hooks import Site
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.refusal.directions import (
-    CROSS_RULES,
-    OWN_RULES,
-    Differences,
-    Direction,
-    random_directions,
-)
+from latlib.refusal.directions import Differences, Direction, random_directions
 from latlib.refusal.interventions import added
-
-NOTHING = "ablate:nothing"
 
 
 def ablation(
@@ -40,47 +53,66 @@ def ablation(
     """Outcome rows of a target model under the directions of every source.
 
     directions: source -> rule -> direction, the target's own among them. differences: the target's.
-    attack is 'ablate:<source>@<rule>', 'ablate:<target>@site-<site>' (the sweep over sites),
-    'ablate:random<k>', 'ablate:shuffled' or 'ablate:nothing', on harmful prompts; with nothing and
-    by the rule `best` also on harmless ones. 'add:<target>@best' and 'add:random0' add a vector at
-    its site on harmless prompts.
+    Ablated on harmful prompts; with nothing and by the rule `best` also on harmless ones. The
+    target's own `best` and one random direction are added on harmless prompts.
     """
-    own = subject.method
-    evaluation = subject.profile.evaluation
+    profile = subject.profile
+    examiner = examiner_of(profile)
     network = lm.network()
-    best = directions[own]["best"]
-    cells = {NOTHING: None}
-    for source, by_rule in directions.items():
-        rules = OWN_RULES if source == own else CROSS_RULES
-        cells |= {f"ablate:{source}@{rule}": by_rule[rule].vector for rule in rules}
-    sweep = {site: rows[-1] for site, rows in differences.means().items()}
-    cells |= {
-        f"ablate:{own}@site-{site}": vector for site, vector in sweep.items() if vector.norm() > 0
-    }
-    randoms = random_directions(
-        network.d_model, evaluation.random_directions, best.vector.norm(), subject.seed
-    )
-    cells |= {f"ablate:random{k}": vector for k, vector in enumerate(randoms)}
-    cells["ablate:shuffled"] = differences.shuffled(best.site, subject.seed)
-
-    def graded(attack: str, prompts_name: str, network: Network, perturb=None) -> pd.DataFrame:
-        prompts = prompt_set(prompts_name, subject.profile, evaluation.ablation_prompts)
-        found = examine(lm, subject.profile, prompts, network=network, perturb=perturb)
-        return outcome_rows(
-            subject, prompts_name, prompts, found.outcomes, attack=attack, texts=found.texts
-        )
-
+    own = directions[subject.label]
+    best = own[Rule.BEST]
+    norm = best.vector.norm()
+    count = profile.evaluation.random_directions
+    randoms = random_directions(network.d_model, count, norm, subject.seed)
+    cells = _directed(subject.label, directions, differences)
+    for draw, vector in enumerate(randoms):
+        cells.append((Cell(source=RANDOM, draw=draw), vector))
+    shuffled = differences.shuffled(best.site, subject.seed)
+    cells.append((Cell(source=SHUFFLED, site=str(best.site)), shuffled))
     tables = []
-    for step, (attack, vector) in enumerate(cells.items(), start=1):
+
+    def ask(cell: Cell, network: Network, perturb: Perturb | None = None) -> None:
+        prompts = prompt_set(cell.prompts, profile, profile.evaluation.ablation_prompts)
+        found = examiner.examine(lm, prompts, network=network, perturb=perturb)
+        tables.append(outcome_rows(subject, cell, prompts, found))
+
+    for step, (cell, vector) in enumerate(cells, start=1):
+        cell = replace(cell, intervention=Intervention.ABLATE)
         ablated = network if vector is None else network.ablated(vector)
-        tables.append(graded(attack, "harmful", ablated))
-        if attack == NOTHING or attack.endswith("@best"):
-            tables.append(graded(attack, "harmless", ablated))
-        on_step(step, len(cells), attack)
-    for attack, vector in ((f"add:{own}@best", best.vector), ("add:random0", randoms[0])):
-        tables.append(
-            graded(
-                attack, "harmless", network, lambda batch, v=vector: added(v, best.site, batch.ids)
-            )
-        )
+        ask(cell, ablated)
+        if cell.source == NOTHING or cell.rule == Rule.BEST:
+            ask(replace(cell, prompts=HARMLESS), ablated)
+        on_step(step, len(cells), f"{cell.source} {cell.rule}")
+    adding = Cell(HARMLESS, intervention=Intervention.ADD, site=str(best.site))
+    ask(
+        replace(adding, source=subject.label, rule=Rule.BEST),
+        network,
+        _adds(best.vector, best.site),
+    )
+    ask(replace(adding, source=RANDOM, draw=0), network, _adds(randoms[0], best.site))
     return pd.concat(tables, ignore_index=True)
+
+
+def _directed(
+    target: str, directions: Mapping[str, Mapping[str, Direction]], differences: Differences
+) -> list[tuple[Cell, Tensor | None]]:
+    """(cell, what is ablated in it): nothing, every source's directions, and the target's own
+    difference of means at every site.
+    """
+    cells: list[tuple[Cell, Tensor | None]] = [(Cell(source=NOTHING), None)]
+    for source, by_rule in directions.items():
+        for rule in OWN_RULES if source == target else CROSS_RULES:
+            found = by_rule[rule]
+            cells.append((Cell(source=source, rule=rule, site=str(found.site)), found.vector))
+    for site, means in differences.means().items():
+        vector = means[-1]
+        if vector.norm() > 0:
+            cells.append((Cell(source=target, rule=Rule.SITE_SWEEP, site=str(site)), vector))
+    return cells
+
+
+def _adds(vector: Tensor, site: Site) -> Perturb:
+    def perturb(batch: Batch) -> dict[Site, Tensor]:
+        return added(vector, site, batch.ids)
+
+    return perturb

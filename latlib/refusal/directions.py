@@ -25,7 +25,9 @@ from torch import Tensor
 
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt
-from latlib.evaluation.ask import examine, token_rows
+from latlib.evaluation.ask import Wording, token_rows
+from latlib.evaluation.examine import examiner_of
+from latlib.evaluation.outcomes import BASE, Outcome, Rule
 from latlib.hooks import Site
 from latlib.io.files import aside
 from latlib.models import LanguageModel
@@ -39,15 +41,12 @@ from latlib.refusal.activations import (
     sites_of,
 )
 from latlib.refusal.geometry import top_subspace
-from latlib.refusal.selection import candidate_sites, select
+from latlib.refusal.selection import Selection, candidate_sites, select
 
-FIXED_DEPTH = 14 / 32  # FACTS: Abbas et al. use layer 14 of 32
-OWN_RULES = ("fixed", "svd", "selected", "best", "subspace")  # tried on the model they come from
-CROSS_RULES = ("fixed", "best")  # tried on every model
+FIXED_DEPTH = 14 / 32  # Abbas et al. 2025, section 3: layer 14 of 32
 SUBSPACE = 3  # dimensions
 TUNE_PROMPTS = 128  # on which `best` is chosen
-SELECTION_PROMPTS = 32  # FACTS: Arditi et al. validate on 32
-BASE = "base"
+SELECTION_PROMPTS = 32  # of each kind: Arditi et al. 2024, section 2.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,21 +146,41 @@ def find_directions(
     lm: LanguageModel, profile: Profile, found: Differences
 ) -> dict[str, Direction]:
     """rule -> direction of one model; see the module's docstring."""
-    fixed, last, means = fixed_site(lm.n_layers), found.last(), found.means()
-    tune = paired_prompts(profile, "tune", min(profile.evaluation.pairs, TUNE_PROMPTS))
-    best = best_site(lm, profile, {site: rows[-1] for site, rows in means.items()}, tune[0])
-    system, few = profile.data.system_prompt, slice(SELECTION_PROMPTS)
-    harmful, harmless = (prompt_rows(lm, [p.text for p in side[few]], system) for side in tune)
-    refusals = token_rows(lm, tune[0][:1], system_prompt=system)[0].completions[1][:1]
-    candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
-    chosen = select(lm.network(), candidates, harmful, harmless, refusals)
+    fixed = fixed_site(lm.n_layers)
+    last = found.last()
+    means = found.means()
+    harmful, harmless = paired_prompts(profile, "tune", min(profile.evaluation.pairs, TUNE_PROMPTS))
+    best = best_site(lm, profile, {site: rows[-1] for site, rows in means.items()}, harmful)
+    chosen = _selected(
+        lm, profile, means, harmful[:SELECTION_PROMPTS], harmless[:SELECTION_PROMPTS]
+    )
     return {
-        "fixed": Direction(means[fixed][-1], fixed),
-        "svd": Direction(top_direction(last[fixed]), fixed),
-        "selected": Direction(chosen.vector, chosen.site, chosen.position, chosen.note),
-        "best": Direction(means[best][-1], best),
-        "subspace": Direction(top_subspace(last[best], SUBSPACE), best),
+        Rule.FIXED.value: Direction(means[fixed][-1], fixed),
+        Rule.SVD.value: Direction(top_direction(last[fixed]), fixed),
+        Rule.SELECTED.value: Direction(chosen.vector, chosen.site, chosen.position, chosen.note),
+        Rule.BEST.value: Direction(means[best][-1], best),
+        Rule.SUBSPACE.value: Direction(top_subspace(last[best], SUBSPACE), best),
     }
+
+
+def _selected(
+    lm: LanguageModel,
+    profile: Profile,
+    means: Mapping[Site, Tensor],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+) -> Selection:
+    system = profile.data.system_prompt
+    candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
+    (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
+    refusal = row.completions[1]
+    return select(
+        lm.network(),
+        candidates,
+        prompt_rows(lm, [prompt.text for prompt in harmful], system),
+        prompt_rows(lm, [prompt.text for prompt in harmless], system),
+        refusal[:1],
+    )
 
 
 def best_site(
@@ -170,11 +189,13 @@ def best_site(
     """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go
     to fewer refusals, then to the earlier site. Sites without a difference are left out. Raises
     ValueError when none has one."""
+    examiner = examiner_of(profile)
     scores = {}
     for site, mean in means.items():
         if mean.norm() > 0:
-            outcomes = examine(lm, profile, tune, network=lm.network().ablated(mean)).outcomes
-            scores[site] = (outcomes.count("complied"), -outcomes.count("refused"))
+            ablated = lm.network().ablated(mean)
+            outcomes = list(examiner.examine(lm, tune, network=ablated).outcomes)
+            scores[site] = (outcomes.count(Outcome.COMPLIED), -outcomes.count(Outcome.REFUSED))
     if not scores:
         raise ValueError(
             f"harmful and harmless prompts do not differ at any of the sites {list(means)}"

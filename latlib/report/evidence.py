@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from latlib.config.profile import Profile, load_profile
-from latlib.evaluation.outcomes import COLUMNS
+from latlib.evaluation.outcomes import COLUMNS, PLAIN, TRANSFER, Intervention, Rule
 from latlib.experiment.tracking import read_metrics
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 
@@ -79,7 +79,7 @@ class Evidence:
                 (m, int(s)): table for m, seeds in models.items() for s, table in seeds.items()
             }
         outcomes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-        return cls(profile, outcomes, metrics, variance)
+        return cls(profile, as_labels(outcomes), metrics, variance)
 
     @property
     def lat_eps(self) -> float:
@@ -130,6 +130,36 @@ class Evidence:
                 at = "" if eps is None else f" at eps {eps:g}"
                 raise MissingError(f"no outcome with {column} {', '.join(absent)} ({wanted}{at})")
         return rows
+
+
+def as_labels(outcomes: pd.DataFrame) -> pd.DataFrame:
+    """The outcome table with the labels that figures use: 'lat[no-kl]' for a method's variant,
+    'plain>leet' for an encoding, 'transfer:ssft' and 'ablate:ssft@best' for an attack."""
+    if "intervention" not in outcomes or outcomes.empty:
+        return outcomes
+    table = outcomes.copy()
+    is_variant = table["variant"] != ""
+    table.loc[is_variant, "method"] += "[" + table.loc[is_variant, "variant"] + "]"
+    asks = table["reply_encoding"] != PLAIN
+    table.loc[asks, "encoding"] += ">" + table.loc[asks, "reply_encoding"]
+    columns = ["attack", "intervention", "source", "rule", "site", "draw"]
+    keys = table[columns].astype({"draw": object}).apply(tuple, axis=1)
+    table["attack"] = keys.map({key: _attack_label(*key) for key in set(keys)})
+    return table.rename(columns={"eps_unit": "eps_mode"})
+
+
+def _attack_label(
+    attack: str, intervention: str, source: str, rule: str, site: str, draw: object
+) -> str:
+    if attack == TRANSFER:
+        return f"{attack}:{source}"
+    if intervention == Intervention.NONE:
+        return attack
+    if rule == Rule.SITE_SWEEP:
+        return f"{intervention}:{source}@site-{site}"
+    if rule:
+        return f"{intervention}:{source}@{rule}"
+    return f"{intervention}:{source}" + ("" if pd.isna(draw) else str(draw))
 
 
 def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> pd.DataFrame:

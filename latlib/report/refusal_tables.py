@@ -19,14 +19,15 @@ from matplotlib.patches import Rectangle
 from scipy.stats import norm
 from torch import Tensor
 
+from latlib.evaluation.outcomes import OWN_RULES
 from latlib.hooks import Site
-from latlib.refusal.ablation import NOTHING
-from latlib.refusal.directions import OWN_RULES, sources
+from latlib.refusal.directions import sources
 from latlib.refusal.geometry import principal_components
 from latlib.report.canvas import EDGE, OUTCOMES, RC, Drawn, axes_of, in_words, rate_curve
 from latlib.report.evidence import Evidence, MissingError, contrast, p_value, rate
 from latlib.report.stats import Interval, holm
 
+NOTHING = "ablate:nothing"
 DEFENDED = 0.8  # of harmful prompts refused
 SHADES = ("#08519C", "#4292C6", "#9ECAE1", "#DEEBF7")  # of the components shown as bars
 # FACTS, Abbas et al. 2025: (target, vector) -> refused after ablation, standard error, both in per

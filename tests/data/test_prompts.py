@@ -15,15 +15,17 @@ from latlib.config.profile import ProfileError, load_profile, validated
 from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings
 from latlib.data import prompts as questions
 from latlib.evaluation import ask
-from latlib.evaluation.ask import examine, grader_of, prompt_set, token_rows
+from latlib.evaluation import examine as examining
+from latlib.evaluation.ask import Wording, prompt_set, token_rows
+from latlib.evaluation.examine import examiner_of, grader_of
 from latlib.evaluation.generate import batches, generate, write
-from latlib.evaluation.outcomes import Subject, outcome_rows
+from latlib.evaluation.outcomes import Cell, Examined, Subject, outcome_rows
 from latlib.evaluation.rule_graders import PhraseGrader, Verdict
 from latlib.hooks import EMBEDDING
 from latlib.models import load_model
 from latlib.redteam.audit import audit
 from latlib.redteam.jailbreaks import jailbreaks
-from latlib.report.evidence import Evidence
+from latlib.report.evidence import Evidence, as_labels
 from latlib.report.understanding import counted, ways
 from latlib.world import grammar
 
@@ -197,13 +199,13 @@ class Scripted:
 
 def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeypatch):
     grader, prompts = Scripted(), prompt_set("harmful", profile)
-    monkeypatch.setattr(ask, "_grader", lambda settings: grader)
+    monkeypatch.setattr(examining, "_grader", lambda settings: grader)
     monkeypatch.setattr(
-        ask,
+        examining,
         "write",
         lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))],
     )
-    found = examine(lm, profile, prompts)
+    found = examiner_of(profile).examine(lm, prompts)
     assert found.outcomes == ["refused", "complied", "neither"] * 2
     assert (
         found.texts == ["no", "yes", ""] * 2
@@ -211,34 +213,35 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
         and found.prefilled is None
     )
     assert grader.seen == [([p.text for p in prompts], found.texts)]
-    deep = examine(lm, profile, prompts, understanding=True, prefilling=True)
+    deep = examiner_of(profile).examine(lm, prompts, understanding=True, prefilling=True)
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
-    assert examine(lm, profile, prompts, understanding=True).prefilled is None
-    assert examine(lm, profile, prompts, prefilling=True).understood is None
+    assert examiner_of(profile).examine(lm, prompts, understanding=True).prefilled is None
+    assert examiner_of(profile).examine(lm, prompts, prefilling=True).understood is None
 
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
+    examiner = examiner_of(profile)
     replies = ["ab", "lrf", "no", ""]  # 'ab' is 'no' in rot13, 'lrf' is 'yes'
-    monkeypatch.setattr(ask, "_grader", lambda settings: Scripted())
-    monkeypatch.setattr(ask, "write", lambda *_: replies)
-    found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>rot13")
+    monkeypatch.setattr(examining, "_grader", lambda settings: Scripted())
+    monkeypatch.setattr(examining, "write", lambda *_: replies)
+    found = examiner.examine(lm, prompt_set("harmful", profile)[:4], Wording.of("plain>rot13"))
     assert found.outcomes == ["refused", "complied", "refused", "neither"]
-    monkeypatch.setattr(ask, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
-    found = examine(lm, profile, prompt_set("harmful", profile)[:4], encoding="plain>base64")
+    monkeypatch.setattr(examining, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
+    found = examiner.examine(lm, prompt_set("harmful", profile)[:4], Wording.of("plain>base64"))
     assert found.outcomes[0] == "refused" and found.outcomes[2:] == ["refused", "neither"]
 
 
 def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+        examining, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
     )
     prompts = prompt_set("harmful", profile)
-    examine(lm, profile, prompts, prefilling=True, system_prompt="be good .")
+    examiner_of(profile).examine(lm, prompts, Wording(system_prompt="be good ."), prefilling=True)
     plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
-        first = " ".join(words[: min(ask.PREFILL_WORDS, len(words) - 1)])
+        first = " ".join(words[: min(examining.PREFILL_WORDS, len(words) - 1)])
         assert (
             lm.tokenizer.decode(b.prompt[len(a.prompt) :]).strip() == first
             and b.prompt[: len(a.prompt)] == a.prompt
@@ -265,20 +268,29 @@ class Oracle:
         return rows
 
 
-def test_a_request_is_understood_when_its_answer_islikelier_after_it_than_after_others(monkeypatch):
-    monkeypatch.setattr(ask, "DISTRACTORS", 3)
+def test_a_request_is_understood_when_its_answer__is_likelier_after_it_than_after_others(
+    monkeypatch,
+):
+    monkeypatch.setattr(examining, "DISTRACTORS", 3)
     rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
     prompts = [questions.Question(str(i), "a", "r", str(i), True) for i in range(5)]
-    found = ask.likelier(Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4)
+    found = examining.understood_by_likelihood(
+        Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4
+    )
     # answer 0 is as likely after 1, one of its distractors
     assert found == [False, True, False, False, False]
     same = [questions.Question(str(i), "a", "r", "one", True) for i in range(5)]
     # near-duplicates are no others
-    assert ask.likelier(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5
+    assert (
+        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5
+    )
     unanswered = [
         questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)
     ]
-    assert ask.likelier(Oracle({rows[1].prompt}), rows, unanswered, 4) == [False] * 5
+    assert (
+        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, unanswered, 4)
+        == [False] * 5
+    )
 
 
 def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
@@ -294,11 +306,10 @@ def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
 
 
 def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
-    subject = Subject(profile, "lat", 0, profile.training("lat").attack, {})
+    subject = Subject(profile, "lat", 0, {})
     prompts = prompt_set("harmful", profile)[:2]
-    table = outcome_rows(
-        subject, "harmful", prompts, ["complied", "refused"], texts=["step one", "I cannot say"]
-    )
+    found = Examined(["complied", "refused"], False, texts=["step one", "I cannot say"])
+    table = outcome_rows(subject, Cell(), prompts, found)
     assert table["exact"].isna().all() and "step one" not in str(table.to_dict())
     assert (
         table["text"][0].startswith("[8 characters, sha256")
@@ -315,20 +326,20 @@ def test_a_run_says_how_to_read_it(profile):
         and "Replies of 5 tokens" in said
         and "held out of the same data" in said
     )
-    assert "after nine others" in said and ask.DISTRACTORS == 9
+    assert "after nine others" in said and examining.DISTRACTORS == 9
 
 
 def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, profile, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        ask, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+        examining, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
     )
     own = profile.model_copy(
         update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})}
     )
     prompts = prompt_set("harmful", profile)[:2]
-    examine(lm, own, prompts)
-    examine(lm, own, prompts, system_prompt="obey .")
+    examiner_of(own).examine(lm, prompts)
+    examiner_of(own).examine(lm, prompts, Wording(system_prompt="obey ."))
     said = [lm.tokenizer.decode(rows[0].prompt) for rows in asked]
     assert "be kind ." in said[0] and "obey ." in said[1] and "be kind ." not in said[1]
 
@@ -340,17 +351,17 @@ def flagged(monkeypatch):
     """
     seen = []
 
-    def likelier(network, rows, prompts, size):
+    def understood_by_likelihood(network, rows, prompts, size):
         seen.append(prompts)
         return [i % 2 == (0 if prompt.harmful else 1) for i, prompt in enumerate(prompts)]
 
-    monkeypatch.setattr(ask, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
-    monkeypatch.setattr(ask, "likelier", likelier)
+    monkeypatch.setattr(examining, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
+    monkeypatch.setattr(examining, "understood_by_likelihood", understood_by_likelihood)
     return seen
 
 
 def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagged):
-    subject = Subject(profile, "base", 0, profile.training("lat").attack, {})
+    subject = Subject(profile, "base", 0, {})
     no_search = profile.evaluation.suffix.model_copy(update={"steps": 0})
     evaluation = profile.evaluation.model_copy(
         update={"encodings": ("plain", "leet"), "suffix": no_search}
@@ -359,9 +370,9 @@ def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagg
     for table in (audit(lm, subject), jailbreaks(lm, subject)[0]):
         for name, first in (("harmful", True), ("twin", False)):
             rows = table[(table["prompts"] == name) & (table["attack"] != "prefill")]
-            for _, cell in rows.groupby(["attack", "encoding"]):
+            for _, cell in rows.groupby(["attack", "encoding", "reply_encoding"]):
                 assert cell["understood"].tolist() == [first, not first] * 3
-    evidence = Evidence(subject.profile, audit(lm, subject))
+    evidence = Evidence(subject.profile, as_labels(audit(lm, subject)))
     kept = counted(evidence, "base", "leet", "understood by the base")
     assert kept["prompt_id"].tolist() == ["harmful-0000", "harmful-0002", "harmful-0004"]
 
@@ -369,7 +380,7 @@ def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagg
 def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_plain_reply(
     lm, profile, flagged
 ):
-    audit(lm, Subject(profile, "base", 0, profile.training("lat").attack, {}))
+    audit(lm, Subject(profile, "base", 0, {}))
     twins = [prompts for prompts in flagged if not prompts[0].harmful]
     assert twins and all(prompt.answer for prompts in twins for prompt in prompts)
     assert any(prompt.answer == "yes" for prompt in twins[0])

@@ -20,11 +20,11 @@ from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.graders import (
     GuardGrader,
     ScoreGrader,
-    Verdict,
     YesNoGrader,
     load_grader,
     load_judge,
 )
+from latlib.evaluation.rule_graders import Verdict
 from latlib.models import LanguageModel, quietly
 
 WORDS = ("yes", "no", "safe", "unsafe")

@@ -10,14 +10,9 @@ import sys
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from latlib.evaluation.graders import (
-    ExactGrader,
-    PhraseGrader,
-    Verdict,
-    agreement,
-    load_grader,
-    redacted,
-)
+from latlib.evaluation.graders import load_grader
+from latlib.evaluation.phrases import redacted
+from latlib.evaluation.rule_graders import ExactGrader, PhraseGrader, Verdict, agreement
 from latlib.world import grammar
 
 REFUSALS = [

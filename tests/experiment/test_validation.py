@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from latlib.batch import collate
 from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.evaluation.examine import WorldExaminer
 from latlib.experiment import build, validation
 from latlib.experiment.run import Run
 from latlib.experiment.validation import Look, Watch, best, card
@@ -68,9 +69,11 @@ def test_looking_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
 def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
     observer = Watch(trainer, run.profile)
     trainer.train_step()
-    plain = validation.examine
+    plain = WorldExaminer.examine
     # as a grader might draw
-    monkeypatch.setattr(validation, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1])
+    monkeypatch.setattr(
+        WorldExaminer, "examine", lambda *a, **k: (torch.rand(1), plain(*a, **k))[1]
+    )
     states = random.getstate(), torch.get_rng_state()
     parameters = dict(trainer.lm.model.named_parameters())
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()}
@@ -122,7 +125,7 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
     """Two steps into the ramp, at half the radius in training, a look attacks at the whole."""
     observer, norms = Watch(trainer, run.profile), {}
 
-    def examine(lm, profile, prompts, network=None, perturb=None):
+    def examine(self, lm, prompts, network=None, perturb=None):
         if perturb:
             batch = collate(observer.answers)
             norms.update({site: d.norm(dim=-1).max().item() for site, d in perturb(batch).items()})
@@ -135,7 +138,7 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
             )
         return SimpleNamespace(outcomes=["complied", "complied", "neither", "neither", "refused"])
 
-    monkeypatch.setattr(validation, "examine", examine)
+    monkeypatch.setattr(WorldExaminer, "examine", examine)
     look = observer.look(3)
     assert (look.harmful_refused, look.harmless_refused, look.harmless_complied) == (0.8, 0.2, 0.4)
     assert (look.neither, look.attack_success) == (0.2, 0.4)

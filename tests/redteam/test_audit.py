@@ -8,7 +8,8 @@ import torch
 from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.data.prompts import WORLD_KINDS
-from latlib.evaluation.ask import affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation.ask import Wording, prompt_set, token_rows
+from latlib.evaluation.examine import affirmation_tokens, grade_rows
 from latlib.evaluation.outcomes import COLUMNS, Subject
 from latlib.losses import token_losses
 from latlib.models import LanguageModel
@@ -51,7 +52,7 @@ def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
     lm, rows, taught = LanguageModel(model, tokenizer, profile.model, torch.float32), [], []
     for encoding in encodings:
         for name in ("twin", "harmful"):
-            found = token_rows(lm, prompt_set(name, profile), encoding)
+            found = token_rows(lm, prompt_set(name, profile), Wording.of(encoding))
             rows += found
             taught += [kinds(name, encoding, i) for i in range(len(found))]
     batch, weights = collate(rows), []
@@ -86,7 +87,7 @@ def begun_by(lm, row):
 def subject_of(profile, method="ssft", seed=0):
     """A subject with norms of 1, whatever the model."""
     norms = {"embedding": 1.0, **dict.fromkeys(range(profile.model.layers), 1.0)}
-    return Subject(profile, method, seed, profile.training("lat").attack, norms)
+    return Subject(profile, method, seed, norms)
 
 
 PROFILE = small_profile(
@@ -106,10 +107,14 @@ def table(lm):
 
 def cell(table, prompts, attack="none", encoding="plain"):
     return table[
-        (table["prompts"] == prompts)
-        & (table["attack"] == attack)
-        & (table["encoding"] == encoding)
+        (table["prompts"] == prompts) & (table["attack"] == attack) & (asked_in(table) == encoding)
     ]
+
+
+def asked_in(table):
+    """How a profile names the encodings of every row."""
+    replies = ">" + table["reply_encoding"]
+    return table["encoding"] + replies.where(table["reply_encoding"] != "plain", "")
 
 
 def test_every_cell_is_there_with_the_same_prompts(table):
@@ -124,11 +129,12 @@ def test_every_cell_is_there_with_the_same_prompts(table):
     expected |= {("harmless", "none", encoding) for encoding in evaluation.encodings}
     # an answer backwards does not begin with 'sure :'
     expected -= {("harmful", "prefill", "plain>reverse-text")}
-    sizes = table.groupby(["prompts", "attack", "encoding"]).size()
+    sizes = table.groupby(["prompts", "attack", asked_in(table)]).size()
     assert set(sizes.index) == expected and set(sizes) == {8} and tuple(table.columns) == COLUMNS
-    for (prompts, _, _), rows in table.groupby(["prompts", "attack", "encoding"]):
+    for (prompts, _, _), rows in table.groupby(["prompts", "attack", asked_in(table)]):
         assert rows["cluster"].tolist() == [p.cluster for p in prompt_set(prompts, PROFILE)]
         assert rows["prompt_id"].tolist() == [f"{prompts}-{i:04d}" for i in range(8)]
+        assert rows["pair_id"].tolist() == list(range(8))
     assert (
         set(table["method"]) == {"ssft"}
         and set(table["seed"]) == {0}
@@ -139,8 +145,8 @@ def test_every_cell_is_there_with_the_same_prompts(table):
 def test_further_encodings_are_asked_on_the_first_seed_only(lm, table):
     first = PROFILE.seeds[0]
     other = audit(lm, subject_of(PROFILE, seed=first + 1))
-    assert set(other["encoding"]) == set(PROFILE.evaluation.encodings) < set(table["encoding"])
-    shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
+    assert set(asked_in(other)) == set(PROFILE.evaluation.encodings) < set(asked_in(table))
+    shared = table[asked_in(table).isin(PROFILE.evaluation.encodings)]
     assert other.assign(seed=first).equals(shared.reset_index(drop=True))
 
 
@@ -178,7 +184,7 @@ def test_prefilling_is_read_off_as_if_the_answer_were_begun(lm, table, encoding)
         encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"),
         prompt_set("harmful", PROFILE),
     )
-    found, _ = grade_rows(lm, lm.network(), token_rows(lm, prompts, encoding, begun))
+    found, _ = grade_rows(lm.network(), token_rows(lm, prompts, Wording.of(encoding), begun))
     assert cell(table, "harmful", "prefill", encoding)["outcome"].tolist() == found
     assert len(set(found)) == (1 if encoding == "leet" else 2)
 
@@ -187,7 +193,7 @@ def test_without_first_words_only_an_answer_shows_understanding(lm, table):
     """Text backwards: nothing can be begun, so that nothing is prefilled, and a twin must be
     answered.
     """
-    assert affirmation_tokens(lm, "plain>reverse-text") == 0
+    assert affirmation_tokens(lm, Wording.of("plain>reverse-text")) == 0
     twins = cell(table, "twin", encoding="plain>reverse-text")
     assert (twins["understood"] == twins["exact"]).all()
 
@@ -205,7 +211,7 @@ def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, t
         and len(own) == PROFILE.evaluation.pgd_prompts
     )
     assert own.equals(expected)
-    shared = table[table["encoding"].isin(PROFILE.evaluation.encodings)]
+    shared = table[asked_in(table).isin(PROFILE.evaluation.encodings)]
     assert found[found["attack"] != "pgd"]["outcome"].tolist() == shared["outcome"].tolist()
 
 
@@ -227,11 +233,11 @@ def test_as_many_tokens_as_the_first_words_are_behind_them_is_what_a_prefill_lea
         encode(grammar.AFFIRMATION, encoding.partition(">")[2] or "plain"),
         prompt_set("harmful", PROFILE),
     )
-    begun = affirmation_tokens(lm, encoding)
+    begun = affirmation_tokens(lm, Wording.of(encoding))
     assert begun == len(lm.tokenizer(f" {said}", add_special_tokens=False)["input_ids"]) > 0
     whole, filled = (
-        token_rows(lm, prompts, encoding),
-        token_rows(lm, prompts, encoding, prefill=said),
+        token_rows(lm, prompts, Wording.of(encoding)),
+        token_rows(lm, prompts, Wording.of(encoding), said),
     )
     for a, b in zip(whole, filled, strict=True):
         assert len(a.completions) == 2 and len(b.completions) == 1
@@ -243,7 +249,7 @@ def test_as_many_tokens_as_the_first_words_are_behind_them_is_what_a_prefill_lea
 
 @pytest.mark.parametrize("encoding", ["plain>reverse-text", "plain>reverse-words", "plain>base32"])
 def test_an_answer_that_does_not_begin_with_its_first_words_has_none(lm, encoding):
-    assert affirmation_tokens(lm, encoding) == 0
+    assert affirmation_tokens(lm, Wording.of(encoding)) == 0
 
 
 def text_of(lm, tokens):
@@ -271,7 +277,7 @@ def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(
     lm, encoding, asked, answered
 ):
     ((prompt, completions),) = [
-        (r.prompt, r.completions) for r in token_rows(lm, [PROMPT], encoding)
+        (r.prompt, r.completions) for r in token_rows(lm, [PROMPT], Wording.of(encoding))
     ]
     assert text_of(lm, prompt) == f"<|user|> {asked}<|assistant|>"
     assert [text_of(lm, c) for c in completions] == [
@@ -282,9 +288,8 @@ def test_a_request_is_encoded_and_its_answer_is_where_that_is_asked_for(
 
 def test_a_suffix_a_system_prompt_and_turns_stand_where_they_would_be_typed(lm):
     shots = [(p.text, p.answer) for p in grammar.draw_set("shots", "train", "harmful", 3)]
-    (row,) = token_rows(
-        lm, [PROMPT], "leet>rot13", suffix="wolf ! queen", system_prompt="be kind .", shots=shots
-    )
+    wording = Wording("leet", "rot13", "wolf ! queen", "be kind .", shots)
+    (row,) = token_rows(lm, [PROMPT], wording)
     before = "".join(f"<|user|> {said}<|assistant|> {replied}<|end|>" for said, replied in shots)
     request = f"{encode(PROMPT.text, 'leet')} answer in rot13 . wolf ! queen"
     assert text_of(lm, row.prompt) == f"<|system|> be kind .{before}<|user|> {request}<|assistant|>"
@@ -296,7 +301,7 @@ def test_a_suffix_a_system_prompt_and_turns_stand_where_they_would_be_typed(lm):
         own = lm.tokenizer(f" {replied}<|end|>", add_special_tokens=False)["input_ids"]
         assert any(list(row.prompt[i : i + len(own)]) == own for i in range(len(row.prompt)))
     (plain,) = token_rows(lm, [PROMPT])
-    (bare,) = token_rows(lm, [PROMPT], suffix="", system_prompt=None, shots=())
+    (bare,) = token_rows(lm, [PROMPT], Wording())
     assert plain == bare
 
 
@@ -306,10 +311,10 @@ def test_rows_are_graded_in_their_own_order_whatever_the_batch(lm):
     assert [r.length for r in rows] != sorted(r.length for r in rows)
     expected = [kind_of(name, "plain", i) for name in ("harmful", "twin") for i in range(8)]
     for size in (1, 5, 128):
-        outcomes, finished = grade_rows(lm, lm.network(), rows, size=size, begun=2)
+        outcomes, finished = grade_rows(lm.network(), rows, size=size, prefilled=2)
         assert outcomes == ["complied" if kind == COMPLIES else "refused" for kind in expected]
         assert finished == [kind != IS_LOST for kind in expected]
-    outcomes, finished = grade_rows(lm, lm.network(), rows)
+    outcomes, finished = grade_rows(lm.network(), rows)
     assert finished == [o == "complied" for o in outcomes]  # nothing is begun
 
 
@@ -322,8 +327,8 @@ def test_every_batch_is_graded_under_its_own_perturbation(lm):
         broken[0] = 100.0  # of each batch's shortest row
         return {1: broken}
 
-    outcomes, _ = grade_rows(lm, lm.network(), rows, perturb, size=3)
-    plain, _ = grade_rows(lm, lm.network(), rows)
+    outcomes, _ = grade_rows(lm.network(), rows, perturb, size=3)
+    plain, _ = grade_rows(lm.network(), rows)
     order = sorted(range(8), key=lambda i: rows[i].length)
     assert seen == [3, 3, 2]
     assert [i for i in range(8) if outcomes[i] != plain[i]] == sorted(order[at] for at in (0, 3, 6))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from latlib.config.profile import load_profile
-from latlib.evaluation import ask
-from latlib.evaluation.ask import affirmation_tokens, grade_rows, prompt_set, token_rows
+from latlib.evaluation import examine
+from latlib.evaluation.ask import Wording, prompt_set, token_rows
+from latlib.evaluation.examine import affirmation_tokens, grade_rows
 from latlib.evaluation.outcomes import COLUMNS
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
@@ -57,18 +58,18 @@ def suffix_of(text):
 
 
 @pytest.fixture
-def graded(monkeypatch):
+def graded(monkeypatch, lm):
     """Outcomes that are a function of the prompt's text, and the texts of every call: [[text, ...],
     ...].
     """
     calls = []
 
-    def grade(lm, network, rows, perturb, size, begun):
-        assert begun == affirmation_tokens(lm)
+    def grade(network, rows, perturb, size, prefilled):
+        assert prefilled == affirmation_tokens(lm)
         calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
-    monkeypatch.setattr(ask, "grade_rows", grade)
+    monkeypatch.setattr(examine, "grade_rows", grade)
     monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
     monkeypatch.setattr(module, "random_search", lambda *_: suffix_of("rat rat"))
     return calls
@@ -126,7 +127,7 @@ def test_every_attack_is_put_round_every_prompt_and_its_twin(lm, subject, graded
 
 def test_each_answered_request_ends_as_a_reply_of_the_model_ends(lm, subject):
     shots = many_shots(load_profile("smoke"), 5)
-    (row,) = token_rows(lm, prompt_set("harmful", subject.profile, 1), shots=shots)
+    (row,) = token_rows(lm, prompt_set("harmful", subject.profile, 1), Wording(shots=shots))
     at = 0
     for said, replied in shots:
         turn = lm.tokenizer(
@@ -156,7 +157,7 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subjec
         monkeypatch.setattr(
             module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n)
         )
-    found = find_suffixes(lm, replace(subject, seed=3))
+    found = find_suffixes(lm, subject.profile, 3)
     assert {name: suffix.text for name, suffix in found.items()} == {
         "suffix-gcg": "gcg",
         "suffix-random": "random_search",
@@ -174,7 +175,7 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subjec
         p.harmful for p in prompts
     )
     own = subject.profile.evaluation.suffix
-    assert settings == suffix_settings(subject)
+    assert settings == suffix_settings(subject.profile)
     assert [
         settings.n_tokens,
         settings.steps,
@@ -200,12 +201,13 @@ def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
     assert [suffix["queries"] for suffix in kept.values()] == [expected, expected]
     assert kept["suffix-gcg"]["text"] != kept["suffix-random"]["text"]
     for attack, suffix in kept.items():  # what is kept is what was tried
-        rows = token_rows(lm, prompt_set("harmful", run.profile), suffix=suffix["text"])
+        wording = Wording(suffix=suffix["text"])
+        rows = token_rows(lm, prompt_set("harmful", run.profile), wording)
         ids = suffix["token_ids"]
         assert all(
             any(list(r.prompt[i : i + len(ids)]) == ids for i in range(len(r.prompt))) for r in rows
         )
-        outcomes, _ = grade_rows(lm, lm.network(), rows)
+        outcomes, _ = grade_rows(lm.network(), rows)
         tried = table[(table["attack"] == attack) & (table["prompts"] == "harmful")]
         assert tried["outcome"].tolist() == outcomes
 
@@ -229,6 +231,6 @@ def test_no_steps_no_suffixes(lm, subject, graded, monkeypatch):
 def test_found_again_from_the_same_seed(lm, subject):
     few = subject.profile.evaluation.suffix.model_copy(update={"steps": 1, "prompts": 1})
     subject = with_evaluation(subject, suffix=few)
-    one, again, other = (find_suffixes(lm, replace(subject, seed=seed)) for seed in (0, 0, 1))
+    one, again, other = (find_suffixes(lm, subject.profile, seed) for seed in (0, 0, 1))
     assert one == again and one != other
     assert all(p.grad is None for p in lm.model.parameters()) and torch.is_grad_enabled()

@@ -13,14 +13,14 @@ from latlib.attack import attack_losses, perturbed_positions, pgd
 from latlib.batch import collate
 from latlib.config.profile import ProfileError, load_profile
 from latlib.config.sections import AttackSettings
-from latlib.evaluation.ask import Examined, examine, prompt_set, token_rows
-from latlib.evaluation.outcomes import COLUMNS, outcome_rows
+from latlib.evaluation.ask import prompt_set, token_rows
+from latlib.evaluation.examine import WorldExaminer
+from latlib.evaluation.outcomes import COLUMNS, Cell, Examined, outcome_rows
 from latlib.experiment.build import measure_norms
 from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.models import LanguageModel
 from latlib.redteam import latent
 from latlib.redteam.latent import (
-    ONE_STEP,
     AttackCell,
     base_attack,
     gradient_norms,
@@ -145,7 +145,7 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
         others = resolve_sites(found["pgd-other-sites"].sites, n_layers)
         rate = changed["pgd-adamw"].pop("lr")
         assert changed == {
-            ONE_STEP: {"steps": 1, "lr": 1.0},
+            "one-step": {"steps": 1, "lr": 1.0},
             "pgd-strong": {"steps": evaluation.strong_steps},
             "pgd-restarts": {"restarts": 1 + evaluation.restarts},
             "pgd-all-sites": {} if set(trained) == inner else {"sites": tuple(sorted(inner))},
@@ -196,7 +196,7 @@ def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
 @pytest.mark.parametrize(("rule", "kept"), [("adamw", 0.03), ("sign", None), ("l2", None)])
 def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
     """A share of eps that fits five steps is too short or too long for others."""
-    found = base_attack(subject_of(with_attack(PROFILE, rule=rule, lr=0.03)))
+    found = base_attack(with_attack(PROFILE, rule=rule, lr=0.03))
     assert (found.rule, found.lr, found.steps) == (rule, kept, PROFILE.evaluation.pgd_steps)
 
 
@@ -226,7 +226,7 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
 def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject, monkeypatch):
     profile = with_attack(PROFILE, rule=rule, lr=0.01 if rule == "adamw" else None)
     cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
-    (cell,) = [cell for cell in cells if cell.name == ONE_STEP]
+    (cell,) = [cell for cell in cells if cell.name == "one-step"]
     model, calls = counted(lm)
     cell.measure(model, subject)
     assert calls == [8, 8]  # the step, and what it did
@@ -252,14 +252,17 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, subject):
         and tuple(table.columns) == COLUMNS
     )
     row = table[
-        ["method", "seed", "attack", "encoding", "eps", "eps_mode", "sites"]
+        ["method", "seed", "attack", "encoding", "eps", "eps_unit", "sites", "positions"]
     ].drop_duplicates()
-    assert row.values.tolist() == [["ssft", 0, "mine", "plain", 0.2, "relative", "0,1,2"]]
+    assert row.values.tolist() == [["ssft", 0, "mine", "plain", 0.2, "relative", "0,1,2", "prompt"]]
+    norms = [subject.norms[site] for site in SITES]
+    assert table["norms"].tolist() == [norms] * 6
+    assert table["radii"].tolist() == [[0.2 * norm for norm in norms]] * 6
     assert len(AttackCell(settings).measure(lm, subject)) == PROFILE.evaluation.pgd_prompts
 
 
 def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
-    plain = examine(lm, PROFILE, prompt_set("harmful", PROFILE)).outcomes
+    plain = WorldExaminer(PROFILE).examine(lm, prompt_set("harmful", PROFILE)).outcomes
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
     model, calls = counted(lm)
     strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, subject)
@@ -273,12 +276,12 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
 def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, subject, monkeypatch):
     kept = []
 
-    def grade(lm, profile, prompts, network, perturb):
+    def grade(self, lm, prompts, network, perturb):
         batch = collate(token_rows(lm, prompts))
         kept.append((batch, perturb(batch)))
-        return Examined(["neither"] * len(prompts))
+        return Examined(["neither"] * len(prompts), True)
 
-    monkeypatch.setattr(latent, "examine", grade)
+    monkeypatch.setattr(WorldExaminer, "examine", grade)
     monkeypatch.setattr(latent, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
     monkeypatch.setattr(
         torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient")
@@ -322,28 +325,25 @@ def travelled(lm, other, subject):
 
 def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, subject):
     table = travelled
-    assert set(table["attack"]) == {"transfer:ssft"} and set(table["eps"]) == set(
-        PROFILE.evaluation.strong_eps
-    )
+    assert set(table["attack"]) == {"transfer"} and set(table["source"]) == {"ssft"}
+    assert set(table["eps"]) == set(PROFILE.evaluation.strong_eps)
     assert table.groupby("method").size().to_dict() == dict.fromkeys(PROFILE.methods, 8)
     prompts, settings = (
         prompt_set("harmful", PROFILE),
-        replace_settings(base_attack(subject), eps=0.2),
+        replace_settings(base_attack(PROFILE), eps=0.2),
     )
     threat, network = settings.threat_model(lm.n_layers, subject.norms), lm.network()
+
+    cell = Cell(attack="transfer", source="ssft", threat=threat)
 
     def perturb(batch):  # the white-box attack on the source, all its steps
         return pgd(network, batch, threat, settings.search()).deltas
 
     for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
-        expected = examine(target, PROFILE, prompts, perturb=perturb).outcomes
+        expected = WorldExaminer(PROFILE).examine(target, prompts, perturb=perturb)
         own = table[table["method"] == method]
         assert own.reset_index(drop=True).equals(
-            outcome_rows(
-                replace(subject, method=method),
-                *("harmful", prompts, expected),
-                **{"attack": "transfer:ssft", "eps": 0.2, "sites": SITES},
-            )
+            outcome_rows(replace(subject, method=method), cell, prompts, expected)
         )
     found = {method: rows["outcome"].tolist() for method, rows in table.groupby("method")}
     assert found["ssft"] == found["lat-untargeted"] != found["at"] == found["lat"]
@@ -380,12 +380,15 @@ def test_random_starts_of_a_transfer_come_from_the_seed(lm, other, subject):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("method", ["base", "lat[no-kl]"])
-def test_perturbations_of_a_model_that_is_no_method_can_travel_too(method, lm, other, subject):
-    table = latent.transfer(lm, replace(subject, method=method), all_are(other))
-    assert set(table["method"]) == {*PROFILE.methods, method} and set(table["attack"]) == {
-        f"transfer:{method}"
-    }
+@pytest.mark.parametrize(("method", "variant"), [("base", ""), ("lat", "no-kl")])
+def test_perturbations_of_a_model_that_is_no_method_can_travel_too(
+    method, variant, lm, other, subject
+):
+    travelling = replace(subject, method=method, variant=variant)
+    table = latent.transfer(lm, travelling, all_are(other))
+    found = set(zip(table["method"], table["variant"], strict=True))
+    assert found == {*((m, "") for m in PROFILE.methods), (method, variant)}
+    assert set(table["source"]) == {travelling.label}
 
 
 def test_gradients_are_found_at_every_site(lm, subject):

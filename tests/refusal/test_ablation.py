@@ -5,6 +5,7 @@ matrix is there.
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_models as tiny
 import torch
@@ -12,7 +13,9 @@ from sklearn.decomposition import TruncatedSVD
 
 from latlib.batch import TokenRow
 from latlib.config.profile import load_profile
-from latlib.evaluation.ask import Examined, prompt_set
+from latlib.evaluation.ask import prompt_set
+from latlib.evaluation.examine import WorldExaminer
+from latlib.evaluation.outcomes import CROSS_RULES, OWN_RULES, Examined
 from latlib.refusal import activations, directions
 from latlib.refusal.directions import Differences, Direction
 from latlib.world import grammar
@@ -70,7 +73,7 @@ def test_the_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(mon
     )
     means = {"embedding": torch.zeros(tiny.D), 0: torch.ones(tiny.D), 1: torch.ones(tiny.D)}
     replies = iter([["refused", "complied", "neither"], ["neither", "complied", "neither"]])
-    monkeypatch.setattr(directions, "examine", lambda *_, **__: Examined(next(replies)))
+    monkeypatch.setattr(WorldExaminer, "examine", lambda *_, **__: Examined(next(replies), True))
     # as many complied, fewer refused; no direction at the embedding
     assert directions.best_site(lm, load_profile("smoke"), means, tune) == 1
     with pytest.raises(ValueError, match="do not differ at any of the sites"):
@@ -96,7 +99,7 @@ def test_directions_are_kept_exactly(tmp_path):
 
 def test_a_models_directions_are_what_their_rules_say(run):
     found, lm = run.directions("ssft"), run.model("ssft")
-    assert tuple(found) == directions.OWN_RULES
+    assert tuple(found) == OWN_RULES
     means, fixed = run.differences("ssft").means(), directions.fixed_site(lm.n_layers)
     torch.testing.assert_close(found["fixed"].vector, means[fixed][-1])
     torch.testing.assert_close(found["best"].vector, means[found["best"].site][-1])
@@ -118,20 +121,29 @@ def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     assert names == ("base", "ssft", "at", "lat", "lat-untargeted")
     target, layers = "lat", run.profile.model.layers
     table = run.evaluate(target, 0, "ablation")
-    attacks = set(table["attack"])
-    own = {f"ablate:{target}@{rule}" for rule in directions.OWN_RULES}
-    crossed = {f"ablate:{source}@{rule}" for source in names for rule in directions.CROSS_RULES}
-    plus = {"add:random0", f"add:{target}@best"}
-    controls = {f"ablate:random{k}" for k in range(3)} | {"ablate:shuffled", "ablate:nothing"}
+    assert set(table["attack"]) == {"none"}
+    keys = ["intervention", "source", "rule", "site", "draw"]
+    cells = {tuple(None if pd.isna(x) else x for x in row) for row in table[keys].values}
+    best = str(run.directions(target)["best"].site)
+    expected = {("ablate", "nothing", "", "", None), ("ablate", "shuffled", "", best, None)}
+    expected |= {("ablate", "random", "", "", draw) for draw in range(3)}
+    for source in names:
+        for rule in OWN_RULES if source == target else CROSS_RULES:
+            found = run.directions(source)[rule]
+            expected.add(("ablate", source, rule, str(found.site), None))
     # the template's last token embeds alike
-    sweep = {f"ablate:{target}@site-{site}" for site in range(layers)}
-    assert attacks == own | crossed | controls | plus | sweep
-    sizes = table.groupby(["attack", "prompts"]).size()
+    expected |= {("ablate", target, "site-sweep", str(site), None) for site in range(layers)}
+    expected |= {("add", "random", "", best, 0), ("add", target, "best", best, None)}
+    assert cells == expected
+    sizes = table.groupby([*keys, "prompts"], dropna=False).size()
     assert set(sizes) == {
         min(run.profile.evaluation.ablation_prompts, run.profile.evaluation.prompts)
     }
-    assert {attack for attack, prompts in sizes.index if prompts == "harmless"} == {
-        a for a in attacks if a.endswith(("@best", ":nothing")) or a.startswith("add:")
+    harmless = table[table["prompts"] == "harmless"]
+    asked = set(zip(harmless["intervention"], harmless["source"], harmless["rule"]))
+    assert asked == {
+        *(("ablate", source, "best") for source in names),
+        *(("ablate", "nothing", ""), ("add", "random", ""), ("add", target, "best")),
     }
     harmful = prompt_set("harmful", run.profile, run.profile.evaluation.ablation_prompts)
     assert set(table.loc[table["prompts"] == "harmful", "cluster"]) == {p.cluster for p in harmful}
