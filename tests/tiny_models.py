@@ -1,8 +1,16 @@
-"""Random little models and rows of token ids, small enough that a test takes milliseconds."""
+"""Random little models, tokenizers and rows of token ids, small enough that a test takes
+milliseconds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -10,12 +18,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import LoraSettings, ModelSettings
 from latlib.models import LanguageModel, with_adapter
+from latlib.world import organism
 
 torch.set_num_threads(1)
 
@@ -78,6 +88,81 @@ def model_of(
     return model.requires_grad_(False)
 
 
+@cache
+def _world_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    return organism.build_tokenizer(vocabulary)
+
+
+def world_tokenizer(vocabulary: int = 512) -> PreTrainedTokenizerFast:
+    """The made-up world's tokenizer, learned once and copied, so that a test may change its own."""
+    return deepcopy(_world_tokenizer(vocabulary))
+
+
+def byte_tokenizer(
+    template: str | None, words: Sequence[str] = (), bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """One token a byte, and further words; bos: a <bos> is put before every text, as Llama's and
+    Gemma's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<pad>", "<bos>"])
+    bpe.add_tokens(list(words))
+    if bos:
+        begin = ("<bos>", bpe.token_to_id("<bos>"))
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[begin]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", chat_template=template
+    )
+
+
+def plain_model(
+    model: nn.Module | str = "llama",
+    dtype: torch.dtype = torch.float64,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    forward: str = "stock",
+    **changes,
+) -> LanguageModel:
+    """A model without an adapter: the one that is given, or a random one of a family (`changes`
+    are `model_of`'s) whose vocabulary is the tokenizer's."""
+    if isinstance(model, str):
+        words = {"vocab_size": len(tokenizer)} if tokenizer else {}
+        model = model_of(model, dtype, **{**words, **changes})
+    name = str(dtype).removeprefix("torch.")
+    settings = ModelSettings(device="cpu", forward=forward, dtype=name)
+    return LanguageModel(model, tokenizer, settings, dtype)
+
+
+def saved(
+    folder: Path,
+    model: nn.Module | str = "llama",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    seed: int = 0,
+) -> Path:
+    """The folder, with a model and its tokenizer in it as `save_pretrained` writes them: a random
+    float32 one of a family and a tokenizer without a word, where none are given."""
+    if isinstance(model, str):
+        model = model_of(model, torch.float32, seed)
+    if tokenizer is None:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def as_if_trained(lm: LanguageModel, seed: int = 0, size: float = 0.2) -> LanguageModel:
+    """The model, whose adapter now says something: its B matrices, new ones are 0, are random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return lm
+
+
 def language_model(
     forward: str = "lean",
     dtype: torch.dtype = torch.float64,
@@ -86,21 +171,8 @@ def language_model(
     **changes,
 ) -> LanguageModel:
     """A random Llama under an adapter: new (B = 0), or as if trained (B random)."""
-    name = str(dtype).removeprefix("torch.")
-    lm = LanguageModel(
-        model_of("llama", dtype, seed, **changes),
-        None,
-        ModelSettings(forward=forward, dtype=name),
-        dtype,
-    )
-    lm = with_adapter(lm, LORA, seed)
-    if trained:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in lm.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return lm
+    lm = with_adapter(plain_model("llama", dtype, None, forward, seed=seed, **changes), LORA, seed)
+    return as_if_trained(lm, seed) if trained else lm
 
 
 def token_rows(n: int, completions: int, seed: int = 0) -> list[TokenRow]:
@@ -114,6 +186,11 @@ def token_rows(n: int, completions: int, seed: int = 0) -> list[TokenRow]:
     return [
         TokenRow(tokens(3, 6), tuple(tokens(2, 4) for _ in range(completions))) for _ in range(n)
     ]
+
+
+def prompt_rows(n: int, seed: int = 0) -> list[TokenRow]:
+    """Prompts of random tokens without a completion."""
+    return [TokenRow(row.prompt, ()) for row in token_rows(n, 1, seed)]
 
 
 def preference_batch(n: int = 3, seed: int = 0) -> Batch:

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import LORA, SCALING, benign_batch, language_model, model_of
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tiny_models import LORA, SCALING, as_if_trained, benign_batch, language_model, model_of, saved
 
 import latlib.fused.llama
 import latlib.models
@@ -32,10 +30,7 @@ def logits(network):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model_of(dtype=torch.float32).save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 def test_a_saved_folder_loads_as_the_same_model(folder):
@@ -48,11 +43,7 @@ def test_a_saved_folder_loads_as_the_same_model(folder):
 
 
 def test_a_trained_adapter_survives_its_folder(folder, tmp_path):
-    lm = with_adapter(load_model(folder, settings_for()), LORA, seed=3)
-    with torch.no_grad():
-        for name, parameter in lm.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    lm = as_if_trained(with_adapter(load_model(folder, settings_for()), LORA, seed=3), size=1.0)
     lm.model.save_pretrained(tmp_path)
     again = load_model(folder, settings_for(), tmp_path)
     assert torch.equal(logits(again.network()), logits(lm.network()))

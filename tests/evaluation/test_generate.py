@@ -4,13 +4,11 @@ gives.
 
 import pytest
 import torch
-from tiny_models import model_of
+from tiny_models import plain_model, world_tokenizer
 
 from latlib.batch import collate
-from latlib.config.sections import ModelSettings
 from latlib.evaluation.generate import generate, left_padded, shift_left_padded
 from latlib.losses import at_labels
-from latlib.models import LanguageModel
 from latlib.network import StockNetwork
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import organism
@@ -26,10 +24,10 @@ SITES = ("embedding", 1, 3)
 
 @pytest.fixture(scope="module")
 def lm():
-    tokenizer = organism.build_tokenizer(512)
-    model = model_of("llama", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=128)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return LanguageModel(model, tokenizer, ModelSettings(), torch.float32)
+    tokenizer = world_tokenizer()
+    lm = plain_model("llama", torch.float32, tokenizer, "auto", max_position_embeddings=128)
+    lm.model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return lm
 
 
 def prompt_batch(lm):

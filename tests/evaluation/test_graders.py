@@ -7,16 +7,15 @@ import math
 
 import httpx
 import pytest
+import tiny_models
 import torch
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
-from tiny_models import model_of
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, PreTrainedTokenizerFast
+from tiny_models import byte_tokenizer, model_of, plain_model
+from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config
 
 import latlib.io.hub
-from latlib.config.sections import ModelSettings, ProfileError
+from latlib.config.sections import ProfileError
 from latlib.evaluation.graders import (
     GuardGrader,
     ScoreGrader,
@@ -25,7 +24,7 @@ from latlib.evaluation.graders import (
     load_judge,
 )
 from latlib.evaluation.rule_graders import Verdict
-from latlib.models import LanguageModel, quietly
+from latlib.models import quietly
 
 WORDS = ("yes", "no", "safe", "unsafe")
 PROMPTS = [
@@ -51,22 +50,8 @@ TEMPLATE = "ask {behavior} say {generation} judge:"
 
 
 def tokenizer_of(words=WORDS, chat_template=PLAIN, bos=True):
-    """Bytes, and the words a judge answers with; a BOS before every text, as Llama's and Gemma's
-    put one.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(tokenizer_models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(["<pad>", "<bos>"])
-    bpe.add_tokens(list(words))
-    if bos:
-        bpe.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", chat_template=chat_template
-    )
+    """Bytes, and the words a judge answers with; a BOS before every text."""
+    return byte_tokenizer(chat_template, words, bos)
 
 
 def random_model(family, vocabulary, seed=0):
@@ -90,14 +75,11 @@ def random_model(family, vocabulary, seed=0):
 
 
 def lm_of(model, tokenizer=None):
-    settings = ModelSettings(device="cpu", dtype="float32", forward="stock")
-    return LanguageModel(model, tokenizer or tokenizer_of(), settings, torch.float32)
+    return plain_model(model, torch.float32, tokenizer or tokenizer_of())
 
 
 def saved(folder, model, tokenizer=None):
-    model.save_pretrained(folder)
-    (tokenizer or tokenizer_of()).save_pretrained(folder)
-    return str(folder)
+    return str(tiny_models.saved(folder, model, tokenizer or tokenizer_of()))
 
 
 def constant_model(logits, family="llama", tokenizer=None):

@@ -11,9 +11,8 @@ import torch
 import transformers.dynamic_module_utils
 from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, LORA, benign_batch, model_of
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_models import FAMILIES, LORA, as_if_trained, benign_batch, model_of, saved
+from transformers import AutoModelForCausalLM
 
 import latlib.io.hub
 import latlib.models
@@ -31,12 +30,6 @@ def logits(lm, **how):
     batch = benign_batch()
     network = lm.network(**how)
     return network.unembed(at_labels(network.hidden(batch), batch.source))
-
-
-def saved(folder, family="llama", seed=0):
-    model_of(family, torch.float32, seed).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(folder)
-    return folder
 
 
 def pickled(folder, bomb=False):
@@ -58,11 +51,7 @@ class Bomb:
 def adapter(folder, base, seed=1):
     with latlib.models.quietly():
         lm = with_adapter(load_model(base, settings_for()), LORA, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in lm.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    as_if_trained(lm, seed, size=1.0)
     lm.model.save_pretrained(folder)
     return folder, logits(lm)
 

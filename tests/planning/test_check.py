@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny_models import world_tokenizer
 from transformers import LlamaConfig
 
 from latlib.config.profile import find_share, load_profile
@@ -20,7 +21,6 @@ from latlib.planning import estimate, published_configs, requirements
 from latlib.planning.estimate import phases, timed_hours
 from latlib.planning.requirements import Machine
 from latlib.planning.step_cost import Lengths
-from latlib.world.organism import build_tokenizer
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
@@ -69,7 +69,7 @@ def small(tmp_path, monkeypatch):
         num_hidden_layers=3,
         num_attention_heads=2,
     ).save_pretrained(tmp_path / "model")
-    build_tokenizer(512).save_pretrained(tmp_path / "model")
+    world_tokenizer().save_pretrained(tmp_path / "model")
     rows = "goal,target\n" + "".join(f"do {i},Sure {i}\n" for i in range(20))
     (tmp_path / "harmful.csv").write_text(rows)
     (tmp_path / "benign.csv").write_text(rows.replace("goal", "instruction"))

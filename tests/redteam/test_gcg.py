@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, LORA, model_of
+from tiny_models import FAMILIES, LORA, plain_model, world_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,7 @@ import latlib.redteam.gcg
 from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
-from latlib.models import LanguageModel, with_adapter
+from latlib.models import with_adapter
 from latlib.redteam.gcg import Objective, SuffixSettings, gcg, random_search
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
@@ -29,21 +29,15 @@ KINDS = ["lean", *FAMILIES]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return organism.build_tokenizer(512)
+    return world_tokenizer()
 
 
 @pytest.fixture
 def lm_of(tokenizer):
     def make(kind="llama", dtype=torch.float64, seed=0, tokenizer=tokenizer, **changes):
         family, forward = ("llama", "lean") if kind == "lean" else (kind, "stock")
-        changes = {
-            "vocab_size": 512,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.5,
-            **changes,
-        }
-        settings = ModelSettings(forward=forward, dtype=str(dtype).removeprefix("torch."))
-        return LanguageModel(model_of(family, dtype, seed, **changes), tokenizer, settings, dtype)
+        sizes = {"max_position_embeddings": 128, "initializer_range": 0.5}
+        return plain_model(family, dtype, tokenizer, forward, seed=seed, **{**sizes, **changes})
 
     return make
 

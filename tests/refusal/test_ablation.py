@@ -11,7 +11,6 @@ import tiny_models as tiny
 import torch
 from sklearn.decomposition import TruncatedSVD
 
-from latlib.batch import TokenRow
 from latlib.config.profile import load_profile
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.examine import WorldExaminer
@@ -20,7 +19,7 @@ from latlib.refusal import activations, directions
 from latlib.refusal.directions import Differences, Direction
 from latlib.world import grammar
 
-ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
+ROWS = tiny.prompt_rows(12)
 SITES = activations.sites_of(tiny.LAYERS)
 
 

@@ -4,14 +4,14 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib.batch import TokenRow, collate
+from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.hooks import Capture
 from latlib.refusal import activations as act
 from latlib.text.chat import chat_text
-from latlib.world import grammar, organism
+from latlib.world import grammar
 
-ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(12, 1)]
+ROWS = tiny.prompt_rows(12)
 SITES = act.sites_of(tiny.LAYERS)
 
 
@@ -48,7 +48,7 @@ def test_more_positions_than_a_prompt_has_are_an_error():
     [("<|assistant|>", 1), ("<|end|><|assistant|>", 2), ("", 1)],
 )
 def test_post_instruction_tokens_are_the_templates(behind, count):
-    tokenizer = organism.build_tokenizer(512)
+    tokenizer = tiny.world_tokenizer()
     tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}" + behind
     assert act.post_instruction(tokenizer) == count
     ends = {

@@ -6,7 +6,6 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib.config.sections import ModelSettings
 from latlib.hooks import EMBEDDING, Capture, LATHook
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
@@ -16,13 +15,7 @@ DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def plain(family, dtype, **changes) -> LanguageModel:
-    name = str(dtype).removeprefix("torch.")
-    return LanguageModel(
-        tiny.model_of(family, dtype, **changes),
-        None,
-        ModelSettings(dtype=name, forward="stock"),
-        dtype,
-    )
+    return tiny.plain_model(family, dtype, **changes)
 
 
 def logits(network, batch):

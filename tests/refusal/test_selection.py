@@ -9,11 +9,10 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from latlib.batch import TokenRow
 from latlib.hooks import EMBEDDING, Ablate, LATHook
 from latlib.refusal import selection
 
-ROWS = [TokenRow(row.prompt, ()) for row in tiny.token_rows(10, 1)]
+ROWS = tiny.prompt_rows(10)
 HARMFUL, HARMLESS = ROWS[:5], ROWS[5:]
 TOKENS = (3, 7)
 
