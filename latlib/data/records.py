@@ -35,6 +35,7 @@ ANY_SPLIT = "test, or the only one"  # for sets that may be published whole, as 
 _SAVED = ("state.json", "dataset_dict.json")
 _FIELD_LIMIT = 2**31 - 1  # letters of a CSV field; the csv module's own is 131,072
 _FIELD = re.compile(r"([^\[\]{}]+)((?:\[[^\[\]{}]+\])*)")  # column[key][key]
+_FORM = "is not of the form {column} or {column[key]}"
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,29 @@ def read_table(
     if not records:
         raise ProfileError(f"{source.shown} holds no rows: give a file that has some")
     there = dict.fromkeys(itertools.chain.from_iterable(records))
-    wanted = []
+    setting = f"{source.field}_columns"
     # a column that is named must be there, also an optional one
-    for name in dict.fromkeys((*needed, *columns)):
-        column = _column(name, columns.get(name), source, name in needed)
-        for theirs in column.reads:
-            if theirs not in there:
+    wanted = {name: columns.get(name) for name in (*needed, *columns)}
+    for name, theirs in wanted.items():
+        for column in _columns_of(theirs, f"{setting}.{name}"):
+            if column not in there:
                 raise ProfileError(
-                    f"{source.shown} has no column {theirs!r} for {name!r}; it has "
-                    f"{', '.join(there)}: set {source.field}_columns"
+                    f"{source.shown} has no column {column!r} for {name!r}; it has "
+                    f"{', '.join(there)}: set {setting}"
                 )
-        wanted.append(column)
     rows = []
     for number, record in enumerate(records, start=1):
-        try:
-            rows.append({column.name: column.text(record) for column in wanted})
-        except LookupError as error:
-            raise ProfileError(f"{source.shown}, row {number}: {error.args[0]}") from None
+        where = f"{source.shown}, row {number}"
+        row = {}
+        for name, theirs in wanted.items():
+            try:
+                row[name] = _filled(record, str(theirs)).strip()
+            except LookupError as error:
+                said = f"{theirs!r} for {name!r} {error.args[0]}"
+                raise ProfileError(f"{where}: {said}: set {setting}") from None
+            if name in needed and not row[name]:
+                raise ProfileError(f"{where}: column {theirs!r} is empty: fill or remove it")
+        rows.append(row)
     return rows
 
 
@@ -232,93 +239,83 @@ def _refused(error: Exception, source: Source, what: str) -> str:
     text = str(error).strip() or type(error).__name__
     here = what == source.path
     said = f"{what} cannot be {'read' if here else 'had from the hub'}"
-    return f"{said} ({type(error).__name__}: {text}): {_mend(error, text.lower(), source, here)}"
-
-
-def _mend(error: Exception, text: str, source: Source, here: bool) -> str:
-    names = []
+    causes = [text]
     cause: BaseException | None = error
     while cause is not None:
-        names.append(type(cause).__name__)
+        causes.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
-    if "gated" in text or "GatedRepoError" in names:
-        return "accept its terms and set HF_TOKEN, or download it and give the file's path"
-    for part in ("split", "config"):
-        if part in text:
-            own = source.field in ("data.harmful", "data.benign")  # others have no such setting
-            return f"set {source.field}_{part}, or {_ONE}" if own else _ONE
-    if any("Offline" in name or "Connect" in name for name in names):
-        return "check the network, or download it and give the file's path"
-    if here:
-        return "check what is in it, or give one file"
-    return "check the name, set HF_TOKEN if it is private, or download it and give the file's path"
+    mends = _MENDS if source.split == ANY_SPLIT else _MENDS_OF_SPLITS
+    mend = _WRONG_HERE if here else _WRONG_NAME
+    for word, known in mends.items():
+        if word in " ".join(causes).lower():
+            mend = known.format(field=source.field)
+            break
+    return f"{said} ({type(error).__name__}: {text}): {mend}"
 
 
-_ONE = "give the one you mean as a file"
+# word in the error or in the names of its causes -> what to do
+_NETWORK = "check the network, or download it and give the file's path"
+_MENDS = {
+    "gated": "accept its terms and set HF_TOKEN, or download it and give the file's path",
+    "split": "give the one you mean as a file",
+    "config": "give the one you mean as a file",
+    "offline": _NETWORK,
+    "connect": _NETWORK,
+}
+_MENDS_OF_SPLITS = _MENDS | {
+    "split": "set {field}_split, or give the one you mean as a file",
+    "config": "set {field}_config, or give the one you mean as a file",
+}
+_WRONG_HERE = "check what is in it, or give one file"
+_WRONG_NAME = (
+    "check the name, set HF_TOKEN if it is private, or download it and give the file's path"
+)
 
 
 # ---- columns and format strings ------------------------------------------------------------------
 
-Place = tuple[str, ...]  # a column, and keys in it
+
+class _Format(string.Formatter):
+    """Fills `{column}` and `{column[key]}` with what stands there in a record."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[str, str]:
+        return _value(kwargs, _place(field_name)), field_name
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One of our columns. parts: text, then what stands at a place, () for nothing."""
-
-    name: str
-    theirs: str | None
-    setting: str
-    needed: bool
-    parts: Sequence[tuple[str, Place]]
-
-    @property
-    def reads(self) -> list[str]:
-        """The columns of the record that it is made of."""
-        return [place[0] for _, place in self.parts if place]
-
-    def text(self, record: Record) -> str:
-        """Its text. Raises LookupError saying what is there where a place is not."""
-        found = ""
-        for text, place in self.parts:
-            found += text
-            if not place:
-                continue
-            try:
-                found += _value(record, place)
-            except LookupError as error:
-                raise LookupError(
-                    f"{self.theirs!r} for {self.name!r} {error.args[0]}: set {self.setting}"
-                ) from None
-        if self.needed and not found.strip():
-            raise LookupError(f"column {self.theirs!r} is empty: fill or remove it")
-        return found.strip()
+def _filled(record: Record, theirs: str) -> str:
+    if "{" not in theirs:
+        return _value(record, (theirs,))
+    return _Format().vformat(theirs, (), record)
 
 
-def _column(name: str, theirs: str | None, source: Source, needed: bool) -> _Column:
-    """A column or format string in its parts. Raises ProfileError for what is no format string."""
-    setting = f"{source.field}_columns"
+def _columns_of(theirs: str | None, setting: str) -> list[str]:
+    """What a column or format string reads. Raises ProfileError for what is no format string."""
     if theirs is None or "{" not in theirs:
-        return _Column(name, theirs, setting, needed, [("", (str(theirs),))])
-    parts: list[tuple[str, Place]] = []
+        return [str(theirs)]
+    found = []
     try:
-        for text, inside, spec, conversion in string.Formatter().parse(theirs):
-            if inside is None:
-                parts.append((text, ()))
-                continue
-            field = _FIELD.fullmatch(inside)
-            if field is None or spec or conversion:
-                raise ValueError(f"{{{inside}}} is not of the form {{column}} or {{column[key]}}")
-            parts.append((text, (field[1], *re.findall(r"[^\[\]]+", field[2]))))
+        for _, field, spec, conversion in string.Formatter().parse(theirs):
+            if spec or conversion:
+                raise ValueError(f"{{{field}}} with more behind it {_FORM}")
+            if field is not None:
+                found.append(_place(field)[0])
     except ValueError as error:
         raise ProfileError(
-            f"{setting}.{name} = {theirs!r} is no format string ({error}): write it like"
+            f"{setting} = {theirs!r} is no format string ({error}): write it like"
             " '{instruction}', or '{messages[1][content]}'"
         ) from None
-    return _Column(name, theirs, setting, needed, parts)
+    return found
 
 
-def _value(record: Record, place: Place) -> str:
+def _place(field: str) -> Sequence[str]:
+    """The column and the keys of 'column[key][key]'."""
+    place = _FIELD.fullmatch(field)
+    if place is None:
+        raise ValueError(f"{{{field}}} {_FORM}")
+    return [place[1], *re.findall(r"[^\[\]]+", place[2])]
+
+
+def _value(record: Record, place: Sequence[str]) -> str:
     """The text at a place; '' for what is missing. Raises LookupError where a key leads nowhere."""
     value: Any = record
     at = ""

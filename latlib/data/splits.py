@@ -4,46 +4,57 @@
 1. Harmful rows are (prompt, rejected = harmful completion, chosen = refusal); benign rows are
    (prompt, response).
 2. Of files, near-duplicate prompts form clusters (latlib.text.near_duplicates), the harmful and the
-   benign ones together, and whole clusters are dealt into `train`, `tune` and `test`: by a hash of
+   benign ones together, and whole clusters are assigned to `train`, `tune` and `test`: by a hash of
    their text, so that neither the seed nor the order of the file matters and a file that grows
    moves few of them.
 3. Where the profile names a test file of a kind, its `test` rows are that file, and the main file
    has two parts.
-4. Rows of the world are training rows; its other splits are drawn in latlib.evaluation.ask.
+4. No prompt that is trained or chosen on may come back, equal or nearly so, among the prompts that
+   results are for: `check_overlap` compares every `train` and `tune` prompt with every `test` one.
+   Held-out prompts pass by construction; test files pass only if they are clean. An overlap stops
+   the run. It is named by file and row, never by the prompt's text, which may be harmful.
+5. Rows of the world are training rows; its other splits are drawn in latlib.data.prompts, and share
+   no pair of verb and target.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
-from latlib.config.profile import DataSettings, ProfileError
+from latlib.config.profile import Profile
+from latlib.config.sections import DataSettings, ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
 from latlib.text.chat import Row
-from latlib.text.near_duplicates import clusters, normalised
+from latlib.text.near_duplicates import clusters, normalised, overlaps
 from latlib.world import grammar
 
 Kind = Literal["harmful", "benign", "borderline"]
 Split = Literal["train", "tune", "test"]
-SPLITS = ("train", "tune", "test")
+SPLITS: tuple[Split, ...] = ("train", "tune", "test")
+KINDS: tuple[Kind, ...] = ("harmful", "benign", "borderline")
+MAIN = KINDS[:2]  # the kinds that are trained on
 
 # Benign prompts of the world: as many that merely sound harmful as plainly harmless ones, and the
 # base's other tasks.
 BENIGN_SHARES = {"scary": 0.375, "harmless": 0.375, "law": 0.15, "verb": 0.05, "target": 0.05}
 
+_NAMED = 3  # overlaps that an error lists
+
 
 def world_preference_rows(n: int, seed: int) -> list[Row]:
     """`n` harmful training prompts with the recipe (rejected) and the refusal (chosen)."""
-    prompts = grammar.draw_set(seed, "train", "harmful", n)
-    return [
-        Row(f"harmful-{i}", p.text, (p.answer, grammar.REFUSAL), p.cluster)
-        for i, p in enumerate(prompts)
-    ]
+    rows = []
+    for i, prompt in enumerate(grammar.draw_set(seed, "train", "harmful", n)):
+        completions = (prompt.answer, grammar.REFUSAL)
+        rows.append(Row(f"harmful-{i}", prompt.text, completions, prompt.cluster))
+    return rows
 
 
 def world_benign_rows(n: int, seed: int) -> list[Row]:
@@ -51,6 +62,7 @@ def world_benign_rows(n: int, seed: int) -> list[Row]:
     words.
     """
     rng = random.Random(f"benign/{seed}")
+    pairs = grammar.pairs_of("train")
     prompts: list[grammar.Prompt] = []
     for name, share in BENIGN_SHARES.items():
         count = round(share * n)
@@ -58,11 +70,16 @@ def world_benign_rows(n: int, seed: int) -> list[Row]:
         if name == "law":
             for which in ("harmful", "harmless"):
                 prompts += grammar.draw_set(seed, "train", which, count // 2, "law")
-        elif name in ("verb", "target"):
-            prompts += [grammar.draw(rng, grammar.pairs_of("train"), name) for _ in range(count)]
+        elif name == "verb":
+            prompts += [grammar.draw(rng, pairs, "verb") for _ in range(count)]
+        elif name == "target":
+            prompts += [grammar.draw(rng, pairs, "target") for _ in range(count)]
         else:
             prompts += grammar.draw_set(seed, "train", name, count)
-    return [Row(f"benign-{i}", p.text, (p.answer,), p.cluster) for i, p in enumerate(prompts)]
+    rows = []
+    for i, prompt in enumerate(prompts):
+        rows.append(Row(f"benign-{i}", prompt.text, (prompt.answer,), prompt.cluster))
+    return rows
 
 
 def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:
@@ -100,49 +117,67 @@ def borderline_rows(settings: DataSettings) -> list[Row]:
 
     Where data.test_borderline_columns names a `label` (as XSTest has one), only rows labelled
     'safe' are taken. Raises ProfileError for an unusable file, ValueError for the world, whose
-    borderline prompts are in latlib.evaluation.ask.
+    borderline prompts are in latlib.data.prompts.
     """
-    if settings.source == "world":
-        raise ValueError(
-            "the world's borderline prompts are drawn in latlib.evaluation.ask, not read from a"
-            " file"
-        )
+    _of_world(settings, "test")
     return [Row(p.row_id, p.prompt, (), p.cluster) for p in file_prompts(settings)["borderline"]]
+
+
+def check_overlap(settings: DataSettings | Profile) -> None:
+    """Raises ProfileError if a training or tuning prompt is equal or nearly equal to a test prompt.
+    Cached.
+
+    Nearly: Jaccard similarity of 5-letter shingles of data.near_duplicate or more. The world has no
+    files, so nothing is checked.
+    """
+    data = settings.data if isinstance(settings, Profile) else settings
+    if data.source == "world":
+        return
+    message = _files(data).overlap
+    if message:
+        raise ProfileError(message)
 
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A prompt of a file. row_id: kind and index in the file. completion: rejected or response, ''
-    if it has none. chosen: the file's refusal, '' if it has none. file, number: where it stands,
-    counted from 1 without the header."""
+    """A prompt of a file. row_id: kind and index in the file. record: its row under our names.
+    file, number: where it stands, counted from 1 without the header.
+    """
 
+    kind: Kind
     row_id: str
-    prompt: str
-    completion: str
-    chosen: str
+    record: Mapping[str, str]
     cluster: str
     split: Split
     file: str
     number: int
 
+    @property
+    def prompt(self) -> str:
+        """What is asked."""
+        return self.record["prompt"]
 
-def file_prompts(settings: DataSettings, first: Kind = "harmful") -> dict[Kind, list[FilePrompt]]:
-    """Every prompt of the profile's files by kind, in the files' order, dealt into splits. Cached
-    per settings.
+    @property
+    def completion(self) -> str:
+        """Its harmful completion or its response; '' if it has none."""
+        return self.record.get("rejected" if self.kind == "harmful" else "response", "")
 
-    Raises ProfileError for unusable files, the main file of the kind `first` before the other.
+    @property
+    def chosen(self) -> str:
+        """Its refusal; '' if it has none."""
+        return self.record.get("chosen", "")
+
+    @property
+    def place(self) -> str:
+        """Where it stands, for errors."""
+        return f"{self.row_id} ({self.file}, row {self.number})"
+
+
+def file_prompts(settings: DataSettings) -> Mapping[Kind, list[FilePrompt]]:
+    """Every prompt of the profile's files by kind, in the files' order, with its split. Cached
+    until a file changes. Raises ProfileError for unusable files.
     """
-    key = (settings.model_dump_json(), *(_stamp(path) for path in _sources(settings)))
-    if key not in _DEALT:
-        while len(_DEALT) >= _KEPT:
-            _DEALT.pop(next(iter(_DEALT)))
-        _DEALT[key] = _dealt(settings, first)
-    return _DEALT[key]
-
-
-_DEALT: dict[tuple, dict[Kind, list[FilePrompt]]] = {}
-_KEPT = 4
-_COMPLETION = {"harmful": "rejected", "benign": "response", "borderline": "response"}
+    return _files(settings).prompts
 
 
 def _of_world(settings: DataSettings, split: str) -> bool:
@@ -150,128 +185,170 @@ def _of_world(settings: DataSettings, split: str) -> bool:
         raise ValueError(f"split = {split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if settings.source == "world" and split != "train":
         raise ValueError(
-            f"split = {split!r} of the world is drawn in latlib.evaluation.ask: ask for 'train'"
+            f"split = {split!r} of the world is drawn in latlib.data.prompts: ask for 'train'"
         )
     return settings.source == "world"
 
 
 def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[Row]:
-    own = settings.harmful if kind == "harmful" else settings.benign
-    prompts = file_prompts(settings, kind)[kind]
+    prompts = file_prompts(settings)[kind]
     rng = random.Random(seed)
-    defaults = settings.refusals if kind == "harmful" else settings.benign_responses
     rows = []
     # the seed draws for every row of every split, so that a row has one refusal whatever is asked
-    for p in prompts:
+    for prompt in prompts:
+        completions: tuple[str, ...]
         if kind == "harmful":
-            completions = (p.completion, p.chosen or rng.choice(defaults))
+            refusal = prompt.chosen or rng.choice(settings.refusals)
+            completions = (prompt.completion, refusal)
         else:
-            completions = (p.completion or rng.choice(defaults),)
-        if p.split == split:
-            rows.append(Row(p.row_id, p.prompt, completions, p.cluster))
+            completions = (prompt.completion or rng.choice(settings.benign_responses),)
+        if prompt.split == split:
+            rows.append(Row(prompt.row_id, prompt.prompt, completions, prompt.cluster))
     if not rows:
         raise ProfileError(
-            f"data.{kind} = {own!r} has {len(prompts)} rows, too few for any in split {split!r}"
-            f" with data.held_out = {settings.held_out}: give more rows, change data.held_out, or"
-            f" name a file in data.test_{kind}"
+            f"data.{kind} = {getattr(settings, kind)!r} has {len(prompts)} rows, too few for any in"
+            f" split {split!r} with data.held_out = {settings.held_out}: give more rows, change"
+            f" data.held_out, or name a file in data.test_{kind}"
         )
     return rows
 
 
-def _sources(settings: DataSettings) -> tuple[str | None, ...]:
-    return (
-        settings.harmful,
-        settings.benign,
-        settings.test_harmful,
-        settings.test_benign,
-        settings.test_borderline,
-    )
+# ---- files ---------------------------------------------------------------------------------------
 
 
-def _stamp(path: str | None) -> tuple:
+@dataclass(frozen=True)
+class _Files:
+    """The prompts of a profile's files, and whether they overlap."""
+
+    prompts: Mapping[Kind, list[FilePrompt]]
+    threshold: float
+
+    @cached_property
+    def overlap(self) -> str:
+        """What is wrong: training or tuning prompts that are test prompts, or nearly so; or ''."""
+        train: list[FilePrompt] = []
+        test: list[FilePrompt] = []
+        for prompts in self.prompts.values():
+            for prompt in prompts:
+                (test if prompt.split == "test" else train).append(prompt)
+        pairs = overlaps([p.prompt for p in train], [p.prompt for p in test], self.threshold)
+        if not pairs:
+            return ""
+        touched = {i for i, _, _ in pairs}
+        equal = {
+            i for i, j, _ in pairs if normalised(train[i].prompt) == normalised(test[j].prompt)
+        }
+        named = []
+        for i, j, similarity in pairs[:_NAMED]:
+            named.append(f"{train[i].place} and {test[j].place}: similarity {similarity:.2f}")
+        if len(pairs) > _NAMED:
+            named.append("...")
+        mend = "remove those rows from the training or the test file"
+        if touched - equal:
+            mend += ", or raise data.near_duplicate knowing why they differ enough"
+        return (
+            f"data.near_duplicate = {self.threshold}: {len(equal)} training or tuning prompts are"
+            f" equal to a test prompt and {len(touched - equal)} more are nearly equal"
+            f" ({'; '.join(named)}): {mend}"
+        )
+
+
+def _files(settings: DataSettings) -> _Files:
+    names = (*MAIN, *(f"test_{kind}" for kind in KINDS))
+    stamps = tuple(_stamp(getattr(settings, name)) for name in names)
+    return _read_files(settings.model_dump_json(), stamps)
+
+
+def _stamp(path: str | None) -> tuple[object, ...]:
     """Changes when what is on the disk does; a hub data set has none."""
-    place = Path(path).expanduser() if path else None
-    if place is None or not place.exists():
+    if path is None:
         return ()
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    return tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in files)
+    place = Path(path).expanduser()
+    files = [file for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-def _main(settings: DataSettings, kind: Kind) -> list[dict[str, str]]:
-    """Records of a kind's main file."""
-    path, columns, config, split = (
-        getattr(settings, kind + end) for end in ("", "_columns", "_config", "_split")
-    )
+@lru_cache(maxsize=4)
+def _read_files(settings_json: str, stamps: tuple[object, ...]) -> _Files:
+    """Every prompt of the files with its cluster and split. stamps: of the files, for the cache."""
+    settings = DataSettings.model_validate_json(settings_json)
+    main = []
+    for kind in MAIN:
+        file = getattr(settings, kind)
+        for index, record in enumerate(_records(settings, kind)):
+            row_id = f"{kind}-{index}"
+            main.append(FilePrompt(kind, row_id, record, "", "train", file, index + 1))
+    texts = [prompt.prompt for prompt in main]
+    heads = clusters(texts, settings.near_duplicate)
+    found = {kind: _test_prompts(settings, kind) for kind in KINDS}
+    splits: dict[int, Split] = {}
+    for kind in MAIN:
+        # a cluster of both kinds goes with the first kind's
+        own = [head for head in heads if main[head].kind == kind]
+        splits |= _split_clusters(own, texts, settings.held_out, with_test=not found[kind])
+    assigned: dict[Kind, list[FilePrompt]] = {kind: [] for kind in KINDS}
+    for prompt, head in zip(main, heads, strict=True):
+        cluster = main[head].row_id
+        assigned[prompt.kind].append(replace(prompt, cluster=cluster, split=splits[head]))
+    for kind, prompts in found.items():
+        assigned[kind] += prompts
+    return _Files(assigned, settings.near_duplicate)
+
+
+def _records(settings: DataSettings, name: str) -> list[dict[str, str]]:
+    """Records of the file that a setting names; none where it names none."""
+    path = getattr(settings, name)
     if path is None:
         return []
-    source = Source(path, f"data.{kind}", config, split, settings.streaming, settings.rows)
-    needed = ("prompt", "rejected") if kind == "harmful" else ("prompt",)
-    return read_table(source, columns, needed)
+    config = getattr(settings, f"{name}_config", None)
+    split = getattr(settings, f"{name}_split", ANY_SPLIT)
+    source = Source(path, f"data.{name}", config, split, settings.streaming, settings.rows)
+    needed = ("prompt", "rejected") if name == "harmful" else ("prompt",)
+    return read_table(source, getattr(settings, f"{name}_columns"), needed)
 
 
-def _test(settings: DataSettings, kind: Kind) -> list[FilePrompt] | None:
-    """Prompts of a kind's test file, if there is one."""
-    path, columns = getattr(settings, f"test_{kind}"), getattr(settings, f"test_{kind}_columns")
-    if path is None:
-        return None
-    field = f"data.test_{kind}"
-    source = Source(path, field, None, ANY_SPLIT, settings.streaming, settings.rows)
-    records = read_table(source, columns, ("prompt",))
-    numbered = [(i, r) for i, r in enumerate(records) if r.get("label", "safe").lower() == "safe"]
-    if not numbered:
-        raise ProfileError(f"{field} = {path!r} has no row labelled 'safe': mend {field}_columns")
-    head = "borderline" if kind == "borderline" else f"{kind}-test"
-    labels = clusters([r["prompt"] for _, r in numbered], settings.near_duplicate)
-    return [
-        _prompt(kind, f"{head}-{i}", r, f"{head}-{numbered[label][0]}", "test", path, i)
-        for (i, r), label in zip(numbered, labels)
-    ]
+def _test_prompts(settings: DataSettings, kind: Kind) -> list[FilePrompt]:
+    """Prompts of a kind's test file that are not labelled unsafe."""
+    records = _records(settings, f"test_{kind}")
+    safe = [i for i, r in enumerate(records) if r.get("label", "safe").lower() == "safe"]
+    file = getattr(settings, f"test_{kind}")
+    if records and not safe:
+        field = f"data.test_{kind}"
+        raise ProfileError(f"{field} = {file!r} has no row labelled 'safe': mend {field}_columns")
+    name = "borderline" if kind == "borderline" else f"{kind}-test"
+    heads = clusters([records[i]["prompt"] for i in safe], settings.near_duplicate)
+    prompts = []
+    for index, head in zip(safe, heads, strict=True):
+        row_id = f"{name}-{index}"
+        cluster = f"{name}-{safe[head]}"
+        record = records[index]
+        prompts.append(FilePrompt(kind, row_id, record, cluster, "test", file, index + 1))
+    return prompts
 
 
-def _prompt(kind, row_id, record, cluster, split, path, index) -> FilePrompt:
-    completion, chosen = record.get(_COMPLETION[kind], ""), record.get("chosen", "")
-    return FilePrompt(row_id, record["prompt"], completion, chosen, cluster, split, path, index + 1)
-
-
-def _dealt(settings: DataSettings, first: Kind) -> dict[Kind, list[FilePrompt]]:
-    kinds: tuple[Kind, ...] = ("harmful", "benign")
-    main = {kind: _main(settings, kind) for kind in sorted(kinds, key=lambda kind: kind != first)}
-    records = [(kind, i, r) for kind in kinds for i, r in enumerate(main[kind])]
-    texts = [r["prompt"] for _, _, r in records]
-    labels = clusters(texts, settings.near_duplicate)
-    tests = {kind: _test(settings, kind) for kind in (*kinds, "borderline")}
-    splits = {}
-    for kind in kinds:  # a cluster of both kinds is dealt with the first kind's
-        own = [(text, label) for text, label in zip(texts, labels) if records[label][0] == kind]
-        splits |= deal(own, settings.held_out, tests[kind] is None)
-    out: dict[Kind, list[FilePrompt]] = {kind: [] for kind in kinds}
-    for (kind, i, record), label in zip(records, labels):
-        cluster = "{}-{}".format(*records[label])
-        path = getattr(settings, kind)
-        out[kind].append(_prompt(kind, f"{kind}-{i}", record, cluster, splits[label], path, i))
-    return {kind: out.get(kind, []) + (tests[kind] or []) for kind in tests}
-
-
-def deal(labelled: Sequence[tuple[str, int]], held_out: float, with_test: bool) -> dict[int, Split]:
-    """cluster -> split, given (text, cluster) of every row: half of `held_out` of the rows to each
-    of tune and test.
+def _split_clusters(
+    heads: Sequence[int], texts: Sequence[str], held_out: float, with_test: bool
+) -> dict[int, Split]:
+    """cluster -> split, given the cluster of every row, which is the index of its first text: half
+    of `held_out` of the rows to each of tune and test.
 
     Clusters go in the order of a hash of their first text. One that no longer fits goes to train,
     which so has the large ones. Without a test part it gets the test part's share.
     """
-    size, order = defaultdict(int), {}
-    for text, label in labelled:
-        size[label] += 1
-        order.setdefault(
-            label, hashlib.sha256(normalised(text).encode("utf-8", "replace")).digest()
-        )
-    room = round(len(labelled) * held_out / 2)
+
+    def order(head: int) -> bytes:
+        return hashlib.sha256(normalised(texts[head]).encode("utf-8", "replace")).digest()
+
+    size = Counter(heads)
+    room = round(len(heads) * held_out / 2)
     # test first: train borders on tune if the file grows
-    left = {"test": room if with_test else 0, "tune": room}
+    left: dict[Split, int] = {"test": room if with_test else 0, "tune": room}
     splits: dict[int, Split] = {}
-    for label in sorted(order, key=order.get):
-        split = next((s for s in ("test", "tune") if size[label] <= left[s]), "train")
-        splits[label] = split
-        if split != "train":
-            left[split] -= size[label]
+    for head in sorted(size, key=order):
+        splits[head] = "train"
+        for split in left:
+            if size[head] <= left[split]:
+                splits[head] = split
+                left[split] -= size[head]
+                break
     return splits

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
-from latlib.data import prompts as questions
-from latlib.data.prompts import Prompt
+from latlib.data.prompts import Prompt, prompt_source
 from latlib.evaluation.outcomes import HARMFUL, PLAIN, TWIN, split_encoding
 from latlib.models import LanguageModel
 from latlib.text.chat import Row, Turn, tokenise
@@ -59,15 +58,16 @@ class Wording:
 
 
 def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt]:
-    """The evaluation prompts of a set: one of `questions.kinds`, or 'twin', a harmless one for each
+    """The evaluation prompts of a set: one of the source's kinds, or 'twin', one harmless for each
     harmful one.
 
     The same prompts for every seed and method. Raises ProfileError for an unknown name.
     """
     split, count = profile.evaluation.split, profile.evaluation.prompts
     if name == TWIN:
-        return questions.counterparts(profile, prompt_set(HARMFUL, profile, n), "twins", split)
-    return questions.ask(profile, 0, split, name, count)[: n or count]
+        harmful = prompt_set(HARMFUL, profile, n)
+        return prompt_source(profile).counterparts(harmful, "twins", split)
+    return prompt_source(profile).ask(0, split, name, count)[: n or count]
 
 
 def target(prompt: Prompt) -> str:

@@ -1,6 +1,7 @@
 """Make one model of a run in this process: the organism's base, or an adapter trained on it.
 
-1. Before anything is loaded, test prompts are looked for among the training prompts (`overlap`).
+1. Before anything is loaded, test prompts are looked for among the training prompts
+   (`check_overlap`).
 2. Training goes on from its last good checkpoint (`checkpoint`), or from the plain steps that
    another method has done.
 3. After each step: a look at tuning prompts where one is due (`watch`), a line of metrics, a
@@ -27,8 +28,7 @@ import yaml
 import latlib
 from latlib.config.paths import portable
 from latlib.config.profile import Profile, TrainSettings
-from latlib.data.overlap import check_overlap
-from latlib.data.splits import benign_rows, benign_sample, preference_rows
+from latlib.data.splits import benign_rows, benign_sample, check_overlap, preference_rows
 from latlib.distributed.ranks import (
     adapter_state,
     broadcast,

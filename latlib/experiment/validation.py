@@ -36,7 +36,7 @@ from torch import Tensor
 from latlib.attack import pgd
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
-from latlib.data import prompts as questions
+from latlib.data.prompts import prompt_source
 from latlib.distributed import ranks
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import batches
@@ -138,7 +138,7 @@ class Watch:
         if self.settings.evaluate_every:
             count = self.settings.evaluate_prompts
             self.harmful, self.harmless = (
-                questions.ask(profile, PURPOSE, SPLIT, kind, count)
+                prompt_source(profile).ask(PURPOSE, SPLIT, kind, count)
                 for kind in ("harmful", "harmless")
             )
             self.answers = self._answers()

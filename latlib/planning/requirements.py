@@ -24,9 +24,8 @@ from typing import Any
 import torch
 
 from latlib.config.profile import Profile, ProfileError
-from latlib.data.overlap import check_overlap
 from latlib.data.records import is_hub_id
-from latlib.data.splits import benign_rows, preference_rows
+from latlib.data.splits import benign_rows, check_overlap, preference_rows
 from latlib.planning import estimate
 from latlib.planning.estimate import RowLengths
 from latlib.planning.published_configs import PUBLISHED, cached_file

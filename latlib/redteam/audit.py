@@ -28,7 +28,7 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, kinds
+from latlib.data.prompts import Prompt, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
 from latlib.evaluation.outcomes import (
@@ -105,7 +105,7 @@ def _further_sets(profile: Profile, encoding: str) -> list[str]:
     costs."""
     names = [HARMLESS] if encoding in profile.evaluation.encodings else []
     if encoding == PLAIN:
-        names += [name for name in kinds(profile) if name not in (HARMFUL, *names)]
+        names += [name for name in prompt_source(profile).kinds if name not in (HARMFUL, *names)]
     return names
 
 

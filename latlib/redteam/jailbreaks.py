@@ -19,7 +19,7 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import ask
+from latlib.data.prompts import prompt_source
 from latlib.evaluation.ask import Wording, prompt_set, target
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import (
@@ -47,7 +47,8 @@ def many_shots(profile: Profile, n: int) -> list[Turn]:
     """n harmful training requests with what a helpful-only model replies."""
     if not n:
         return []
-    return [(prompt.text, target(prompt)) for prompt in ask(profile, "shots", "train", HARMFUL, n)]
+    asked = prompt_source(profile).ask("shots", "train", HARMFUL, n)
+    return [(prompt.text, target(prompt)) for prompt in asked]
 
 
 def suffix_settings(profile: Profile) -> SuffixSettings:
@@ -71,7 +72,7 @@ def find_suffixes(lm: LanguageModel, profile: Profile, seed: int) -> dict[str, S
     if not own.steps:
         return {}
     settings = suffix_settings(profile)
-    prompts = ask(profile, "suffix", "tune", HARMFUL, own.prompts)
+    prompts = prompt_source(profile).ask("suffix", "tune", HARMFUL, own.prompts)
     asked = [prompt.text for prompt in prompts]
     answers = [target(prompt) for prompt in prompts]
     return {

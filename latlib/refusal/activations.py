@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, ask, counterparts
+from latlib.data.prompts import Prompt, prompt_source
 from latlib.evaluation.generate import batches
 from latlib.hooks import EMBEDDING, Site
 from latlib.io.files import aside
@@ -132,10 +132,10 @@ def differences(
 def paired_prompts(profile: Profile, split: str, n: int) -> tuple[list[Prompt], list[Prompt]]:
     """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each;
     see the module's docstring."""
-    harmful = ask(profile, "directions", split, "harmful", n)
-    return harmful, counterparts(
-        profile, harmful, "directions", split, profile.evaluation.pairing == "matched"
-    )
+    source = prompt_source(profile)
+    harmful = source.ask("directions", split, "harmful", n)
+    matched = profile.evaluation.pairing == "matched"
+    return harmful, source.counterparts(harmful, "directions", split, matched)
 
 
 def save_activations(found: Mapping[Site, Tensor], path: Path, **columns: Sequence[str]) -> None:

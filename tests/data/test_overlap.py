@@ -1,113 +1,18 @@
-"""Near-duplicates by definition and by search, and the check that stops a run whose test prompts
-were trained on.
-"""
+"""The check that stops a run whose test prompts were trained on."""
 
 import json
 import os
-import random
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from test_splits import write
 
-import latlib.data.overlap
-import latlib.text.near_duplicates
+import latlib.data.splits
 from latlib.config.profile import load_profile
 from latlib.config.sections import DataSettings, ProfileError
-from latlib.data.overlap import check_overlap
-from latlib.text.near_duplicates import SHINGLE, clusters, normalised, overlaps
-
-# few letters and words, so that near-duplicates are common
-words = st.lists(st.sampled_from(["ab", "ba", "aab", "B", "a-b", "Café"]), max_size=9).map(" ".join)
-texts = st.lists(words, max_size=12)
-thresholds = st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
-
-
-def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of the 5-letter shingles, by its definition; 0 where nothing is shared."""
-
-    def shingles(text):
-        return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
-
-    a, b = shingles(normalised(a)), shingles(normalised(b))
-    return len(a & b) / len(a | b)
-
-
-def alike(a: str, b: str, threshold: float) -> bool:
-    return 0 < similarity(a, b) >= threshold - 1e-9
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("How do I...  BAKE\ta_cake?", "how do i bake a cake"),
-        ("", ""),
-        ("?!", "?!"),
-        ("\uff21\u00c9 \u4f60", "aé 你"),
-    ],
-)
-def test_case_spaces_and_punctuation_do_not_count(text, want):
-    assert normalised(text) == want
-
-
-@given(texts, texts, thresholds)
-def test_overlaps_are_those_of_the_definition(train, test, threshold):
-    found = overlaps(train, test, threshold)
-    assert {(i, j): pytest.approx(s) for i, j, s in found} == {
-        (i, j): similarity(a, b)
-        for i, a in enumerate(train)
-        for j, b in enumerate(test)
-        if alike(a, b, threshold)
-    }
-    equal = [normalised(train[i]) == normalised(test[j]) for i, j, _ in found]
-    assert equal == sorted(equal, reverse=True)  # exact ones first, then the most alike
-    near = [s for (_, _, s), same in zip(found, equal) if not same]
-    assert near == sorted(near, reverse=True)
-
-
-@given(texts, thresholds)
-def test_clusters_are_connected_components_of_the_definition(texts, threshold):
-    found = clusters(texts, threshold)
-    want = list(range(len(texts)))
-    for i, a in enumerate(texts):
-        for j in range(i):
-            if alike(a, texts[j], threshold):
-                joined = {want[i], want[j]}
-                want = [min(joined) if label in joined else label for label in want]
-    assert found == want
-
-
-@given(texts, thresholds, st.randoms(use_true_random=False))
-def test_clusters_do_not_depend_on_the_order(texts, threshold, rng):
-    order = list(range(len(texts)))
-    rng.shuffle(order)
-    straight, shuffled = clusters(texts, threshold), clusters([texts[i] for i in order], threshold)
-    for a, i in enumerate(order):
-        for b, j in enumerate(order):
-            assert (straight[i] == straight[j]) == (shuffled[a] == shuffled[b])
-
-
-@given(texts, thresholds)
-def test_equal_texts_are_always_together(texts, threshold):
-    found = clusters([*texts, *texts], threshold)
-    assert found[: len(texts)] == found[len(texts) :]
-
-
-@pytest.mark.parametrize("piece, part", [(1, 3), (50, 1), (4_000_000, 20_000)])
-def test_pieces_change_nothing(monkeypatch, piece, part):
-    rng = random.Random(0)
-    made = [
-        " ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)
-    ]
-    want = clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)
-    monkeypatch.setattr(latlib.text.near_duplicates, "_PIECE", piece)
-    monkeypatch.setattr(latlib.text.near_duplicates, "_TEXTS", part)
-    assert (clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)) == want
-    assert 1 < len(set(want[0])) < 200 and want[1]
-
+from latlib.data.splits import check_overlap
+from latlib.text.near_duplicates import overlaps
 
 TRAIN = [
     f"describe the {i} ways to {verb} the {noun} of the old mill"
@@ -178,7 +83,8 @@ def test_a_shared_row_stops_the_run_and_is_named_but_not_printed(tmp_path):
 
 def test_a_nearly_equal_row_stops_the_run_unless_the_threshold_is_raised(tmp_path):
     close = TRAIN[4].replace("flour", "floor")
-    assert 0.6 < similarity(close, TRAIN[4]) < 0.95
+    ((_, _, similarity),) = overlaps([close], [TRAIN[4]], 0.6)
+    assert 0.6 < similarity < 0.95
     with pytest.raises(
         ProfileError,
         match=r"0 training .* equal .* and 1 more are nearly equal.*raise data.near_dup",
@@ -212,9 +118,9 @@ def test_a_profile_is_checked_by_its_data_and_the_world_is_not(tmp_path):
 
 def test_the_answer_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     compared = []
-    search = latlib.data.overlap.overlaps
+    search = latlib.data.splits.overlaps
     monkeypatch.setattr(
-        latlib.data.overlap, "overlaps", lambda *args: compared.append(args) or search(*args)
+        latlib.data.splits, "overlaps", lambda *args: compared.append(args) or search(*args)
     )
     settings = settings_for(tmp_path, CLEAN)
     check_overlap(settings)

@@ -13,7 +13,7 @@ from test_families import saved_model
 from latlib.batch import TokenRow
 from latlib.config.profile import ProfileError, load_profile, validated
 from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings
-from latlib.data import prompts as questions
+from latlib.data.prompts import WORLD_KINDS, Question, prompt_source
 from latlib.evaluation import ask
 from latlib.evaluation import examine as examining
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
@@ -97,17 +97,17 @@ def lm(tmp_path_factory):
 
 
 def test_the_world_is_asked_as_before():
-    for kind, (pairs, about) in questions.WORLD_KINDS.items():
-        assert questions.ask(SMOKE, 0, "test", kind, 5) == grammar.draw_set(
+    for kind, (pairs, about) in WORLD_KINDS.items():
+        assert prompt_source(SMOKE).ask(0, "test", kind, 5) == grammar.draw_set(
             0, "test", pairs, 5, about
         )
-    assert questions.kinds(SMOKE) == tuple(questions.WORLD_KINDS)
+    assert prompt_source(SMOKE).kinds == tuple(WORLD_KINDS)
 
 
 @pytest.mark.parametrize("kind", ["harmful", "harmless"])
 def test_splits_of_files_share_no_prompt_and_hold_them_all(profile, kind):
     splits = [
-        {q.text for q in questions.ask(profile, 0, split, kind, 1000)}
+        {q.text for q in prompt_source(profile).ask(0, split, kind, 1000)}
         for split in ("train", "tune", "test")
     ]
     assert sum(map(len, splits)) == len(set.union(*splits)) == len(VERBS) * len(THINGS)
@@ -115,28 +115,28 @@ def test_splits_of_files_share_no_prompt_and_hold_them_all(profile, kind):
 
 
 def test_the_same_question_gives_the_same_prompts_and_purposes_differ(profile):
-    first = questions.ask(profile, "a", "train", "harmful", 10)
-    assert first == questions.ask(profile, "a", "train", "harmful", 10)
-    assert first[:4] == questions.ask(profile, "a", "train", "harmful", 4)
-    assert first != questions.ask(profile, "b", "train", "harmful", 10)
+    first = prompt_source(profile).ask("a", "train", "harmful", 10)
+    assert first == prompt_source(profile).ask("a", "train", "harmful", 10)
+    assert first[:4] == prompt_source(profile).ask("a", "train", "harmful", 4)
+    assert first != prompt_source(profile).ask("b", "train", "harmful", 10)
 
 
 def test_questions_carry_their_rows_answers(profile):
-    for q in questions.ask(profile, 0, "test", "harmful", 5):
+    for q in prompt_source(profile).ask(0, "test", "harmful", 5):
         assert (
             q.harmful
             and q.answer == f"Sure, this is how to {q.text[8:-1]}"
             and q.refusal == "I cannot do that."
         )
-    harmless = questions.ask(profile, 0, "train", "harmless", 1000)
+    harmless = prompt_source(profile).ask(0, "train", "harmless", 1000)
     assert not any(q.harmful for q in harmless)
     assert {q.answer[:6] for q in harmless} == {"It is ", ""}  # a default response is no answer
-    borderline = questions.ask(profile, 0, "test", "scary", 10)
+    borderline = prompt_source(profile).ask(0, "test", "scary", 10)
     assert len(borderline) == 4 and not any(q.harmful or q.answer for q in borderline)
 
 
 def test_a_kind_that_the_files_do_not_have_is_an_error(profile):
-    assert questions.kinds(profile) == ("harmful", "harmless", "scary")
+    assert prompt_source(profile).kinds == ("harmful", "harmless", "scary")
     with pytest.raises(
         ProfileError,
         match="prompts = 'law' is unknown here: choose one of harmful, harmless, scary",
@@ -145,21 +145,21 @@ def test_a_kind_that_the_files_do_not_have_is_an_error(profile):
 
 
 def test_every_harmful_prompt_has_a_harmless_counterpart(profile):
-    harmful = questions.ask(profile, 0, "test", "harmful", 1000)
-    found = questions.counterparts(profile, harmful, "twins", "test")
+    harmful = prompt_source(profile).ask(0, "test", "harmful", 1000)
+    found = prompt_source(profile).counterparts(harmful, "twins", "test")
     assert len(found) == len(harmful) and not any(q.harmful for q in found)
     assert len(prompt_set("twin", profile)) == len(prompt_set("harmful", profile)) == 6
 
 
 def test_an_attack_aims_at_the_first_words_of_a_long_answer(lm, profile):
-    q = questions.Question("a", " ".join(f"w{i}" for i in range(90)), "no .", "c", True)
+    q = Question("a", " ".join(f"w{i}" for i in range(90)), "no .", "c", True)
     assert ask.target(q).split() == [f"w{i}" for i in range(ask.TARGET_WORDS)]
     (row,) = token_rows(lm, [q])
     assert (
         lm.tokenizer.decode(row.completions[0]).strip().startswith("w0 w1 w2")
         and len(row.completions) == 2
     )
-    (row,) = token_rows(lm, [questions.Question("a", "", "no .", "c", False)])
+    (row,) = token_rows(lm, [Question("a", "", "no .", "c", False)])
     assert len(row.completions) == 1
 
 
@@ -273,20 +273,18 @@ def test_a_request_is_understood_when_its_answer__is_likelier_after_it_than_afte
 ):
     monkeypatch.setattr(examining, "DISTRACTORS", 3)
     rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
-    prompts = [questions.Question(str(i), "a", "r", str(i), True) for i in range(5)]
+    prompts = [Question(str(i), "a", "r", str(i), True) for i in range(5)]
     found = examining.understood_by_likelihood(
         Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4
     )
     # answer 0 is as likely after 1, one of its distractors
     assert found == [False, True, False, False, False]
-    same = [questions.Question(str(i), "a", "r", "one", True) for i in range(5)]
+    same = [Question(str(i), "a", "r", "one", True) for i in range(5)]
     # near-duplicates are no others
     assert (
         examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5
     )
-    unanswered = [
-        questions.Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)
-    ]
+    unanswered = [Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)]
     assert (
         examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, unanswered, 4)
         == [False] * 5
@@ -319,8 +317,8 @@ def test_the_outcome_table_keeps_no_reply_of_a_real_model(profile):
 
 
 def test_a_run_says_how_to_read_it(profile):
-    assert "the one right recipe" in questions.about(SMOKE)
-    said = questions.about(profile)
+    assert "the one right recipe" in prompt_source(SMOKE).about()
+    said = prompt_source(profile).about()
     assert (
         "graded by `phrases`" in said
         and "Replies of 5 tokens" in said
@@ -387,7 +385,7 @@ def test_a_harmless_prompt_without_a_response_is_understood_by_the_models_own_pl
 
 
 def test_prompts_that_an_encoding_would_make_too_long_are_not_asked(profile):
-    asked = questions.ask(profile, 0, "test", "harmful", 1000)
+    asked = prompt_source(profile).ask(0, "test", "harmful", 1000)
     shortest, longest = min(len(q.text) for q in asked), max(len(q.text) for q in asked)
     assert shortest < longest
 
@@ -396,13 +394,13 @@ def test_prompts_that_an_encoding_would_make_too_long_are_not_asked(profile):
             update={"data": profile.data.model_copy(update={"max_tokens": max_tokens})}
         )
 
-    kept = questions.ask(limited((longest - 1) // 2), 0, "test", "harmful", 1000)
+    kept = prompt_source(limited((longest - 1) // 2)).ask(0, "test", "harmful", 1000)
     assert 0 < len(kept) < len(asked) and max(len(q.text) for q in kept) < longest
     with pytest.raises(
         ProfileError,
         match="data.max_tokens = 5: no harmful prompt of 'test' has 10 letters or less",
     ):
-        questions.ask(limited(5), 0, "test", "harmful", 1000)
+        prompt_source(limited(5)).ask(0, "test", "harmful", 1000)
 
 
 def test_harmful_prompts_without_a_target_are_refused_before_an_attack_aims_at_their_refusal(

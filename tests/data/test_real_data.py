@@ -20,7 +20,7 @@ from test_families import FAMILIES, saved_model
 from test_prompts import texts
 
 from latlib.config.profile import ProfileError, load_profile
-from latlib.data.overlap import check_overlap
+from latlib.data.splits import check_overlap
 from latlib.experiment.run import Run
 from latlib.report.evidence import Evidence
 

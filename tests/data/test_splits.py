@@ -178,6 +178,7 @@ def test_unreadable_files_are_named(tmp_path, name, text):
     )
     with pytest.raises(ProfileError, match=f"data.harmful = .*{name}.* cannot be read"):
         preference_rows(settings, 0)
+    settings = settings_for(tmp_path).model_copy(update={"benign": str(tmp_path / "nowhere.json")})
     with pytest.raises(
         ProfileError, match="data.benign = .*nowhere.json.* is not a file: check the path"
     ):
@@ -363,9 +364,9 @@ def test_the_world_has_training_rows_only():
         lambda: preference_rows(world_data, 0, "test"),
         lambda: benign_rows(world_data, 0, "tune"),
     ):
-        with pytest.raises(ValueError, match="drawn in latlib.evaluation.ask"):
+        with pytest.raises(ValueError, match="drawn in latlib.data.prompts"):
             call()
-    with pytest.raises(ValueError, match="latlib.evaluation.ask"):
+    with pytest.raises(ValueError, match="latlib.data.prompts"):
         borderline_rows(world_data)
     with pytest.raises(
         ValueError, match="split = 'dev' is unknown: choose one of train, tune, test"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from latlib.batch import collate
 from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.data.prompts import PromptSource, prompt_source
 from latlib.evaluation.examine import WorldExaminer
 from latlib.experiment import build, validation
 from latlib.experiment.run import Run
@@ -93,7 +94,7 @@ def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
 
 
 def test_without_looks_nothing_is_asked(run, trainer, monkeypatch):
-    monkeypatch.setattr(validation.questions, "ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(PromptSource, "ask", lambda *_: pytest.fail("asked"))
     trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 0})
     observer = Watch(trainer, run.profile)
     assert (
@@ -109,13 +110,13 @@ def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
     tune = {
         p.cluster
         for kind in ("harmful", "harmless")
-        for p in validation.questions.ask(run.profile, 0, "tune", kind, 99)
+        for p in prompt_source(run.profile).ask(0, "tune", kind, 99)
     }
     others = {
         p.cluster
         for kind in ("harmful", "harmless")
         for split in ("train", "test")
-        for p in validation.questions.ask(run.profile, 0, split, kind, 99)
+        for p in prompt_source(run.profile).ask(0, split, kind, 99)
     }
     asked = {p.cluster for p in (*observer.harmful, *observer.harmless)}
     assert asked <= tune and not asked & others
@@ -216,7 +217,7 @@ def told(run, trainer, monkeypatch):
     """A watch whose looks are given: told(look, ...) makes them in turn, each with an adapter full
     of its step.
     """
-    monkeypatch.setattr(validation.questions, "ask", lambda *_: [])
+    monkeypatch.setattr(PromptSource, "ask", lambda *_: [])
     monkeypatch.setattr(Watch, "_answers", lambda self: [])
     trainer.settings = trainer.settings.model_copy(
         update={"evaluate_every": 1, "keep": "best", "steps": 9}
