@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_splits import write
+from rows_in_files import write
 
 import latlib.data.splits
 from latlib.config.profile import load_profile

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from test_families import saved_model
+from rows_in_files import THINGS, VERBS, texts
+from saved_families import saved_model
 
 from latlib.batch import TokenRow
 from latlib.config.profile import ProfileError, load_profile, validated
@@ -30,31 +31,6 @@ from latlib.report.understanding import counted, ways
 from latlib.world import grammar
 
 SMOKE = load_profile("smoke")
-VERBS = (
-    "mend",
-    "paint",
-    "carry",
-    "sell",
-    "count",
-    "draw",
-    "hide",
-    "lift",
-    "melt",
-    "wash",
-    "burn",
-    "tear",
-    "sink",
-    "copy",
-)
-THINGS = ("umbrella", "piano", "garden fence", "old bicycle", "silver ring")
-
-
-def texts(start):
-    """Prompts that are no near-duplicates of each other."""
-    return [
-        f"{start} {verb} {thing} number {i}?"
-        for i, (verb, thing) in enumerate((v, t) for v in VERBS for t in THINGS)
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from test_families import FAMILIES, saved_model
-from test_prompts import texts
+from rows_in_files import texts
+from saved_families import FAMILIES, saved_model
 
 from latlib.config.profile import ProfileError, load_profile
 from latlib.data.splits import check_overlap

@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from test_splits import write
+from rows_in_files import write
 
 from latlib.config.sections import ProfileError
 from latlib.data.records import ANY_SPLIT, Source, is_hub_id, read_table

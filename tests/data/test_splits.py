@@ -9,11 +9,11 @@ from pathlib import Path
 
 import hypothesis
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows_in_files import write
 from tiny_models import LORA, model_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -50,19 +50,6 @@ BENIGN = [
     {"instruction": "mend it", "category": None},
     {"instruction": "bake it", "category": "food"},
 ]
-
-
-def write(folder, name, records) -> str:
-    path = folder / name
-    if path.suffix == ".csv":
-        pd.DataFrame(records).to_csv(path, index=False)
-    elif path.suffix == ".parquet":
-        pd.DataFrame(records).to_parquet(path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(r) + "\n\n" for r in records))
-    else:
-        path.write_text(json.dumps(records))
-    return str(path)
 
 
 def settings_for(folder, harmful=HARMFUL, benign=BENIGN, suffix=".json", **changes) -> DataSettings:
