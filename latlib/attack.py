@@ -28,6 +28,7 @@ from latlib.network_protocol import Network, Start
 from latlib.threat import PGD, Positions, Rule, Site, ThreatModel
 
 Deltas = Mapping[Site, Tensor]
+Random = torch.Generator | None
 
 # Adam's rate in the authors' notebook for Llama-3-8B (5e-2 for Llama-2-7B); docs/sources.md
 ADAM_LR = 1e-3
@@ -56,7 +57,7 @@ def pgd(
     batch: Batch,
     threat: ThreatModel,
     search: PGD,
-    generator: torch.Generator | None = None,
+    generator: Random = None,
     judged: bool = True,
     stop_when_won: bool = False,
 ) -> Attack:
@@ -81,7 +82,7 @@ def pgd(
             break
         # a second zero start would find the same thing
         random = search.start == "random" or restart > 0
-        start = _starts(network, rows, threat, generator if random else None, random)
+        start = _starts(network, rows, threat, generator, random)
         found = _Descent(network, rows, threat, search, start).run(judged, stop_when_won)
         best = found if best is None else _better(best, found, index)
     return best
@@ -170,28 +171,18 @@ def _won(network: Network, batch: Batch, search: PGD, rows: Tensor) -> Tensor:
     return matches if search.targeted else ~matches
 
 
-def random_noise(
-    network: Network,
-    mask: Tensor,
-    eps: float,
-    generator: torch.Generator | None = None,
-    inside: bool = False,
-) -> Tensor:
-    """[batch, seq, d_model] noise of norm eps (inside: uniform in the ball) where mask ([batch,
-    seq, 1]) is True.
+def random_noise(network: Network, mask: Tensor, eps: float, generator: Random = None) -> Tensor:
+    """[batch, seq, d_model] noise of norm eps where mask ([batch, seq, 1]) is True.
 
     The control for every attack: same norm, same positions, no gradient."""
     shape = (*mask.shape[:2], network.d_model)
-    return _noise(shape, network, eps, generator, inside) * mask
+    return _noise(shape, network, eps, generator) * mask
 
 
 def _noise(
-    shape: tuple[int, ...],
-    network: Network,
-    eps: float,
-    generator: torch.Generator | None,
-    inside: bool,
+    shape: tuple[int, ...], network: Network, eps: float, generator: Random, inside: bool = False
 ) -> Tensor:
+    """Vectors of norm eps; inside: uniform in the ball."""
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     noise = noise / noise.norm(dim=-1, keepdim=True)
     if inside:
@@ -246,11 +237,7 @@ class _Rows:
 
 
 def _starts(
-    network: Network,
-    rows: _Rows,
-    threat: ThreatModel,
-    generator: torch.Generator | None,
-    random: bool,
+    network: Network, rows: _Rows, threat: ThreatModel, generator: Random, random: bool
 ) -> dict[Site, Tensor]:
     """site -> [m, d_model] where a restart begins, float32 or better."""
     shape, wide = (len(rows.free), network.d_model), wide_of(network.dtype)

@@ -5,7 +5,7 @@ The frozen teacher is the same weights with the adapter off; there is never a se
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +15,6 @@ from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
 from latlib.io.hub import (
     Allowed,
-    is_adapter,
     located,
     open_adapter,
     open_config,
@@ -105,27 +104,6 @@ def load_model(
         ).eval()
     model.requires_grad_(False)
     return LanguageModel(model, tokenizer, settings, dtype)
-
-
-def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
-    """The tokenizer of what `load_model` loads, without its weights."""
-    field = "model.source"
-    allowed = Allowed.by(settings, revision=str(folder) == settings.source)
-    return open_tokenizer(located(folder, field), field, allowed)
-
-
-def load_released(
-    base_source: str | os.PathLike[str], settings: ModelSettings, released: str | os.PathLike[str]
-) -> LanguageModel:
-    """Somebody's trained model: a whole one (folder or hub id, with its own tokenizer), or an
-    adapter (it has an adapter_config.json) on the model `base_source`, with that one's tokenizer.
-    Raises as `load_model`, naming `released`."""
-    source = located(released, "released")
-    if not is_adapter(source, "released"):
-        return load_model(source, settings, field="released")
-    lm = load_model(base_source, settings)
-    model = open_adapter(lm.model, source, "released", Allowed.by(settings, revision=False)).eval()
-    return replace(lm, model=model.requires_grad_(False))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

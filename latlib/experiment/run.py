@@ -27,11 +27,12 @@ from latlib.evaluation.outcomes import BASE, OnStep, Subject
 from latlib.experiment import build, launch
 from latlib.experiment.jobs import Job, prepare_process, threads_for, work
 from latlib.experiment.layout import Layout
+from latlib.experiment.released import load_released
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.hooks import Site
 from latlib.io.files import read_json, write_json, write_table
-from latlib.models import LanguageModel, load_model, load_released
+from latlib.models import LanguageModel, load_model
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
 from latlib.refusal.ablation import ablation

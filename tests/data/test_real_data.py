@@ -256,7 +256,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_everywhere(tree, tmp_path):
     script = f"""
 import torch
 from latlib.experiment.export_model import merge
-from latlib.models import load_tokenizer
+from latlib.experiment.released import load_tokenizer
 from latlib.experiment.run import Run
 run = Run({str(tmp_path / "hub.yaml")!r}, {str(tmp_path / "out")!r})
 base, ssft, lat = (run.model(method) for method in ("base", "ssft", "lat"))

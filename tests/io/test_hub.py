@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 import latlib.io.hub
 import latlib.models
 from latlib.config.sections import ModelSettings, ProfileError
+from latlib.experiment.released import load_released
 from latlib.io.hub import Allowed, open_model
 from latlib.losses import at_labels
-from latlib.models import load_model, load_released, with_adapter
+from latlib.models import load_model, with_adapter
 
 
 def settings_for(**changes):
