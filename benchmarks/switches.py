@@ -64,11 +64,11 @@ class FromTheStart(Around):
             for site in sites
         }
 
-    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """See `Network`."""
         return self.inner.hidden(batch, deltas)
 
-    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """See `Network`."""
         return self.inner.label_rows(batch, deltas)
 
@@ -78,12 +78,12 @@ class AllLogits(Around):
     [..., vocabulary].
     """
 
-    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """[batch, seq, vocabulary]"""
         hidden = self.inner.hidden(batch, deltas, start)
         return self.inner.unembed(hidden.flatten(0, 1)).view(*batch.shape, -1)
 
-    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """[labels, vocabulary]"""
         return at_labels(self.hidden(batch, deltas, start), batch.source)
 
@@ -117,7 +117,7 @@ class SeparateRows(Around):
             self._split[batch] = tuple(_with_one_completion(batch, segment) for segment in (1, 2))
         return self._split[batch]
 
-    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """See `Network`."""
         if not batch.packed:
             return self.inner.label_rows(batch, deltas, start)
@@ -128,7 +128,7 @@ class SeparateRows(Around):
         order = torch.cat([batch.label_index(segment) for segment in (1, 2)])
         return torch.empty_like(torch.cat(found)).index_copy(0, order, torch.cat(found))
 
-    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start | None = None) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
         """See `Network`; positions of the prompt come from the first batch."""
         if not batch.packed:
             return self.inner.hidden(batch, deltas, start)
@@ -188,7 +188,7 @@ def _with_one_completion(batch: Batch, segment: int) -> tuple[Batch, Tensor]:
 
 
 def _gathered(
-    deltas: Deltas, start: Start | None, part: Batch, index: Tensor
+    deltas: Deltas, start: Start, part: Batch, index: Tensor
 ) -> tuple[Deltas, Start | None]:
     def moved(stream: Tensor) -> Tensor:
         return at_labels(stream, index).view(*part.shape, -1)

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latlib.batch import PADDING, Batch
 from latlib.losses import argmax_matches, row_means, token_losses, wide_of
-from latlib.network_protocol import Network, Start
+from latlib.network_protocol import Network
 from latlib.threat import PGD, Positions, Rule, Site, ThreatModel
 
 Deltas = Mapping[Site, Tensor]
@@ -72,7 +73,7 @@ def pgd(
         raise ValueError("steps = 0 from a zero start finds nothing: take steps, or start 'random'")
     every = _Rows.of(network, batch, threat)
     judged = judged or search.restarts > 1
-    best: Attack | None = None
+    best: Any = None
     for restart in range(search.restarts):
         rows, index = every, torch.arange(batch.shape[0], device=network.device)
         if stop_when_won and best is not None:
@@ -198,7 +199,7 @@ class _Rows:
     [m] int64, the perturbed positions among the flattened [n * seq], row after row."""
 
     batch: Batch
-    start: Start
+    start: tuple[Site, Tensor]
     free: Tensor
     positions: Positions
 
@@ -210,7 +211,7 @@ class _Rows:
         return cls._at(batch, (lowest, stream), threat.positions)
 
     @classmethod
-    def _at(cls, batch: Batch, start: Start, positions: Positions) -> _Rows:
+    def _at(cls, batch: Batch, start: tuple[Site, Tensor], positions: Positions) -> _Rows:
         free = perturbed_positions(batch, positions).flatten().nonzero().squeeze(1)
         return cls(batch, start, free, positions)
 
@@ -289,7 +290,8 @@ class _Descent:
             hidden = network.label_rows(rows.batch, deltas, rows.start)
             losses = attack_losses(network, rows.batch, self.search, hidden)
             total = losses.sum()
-            gradients = torch.autograd.grad(total, list(leaves.values()))
+            inputs = list(leaves.values())
+            gradients = torch.autograd.grad(total, inputs)
         self._note(losses.detach())
         self.deltas = {site: delta.detach() for site, delta in leaves.items()}
         by_site = dict(zip(leaves, gradients, strict=True))
@@ -374,9 +376,16 @@ def _along(gradient: Tensor, rule: Rule, length: float) -> Tensor:
 def _better(a: Attack, b: Attack, rows: Tensor) -> Attack:
     """Row by row, the attack that won, else the lower final loss; `b` attacked only `rows` ([n]) of
     `a`'s batch."""
-    lower = b.losses[-1] < a.losses[-1][rows]
-    better = torch.where(b.won == a.won[rows], lower, b.won)
+    assert a.won is not None and b.won is not None, "restarts are judged"
+    before = a.losses[-1]
+    lower = b.losses[-1] < before[rows]
+    same = b.won.eq(a.won[rows])
+    better = torch.where(same, lower, b.won)
     index = rows[better]
-    deltas = {s: d.index_copy(0, index, b.deltas[s][better]) for s, d in a.deltas.items()}
+    deltas = {}
+    for site, delta in a.deltas.items():
+        found = b.deltas[site]
+        deltas[site] = delta.index_copy(0, index, found[better])
     losses = a.losses.index_copy(1, index, b.losses[:, better])
-    return Attack(deltas, losses, a.won.index_copy(0, index, b.won[better]), a.threat)
+    won = a.won.index_copy(0, index, b.won[better])
+    return Attack(deltas, losses, won, a.threat)

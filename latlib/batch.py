@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors = {
+        tensors: dict[str, Any] = {
             f.name: value.to(device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -112,7 +113,10 @@ def collate(
     """Pack rows into one right-padded batch whose length is a multiple of `pad_to`."""
     seq = -(-max(row.length for row in rows) // pad_to) * pad_to
     ids, positions, segments = [], [], []
-    source, labels, label_segments, label_rows = [], [], [], []
+    source: list[int] = []
+    labels: list[int] = []
+    label_segments: list[int] = []
+    label_rows: list[int] = []
     for index, row in enumerate(rows):
         begin = len(row.prompt)
         tokens, places, parts = list(row.prompt), list(range(begin)), [0] * begin
@@ -131,9 +135,14 @@ def collate(
         ids.append(tokens + [pad_id] * fill)
         positions.append(places + [0] * fill)
         segments.append(parts + [PADDING] * fill)
-    tensors = (ids, positions, segments, source, labels, label_segments, label_rows)
     batch = Batch(
-        *(torch.tensor(t, dtype=torch.long) for t in tensors),
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(segments),
+        torch.tensor(source),
+        torch.tensor(labels),
+        torch.tensor(label_segments),
+        torch.tensor(label_rows),
         packed=any(2 in row for row in segments),
     )
     return batch if torch.device(device) == batch.ids.device else batch.to(device)
@@ -142,13 +151,17 @@ def collate(
 def join(a: Batch, b: Batch) -> Batch:
     """One batch of the rows of both, `a`'s first, and their labels in the same order."""
     seq = max(a.shape[1], b.shape[1])
-    a, b = _as_long_as(a, seq), _as_long_as(b, seq)
+    a = _as_long_as(a, seq)
+    b = _as_long_as(b, seq)
     n = a.shape[0]
-    names = ("ids", "positions", "segments", "labels", "label_segments")
-    parts = {name: torch.cat((getattr(a, name), getattr(b, name))) for name in names}
-    source = torch.cat((a.source, b.source + n * seq))
-    label_rows = torch.cat((a.label_rows, b.label_rows + n))
-    return Batch(**parts, source=source, label_rows=label_rows, packed=a.packed or b.packed)
+    source, label_rows = b.source + n * seq, b.label_rows + n
+    b = replace(b, source=source, label_rows=label_rows)
+    both: dict[str, Any] = {}
+    for field in fields(Batch):
+        if field.name != "packed":
+            sides = (getattr(a, field.name), getattr(b, field.name))
+            both[field.name] = torch.cat(sides)
+    return Batch(**both, packed=a.packed or b.packed)
 
 
 def _as_long_as(batch: Batch, seq: int) -> Batch:

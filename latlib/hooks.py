@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latlib.threat import EMBEDDING, Site, resolve_sites
 
+# a causal LM of transformers, perhaps inside PEFT: an nn.Module whose parts are named by its family
+CausalLM = Any
 
-def decoder_of(model: nn.Module) -> nn.Module:
+
+def decoder_of(model: CausalLM) -> nn.Module:
     """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns
     embedding and blocks.
 
@@ -35,7 +39,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     )
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: CausalLM) -> nn.ModuleList:
     """The list of decoder blocks, in order."""
     n = model.config.num_hidden_layers
     return next(
@@ -43,24 +47,24 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def _replace_stream(output, stream: Tensor):
+def _replace_stream(output: Any, stream: Tensor) -> Any:
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
-def _stream(output) -> Tensor:
+def _stream(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class _Hooks(AbstractContextManager):
+class _Hooks(AbstractContextManager[Any]):
     """Forward hooks that live exactly as long as the `with` block."""
 
     def __init__(self) -> None:
-        self._handles: list = []
+        self._handles: list[Any] = []
 
     def _install(self) -> None:
         raise AssertionError("a subclass installs its hooks")
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         if self._handles:
             raise RuntimeError(
                 f"{type(self).__name__} is already entered: make a second one to nest it"
@@ -72,12 +76,12 @@ class _Hooks(AbstractContextManager):
             raise
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _at(self, site: Site, model: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
+    def _at(self, site: Site, model: CausalLM, change: Callable[[Tensor], Tensor | None]) -> None:
         """Let `change` see the residual stream at a site and replace it, unless it returns None."""
         site = resolve_sites([site], model.config.num_hidden_layers)[0]
         if site == EMBEDDING:
@@ -86,7 +90,7 @@ class _Hooks(AbstractContextManager):
             self._on_output(blocks_of(model)[site], change)
 
     def _on_input(self, block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        def hook(_module, args, kwargs):
+        def hook(_module: Any, args: Any, kwargs: Any) -> Any:
             stream = change(args[0] if args else kwargs["hidden_states"])
             if stream is None:
                 return None
@@ -99,7 +103,7 @@ class _Hooks(AbstractContextManager):
         self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _on_output(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        def hook(_module, _args, output):
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
             stream = change(_stream(output))
             return None if stream is None else _replace_stream(output, stream)
 
@@ -116,7 +120,7 @@ class LATHook(_Hooks):
     Source: Casper et al. 2024; Sheshadri et al. 2024, section 3."""
 
     def __init__(
-        self, model: nn.Module, deltas: Mapping[Site, Tensor], decoding: bool = False
+        self, model: CausalLM, deltas: Mapping[Site, Tensor], decoding: bool = False
     ) -> None:
         super().__init__()
         self.model, self.deltas, self.decoding = model, dict(deltas), decoding
@@ -160,7 +164,7 @@ class Capture(_Hooks):
     ones count from the end)."""
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], positions: Sequence[int] | None = None
+        self, model: CausalLM, sites: Sequence[Site], positions: Sequence[int] | None = None
     ) -> None:
         super().__init__()
         self.model, self.sites, self.positions = model, tuple(sites), positions
@@ -193,7 +197,7 @@ class Ablate(_Hooks):
     embedding and to the output of every block, attention and MLP, so that the stream never holds
     them. Source: Arditi et al. 2024, section 2.4."""
 
-    def __init__(self, model: nn.Module, directions: Tensor) -> None:
+    def __init__(self, model: CausalLM, directions: Tensor) -> None:
         super().__init__()
         self.model, self.basis = model, orthonormal(directions)
 

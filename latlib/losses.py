@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,31 +72,38 @@ class _LabelLosses(torch.autograd.Function):
     p for toward, q and (1 - 1 / s) p for away."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, away: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, away: Tensor) -> Tensor:
         p = torch.softmax(logits, -1, dtype=wide_of(logits.dtype))
-        tiny, index = torch.finfo(p.dtype).tiny, labels[:, None]
+        index = labels[:, None]
         own = p.gather(1, index)
         p.scatter_(1, index, 0.0)
         others = p.sum(1, keepdim=True)
-        log_own = torch.where(own > 0.5, torch.log1p(-others), own.clamp(min=tiny).log()).squeeze(1)
+        likely = torch.log1p(-others)
+        log_own = torch.where(own > 0.5, likely, _log(own))
+        log_own = log_own.squeeze(1)
         counts = ~away | (log_own >= AWAY_LOG_P_FLOOR)
         ctx.save_for_backward(p, own, others, labels, away, counts)
         ctx.dtype = logits.dtype
-        return torch.where(away, -others.clamp(min=tiny).log().squeeze(1) * counts, -log_own)
+        log_others = _log(others).squeeze(1)
+        return torch.where(away, -log_others * counts, -log_own)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         p, own, others, labels, away, counts = ctx.saved_tensors
-        grad, away = torch.where(counts, grad, 0.0)[:, None], away[:, None]
-        elsewhere = torch.where(away, 1 - 1 / others.clamp(min=torch.finfo(p.dtype).tiny), 1.0)
-        out = (p * (grad * elsewhere)).to(ctx.dtype)
-        return (
-            out.scatter_(
-                1, labels[:, None], (grad * torch.where(away, own, own - 1)).to(ctx.dtype)
-            ),
-            None,
-            None,
-        )
+        grad = torch.where(counts, grad, 0.0).unsqueeze(1)
+        away = away.unsqueeze(1)
+        tiny = torch.finfo(p.dtype).tiny
+        pushed = 1 - 1 / others.clamp(min=tiny)
+        elsewhere = torch.where(away, pushed, 1.0)
+        out = p * (grad * elsewhere)
+        out = out.to(ctx.dtype)
+        at_label = grad * torch.where(away, own, own - 1)
+        out.scatter_(1, labels[:, None], at_label.to(ctx.dtype))
+        return out, None, None
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
 def kl_divergence(
@@ -155,7 +162,7 @@ class _ByRow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor
+        ctx: Any, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor
     ) -> Tensor:
         values, gradients = [], []
         for part, *rest in zip(rows.split(size), *(o.split(size) for o in others), strict=True):
@@ -170,14 +177,10 @@ class _ByRow(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (gradients,) = ctx.saved_tensors
-        return (
-            None,
-            None,
-            gradients * grad[:, None].to(gradients.dtype),
-            *[None] * (ctx.arguments - 3),
-        )
+        rows = gradients * grad[:, None].to(gradients.dtype)
+        return None, None, rows, *[None] * (ctx.arguments - 3)
 
 
 def normalised(loss: Tensor) -> Tensor:

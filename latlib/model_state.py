@@ -6,12 +6,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from latlib.hooks import CausalLM
+
 
 @contextmanager
-def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
+def _requires_grad_kept(model: CausalLM) -> Iterator[None]:
     """Whatever happens to requires_grad inside is undone."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -22,7 +25,7 @@ def _requires_grad_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: CausalLM) -> Iterator[None]:
     """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as
     it was."""
     if not hasattr(model, "disable_adapter"):
@@ -33,7 +36,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: CausalLM) -> Iterator[None]:
     """No parameter requires grad inside: an attack keeps no inputs of weight gradients and can
     leave none behind."""
     with _requires_grad_kept(model):
@@ -43,7 +46,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forwards_replaced(
-    modules: Sequence[nn.Module], forward: Callable, hooks: bool = True
+    modules: Sequence[nn.Module], forward: Callable[..., Any], hooks: bool = True
 ) -> Iterator[None]:
     """Modules whose `forward` is another function inside, whatever wrapped it before. hooks=False:
     and which run no hook, as FSDP2's that gather a block's weights."""

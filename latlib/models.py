@@ -13,6 +13,7 @@ from torch import nn
 
 from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
+from latlib.hooks import CausalLM
 from latlib.io.hub import (
     Allowed,
     located,
@@ -32,7 +33,7 @@ from latlib.processes import ALONE, Processes
 class LanguageModel:
     """A causal LM (plain or PEFT) with its tokenizer and the precision it computes in."""
 
-    model: nn.Module
+    model: CausalLM
     tokenizer: object
     settings: ModelSettings
     dtype: torch.dtype
@@ -106,7 +107,7 @@ def load_model(
     return LanguageModel(model, tokenizer, settings, dtype)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast(model: CausalLM, dtype: torch.dtype) -> nn.Module:
     """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by
     the wrong angle."""
     for parameter in model.parameters():

@@ -11,30 +11,24 @@ states that predict labels, through the model's own modules.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from latlib.batch import Batch
-from latlib.hooks import (
-    EMBEDDING,
-    Ablate,
-    Capture,
-    Site,
-    blocks_of,
-    decoder_of,
-    orthonormal,
-    project_out,
-    resolve_sites,
-)
+from latlib.hooks import Ablate, Capture, CausalLM, blocks_of, decoder_of, orthonormal, project_out
 from latlib.losses import Unembed, at_labels
 from latlib.model_state import adapter_off, forwards_replaced, frozen
-from latlib.network_protocol import Start, check_start, perturbed
-from latlib.processes import ALONE, Processes
-from latlib.threat import depth
+from latlib.network_protocol import Perturbation, Start, check_start, perturbed
+from latlib.processes import ALONE, Processes, Result
+from latlib.threat import EMBEDDING, Site, depth, resolve_sites
+
+# of each block: the arguments and keyword arguments beside the stream
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class StockNetwork:
@@ -47,7 +41,7 @@ class StockNetwork:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         adapter: bool = True,
         train: bool = False,
         directions: Tensor | None = None,
@@ -60,10 +54,10 @@ class StockNetwork:
         self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
         weight = model.get_input_embeddings().weight
         self.dtype, self.device = weight.dtype, weight.device
-        self._calls: WeakKeyDictionary[Batch, list[tuple[tuple, dict]]] = WeakKeyDictionary()
+        self._calls: WeakKeyDictionary[Batch, Calls] = WeakKeyDictionary()
 
     @contextmanager
-    def _mode(self) -> Iterator[None]:
+    def frozen_mode(self) -> Iterator[None]:
         with (
             nullcontext() if self.adapter else adapter_off(self.model),
             nullcontext() if self.train else frozen(self.model),
@@ -71,13 +65,10 @@ class StockNetwork:
         ):
             yield
 
-    def frozen_mode(self) -> AbstractContextManager[None]:
-        return self._mode()
-
-    def _through(self, call: Callable):
+    def _through(self, call: Callable[[], Result]) -> Result:
         return self.processes.through(self.train, call)
 
-    def _forward_inputs(self, batch: Batch) -> dict:
+    def _forward_inputs(self, batch: Batch) -> dict[str, Any]:
         # plain rows are padded on the right, where causal attention never looks
         mask = torch.ones_like(batch.ids)
         if batch.packed:
@@ -86,7 +77,7 @@ class StockNetwork:
             mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
         return {"position_ids": batch.positions, "attention_mask": mask, "use_cache": False}
 
-    def _calls_of_blocks(self, batch: Batch) -> list[tuple[tuple, dict]]:
+    def _calls_of_blocks(self, batch: Batch) -> Calls:
         """The arguments beside the stream that each block receives for this batch (masks, rotary
         tables), made once: the decoder runs with blocks that only note how they are called."""
         if batch not in self._calls:
@@ -97,27 +88,25 @@ class StockNetwork:
         return self._calls[batch]
 
     @torch.no_grad()
-    def _noted(
-        self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]
-    ) -> list[tuple[tuple, dict]]:
+    def _noted(self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]) -> Calls:
         """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError
         if the decoder took the first row of that: its blocks return tuples."""
-        seen: list[tuple[tuple, dict]] = []
+        seen: Calls = []
 
-        def note(stream: Tensor, *args, **kwargs) -> Tensor | tuple[Tensor]:
+        def note(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             if stream.shape[:-1] != batch.shape:
                 raise _PartOfStreamError
             seen.append((args, kwargs))
             return returned(stream)
 
-        with forwards_replaced(self.blocks, note, hooks=False):
+        with forwards_replaced(list(self.blocks), note, hooks=False):
             self.decoder(batch.ids, **self._forward_inputs(batch))
         return seen
 
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
     ) -> dict[Site, Tensor]:
-        with self._mode():
+        with self.frozen_mode():
             return self._through(
                 lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index)
             )
@@ -131,7 +120,7 @@ class StockNetwork:
         passed = (
             nullcontext()
             if run
-            else forwards_replaced(self.blocks[:1], lambda stream, *_, **__: stream)
+            else forwards_replaced([self.blocks[0]], lambda stream, *_, **__: stream)
         )
         with passed, Capture(self.model, sites) as streams:
             stop = self.blocks[max(run - 1, 0)].register_forward_hook(_raise_enough)
@@ -145,7 +134,7 @@ class StockNetwork:
 
     def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         wanted = resolve_sites(sites, self.n_layers)
-        with self._mode():
+        with self.frozen_mode():
             return self._through(lambda: self._streams(batch, wanted))
 
     def _streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
@@ -157,25 +146,21 @@ class StockNetwork:
                 break
         return found
 
-    def hidden(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         if start is not None:
             check_start(start[0], deltas)
         if deltas and self.directions is not None:
             basis = orthonormal(self.directions)
             deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
-        with self._mode():
+        with self.frozen_mode():
             return self._through(lambda: self._hidden(batch, deltas, start))
 
-    def _hidden(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None, start: Start | None
-    ) -> Tensor:
+    def _hidden(self, batch: Batch, deltas: Perturbation, start: Start) -> Tensor:
         _, stream = deque(self._walk(batch, deltas, start), maxlen=1)[0]
         return self._final_norm()(stream)
 
     def _walk(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
+        self, batch: Batch, deltas: Perturbation = None, start: Start = None
     ) -> Iterator[tuple[Site, Tensor]]:
         """(site, perturbed stream there), block by block."""
         site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
@@ -187,13 +172,11 @@ class StockNetwork:
             stream = perturbed(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
             yield i, stream
 
-    def label_rows(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         return at_labels(self.hidden(batch, deltas, start), batch.source)
 
-    def _runner(self, i: int) -> Callable:
-        block = self.blocks[i]
+    def _runner(self, i: int) -> Callable[..., Any]:
+        block: Any = self.blocks[i]
         checkpointed = getattr(block, "gradient_checkpointing", False) and block.training
         if not self.compiled or self.directions is not None or checkpointed:
             return block
@@ -202,7 +185,7 @@ class StockNetwork:
         return block._latlib_compiled
 
     def unembed(self, rows: Tensor) -> Tensor:
-        with self._mode():
+        with self.frozen_mode():
             logits = self.model.get_output_embeddings()(rows)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
@@ -244,9 +227,9 @@ class _EnoughError(Exception):
     """Ends a forward whose upper blocks nobody needs."""
 
 
-def _raise_enough(*_) -> None:
+def _raise_enough(*_: Any) -> None:
     raise _EnoughError
 
 
-def _tensor(output) -> Tensor:
+def _tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

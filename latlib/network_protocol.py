@@ -3,13 +3,10 @@
 There are two, equal up to rounding: `network.StockNetwork` runs any Hugging Face decoder through
 its own modules, `fused.llama.LeanNetwork` runs the Llama family over merged weights.
 
-1. `capture(batch, sites)` runs the blocks up to the last of some sites, once, without a graph:
-   nothing below the first perturbed site depends on the perturbation.
-2. `hidden(batch, deltas, start=(site, stream))` runs from there. Without `start` it runs
-   everything.
-3. `label_rows` is `hidden` at the positions that predict a label, and may leave out what only
-   others need.
-4. `unembed(rows)` gives logits of selected rows; callers never ask for all positions."""
+1. `capture` runs the blocks up to the last of some sites, once, without a graph: nothing below the
+   first perturbed site depends on the perturbation. `hidden` runs on from there.
+2. `label_rows` is `hidden` at the positions that predict a label, and leaves out what only others
+   need; `unembed` gives logits of selected rows. Callers never ask for all positions."""
 
 from __future__ import annotations
 
@@ -21,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from latlib.batch import Batch
-from latlib.hooks import Site, check_delta
+from latlib.hooks import check_delta
 from latlib.losses import Unembed
 from latlib.processes import Processes
-from latlib.threat import depth
+from latlib.threat import Site, depth
 
-Start = tuple[Site, Tensor]
+Start = tuple[Site, Tensor] | None  # where a forward begins; None: at the embedding
+Perturbation = Mapping[Site, Tensor] | None  # site -> [batch, seq, d_model]
 
 
 class Model(Protocol):
@@ -65,14 +63,10 @@ class Network(Protocol):
     def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """`capture` with a graph, for objectives on the stream itself."""
 
-    def hidden(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         """[batch, seq, d_model] after the final norm. deltas: site -> [batch, seq, d_model]."""
 
-    def label_rows(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         """[labels, d_model]: `hidden` at `batch.source`, the positions that predict the labels."""
 
     def unembed(self, rows: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ class Network(Protocol):
         memory."""
 
 
-def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
+def check_start(site: Site, deltas: Perturbation) -> None:
     """Raise ValueError for a perturbation below the site a forward starts at: it would not be
     run."""
     below = [s for s in deltas or () if depth(s) < depth(site)]
@@ -110,7 +104,7 @@ def check_start(site: Site, deltas: Mapping[Site, Tensor] | None) -> None:
         )
 
 
-def perturbed(site: Site, stream: Tensor, deltas: Mapping[Site, Tensor] | None) -> Tensor:
+def perturbed(site: Site, stream: Tensor, deltas: Perturbation) -> Tensor:
     """The stream at a site, with the perturbation there added in the stream's precision."""
     if not deltas or site not in deltas:
         return stream

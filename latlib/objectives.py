@@ -107,8 +107,9 @@ class SafetyTraining(Objective):
     """Refuse harmful requests under the perturbation, stay useful without it: toward * CE(chosen |
     delta) + away * away(rejected | delta) + kl * KL(teacher || student) + sft * CE(benign).
 
-    One objective for four methods, which differ in their threat model: supervised safety training
-    has none, adversarial training attacks the embedding, LAT the residual stream."""
+    One objective for methods that differ in their adversary: safety training has none, adversarial
+    training one at the embedding, LAT one in the residual stream; an untargeted one raises the loss
+    of wanted completions, of harmful and of benign rows alike (Casper et al. 2024)."""
 
     terms = ("toward", "away", "kl", "sft")
 
@@ -119,8 +120,10 @@ class SafetyTraining(Objective):
     def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
         """See `Objective`. The rejected completion plays no part in plain steps before an attack,
         nor without an away term."""
-        plain = not attacked and bool(self.settings.attack.steps)
-        if plain or not (attacked or self.settings.defence.away):
+        attack, away = self.settings.attack, self.settings.defence.away
+        if attacked and not attack.targeted:
+            return wanted_only(harmful) + benign, benign
+        if not attacked and (attack.steps or not away):
             harmful = wanted_only(harmful)
         return harmful, benign
 
@@ -179,6 +182,7 @@ class SafetyTraining(Objective):
         observe: Observe,
     ) -> Terms:
         """Harmful and benign rows in one forward."""
+        assert part.benign is not None, "there are benign rows"
         both = join(part.attacked, part.benign)
         padded_deltas = {site: padded(delta, both) for site, delta in (deltas or {}).items()}
         rows = network.label_rows(both, padded_deltas)
@@ -202,37 +206,21 @@ class SafetyTraining(Objective):
     def _benign(self, network: Network, rows: Tensor, part: MicroBatch, counts: Counts) -> Terms:
         weights, terms = self.settings.defence, {}
         if weights.kl:
-            kl = kl_divergence(network.unembed, rows, *part.teacher, weights.kl_mode)
+            unembed, frozen = part.teacher
+            kl = kl_divergence(network.unembed, rows, unembed, frozen, weights.kl_mode)
             if weights.kl_mode == "token":
                 total = kl.sum()
             else:
                 total = normalised(kl.mean()) * len(kl)
             terms["kl"] = weights.kl * total / counts["benign"]
         if weights.sft:
+            assert part.benign is not None, "there are benign rows"
             sft = token_losses(network.unembed, rows, part.benign.labels).sum()
             terms["sft"] = weights.sft * sft / counts["benign"]
         return terms
 
 
-class UntargetedTraining(SafetyTraining):
-    """The same under an adversary that raises the loss of wanted completions, of harmful and of
-    benign rows alike (Casper et al. 2024)."""
-
-    def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
-        if not attacked:
-            return super().rows(harmful, benign, attacked)
-        return wanted_only(harmful) + benign, benign
-
-
 OBJECTIVES: dict[str, type[Objective]] = {"safety-training": SafetyTraining}
-
-
-def objective_for(settings: Options) -> Objective:
-    """The objective that settings ask for."""
-    kind = OBJECTIVES[settings.objective]
-    if kind is SafetyTraining and not settings.attack.targeted:
-        kind = UntargetedTraining
-    return kind(settings)
 
 
 def wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:

@@ -36,10 +36,6 @@ class Processes:
         """This process's share of a list that all have alike."""
         return list(parts[self.rank :: self.world])
 
-    def rounded(self, count: int) -> int:
-        """The number of micro-batches that gives each process as many as the others."""
-        return -(-count // self.world) * self.world
-
     def total(self, sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
         """name -> the sum over all processes, for those of `names` that some process has."""
         return dict(sums)
@@ -69,7 +65,7 @@ def full(value: Any) -> Any:
     return value
 
 
-def sharded(value: Tensor, like: Tensor) -> Tensor:
+def sharded(value: Tensor, like: Any) -> Tensor:
     """A copy of a full tensor on the device of a parameter, sharded as that is. All processes have
     the same: none is sent."""
     value = value.to(like.device, copy=True)

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from latlib.attack import Attack, Deltas, judge, pgd
-from latlib.batch import Batch, Schedule, TokenRow, collate
+from latlib.batch import Schedule, TokenRow, collate
 from latlib.errors import SettingError
 from latlib.network_protocol import Model, Network
-from latlib.objectives import Counts, MicroBatch, Observe, Options, ignore, objective_for
+from latlib.objectives import OBJECTIVES, Counts, MicroBatch, Observe, Options, ignore
 from latlib.processes import Processes, full, sharded
 from latlib.threat import PGD, Site
 
@@ -62,8 +62,8 @@ class Trainer:
         self.harmful, self.benign = list(harmful), list(benign)
         self.data = _digest((*self.harmful, *self.benign))
         self.step = 0
-        self.objective = objective_for(settings)
-        self.threat = None
+        self.objective = OBJECTIVES[settings.objective](settings)
+        self.threat: Any = None  # a ThreatModel, where there is an attack
         if settings.attack.steps:
             self.threat = settings.attack.threat_model(lm.n_layers, norms)
         self.parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
@@ -77,7 +77,7 @@ class Trainer:
             Schedule(len(self.benign), settings.benign_batch, 2 * seed + 1),
         )
         for attacked in {False, self.threat is not None}:
-            self._count(*self._sizes(attacked))
+            self._count(*map(len, self._rows(attacked)))
 
     def run(self, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
         """Train up to `settings.steps`; `on_step(step, metrics)` after each, `step` counted
@@ -187,28 +187,29 @@ class Trainer:
         return s.lr * warm * (min(1.0, (s.steps - self.step) / decay) if decay else 1.0)
 
     def _micro_batches(self, attacked: bool, generator: torch.Generator) -> list[MicroBatch]:
+        harmful, benign = self._rows(attacked)
+        count = self._count(len(harmful), len(benign))
+        parts: list[MicroBatch] = []
+        groups = zip(_by_length(harmful, count), _by_length(benign, count), strict=True)
+        for rows, others in groups:
+            batch = self._collated(rows)
+            chance = torch.rand(len(rows), generator=generator)
+            clean = chance < self.settings.clean_share
+            clean = clean.to(self.lm.device)
+            part = MicroBatch(batch, self._collated(others), clean, len(parts))
+            parts.append(part)
+        return parts
+
+    def _collated(self, rows: Sequence[TokenRow]) -> Any:
+        """The batch of some rows; None without any."""
+        return collate(rows, 0, self.settings.pad_to, self.lm.device) if rows else None
+
+    def _rows(self, attacked: bool) -> tuple[list[TokenRow], list[TokenRow]]:
+        """The step's rows that carry the perturbation, and its benign ones."""
         of_harmful, of_benign = self.schedules
         harmful = [self.harmful[i] for i in of_harmful.rows(self.step)]
         benign = [self.benign[i] for i in of_benign.rows(self.step)]
-        harmful, benign = self.objective.rows(harmful, benign, attacked)
-        count = self._count(len(harmful), len(benign))
-        parts = []
-        for rows, others in zip(_by_length(harmful, count), _by_length(benign, count), strict=True):
-            clean = torch.rand(len(rows), generator=generator) < self.settings.clean_share
-            benign_batch = self._collated(others) if others else None
-            clean = clean.to(self.lm.device)
-            parts.append(MicroBatch(self._collated(rows), benign_batch, clean, len(parts)))
-        return parts
-
-    def _collated(self, rows: Sequence[TokenRow]) -> Batch:
-        return collate(rows, pad_to=self.settings.pad_to, device=self.lm.device)
-
-    def _sizes(self, attacked: bool) -> tuple[int, int]:
-        """How many rows a step has that carry the perturbation, and how many benign ones."""
-        harmful = self.harmful[:1] * self.settings.batch
-        benign = self.benign[:1] * self.settings.benign_batch
-        harmful, benign = self.objective.rows(harmful, benign, attacked)
-        return len(harmful), len(benign)
+        return self.objective.rows(harmful, benign, attacked)
 
     def _count(self, harmful: int, benign: int) -> int:
         """How many micro-batches so many rows make: as many for each process, or they would wait
@@ -216,7 +217,8 @@ class Trainer:
         # with fewer harmful rows than that, the benign ones share their micro-batches: no row is
         # left out
         count = min(-(-max(harmful, benign) // self.settings.micro_batch), harmful)
-        count, world = self.processes.rounded(count), self.processes.world
+        world = self.processes.world
+        count = -(-count // world) * world
         sizes = {"batch": harmful}
         if self.objective.uses_benign:
             sizes["benign_batch"] = benign

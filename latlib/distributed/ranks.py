@@ -29,14 +29,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from latlib.config.profile import ModelSettings, ProfileError
-from latlib.hooks import blocks_of
+from latlib.hooks import CausalLM, blocks_of
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, resolve_device, resolve_dtype
 from latlib.processes import Processes, Result, full
@@ -111,7 +111,7 @@ def wait() -> None:
 class Root(nn.Module):
     """The module whose forward DDP and FSDP2 look at: it calls what it is given."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
 
@@ -123,7 +123,7 @@ class Root(nn.Module):
 class Group(Processes):
     """Several processes that train one model. root: the model in a `Root` under DDP or FSDP2."""
 
-    def __init__(self, mode: Mode, root: nn.Module) -> None:
+    def __init__(self, mode: Mode, root: Any) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size())
         self.mode, self.root = mode, root
 
@@ -193,7 +193,7 @@ def wrap(lm: LanguageModel, mode: Mode, device: torch.device | None = None) -> L
     return replace(lm, processes=Group(mode, root))
 
 
-def _spread(root: nn.Module, model: nn.Module, device: torch.device) -> None:
+def _spread(root: nn.Module, model: CausalLM, device: torch.device) -> None:
     """Make every parameter but the output matrix a part of itself on `device`, by FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -16,6 +16,8 @@ is in the weights)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,13 +47,13 @@ class RMSNorm(torch.autograd.Function):
     """x / rms(x) without a gain: the backward pass needs only the output and the scale."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         y, scale = _normed(x, eps)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _normed_backward(grad, *ctx.saved_tensors), None
 
 
@@ -113,36 +115,28 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        qkv,
-        out,
-        cos,
-        sin,
-        bias,
+        ctx: Any,
+        x: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
         heads: int,
         kv_heads: int,
         eps: float,
         rows: Tensor | None = None,
     ) -> Tensor:
         n, seq, d = x.shape
-        flat, groups = x.view(-1, d), heads // kv_heads
-        hd = out.shape[1] // heads
+        flat = x.view(-1, d)
         y, scale = _normed(flat, eps)
         mixed = y @ qkv.T
-        width = (heads + kv_heads) * hd // 2
-        turned = _rotate(mixed[:, : 2 * width].view(-1, 2, width), cos, sin).view(
-            n, seq, 2, heads + kv_heads, hd // 2
-        )
-        q = turned[:, :, :, :heads].permute(0, 3, 1, 2, 4).reshape(n * kv_heads, groups * seq, hd)
-        k = _with_keys(turned[:, :, :, heads:].permute(0, 3, 1, 2, 4), bias.shape[-1])
-        v = _with_keys(
-            mixed[:, 2 * width :].view(n, seq, kv_heads, hd).transpose(1, 2), bias.shape[-1]
-        )
+        q, k, v = _queries_keys_values(mixed, (n, seq, heads, kv_heads), (cos, sin), bias.shape[-1])
         p = _attention_weights(q, k, bias)
-        read = torch.bmm(p, v).view(n, heads, seq, hd).transpose(1, 2).reshape(n * seq, heads * hd)
+        read = _by_position(torch.bmm(p, v), n, heads)
         if rows is not None:
-            flat, read = flat.index_select(0, rows), read.index_select(0, rows)
+            flat = flat.index_select(0, rows)
+            read = read.index_select(0, rows)
         kept = (None, bias, read) if ctx.needs_input_grad[2] else (p, None, None)
         ctx.save_for_backward(y, scale, q, k, v, *kept, qkv, out, cos, sin, rows)
         ctx.heads, ctx.kv_heads, ctx.shape = heads, kv_heads, x.shape
@@ -150,39 +144,87 @@ class Attention(torch.autograd.Function):
         return written.view_as(x) if rows is None else written
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, q, k, v, p, bias, read, qkv, out, cos, sin, rows = ctx.saved_tensors
-        (n, seq, d), heads, kv_heads = ctx.shape, ctx.heads, ctx.kv_heads
-        hd = out.shape[1] // heads
-        flat, width = grad.reshape(-1, d), (heads + kv_heads) * hd // 2
-        d_read, d_out = flat @ out, flat.T @ read if ctx.needs_input_grad[2] else None
+        n, seq, d = ctx.shape
+        flat = grad.reshape(-1, d)
+        d_read = flat @ out
+        d_out = flat.T @ read if ctx.needs_input_grad[2] else None
         if rows is not None:
-            flat, d_read = (
-                part.new_zeros(n * seq, part.shape[1]).index_add_(0, rows, part)
-                for part in (flat, d_read)
-            )
-        d_read = d_read.view(n, seq, heads, hd).transpose(1, 2).reshape(q.shape)
-        p = _attention_weights(q, k, bias) if p is None else p
-        d_scores = torch._softmax_backward_data(
-            torch.bmm(d_read, v.transpose(1, 2)), p, -1, p.dtype
-        )
-        d_mixed = torch.empty(n * seq, qkv.shape[0], dtype=grad.dtype, device=grad.device)
-        d_turned = torch.empty(
-            n, seq, 2, heads + kv_heads, hd // 2, dtype=grad.dtype, device=grad.device
-        )
-        by_head = d_turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
-        by_head[:, :heads] = torch.bmm(d_scores, k).view(n, heads, seq, 2, hd // 2)
-        by_head[:, heads:] = _of_keys(d_scores, q, n, kv_heads, seq).unflatten(-1, (2, hd // 2))
-        d_values = _of_keys(p, d_read, n, kv_heads, seq)
-        d_mixed[:, 2 * width :].view(n, seq, kv_heads, hd).copy_(d_values.transpose(1, 2))
-        d_mixed[:, : 2 * width] = _rotate(d_turned.view(-1, 2, width), cos, sin, inverse=True).view(
-            -1, 2 * width
-        )
+            flat = _put_back(flat, rows, n * seq)
+            d_read = _put_back(d_read, rows, n * seq)
+        d_read = d_read.view(n, seq, ctx.heads, -1)
+        d_read = d_read.transpose(1, 2).reshape(q.shape)
+        if p is None:
+            p = _attention_weights(q, k, bias)
+        d_p = torch.bmm(d_read, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+        d_q = torch.bmm(d_scores, k)
+        d_q = d_q.view(n, ctx.heads, seq, -1)
+        d_k = _of_keys(d_scores, q, n, ctx.kv_heads, seq)
+        d_v = _of_keys(p, d_read, n, ctx.kv_heads, seq)
+        d_mixed = _mixed_gradient(d_q, d_k, d_v, (cos, sin))
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
+            d_y = d_mixed @ qkv
+            d_x = _normed_backward(d_y, y, scale).add_(flat)
+            d_x = d_x.view(ctx.shape)
         d_qkv = d_mixed.T @ y if ctx.needs_input_grad[1] else None
-        return d_x, d_qkv, d_out, None, None, None, None, None, None, None
+        nothing = (None,) * 7
+        return d_x, d_qkv, d_out, *nothing
+
+
+def _put_back(part: Tensor, rows: Tensor, n: int) -> Tensor:
+    """[n, width] with `part` at `rows`, zero elsewhere."""
+    return part.new_zeros(n, part.shape[1]).index_add_(0, rows, part)
+
+
+def _queries_keys_values(
+    mixed: Tensor, sizes: tuple[int, int, int, int], rotary: tuple[Tensor, Tensor], keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [batch * kv_heads, heads / kv_heads * seq, head_dim] and k, v [batch * kv_heads, keys,
+    head_dim] from the product with qkv. sizes: batch, seq, heads, kv_heads."""
+    n, seq, heads, kv_heads = sizes
+    hd = mixed.shape[1] // (heads + 2 * kv_heads)
+    end = (heads + kv_heads) * hd
+    pairs = mixed[:, :end]
+    turned = _rotate(pairs.view(-1, 2, end // 2), *rotary)
+    turned = turned.view(n, seq, 2, -1, hd // 2)
+    by_head = turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
+    queries = by_head[:, :heads]
+    queries = queries.reshape(n * kv_heads, -1, hd)
+    keys_by_head = by_head[:, heads:]
+    values = mixed[:, end:]
+    values = values.view(n, seq, kv_heads, hd)
+    values = values.transpose(1, 2)
+    return queries, _with_keys(keys_by_head, keys), _with_keys(values, keys)
+
+
+def _by_position(read: Tensor, n: int, heads: int) -> Tensor:
+    """[batch * seq, heads * head_dim] of what each head read."""
+    by_head = read.view(n, heads, -1, read.shape[-1]).transpose(1, 2)
+    return by_head.reshape(-1, heads * read.shape[-1])
+
+
+def _mixed_gradient(d_q: Tensor, d_k: Tensor, d_v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of the product with qkv, [batch * seq, (heads + 2 kv_heads) * head_dim], from
+    those of queries, keys and values, each [batch, its heads, seq, head_dim]."""
+    n, heads, seq, hd = d_q.shape
+    kv_heads = d_k.shape[1]
+    both = heads + kv_heads
+    end = both * hd
+    d_turned = d_q.new_empty(n, seq, 2, both, hd // 2)
+    by_head = d_turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
+    halves = (2, hd // 2)
+    by_head[:, :heads] = d_q.unflatten(-1, halves)
+    by_head[:, heads:] = d_k.unflatten(-1, halves)
+    turned = _rotate(d_turned.view(-1, 2, end // 2), *rotary, inverse=True)
+    d_values = d_v.transpose(1, 2)
+    d_mixed = d_q.new_empty(n * seq, end + kv_heads * hd)
+    d_mixed[:, :end] = turned.view(-1, end)
+    last = d_mixed[:, end:]
+    last.view(d_values.shape).copy_(d_values)
+    return d_mixed
 
 
 class MLP(torch.autograd.Function):
@@ -192,7 +234,9 @@ class MLP(torch.autograd.Function):
     wanted, where it needs one (an adapter often leaves the gate alone)."""
 
     @staticmethod
-    def forward(ctx, x, gate_up, down, eps: float, trained: slice) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, trained: slice
+    ) -> Tensor:
         flat = x.view(-1, x.shape[-1])
         y, scale = _normed(flat, eps)
         both = y @ gate_up.T
@@ -202,7 +246,7 @@ class MLP(torch.autograd.Function):
         return torch.addmm(flat, F.silu(gate).mul_(up), down.T).view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, both, gate_up, down = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
         active = F.silu(gate)

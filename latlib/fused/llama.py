@@ -18,10 +18,11 @@ Tested equal to the stock modules (which compute norms in float32 whatever the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,24 +32,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
 from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys
-from latlib.hooks import (
-    EMBEDDING,
-    Site,
-    check_delta,
-    decoder_of,
-    orthonormal,
-    project_out,
-    resolve_sites,
-)
+from latlib.hooks import CausalLM, check_delta, decoder_of, orthonormal, project_out
 from latlib.losses import Unembed, at_labels, wide_of
-from latlib.network_protocol import Start, check_start
-from latlib.threat import depth
+from latlib.network_protocol import Perturbation, Start, check_start
+from latlib.threat import EMBEDDING, Site, depth, resolve_sites
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
-def fits(model: nn.Module) -> bool:
+def fits(model: CausalLM) -> bool:
     """Whether the lean forward computes the same function as this model."""
     config = model.config
     return (
@@ -61,7 +55,7 @@ def fits(model: nn.Module) -> bool:
     )
 
 
-def runs_lean(model: nn.Module) -> bool:
+def runs_lean(model: CausalLM) -> bool:
     """Whether the lean forward fits and pays. An adapter does not count for its size: with and
     without one a model runs the same way."""
     sizes = (p.numel() for name, p in model.named_parameters() if "lora_" not in name)
@@ -78,7 +72,7 @@ def will_run_lean(config: PretrainedConfig) -> bool:
     return runs_lean(model)
 
 
-def _plain_lora(layer: nn.Module) -> bool:
+def _plain_lora(layer: Any) -> bool:
     """LoRA without dropout, DoRA or a merged adapter, one active adapter, on a Linear."""
     name = layer.active_adapters[0] if layer.active_adapters else None
     return (
@@ -91,7 +85,7 @@ def _plain_lora(layer: nn.Module) -> bool:
     )
 
 
-def _weight(layer: nn.Module, adapter: bool) -> Tensor:
+def _weight(layer: Any, adapter: bool) -> Tensor:
     """[out, in] weight of a Linear, with its LoRA merged when `adapter`."""
     if not hasattr(layer, "lora_A"):
         return layer.weight
@@ -114,7 +108,7 @@ class Weights:
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
 
-    def map(self, function) -> Weights:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """Apply a function to every matrix."""
         return Weights(
             *(function(self.embed), function(self.head)),
@@ -128,10 +122,11 @@ class Weights:
         yield from (self.embed, self.head, *self.qkv, *self.out, *self.gate_up, *self.down)
 
 
-def merge(model: nn.Module, adapter: bool) -> Weights:
+def merge(model: CausalLM, adapter: bool) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
     grad."""
-    decoder, config = decoder_of(model), model.config
+    decoder: Any = decoder_of(model)
+    config = model.config
     size = head_dim(config)
 
     # [2, heads * head_dim / 2, d_model]: the two halves of every head
@@ -156,12 +151,12 @@ def merge(model: nn.Module, adapter: bool) -> Weights:
     return Weights(model.get_input_embeddings().weight, head, *groups)
 
 
-def head_dim(config) -> int:
+def head_dim(config: Any) -> int:
     """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _trained_rows(mlp: nn.Module) -> slice:
+def _trained_rows(mlp: Any) -> slice:
     """The rows of the stacked gate and up weights that training changes."""
     ffn = mlp.gate_proj.weight.shape[0]
     gate, up = (any(p.requires_grad for p in m.parameters()) for m in (mlp.gate_proj, mlp.up_proj))
@@ -176,7 +171,7 @@ class LeanNetwork:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalLM,
         adapter: bool = True,
         train: bool = False,
         dtype: torch.dtype | None = None,
@@ -197,56 +192,63 @@ class LeanNetwork:
         )
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = head_dim(config), config.rms_norm_eps
-        self._rotary = decoder_of(model).rotary_emb
-        self._trained = [_trained_rows(block.mlp) for block in decoder_of(model).layers]
+        decoder: Any = decoder_of(model)
+        self._rotary = decoder.rotary_emb
+        self._trained = [_trained_rows(block.mlp) for block in decoder.layers]
         self.directions: Tensor | None = None  # [k, d_model] orthonormal, ablated
-        self._tables_of: WeakKeyDictionary[Batch, tuple[Tensor, Tensor, Tensor]] = (
-            WeakKeyDictionary()
-        )
+        self._tables_of: WeakKeyDictionary[Batch, Tables] = WeakKeyDictionary()
 
     def frozen(self) -> LeanNetwork:
         """See `Network`: the same merged values, without gradients."""
         return self._with(self.weights.map(torch.Tensor.detach), _merged=None)
 
     def flush_gradients(self) -> None:
-        found = [
-            (w, leaf.grad)
-            for w, leaf in zip(self._merged, self.weights, strict=True)
-            if leaf.grad is not None
-        ]
-        if found:
-            torch.autograd.backward(*map(list, zip(*found, strict=True)), retain_graph=True)
+        assert self._merged is not None, "a network that trains has merged weights"
+        merged, gradients = [], []
+        for weight, leaf in zip(self._merged, self.weights, strict=True):
+            if leaf.grad is not None:
+                merged.append(weight)
+                gradients.append(leaf.grad)
+        if merged:
+            torch.autograd.backward(merged, gradients, retain_graph=True)
         for leaf in self.weights:
             leaf.grad = None
 
-    def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self, batch: Batch) -> Tables:
         """cos, sin and additive mask as `kernels.Attention` takes them; once per batch."""
         if batch not in self._tables_of:
-            packed, (n, seq) = batch.packed, batch.shape
-            positions = batch.positions if packed else torch.arange(seq, device=self.device)[None]
-            half = self.head_dim // 2
-            cos, sin = (
-                table[..., :half]
-                .repeat(n // len(table), 1, self.heads + self.kv_heads)
-                .flatten(0, 1)
-                .unsqueeze(1)
-                for table in self._rotary(
-                    torch.empty(0, device=self.device, dtype=wide_of(self.dtype)), positions
-                )
-            )
-            seen = (
-                batch.attends()
-                if packed
-                else torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
-            )
-            hidden = torch.finfo(torch.float32).min / 2
-            bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, hidden)
-            bias = F.pad(bias, (0, padded_keys(seq, self.dtype, self.device) - seq), value=hidden)
-            bias = bias.repeat(1, self.heads // self.kv_heads, 1)
-            if packed:
-                bias = bias.repeat_interleave(self.kv_heads, 0)
-            self._tables_of[batch] = tuple(table.to(self.dtype) for table in (cos, sin, bias))
+            cos, sin = self._rotary_tables(batch)
+            bias = self._bias(batch)
+            self._tables_of[batch] = (cos.to(self.dtype), sin.to(self.dtype), bias.to(self.dtype))
         return self._tables_of[batch]
+
+    def _rotary_tables(self, batch: Batch) -> list[Tensor]:
+        """cos and sin, [batch * seq, 1, (heads + kv_heads) * head_dim / 2]."""
+        n, seq = batch.shape
+        positions = batch.positions
+        if not batch.packed:
+            positions = torch.arange(seq, device=self.device)[None]
+        like = torch.empty(0, device=self.device, dtype=wide_of(self.dtype))
+        tables = []
+        for table in self._rotary(like, positions):
+            half = table[..., : self.head_dim // 2]
+            rows = half.repeat(n // len(table), 1, self.heads + self.kv_heads)
+            tables.append(rows.flatten(0, 1).unsqueeze(1))
+        return tables
+
+    def _bias(self, batch: Batch) -> Tensor:
+        """[1 or batch * kv_heads, heads / kv_heads * seq, keys], 0 where a key is seen."""
+        seq = batch.shape[1]
+        if batch.packed:
+            seen = batch.attends()
+        else:
+            seen = torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
+        hidden = torch.finfo(torch.float32).min / 2
+        bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, hidden)
+        more = padded_keys(seq, self.dtype, self.device) - seq
+        bias = F.pad(bias, (0, more), value=hidden)
+        bias = bias.repeat(1, self.heads // self.kv_heads, 1)
+        return bias.repeat_interleave(self.kv_heads, 0) if batch.packed else bias
 
     def _block(
         self, x: Tensor, i: int, tables: tuple[Tensor, ...], rows: Tensor | None = None
@@ -269,21 +271,17 @@ class LeanNetwork:
     def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         sites = resolve_sites(sites, self.n_layers)
         stream = F.embedding(batch.ids, self.weights.embed)
-        found = {EMBEDDING: stream} if EMBEDDING in sites else {}
+        found: dict[Site, Tensor] = {EMBEDDING: stream} if EMBEDDING in sites else {}
         for i in range(depth(sites[-1])):
             stream = self._block(stream, i, self._tables(batch))
             if i in sites:
                 found[i] = stream
         return found
 
-    def hidden(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         return self._run(batch, deltas, start, None)
 
-    def label_rows(
-        self, batch: Batch, deltas: Mapping[Site, Tensor] | None = None, start: Start | None = None
-    ) -> Tensor:
+    def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         """See `Network`: behind its attention, the last block runs at these
         positions only."""
         return self._run(batch, deltas, start, batch.source)
@@ -291,10 +289,10 @@ class LeanNetwork:
     def _run(
         self,
         batch: Batch,
-        deltas: Mapping[Site, Tensor] | None,
-        start: Start | None,
+        deltas: Perturbation,
+        start: Start,
         rows: Tensor | None,
-    ):
+    ) -> Tensor:
         deltas = {} if deltas is None else deltas
         if self.directions is not None:
             deltas = {s: project_out(delta, self.directions) for s, delta in deltas.items()}
@@ -346,7 +344,7 @@ class LeanNetwork:
         )
         return self._with(clean, directions=basis)
 
-    def _with(self, weights: Weights, **changes) -> LeanNetwork:
+    def _with(self, weights: Weights, **changes: Any) -> LeanNetwork:
         """This network over other weights."""
         other = object.__new__(LeanNetwork)
         other.__dict__.update(self.__dict__, weights=weights, **changes)
