@@ -7,7 +7,8 @@ To add one, subclass `Objective` and name it in `OBJECTIVES`; settings of its ow
 3. `losses` gives weighted terms, one dictionary a forward. Each is a sum over a micro-batch divided
    by a count over the whole batch (`counts`), so that micro-batches change nothing.
 
-Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted)."""
+Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted); Zou et al. 2024 (circuit
+breakers)."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latlib.attack import Deltas
-from latlib.batch import Batch, TokenRow, join
+from latlib.batch import PADDING, Batch, TokenRow, join
+from latlib.errors import SettingError
 from latlib.losses import Unembed, kl_divergence, normalised, token_losses
 from latlib.network_protocol import Model, Network
+from latlib.threat import Site
 
 Terms = dict[str, Tensor]
 Rows = list[TokenRow]
@@ -220,7 +223,91 @@ class SafetyTraining(Objective):
         return terms
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"safety-training": SafetyTraining}
+class RepresentationRerouting(Objective):
+    """Circuit breakers: what the model represents while it writes a harmful reply is turned away
+    from what the frozen model represents there; on benign rows it stays where it was.
+
+    rerouting: relu(cosine(student, teacher)) at the positions of rejected completions; retain:
+    ||student - teacher|| at all positions of benign rows, both a mean over positions and sites. At
+    step t of T their weights are alpha (1 - t / 2T) and alpha * retain * t / 2T. Both gradients are
+    zero where training begins, and rounding leads away from there. Nobody is taught to refuse.
+    Source: Zou et al. 2024 (arXiv 2406.04313), algorithm 1.
+    """
+
+    terms = ("rerouting", "retain")
+    uses_benign = True
+
+    def __init__(self, settings: Options) -> None:
+        super().__init__(settings)
+        if settings.attack.steps:
+            raise SettingError(
+                "objective = 'rerouting' trains without an attack, not with attack.steps ="
+                f" {settings.attack.steps}: set it to 0"
+            )
+
+    def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
+        return [TokenRow(row.prompt, row.completions[:1]) for row in harmful], benign
+
+    def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
+        frozen = lm.network(adapter=False)
+        with torch.no_grad():
+            return [replace(part, teacher=self._streams(frozen, part)) for part in parts]
+
+    def _streams(self, network: Network, part: MicroBatch) -> list[dict[Site, Tensor]]:
+        batches = [part.attacked] if part.benign is None else [part.attacked, part.benign]
+        return [network.streams(batch, self.settings.rerouting.sites) for batch in batches]
+
+    def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
+        rerouted = sum(int((part.attacked.segments == 1).sum()) for part in parts)
+        benign = [part.benign for part in parts if part.benign is not None]
+        retained = sum(int((batch.segments != PADDING).sum()) for batch in benign)
+        return {"rerouting": rerouted, "retain": retained}
+
+    def forwards(self, part: MicroBatch) -> int:
+        return 1 if part.benign is None else 2
+
+    def losses(
+        self,
+        network: Network,
+        part: MicroBatch,
+        deltas: Deltas | None,
+        counts: Counts,
+        observe: Observe = ignore,
+    ) -> Iterator[Terms]:
+        options, progress = self.settings.rerouting, self.step / (2 * self.settings.steps)
+        harmful = network.streams(part.attacked, options.sites)
+        where = part.attacked.segments == 1
+        turned = _over_sites(harmful, part.teacher[0], where, _overlap)
+        yield {"rerouting": options.alpha * (1 - progress) * turned / counts["rerouting"]}
+        if part.benign is not None:
+            benign = network.streams(part.benign, options.sites)
+            where = part.benign.segments != PADDING
+            moved = _over_sites(benign, part.teacher[1], where, _distance)
+            weight = options.alpha * options.retain * progress
+            yield {"retain": weight * moved / counts["retain"]}
+
+
+def _over_sites(
+    student: Deltas, teacher: Deltas, where: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The sum over positions, and the mean over sites, of a comparison of two streams."""
+    values = [compare(student[site][where], teacher[site][where]).sum() for site in student]
+    return torch.stack(values).mean()
+
+
+def _overlap(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.cosine_similarity(student, teacher, dim=-1, eps=1e-12).relu()
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    # the norm has no gradient at 0, where training begins
+    return ((student - teacher).square().sum(-1) + 1e-12).sqrt()
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "safety-training": SafetyTraining,
+    "rerouting": RepresentationRerouting,
+}
 
 
 def wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:

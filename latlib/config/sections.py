@@ -215,13 +215,24 @@ class DefenceSettings(Section):
     kl_mode: Literal["token", "reference"] = "token"
 
 
+class ReroutingSettings(Section):
+    """Circuit breakers. Defaults: Zou et al. 2024 (arXiv 2406.04313), for Llama-3-8B."""
+
+    # layers 10 and 20 of 32
+    sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.3125, 0.625)
+    alpha: Positive = 10.0
+    # weight of the retain loss beside its schedule. A distance grows with the stream's norm, which
+    # the cosine does not see. 1 is the paper's objective
+    retain: Positive = 1.0
+
+
 class TrainSettings(Section):
     """One loop for all methods. Defaults are our choice, for the organism, where none is named
     (docs/lab-log.md).
     """
 
     # what is minimised: a class of latlib.objectives
-    objective: Literal["safety-training"] = "safety-training"
+    objective: Literal["safety-training", "rerouting"] = "safety-training"
     steps: Count = 130
     attack_after: Natural = 0  # steps of plain safety training before the attack begins
     eps_ramp: Natural = 0  # steps over which the radius then grows to eps
@@ -249,6 +260,7 @@ class TrainSettings(Section):
     keep: Literal["last", "best"] = "last"  # best: of the looks, see latlib.experiment.validation
     attack: AttackSettings = AttackSettings()
     defence: DefenceSettings = DefenceSettings()
+    rerouting: ReroutingSettings = ReroutingSettings()
 
 
 class SuffixSearchSettings(Section):
