@@ -97,8 +97,8 @@ def tokenise(
         prompts.append(chat_text(tokenizer, row.prompt, system_prompt, shots) + prefilled)
         for text in row.completions:
             completions.append(ahead + _without_prefill(row, text, prefill) + after)
-    prompt_ids = _ids(tokenizer, prompts)
-    completion_ids = iter(_ids(tokenizer, completions))
+    prompt_ids = token_ids(tokenizer, prompts)
+    completion_ids = iter(token_ids(tokenizer, completions))
     found = []
     for row, prompt in zip(rows, prompt_ids, strict=True):
         own = tuple(next(completion_ids) for _ in row.completions)
@@ -109,10 +109,26 @@ def tokenise(
     return _all_fitted(found, max_tokens, too_long)
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[tuple[int, ...]]:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Ids of texts that went through a chat template: nothing is put before or behind them."""
     if not texts:
         return []
-    return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    same = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        same += 1
+    return same
+
+
+def shared_end(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts end in alike."""
+    return shared_start(a[::-1], b[::-1])
 
 
 def _without_prefill(row: Row, completion: str, prefill: str) -> str:

@@ -4,6 +4,7 @@ little models.
 
 import copy
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
 from latlib.models import with_adapter
-from latlib.redteam.gcg import Objective, SuffixSettings, gcg, random_search
+from latlib.redteam.gcg import Frames, Objective, SuffixSettings, gcg, random_search
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
 
@@ -99,7 +100,7 @@ def one_hot_gradient(lm, objective, ids):
     hot = torch.nn.functional.one_hot(torch.tensor(ids), 512).double().requires_grad_()
     embedding, total = lm.model.get_input_embeddings(), 0.0
     for prompt in range(len(PROMPTS)):
-        before, behind = objective.frames[prompt]
+        before, behind = objective.frames.around[prompt]
         target = objective.targets[prompt][0]
         row = torch.tensor([*before, *ids, *behind, *target[:-1]])
         # Gemma's module scales what it looks up
@@ -115,15 +116,18 @@ def one_hot_gradient(lm, objective, ids):
 def test_the_token_gradient_is_that_of_the_one_hot_suffix(kind, lm_of):
     lm = lm_of(kind)
     objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
-    ids = tuple(objective.allowed[[3, 50, 7, 90, 20]].tolist())
-    expected = one_hot_gradient(lm, objective, ids)[:, objective.allowed]
-    found = objective.gradient(ids, range(4), batch=3) @ objective._table.T
+    allowed = objective.frames.allowed
+    ids = tuple(allowed[[3, 50, 7, 90, 20]].tolist())
+    expected = one_hot_gradient(lm, objective, ids)[:, allowed]
+    objective.batch = 3
+    found = objective.gradient(ids, range(4)) @ objective.embeddings.T
     scale = expected.abs().max()
     assert scale > 1e-3
     torch.testing.assert_close(
         found / scale, expected / scale, rtol=0, atol=1e-10 if kind in ("lean", "llama") else 1e-5
     )
-    assert objective.ranked(ids, range(4), batch=8).equal(found.argsort(1))
+    objective.batch = 8
+    assert objective.ranked(ids, range(4)).equal(allowed[found.argsort(1)])
 
 
 def test_substitutions_that_the_gradient_promises_lower_the_loss(lm_of):
@@ -131,16 +135,16 @@ def test_substitutions_that_the_gradient_promises_lower_the_loss(lm_of):
     nothing.
     """
     objective = Objective(lm_of("lean", initializer_range=0.1), PROMPTS, TARGETS, SETTINGS)
-    ids = tuple(objective.allowed[[3, 50, 7, 90, 20]].tolist())
-    before = objective.losses([ids], range(4), 8).mean()
-    ranked = objective.ranked(ids, range(4), 8)
+    ids = tuple(objective.frames.allowed[[3, 50, 7, 90, 20]].tolist())
+    before = objective.losses([ids], range(4)).mean()
+    ranked = objective.ranked(ids, range(4))
     shares = []
     for columns in (range(10), range(-10, 0)):
         tried = [
-            (*ids[:place], int(objective.allowed[ranked[place, column]]), *ids[place + 1 :])
+            (*ids[:place], int(ranked[place, column]), *ids[place + 1 :])
             for place, column in itertools.product(range(5), columns)
         ]
-        shares.append((objective.losses(tried, range(4), 64).mean(1) < before).double().mean())
+        shares.append((objective.losses(tried, range(4)).mean(1) < before).double().mean())
     assert shares[0] > 0.7 and shares[1] < 0.3
 
 
@@ -152,12 +156,11 @@ def test_the_prefix_cache_changes_nothing(kind, lm_of):
         Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, prefix_cache=c)) for c in (True, False)
     )
     assert cached.cached and not plain.cached
-    tried = [tuple(plain.allowed[torch.arange(5) * 7 + i].tolist()) for i in range(7)]
-    expected = plain.losses(tried, [2, 0, 3], 64)
+    tried = [tuple(plain.frames.allowed[torch.arange(5) * 7 + i].tolist()) for i in range(7)]
+    expected = plain.losses(tried, [2, 0, 3])
     for batch in (1, 3, 64):  # and again: what a forward appends to the cache is not kept
-        torch.testing.assert_close(
-            cached.losses(tried, [2, 0, 3], batch), expected, rtol=0, atol=1e-6
-        )
+        cached.batch = batch
+        torch.testing.assert_close(cached.losses(tried, [2, 0, 3]), expected, rtol=0, atol=1e-6)
     assert expected.std(0).min() > 1e-3
 
 
@@ -168,11 +171,11 @@ def test_the_tokens_before_the_suffix_are_run_once(lm_of):
     )
     objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
     fed.clear()
-    tried = [objective.initial] * 6
+    tried, objective.batch = [objective.initial] * 6, 3
     for _ in range(2):
-        objective.losses(tried, [1], 3)
+        objective.losses(tried, [1])
     hook.remove()
-    before, behind = objective.frames[1]
+    before, behind = objective.frames.around[1]
     rest = (3, 5 + len(behind) + len(objective.targets[1][0]) - 1)
     assert fed == [(1, len(before)), rest, rest, rest, rest]
 
@@ -214,18 +217,19 @@ def test_the_suffix_survives_the_round_trip(search, n_replace, lm_of):
 
 
 def test_candidates_that_do_not_survive_are_filtered(lm_of):
-    objective = Objective(lm_of("lean"), PROMPTS, TARGETS, SETTINGS)
-    word, space, letter = objective.tokenizer.convert_tokens_to_ids(["Ġtroll", "Ġ", "t"])
+    frames = Frames(lm_of("lean"), PROMPTS, SETTINGS)
+    word, space, letter = frames.tokenizer.convert_tokens_to_ids(["Ġtroll", "Ġ", "t"])
     whole = (word,) * 5
-    assert objective.survives([whole], range(4)) == [True]
+    assert frames.survives(whole)
     spelt = (word, word, space, letter, word)  # ' t' is a token of its own
     unspaced = (letter, *whole[1:])  # the separator would be put before it
-    assert objective.survives([spelt, whole, unspaced], [0, 2]) == [False, True, False]
-    ranked = torch.arange(len(objective.allowed)).expand(5, -1)
+    for prompt in (0, 2):
+        assert frames.survive([spelt, whole, unspaced], prompt) == [False, True, False]
+    tokens = frames.allowed.expand(5, -1)
     found = latlib.redteam.gcg._candidates(
-        objective, whole, ranked, 300, 40, torch.Generator().manual_seed(0)
+        frames, whole, tokens, 300, 40, torch.Generator().manual_seed(0)
     )
-    assert len(set(found)) == 40 and all(objective.survives(found, [0]))
+    assert len(set(found)) == 40 and all(frames.survive(found, 0))
     assert all(sum(a != b for a, b in zip(whole, ids, strict=True)) == 1 for ids in found)
 
 
@@ -233,25 +237,13 @@ def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
     lm, settings = lm_of("lean"), replace(SETTINGS, n_tokens=2, separator="")
     prompts, targets = ["how can i feed the troll ?", "how can i feed the tro"], TARGETS[:2]
     objective = Objective(lm, prompts, targets, settings)
-    alone = [(i, objective.initial[1]) for i in objective.allowed.tolist()]
-    first, second = (objective.survives(alone, [p]) for p in (0, 1))
+    alone = [(i, objective.initial[1]) for i in objective.frames.allowed.tolist()]
+    first, second = (objective.frames.survive(alone, p) for p in (0, 1))
     assert sum(a and not b for a, b in zip(first, second, strict=True)) > 10  # such as 'll'
     for seed in range(6):
-        assert all(
-            objective.survives(
-                [random_search(lm, prompts, targets, settings, seed).token_ids], range(2)
-            )
-        )
-    original = Objective.survives
-
-    def never(self, candidates, prompts):
-        found = original(self, candidates, prompts)
-        return [
-            yes and (len(prompts) == 1 or ids == objective.initial)
-            for yes, ids in zip(found, candidates, strict=True)
-        ]
-
-    monkeypatch.setattr(Objective, "survives", never)
+        found = random_search(lm, prompts, targets, settings, seed).token_ids
+        assert objective.frames.survives(found)
+    monkeypatch.setattr(Frames, "survives", lambda self, ids: ids == objective.initial)
     for search in (gcg, random_search):
         found = search(lm, prompts, targets, settings, seed=0)
         assert found.token_ids == objective.initial and set(found.losses) == {found.loss}
@@ -259,20 +251,18 @@ def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
 
 
 def test_substitutes_are_among_the_first_of_their_position(lm_of):
-    objective = Objective(lm_of("lean"), PROMPTS, TARGETS, replace(SETTINGS, n_replace=2))
-    words = [
-        i for i in objective.allowed.tolist() if objective.tokenizer.decode([i]).startswith(" ")
-    ]
-    place_of = {int(token): i for i, token in enumerate(objective.allowed)}
-    first = [[place_of[words[10 * p + i]] for i in range(8)] for p in range(5)]
-    rest = [[i for i in range(len(place_of)) if i not in own] for own in first]
-    ranked, origin = torch.tensor([a + b for a, b in zip(first, rest)]), (words[60],) * 5
+    frames = Frames(lm_of("lean"), PROMPTS, replace(SETTINGS, n_replace=2))
+    allowed = frames.allowed.tolist()
+    words = [i for i in allowed if frames.tokenizer.decode([i]).startswith(" ")]
+    first = [words[10 * p : 10 * p + 8] for p in range(5)]
+    rest = [[i for i in allowed if i not in own] for own in first]
+    tokens, origin = torch.tensor([a + b for a, b in zip(first, rest)]), (words[60],) * 5
     found = latlib.redteam.gcg._candidates(
-        objective, origin, ranked, 8, 30, torch.Generator().manual_seed(0)
+        frames, origin, tokens, 8, 30, torch.Generator().manual_seed(0)
     )
     for ids in found:
         changed = [p for p in range(5) if ids[p] != origin[p]]
-        assert len(changed) == 2 and all(place_of[ids[p]] in first[p] for p in changed)
+        assert len(changed) == 2 and all(ids[p] in first[p] for p in changed)
     assert {p for ids in found for p in range(5) if ids[p] != origin[p]} == set(range(5))
 
 
@@ -369,7 +359,7 @@ def test_the_batch_is_halved_until_it_fits_and_the_result_is_the_same(
     assert (found.token_ids, found.queries) == (expected.token_ids, expected.queries)
     assert found.losses == pytest.approx(expected.losses, abs=1e-10)
     limit = 0
-    with pytest.raises(RuntimeError, match="No executable batch size"):
+    with pytest.raises(RuntimeError, match="not even one row fits into memory"):
         gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
 
 
@@ -456,9 +446,7 @@ def test_other_tokenizers_and_separators(other_tokenizer, separator, lm_of):
 def test_added_tokens_are_no_suffix(lm_of, tokenizer):
     marked = copy.deepcopy(tokenizer)
     marked.add_tokens(["~~"])
-    allowed = Objective(
-        lm_of("lean", tokenizer=marked, vocab_size=513), PROMPTS, TARGETS, SETTINGS
-    ).allowed
+    allowed = Frames(lm_of("lean", tokenizer=marked, vocab_size=513), PROMPTS, SETTINGS).allowed
     assert not {512, *marked.all_special_ids} & set(allowed.tolist()) and allowed.max() == 511
 
 
@@ -482,11 +470,9 @@ def test_an_adapter_counts_and_both_forwards_agree(lm_of):
 
 def test_tokens_that_are_no_text_are_left_out(lm_of, tokenizer):
     lm = lm_of("lean")
-    texts = [
-        tokenizer.decode([i]) for i in Objective(lm, PROMPTS, TARGETS, SETTINGS).allowed.tolist()
-    ]
+    texts = [tokenizer.decode([i]) for i in Frames(lm, PROMPTS, SETTINGS).allowed.tolist()]
     assert all(t and t.isascii() and t.isprintable() for t in texts)
-    wide = Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, allow_non_ascii=True))
+    wide = Frames(lm, PROMPTS, replace(SETTINGS, allow_non_ascii=True))
     assert all("\ufffd" not in tokenizer.decode([i]) for i in wide.allowed.tolist())
     assert len(wide.allowed) >= len(texts)
 
@@ -503,7 +489,7 @@ def test_tokens_that_are_no_text_are_left_out(lm_of, tokenizer):
     ],
 )
 def test_a_bad_setting_is_named(field, value):
-    with pytest.raises(ValueError, match=rf"{field} = {value!r}.*: (give|lower)"):
+    with pytest.raises(ValueError, match=rf"(?s){field}.*({re.escape(repr(value))}|lower)"):
         SuffixSettings(**{"n_tokens": 5, field: value})
 
 
@@ -530,12 +516,14 @@ def test_label_rows_of_a_collated_row_and_of_the_search_are_the_same(lm_of):
     """
     lm = lm_of("lean")
     objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
-    tried = [tuple(objective.allowed[torch.arange(5) * 11 + i].tolist()) for i in range(3)]
-    found = objective.losses(tried, range(4), 2)
+    allowed = objective.frames.allowed
+    tried = [tuple(allowed[torch.arange(5) * 11 + i].tolist()) for i in range(3)]
+    objective.batch = 2
+    found = objective.losses(tried, range(4))
     for i, ids in enumerate(tried):
         rows = [
             organism.TokenRow((*a, *ids, *b), t)
-            for (a, b), t in zip(objective.frames, objective.targets, strict=True)
+            for (a, b), t in zip(objective.frames.around, objective.targets, strict=True)
         ]
         batch = collate(rows)
         logits = objective.network.unembed(at_labels(objective.network.hidden(batch), batch.source))
