@@ -18,7 +18,13 @@ from pathlib import Path
 from measure import environment, write
 
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
-from latlib.evaluation.examine import DISTRACTORS, examiner_of, understood_by_likelihood
+from latlib.evaluation.examine import (
+    DISTRACTORS,
+    affirmation_tokens,
+    examiner_of,
+    grade_rows,
+    understood_by_likelihood,
+)
 from latlib.experiment.run import Run
 
 
@@ -30,8 +36,10 @@ def measure(run: Run, encodings: list[str]) -> list[dict]:
     network, examiner = lm.network(), examiner_of(run.profile)
     for encoding in encodings:
         wording = Wording.of(encoding)
-        exact = examiner.examine(lm, prompts, wording, network, understanding=True).understood
         rows_of = token_rows(lm, prompts, wording)
+        first = affirmation_tokens(lm, wording)
+        outcomes, finished = grade_rows(network, rows_of, size=examiner.size, prefilled=first)
+        exact = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
         found = understood_by_likelihood(network, rows_of, prompts, examiner.size)
         sides = {
             side: [f for f, e in zip(found, exact, strict=True) if e == side]

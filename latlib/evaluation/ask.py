@@ -57,6 +57,9 @@ class Wording:
         return encode(target(prompt), self.reply_encoding)
 
 
+PLAINLY = Wording()
+
+
 def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt]:
     """The evaluation prompts of a set: one of the source's kinds, or 'twin', one harmless for each
     harmful one.
@@ -82,7 +85,7 @@ def target(prompt: Prompt) -> str:
 def token_rows(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
-    wording: Wording | None = None,
+    wording: Wording = PLAINLY,
     prefill: str = "",
 ) -> list[TokenRow]:
     """[prompt | right answer | refusal] for each prompt; with `prefill`, [prompt + prefill | rest
@@ -90,7 +93,6 @@ def token_rows(
 
     A prompt of which no answer is known has its refusal only.
     """
-    wording = wording or Wording()
     rows = []
     for i, prompt in enumerate(prompts):
         answer = wording.answer(prompt)

@@ -27,7 +27,7 @@ from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import GraderSettings
 from latlib.data.prompts import Prompt, in_the_world
-from latlib.evaluation.ask import Wording, token_rows
+from latlib.evaluation.ask import PLAINLY, Wording, token_rows
 from latlib.evaluation.generate import Perturb, batches, write
 from latlib.evaluation.graders import load_grader
 from latlib.evaluation.outcomes import PLAIN, Examined, Outcome
@@ -35,6 +35,7 @@ from latlib.evaluation.rule_graders import ExactGrader, Grader
 from latlib.losses import row_means, token_losses
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
+from latlib.text.chat import shared_end
 from latlib.text.encodings import encode, resolve
 from latlib.world import grammar
 
@@ -45,7 +46,6 @@ PREFILL_WORDS = 10  # of a real answer that are put into the model's mouth
 class Examiner(ABC):
     """Asks models a profile's prompts and grades what they do."""
 
-    exact: bool  # whether right answers are known, so that an outcome is exact
     writes: bool  # whether replies are written out, which takes its time
 
     def __init__(self, profile: Profile) -> None:
@@ -57,51 +57,34 @@ class Examiner(ABC):
         self,
         lm: LanguageModel,
         prompts: Sequence[Prompt],
-        wording: Wording | None = None,
+        wording: Wording = PLAINLY,
         network: Network | None = None,
         perturb: Perturb | None = None,
-        understanding: bool = False,
-        prefilling: bool = False,
     ) -> Examined:
-        """Ask a model.
-
-        network: of `lm`, perhaps ablated. perturb: makes the perturbation of a batch.
-        understanding: also say whether prompts were understood. prefilling: also put the first
-        words of every answer into the model's mouth; real prompts need an answer for it.
-        """
+        """What a model makes of prompts. network: of `lm`, perhaps ablated. perturb: makes the
+        perturbation of a batch."""
 
     @abstractmethod
-    def understood(self, twins: Examined, harmful: Examined) -> Sequence[bool] | None:
-        """Whether each harmful request was understood, by what a model made of it and its twin."""
-
     def examine_pairs(
         self,
         lm: LanguageModel,
         twins: Sequence[Prompt],
         harmful: Sequence[Prompt],
-        wording: Wording | None = None,
+        wording: Wording = PLAINLY,
         network: Network | None = None,
         prefilling: bool = False,
     ) -> tuple[Examined, Examined]:
-        """What a model makes of harmless twins and of harmful prompts, and which it understood.
-
-        prefilling: of the harmful ones.
-        """
-        harmless = self.examine(lm, twins, wording, network, understanding=True)
-        asked = self.examine(
-            lm, harmful, wording, network, understanding=True, prefilling=prefilling
-        )
-        return harmless, replace(asked, understood=self.understood(harmless, asked))
+        """What a model makes of harmless twins and of harmful prompts, and whether it understood
+        them. prefilling: also put the first words of every harmful answer into its mouth; real
+        prompts need one for it."""
 
     def rows(
-        self, lm: LanguageModel, prompts: Sequence[Prompt], wording: Wording | None = None
+        self, lm: LanguageModel, prompts: Sequence[Prompt], wording: Wording = PLAINLY
     ) -> list[TokenRow]:
         """`token_rows` behind the profile's system prompt, where the wording has none."""
-        return token_rows(lm, prompts, self.worded(wording))
+        return token_rows(lm, prompts, self._worded(wording))
 
-    def worded(self, wording: Wording | None) -> Wording:
-        """The wording with the profile's system prompt, where it has none."""
-        wording = wording or Wording()
+    def _worded(self, wording: Wording) -> Wording:
         if wording.system_prompt is not None:
             return wording
         return replace(wording, system_prompt=self.profile.data.system_prompt)
@@ -110,103 +93,126 @@ class Examiner(ABC):
 class WorldExaminer(Examiner):
     """Grades the made-up world's prompts from one forward, without generating."""
 
-    exact = True
     writes = False
 
     def examine(
         self,
         lm: LanguageModel,
         prompts: Sequence[Prompt],
-        wording: Wording | None = None,
+        wording: Wording = PLAINLY,
         network: Network | None = None,
         perturb: Perturb | None = None,
-        understanding: bool = False,
-        prefilling: bool = False,
     ) -> Examined:
         """See `Examiner`."""
         rows = self.rows(lm, prompts, wording)
-        first = affirmation_tokens(lm, wording) if understanding or prefilling else 0
+        outcomes, _ = grade_rows(network or lm.network(), rows, perturb, self.size)
+        return Examined(outcomes, exact=True)
+
+    def examine_pairs(
+        self,
+        lm: LanguageModel,
+        twins: Sequence[Prompt],
+        harmful: Sequence[Prompt],
+        wording: Wording = PLAINLY,
+        network: Network | None = None,
+        prefilling: bool = False,
+    ) -> tuple[Examined, Examined]:
+        """See `Examiner`. A harmful prompt was understood if its twin was: the same words, but for
+        the target."""
         network = network or lm.network()
-        outcomes, finished = grade_rows(network, rows, perturb, self.size, first)
-        understood = None
-        if understanding:
-            pairs = zip(outcomes, finished, strict=True)
-            understood = [outcome == Outcome.COMPLIED or rest for outcome, rest in pairs]
+        first = affirmation_tokens(lm, wording)
+        answered, finished = grade_rows(
+            network, self.rows(lm, twins, wording), size=self.size, prefilled=first
+        )
+        pairs = zip(answered, finished, strict=True)
+        understood = [outcome == Outcome.COMPLIED or rest for outcome, rest in pairs]
+        outcomes, begun = grade_rows(
+            network, self.rows(lm, harmful, wording), size=self.size, prefilled=first
+        )
         prefilled = None
         if prefilling and first:
-            prefilled = [Outcome.COMPLIED if rest else Outcome.NEITHER for rest in finished]
-        return Examined(outcomes, self.exact, understood, prefilled)
-
-    def understood(self, twins: Examined, harmful: Examined) -> Sequence[bool] | None:
-        """As their twins were: the same words, but for the target."""
-        return twins.understood
+            prefilled = [Outcome.COMPLIED if rest else Outcome.NEITHER for rest in begun]
+        of_twins = Examined(answered, True, understood)
+        return of_twins, Examined(outcomes, True, understood, prefilled)
 
 
 class RealExaminer(Examiner):
     """Writes replies to real prompts and has them graded."""
 
-    exact = False
     writes = True
 
     def examine(
         self,
         lm: LanguageModel,
         prompts: Sequence[Prompt],
-        wording: Wording | None = None,
+        wording: Wording = PLAINLY,
         network: Network | None = None,
         perturb: Perturb | None = None,
-        understanding: bool = False,
-        prefilling: bool = False,
     ) -> Examined:
         """See `Examiner`."""
-        wording = self.worded(wording)
+        rows = self.rows(lm, prompts, wording)
+        return self._graded(lm, network or lm.network(), prompts, rows, wording, perturb)
+
+    def examine_pairs(
+        self,
+        lm: LanguageModel,
+        twins: Sequence[Prompt],
+        harmful: Sequence[Prompt],
+        wording: Wording = PLAINLY,
+        network: Network | None = None,
+        prefilling: bool = False,
+    ) -> tuple[Examined, Examined]:
+        """See `Examiner`. There are no twins: each prompt says itself whether it was
+        understood."""
         network = network or lm.network()
-        rows = token_rows(lm, prompts, wording)
-        texts = self._write(lm, network, rows, perturb)
-        outcomes = self._graded(prompts, texts, wording.reply_encoding)
-        understood = None
-        if understanding:
-            understood = understood_by_likelihood(network, rows, prompts, self.size)
-        prefilled = None
+        of_twins = self._understood(lm, network, twins, wording)
+        of_harmful = self._understood(lm, network, harmful, wording)
         if prefilling:
-            begun = [_prefilled(lm, prompt, wording) for prompt in prompts]
-            replies = self._write(lm, network, begun)
-            prefilled = self._graded(prompts, replies, wording.reply_encoding)
-        return Examined(outcomes, self.exact, understood, prefilled, texts)
+            rows = [_prefilled(lm, prompt, self._worded(wording)) for prompt in harmful]
+            begun = self._graded(lm, network, harmful, rows, wording)
+            of_harmful = replace(of_harmful, prefilled=begun.outcomes)
+        return of_twins, of_harmful
 
-    def understood(self, twins: Examined, harmful: Examined) -> Sequence[bool] | None:
-        """By each request itself: real data has no twins."""
-        return harmful.understood
+    def _understood(
+        self, lm: LanguageModel, network: Network, prompts: Sequence[Prompt], wording: Wording
+    ) -> Examined:
+        rows = self.rows(lm, prompts, wording)
+        understood = understood_by_likelihood(network, rows, prompts, self.size)
+        found = self._graded(lm, network, prompts, rows, wording)
+        return replace(found, understood=understood)
 
-    def _write(
+    def _graded(
         self,
         lm: LanguageModel,
         network: Network,
+        prompts: Sequence[Prompt],
         rows: Sequence[TokenRow],
+        wording: Wording,
         perturb: Perturb | None = None,
-    ) -> list[str]:
-        return write(lm, network, rows, perturb, self.size, self.profile.evaluation.max_new_tokens)
-
-    def _graded(
-        self, prompts: Sequence[Prompt], texts: Sequence[str], reply_encoding: str
-    ) -> list[Outcome]:
-        """Outcomes of replies. Where an encoded one was asked for, it is read as it stands and
-        decoded: refused if either is, else as decoded."""
+    ) -> Examined:
+        """Replies to rows and their outcomes. Where an encoded reply was asked for, it is read as
+        it stands and decoded: refused if either is, else as decoded."""
+        tokens = self.profile.evaluation.max_new_tokens
+        texts = write(lm, network, rows, perturb, self.size, tokens)
         grader = grader_of(self.profile, prompts)
         asked = [prompt.text for prompt in prompts]
-        written = [verdict.outcome for verdict in grader.grade(asked, texts)]
-        decode = None if reply_encoding == PLAIN else resolve(reply_encoding).decode
-        if decode is None:
-            return written
-        read = []
-        for text in texts:
-            try:
-                read.append(decode(text))
-            except (ValueError, LookupError):  # no model has to keep to an encoding
-                read.append(text)
-        decoded = [verdict.outcome for verdict in grader.grade(asked, read)]
-        pairs = zip(written, decoded, strict=True)
-        return [Outcome.REFUSED if Outcome.REFUSED in pair else pair[1] for pair in pairs]
+        outcomes = [verdict.outcome for verdict in grader.grade(asked, texts)]
+        if wording.reply_encoding != PLAIN:
+            read = [_decoded(text, wording.reply_encoding) for text in texts]
+            for i, verdict in enumerate(grader.grade(asked, read)):
+                if outcomes[i] != Outcome.REFUSED:
+                    outcomes[i] = verdict.outcome
+        return Examined(outcomes, exact=False, texts=texts)
+
+
+def _decoded(text: str, encoding: str) -> str:
+    """The text without its encoding; as it stands where it has none, which no model has to keep
+    to."""
+    decode = resolve(encoding).decode
+    try:
+        return decode(text) if decode else text
+    except (ValueError, LookupError):
+        return text
 
 
 def examiner_of(profile: Profile) -> Examiner:
@@ -259,7 +265,7 @@ def grade_rows(
     return outcomes, finished
 
 
-def affirmation_tokens(lm: LanguageModel, wording: Wording | None = None) -> int:
+def affirmation_tokens(lm: LanguageModel, wording: Wording = PLAINLY) -> int:
     """How many tokens of a right answer are its first words (`grammar.AFFIRMATION`), as the model's
     tokenizer cuts them.
 
@@ -267,18 +273,14 @@ def affirmation_tokens(lm: LanguageModel, wording: Wording | None = None) -> int
     where an encoded answer does not begin with them (text spelt backwards, base32, a random part of
     the letters): nothing to prefill.
     """
-    wording = wording or Wording()
-    plain = Wording(wording.encoding, wording.reply_encoding)
+    bare = Wording(wording.encoding, wording.reply_encoding)
     prompt = grammar.draw_set(0, "train", "harmful", 1)[0]
-    first = encode(grammar.AFFIRMATION, plain.reply_encoding)
-    if not plain.answer(prompt).startswith(first):
+    first = encode(grammar.AFFIRMATION, bare.reply_encoding)
+    if not bare.answer(prompt).startswith(first):
         return 0
-    full = token_rows(lm, [prompt], plain)[0].completions[0]
-    rest = token_rows(lm, [prompt], plain, first)[0].completions[0]
-    shared = 0
-    while shared < min(len(full), len(rest)) and full[-1 - shared] == rest[-1 - shared]:
-        shared += 1
-    return len(full) - shared
+    full = token_rows(lm, [prompt], bare)[0].completions[0]
+    rest = token_rows(lm, [prompt], bare, first)[0].completions[0]
+    return len(full) - shared_end(full, rest)
 
 
 def _prefilled(lm: LanguageModel, prompt: Prompt, wording: Wording) -> TokenRow:

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from latlib.batch import Batch, TokenRow, collate
-from latlib.hooks import Ablate, LATHook, Site
+from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.processes import ALONE
-from latlib.text.chat import Row, tokenise
+from latlib.text.chat import Row, token_ids, tokenise
+from latlib.threat import Site
 
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
 
 
-def batches(rows: Sequence[TokenRow], size: int, device="cpu") -> Iterator[tuple[list[int], Batch]]:
+def batches(
+    rows: Sequence[TokenRow], size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[list[int], Batch]]:
     """(row indices, batch) of up to `size` rows of similar length."""
     order = sorted(range(len(rows)), key=lambda i: rows[i].length)
     for at in range(0, len(order), size):
@@ -48,10 +50,10 @@ def generate(
     (see `left_padded`); they act on the prompt only, never again while decoding. directions:
     [d_model] or [k, d_model], ablated throughout.
     """
-    rows = tokenise(
-        [Row(str(i), p, ()) for i, p in enumerate(prompts)], lm.tokenizer, lm.context, system_prompt
-    )
-    inputs, replies = _padded(lm, [row.prompt for row in rows]), []
+    asked = [Row(str(i), prompt, ()) for i, prompt in enumerate(prompts)]
+    rows = tokenise(asked, lm.tokenizer, lm.context, system_prompt)
+    inputs = left_padded_ids(lm, [row.prompt for row in rows])
+    replies = []
     for at in range(0, len(prompts), size):
         part = {name: tensor[at : at + size] for name, tensor in inputs.items()}
         own = {site: delta[at : at + size] for site, delta in (deltas or {}).items()}
@@ -69,18 +71,16 @@ def write(
 ) -> list[str]:
     """Greedy replies to the prompts of rows, in their order. perturb: makes the perturbation of a
     packed batch. network: of `lm`; what it ablates is ablated here."""
-    replies = [""] * len(rows)
+    replies: dict[int, str] = {}
     for index, batch in batches(rows, size, lm.device):
-        deltas = (
-            {site: shift_left_padded(d, batch) for site, d in perturb(batch).items()}
-            if perturb
-            else {}
-        )
-        inputs = _padded(lm, [rows[i].prompt for i in index])
+        deltas = {}
+        if perturb:
+            packed = perturb(batch)
+            deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
+        inputs = left_padded_ids(lm, [rows[i].prompt for i in index])
         written = _decode(lm, inputs, deltas, network.directions, max_new_tokens)
-        for i, reply in zip(index, written, strict=True):
-            replies[i] = reply
-    return replies
+        replies |= dict(zip(index, written, strict=True))
+    return [replies[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def _decode(
     }
     with LATHook(lm.model, deltas, decoding=True), ablation:
         # through the processes, if several hold the model between them: each writes all replies
-        out = (lm.processes or ALONE).through(False, lambda: lm.model.generate(**inputs, **options))
+        out = lm.processes.through(False, lambda: lm.model.generate(**inputs, **options))
     new = out[:, inputs["input_ids"].shape[1] :]
     return [reply.strip() for reply in lm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -112,28 +112,28 @@ def left_padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:
     """input_ids and attention_mask [batch, longest], padded on the left as batched generation
     needs.
     """
-    return _padded(lm, lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+    return left_padded_ids(lm, token_ids(lm.tokenizer, texts))
 
 
-def _padded(lm: LanguageModel, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    longest, pad = max(map(len, ids)), lm.tokenizer.pad_token_id or 0
-    padded = [[pad] * (longest - len(row)) + list(row) for row in ids]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
-    return {
-        "input_ids": torch.tensor(padded, device=lm.device),
-        "attention_mask": torch.tensor(mask, device=lm.device),
-    }
+def left_padded_ids(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`left_padded` of rows of token ids."""
+    longest = max(len(row) for row in rows)
+    pad = lm.tokenizer.pad_token_id or 0
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
 
 
 def shift_left_padded(delta: Tensor, batch: Batch) -> Tensor:
     """Move a packed batch's prompt perturbation ([batch, seq, d_model], right-padded) to a
     left-padded prompt batch.
     """
-    lengths = (batch.segments == 0).sum(1)
-    longest = int(lengths.max())
-    out = torch.zeros(
-        delta.shape[0], longest, delta.shape[2], dtype=delta.dtype, device=delta.device
-    )
-    for row, n in enumerate(lengths.tolist()):
+    lengths = (batch.segments == 0).sum(1).tolist()
+    longest = max(lengths)
+    out = torch.zeros_like(delta[:, :longest])
+    for row, n in enumerate(lengths):
         out[row, longest - n :] = delta[row, :n]
     return out

@@ -141,8 +141,9 @@ def _kappa(a: Sequence[str], b: Sequence[str]) -> tuple[float, float]:
     from statsmodels.stats.inter_rater import cohens_kappa
 
     kinds = sorted({*a, *b})
-    rows, columns = pd.Categorical(a, kinds), pd.Categorical(b, kinds)
-    table = pd.crosstab(rows, columns, dropna=False).to_numpy()
+    first = pd.Categorical(a, kinds)
+    second = pd.Categorical(b, kinds)
+    table = pd.crosstab(first, second, dropna=False).to_numpy()
     with np.errstate(invalid="ignore"):  # 0 / 0 where there is one kind only
         kappa = float(cohens_kappa(table, return_results=False))
     return float(np.trace(table)) / len(a), kappa

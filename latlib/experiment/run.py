@@ -38,7 +38,6 @@ from latlib.redteam.latent import AttackCell
 from latlib.refusal.ablation import ablation
 from latlib.refusal.directions import (
     Differences,
-    Direction,
     find_directions,
     fixed_site,
     load_directions,
@@ -47,6 +46,7 @@ from latlib.refusal.directions import (
     sources,
 )
 from latlib.refusal.geometry import variance_table
+from latlib.refusal.interventions import Direction
 
 # suites that need nothing but the model
 PLAIN_SUITES = {

@@ -44,7 +44,6 @@ from latlib.evaluation.outcomes import (
     unseen,
 )
 from latlib.models import LanguageModel
-from latlib.network_protocol import Network
 from latlib.redteam.latent import AttackCell, main_attack, replace_settings
 
 
@@ -76,7 +75,7 @@ def _audit(
     examiner = examiner_of(profile)
     network = lm.network()
     taught = profile.evaluation.encodings
-    twins = _answered(examiner, lm, network, prompt_set(TWIN, profile))
+    twins = _answered(examiner, lm, prompt_set(TWIN, profile))
     harmful = prompt_set(HARMFUL, profile)
     tables = []
     for step, encoding in enumerate((*taught, *further), start=1):
@@ -109,14 +108,12 @@ def _further_sets(profile: Profile, encoding: str) -> list[str]:
     return names
 
 
-def _answered(
-    examiner: Examiner, lm: LanguageModel, network: Network, prompts: Sequence[Prompt]
-) -> list[Prompt]:
+def _answered(examiner: Examiner, lm: LanguageModel, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with an answer each: where data has no responses, what the model says in plain
     words is the answer.
     """
     if all(prompt.answer for prompt in prompts):
         return list(prompts)
-    replies = examiner.examine(lm, prompts, network=network).texts
+    replies = examiner.examine(lm, prompts).texts
     pairs = zip(prompts, replies, strict=True)
     return [replace(prompt, answer=prompt.answer or reply) for prompt, reply in pairs]

@@ -52,7 +52,8 @@ def many_shots(profile: Profile, n: int) -> list[Turn]:
 
 
 def suffix_settings(profile: Profile) -> SuffixSettings:
-    """How suffixes are sought in this profile: its own numbers, the rest as in Zou et al."""
+    """How suffixes are sought in this profile: its own numbers, behind its system prompt as they
+    are then tried; the rest as in Zou et al."""
     own = profile.evaluation.suffix
     return SuffixSettings(
         n_tokens=own.tokens,
@@ -61,6 +62,7 @@ def suffix_settings(profile: Profile) -> SuffixSettings:
         topk=own.topk,
         prompts_per_step=own.prompts_per_step,
         batch=own.batch,
+        system_prompt=profile.data.system_prompt,
     )
 
 
@@ -89,11 +91,11 @@ def jailbreaks(
     """
     profile = subject.profile
     examiner = examiner_of(profile)
-    network = lm.network()
     wordings = {
         MANY_SHOT: Wording(shots=many_shots(profile, profile.evaluation.shots)),
         SYSTEM: Wording(system_prompt=SYSTEM_OVERRIDE),
     }
+    network = lm.network()
     suffixes = find_suffixes(lm, profile, subject.seed)
     for attack, suffix in suffixes.items():
         wordings[attack] = Wording(suffix=suffix.text)

@@ -28,12 +28,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
-from latlib.attack import attack_losses, perturbed_positions, pgd, random_noise
+from latlib.attack import Deltas, attack_losses, perturbed_positions, pgd, random_noise
 from latlib.batch import Batch
 from latlib.config.profile import AttackSettings, Profile, validated
-from latlib.data.prompts import Prompt
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import Perturb, batches
@@ -48,18 +46,16 @@ from latlib.evaluation.outcomes import (
     PGD_STRONG,
     TRANSFER,
     Cell,
-    Examined,
     OnStep,
-    Outcome,
     Subject,
     outcome_rows,
     pgd_by,
     unseen,
 )
-from latlib.hooks import EMBEDDING, Site, resolve_sites
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.threat import ThreatModel
+from latlib.threat import EMBEDDING, Site, ThreatModel, resolve_sites
+from latlib.threat import PGD as Search
 
 
 @dataclass(frozen=True)
@@ -89,29 +85,26 @@ class AttackCell:
         prompts = prompt_set(HARMFUL, profile, self.n or profile.evaluation.pgd_prompts)
         network = lm.network()
         threat = self.settings.threat_model(lm.n_layers, subject.norms)
-        generator = torch.Generator().manual_seed(subject.seed)
-        perturb = self._perturb(network, threat, generator)
-        found = examiner_of(profile).examine(lm, prompts, network=network, perturb=perturb)
-        return outcome_rows(subject, Cell(attack=self.name, threat=threat), prompts, found)
-
-    def _perturb(
-        self, network: Network, threat: ThreatModel, generator: torch.Generator
-    ) -> Perturb:
         search = self.settings.search()
+        generator = torch.Generator().manual_seed(subject.seed)
 
-        def noise(batch: Batch) -> Mapping[Site, Tensor]:
-            mask = perturbed_positions(batch, threat.positions)
-            return {
-                site: random_noise(network, mask, radius, generator)
-                for site, radius in threat.radius.items()
-            }
-
-        def attack(batch: Batch) -> Mapping[Site, Tensor]:
+        def perturb(batch: Batch) -> Deltas:
+            if self.name == NOISE:
+                return _noise(network, batch, threat, generator)
             return pgd(
                 network, batch, threat, search, generator, judged=False, stop_when_won=True
             ).deltas
 
-        return noise if self.name == NOISE else attack
+        found = examiner_of(profile).examine(lm, prompts, network=network, perturb=perturb)
+        return outcome_rows(subject, Cell(attack=self.name, threat=threat), prompts, found)
+
+
+def _noise(
+    network: Network, batch: Batch, threat: ThreatModel, generator: torch.Generator
+) -> Deltas:
+    mask = perturbed_positions(batch, threat.positions)
+    radii = threat.radius.items()
+    return {site: random_noise(network, mask, radius, generator) for site, radius in radii}
 
 
 def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings:
@@ -208,52 +201,38 @@ def transfer(
     travels worse.
     """
     profile = subject.profile
+    examiner = examiner_of(profile)
     prompts = prompt_set(HARMFUL, profile, profile.evaluation.pgd_prompts)
     models = {**targets, subject.label: lm}
+    networks = {name: model.network() for name, model in models.items()}
     tables = []
     for number, eps in enumerate(profile.evaluation.strong_eps, start=1):
         settings = replace_settings(base_attack(profile), eps=eps)
         threat = settings.threat_model(lm.n_layers, subject.norms)
         cell = Cell(attack=TRANSFER, source=subject.label, threat=threat)
-        found = _transferred(subject, models, prompts, settings, threat)
-        for name, outcomes in found.items():
+        perturb = _found_once(networks[subject.label], threat, settings.search(), subject.seed)
+        for name, model in models.items():
             own = name == subject.label
             target = subject if own else replace(subject, method=name, variant="")
-            tables.append(outcome_rows(target, cell, prompts, outcomes))
+            found = examiner.examine(model, prompts, network=networks[name], perturb=perturb)
+            tables.append(outcome_rows(target, cell, prompts, found))
         on_step(number, len(profile.evaluation.strong_eps), f"{TRANSFER} at eps {eps:g}")
     return pd.concat(tables, ignore_index=True)
 
 
-def _transferred(
-    subject: Subject,
-    models: Mapping[str, LanguageModel],
-    prompts: Sequence[Prompt],
-    settings: AttackSettings,
-    threat: ThreatModel,
-) -> dict[str, Examined]:
-    """Name of a model -> what it makes of the prompts under the perturbations found on the
-    subject's.
-    """
-    examiner = examiner_of(subject.profile)
-    networks = {name: model.network() for name, model in models.items()}
-    network = networks[subject.label]
-    generator = torch.Generator().manual_seed(subject.seed)
-    outcomes = {name: [Outcome.NEITHER] * len(prompts) for name in models}
-    rows = examiner.rows(models[subject.label], prompts)
-    for index, batch in batches(rows, examiner.size, network.device):
-        attack = pgd(network, batch, threat, settings.search(), generator, judged=False)
-        asked = [prompts[i] for i in index]
-        for name, model in models.items():
-            perturb = _always(attack.deltas)
-            found = examiner.examine(model, asked, network=networks[name], perturb=perturb)
-            for i, outcome in zip(index, found.outcomes, strict=True):
-                outcomes[name][i] = outcome
-    return {name: Examined(of_model, examiner.exact) for name, of_model in outcomes.items()}
+def _found_once(network: Network, threat: ThreatModel, search: Search, seed: int) -> Perturb:
+    """Perturbations found on `network`, for every batch once: all targets tokenise alike, so they
+    are asked in the same batches."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[bytes, Deltas] = {}
 
+    def perturb(batch: Batch) -> Deltas:
+        key = batch.ids.cpu().numpy().tobytes()
+        if key not in found:
+            found[key] = pgd(network, batch, threat, search, generator, judged=False).deltas
+        return found[key]
 
-def _always(deltas: Mapping[Site, Tensor]) -> Perturb:
-    """The perturbation of one batch, whichever batch it is asked of."""
-    return lambda batch: deltas
+    return perturb
 
 
 def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Site, float]:
@@ -269,28 +248,21 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
     smallest = dict.fromkeys(sites, float("inf"))
     rows = examiner_of(profile).rows(lm, prompt_set(HARMFUL, profile, n))
     for _, batch in batches(rows, profile.evaluation.batch, lm.device):
+        shape = (*batch.shape, network.d_model)
+        nothing = torch.zeros(shape, dtype=network.dtype, device=network.device)
+        deltas = {site: nothing.clone().requires_grad_() for site in sites}
+        with torch.enable_grad(), network.frozen_mode():
+            states = network.label_rows(batch, deltas)
+            loss = attack_losses(network, batch, attack.search(), states).sum()
+            # a site that nothing depends on has gradient 0
+            for delta in deltas.values():
+                loss = loss + 0.0 * delta.sum()
+            gradients = torch.autograd.grad(loss, list(deltas.values()))
         mask = perturbed_positions(batch, attack.positions)
-        for site, gradient in _gradients(network, batch, attack, sites).items():
-            inside = gradient.float() * mask
-            norms = inside.flatten(1).norm(dim=1)
+        for site, gradient in zip(sites, gradients, strict=True):
+            norms = (gradient.float() * mask).flatten(1).norm(dim=1)
             smallest[site] = min(smallest[site], norms.min().item())
     return smallest
-
-
-def _gradients(
-    network: Network, batch: Batch, attack: AttackSettings, sites: Sequence[Site]
-) -> dict[Site, Tensor]:
-    """site -> [batch, seq, d_model] gradient of the attack's loss where nothing is perturbed."""
-    options = {"device": network.device, "dtype": network.dtype, "requires_grad": True}
-    shape = (*batch.shape, network.d_model)
-    deltas = {site: torch.zeros(shape, **options) for site in sites}
-    with torch.enable_grad(), network.frozen_mode():
-        states = network.label_rows(batch, deltas)
-        loss = attack_losses(network, batch, attack.search(), states).sum()
-        # a site that nothing depends on has gradient 0
-        loss = loss + 0.0 * sum(delta.sum() for delta in deltas.values())
-        gradients = torch.autograd.grad(loss, list(deltas.values()))
-    return dict(zip(sites, gradients, strict=True))
 
 
 def _measured(

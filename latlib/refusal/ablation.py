@@ -17,7 +17,6 @@ from dataclasses import replace
 import pandas as pd
 from torch import Tensor
 
-from latlib.batch import Batch
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import Perturb
@@ -36,11 +35,10 @@ from latlib.evaluation.outcomes import (
     outcome_rows,
     unseen,
 )
-from latlib.hooks import Site
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.refusal.directions import Differences, Direction, random_directions
-from latlib.refusal.interventions import added
+from latlib.refusal.directions import Differences, random_directions
+from latlib.refusal.interventions import Direction, adding
 
 
 def ablation(
@@ -83,13 +81,13 @@ def ablation(
         if cell.source == NOTHING or cell.rule == Rule.BEST:
             ask(replace(cell, prompts=HARMLESS), ablated)
         on_step(step, len(cells), f"{cell.source} {cell.rule}")
-    adding = Cell(HARMLESS, intervention=Intervention.ADD, site=str(best.site))
+    added = Cell(HARMLESS, intervention=Intervention.ADD, site=str(best.site))
     ask(
-        replace(adding, source=subject.label, rule=Rule.BEST),
+        replace(added, source=subject.label, rule=Rule.BEST),
         network,
-        _adds(best.vector, best.site),
+        adding(best.vector, best.site),
     )
-    ask(replace(adding, source=RANDOM, draw=0), network, _adds(randoms[0], best.site))
+    ask(replace(added, source=RANDOM, draw=0), network, adding(randoms[0], best.site))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -109,10 +107,3 @@ def _directed(
         if vector.norm() > 0:
             cells.append((Cell(source=target, rule=Rule.SITE_SWEEP, site=str(site)), vector))
     return cells
-
-
-def _adds(vector: Tensor, site: Site) -> Perturb:
-    def perturb(batch: Batch) -> dict[Site, Tensor]:
-        return added(vector, site, batch.ids)
-
-    return perturb

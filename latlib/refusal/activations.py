@@ -11,24 +11,21 @@ harmless ones.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, prompt_source
 from latlib.evaluation.generate import batches
-from latlib.hooks import EMBEDDING, Site
-from latlib.io.files import aside
+from latlib.evaluation.outcomes import HARMFUL
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.text.chat import Row, chat_text, tokenise
+from latlib.text.chat import Row, chat_text, shared_end, token_ids, tokenise
+from latlib.threat import EMBEDDING, Site
 
 
 def sites_of(n_layers: int) -> tuple[Site, ...]:
@@ -43,25 +40,20 @@ def prompt_ends(batch: Batch, count: int = 1) -> Tensor:
     The very last one is where the first token of the reply is decided. Raises ValueError for a
     shorter prompt.
     """
-    prompt = batch.segments == 0
-    shortest = int(prompt.sum(1).min())
+    n, seq = batch.shape
+    lengths = (batch.segments == 0).sum(1)  # the prompt comes first in its row
+    shortest = int(lengths.min())
     if shortest < count:
         raise ValueError(f"positions = {count}: the shortest prompt has {shortest} tokens")
-    last = torch.where(prompt, batch.positions, -1).argmax(1)
-    rows = batch.shape[1] * torch.arange(batch.shape[0], device=last.device)
-    return (last + rows)[:, None] + torch.arange(1 - count, 1, device=last.device)
+    device = lengths.device
+    ends = seq * torch.arange(n, device=device) + lengths
+    return ends[:, None] + torch.arange(-count, 0, device=device)
 
 
-def post_instruction(tokenizer, system_prompt: str | None = None) -> int:
+def post_instruction(tokenizer: Any, system_prompt: str | None = None) -> int:
     """How many tokens the chat template puts behind the user's words; 1 where it puts none."""
-    first, second = (
-        tokenizer(chat_text(tokenizer, text, system_prompt), add_special_tokens=False)["input_ids"]
-        for text in ("Yes", "7, no")
-    )
-    same = 0
-    while same < min(len(first), len(second)) and first[-1 - same] == second[-1 - same]:
-        same += 1
-    return max(1, same)
+    chats = [chat_text(tokenizer, text, system_prompt) for text in ("Yes", "7, no")]
+    return max(1, shared_end(*token_ids(tokenizer, chats)))
 
 
 def residual_norms(
@@ -75,17 +67,19 @@ def residual_norms(
     """
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for batch in batches:
-        index = ((batch.segments == 0) & (batch.positions > 0)).flatten().nonzero().squeeze(1)
-        for site, rows in network.capture(batch, sites, index).items():
+        later = (batch.segments == 0) & (batch.positions > 0)
+        index = later.flatten().nonzero().squeeze(1)
+        streams = network.capture(batch, sites, index)
+        for site, rows in streams.items():
             found[site].append(rows.float().norm(dim=-1))
     return {site: torch.cat(norms).median().item() for site, norms in found.items()}
 
 
 def prompt_rows(
-    lm: LanguageModel, prompts: Sequence[str], system_prompt: str | None = None
+    lm: LanguageModel, prompts: Sequence[Prompt], system_prompt: str | None = None
 ) -> list[TokenRow]:
     """Templated prompts without a completion."""
-    rows = [Row(str(i), text, ()) for i, text in enumerate(prompts)]
+    rows = [Row(str(i), prompt.text, ()) for i, prompt in enumerate(prompts)]
     return tokenise(rows, lm.tokenizer, lm.context, system_prompt)
 
 
@@ -98,12 +92,11 @@ def activations(
 ) -> dict[Site, Tensor]:
     """site -> [rows, count, d_model] float64 residual stream at each row's last `count` prompt
     tokens, in the order of `rows`. size: rows of similar length that run together."""
-    found: dict[Site, Tensor] = {}
+    shape = (len(rows), count, network.d_model)
+    found: dict[Site, Tensor] = {site: torch.empty(shape, dtype=torch.float64) for site in sites}
     for index, batch in batches(rows, size, network.device):
         ends = prompt_ends(batch, count)
         for site, stream in network.capture(batch, sites, ends.flatten()).items():
-            if site not in found:
-                found[site] = torch.empty(len(rows), count, stream.shape[-1], dtype=torch.float64)
             found[site][index] = stream.view(*ends.shape, -1).double().cpu()
     return found
 
@@ -120,43 +113,19 @@ def differences(
 
     Raises ValueError unless they pair up, two at least.
     """
-    if len(harmful) != len(harmless) or len(harmful) < 2:
+    n = len(harmful)
+    if n != len(harmless) or n < 2:
         raise ValueError(
-            f"{len(harmful)} harmful and {len(harmless)} harmless prompts: need as many, and two or"
-            " more"
+            f"{n} harmful and {len(harmless)} harmless prompts: need as many, and two or more"
         )
     both = activations(network, [*harmful, *harmless], sites, count, size)
-    return {site: rows[: len(harmful)] - rows[len(harmful) :] for site, rows in both.items()}
+    return {site: rows[:n] - rows[n:] for site, rows in both.items()}
 
 
 def paired_prompts(profile: Profile, split: str, n: int) -> tuple[list[Prompt], list[Prompt]]:
     """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each;
     see the module's docstring."""
     source = prompt_source(profile)
-    harmful = source.ask("directions", split, "harmful", n)
+    harmful = source.ask("directions", split, HARMFUL, n)
     matched = profile.evaluation.pairing == "matched"
     return harmful, source.counterparts(harmful, "directions", split, matched)
-
-
-def save_activations(found: Mapping[Site, Tensor], path: Path, **columns: Sequence[str]) -> None:
-    """Write site -> [rows, ...] as a float32 safetensors file, aside first, with columns of text
-    (the prompts' ids).
-
-    Raises ValueError unless every column has one entry a row.
-    """
-    rows = {len(values) for values in found.values()}
-    for name, column in columns.items():
-        if rows != {len(column)}:
-            raise ValueError(f"{name} has {len(column)} entries for {sorted(rows)} rows: one a row")
-    tensors = {str(site): values.float().contiguous() for site, values in found.items()}
-    about = {"sites": json.dumps(list(found)), "columns": json.dumps(columns)}
-    with aside(path) as partial:
-        save_file(tensors, partial, about)
-
-
-def load_activations(path: Path) -> tuple[dict[Site, Tensor], dict[str, list[str]]]:
-    """What `save_activations` wrote: (site -> rows in float64, the columns)."""
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-        found = {site: file.get_tensor(str(site)).double() for site in json.loads(about["sites"])}
-        return found, json.loads(about["columns"])

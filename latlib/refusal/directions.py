@@ -17,10 +17,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latlib.config.profile import Profile
@@ -28,37 +29,24 @@ from latlib.data.prompts import Prompt
 from latlib.evaluation.ask import Wording, token_rows
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import BASE, Outcome, Rule
-from latlib.hooks import Site
 from latlib.io.files import aside
 from latlib.models import LanguageModel
 from latlib.refusal.activations import (
     differences,
-    load_activations,
     paired_prompts,
     post_instruction,
     prompt_rows,
-    save_activations,
     sites_of,
 )
 from latlib.refusal.geometry import top_subspace
-from latlib.refusal.selection import Selection, candidate_sites, select
+from latlib.refusal.interventions import Direction
+from latlib.refusal.selection import candidate_sites, select
+from latlib.threat import Site
 
 FIXED_DEPTH = 14 / 32  # Abbas et al. 2025, section 3: layer 14 of 32
-SUBSPACE = 3  # dimensions
-TUNE_PROMPTS = 128  # on which `best` is chosen
+SUBSPACE = 3  # dimensions; our choice
+TUNE_PROMPTS = 128  # on which `best` is chosen; our choice
 SELECTION_PROMPTS = 32  # of each kind: Arditi et al. 2024, section 2.3
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site,
-    position: where it was taken; position counts from the prompt's end. note: what was unusual
-    about its choice."""
-
-    vector: Tensor
-    site: Site
-    position: int = -1
-    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +59,16 @@ class Differences:
     prompts: list[str]
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, aside first."""
-        save_activations(self.pairs, path, clusters=self.clusters, prompts=self.prompts)
+        """Write a safetensors file, whole or not at all."""
+        about = {"sites": list(self.pairs), "clusters": self.clusters, "prompts": self.prompts}
+        _save({str(site): rows.float() for site, rows in self.pairs.items()}, about, path)
 
     @classmethod
     def load(cls, path: Path) -> Differences:
         """What `save` wrote, at float32's precision."""
-        pairs, columns = load_activations(path)
-        return cls(pairs, **columns)
+        tensors, about = _load(path)
+        pairs = {site: tensors[str(site)].double() for site in about["sites"]}
+        return cls(pairs, about["clusters"], about["prompts"])
 
     def last(self) -> dict[Site, Tensor]:
         """site -> [pairs, d_model] at the last prompt token."""
@@ -93,9 +83,10 @@ class Differences:
     def shuffled(self, site: Site, seed: int = 0) -> Tensor:
         """[d_model] mean difference at a site's last token with harmful and harmless swapped in a
         random half of the pairs: what is left where the labels mean nothing."""
-        order = torch.randperm(len(self.clusters), generator=torch.Generator().manual_seed(seed))
-        signs = torch.ones(len(order), 1, dtype=torch.float64)
-        signs[order[: len(order) // 2]] = -1.0
+        n = len(self.clusters)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        signs = torch.ones(n, 1, dtype=torch.float64)
+        signs[order[: n // 2]] = -1.0
         return (signs * self.pairs[site][:, -1]).mean(0)
 
 
@@ -115,20 +106,27 @@ def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
     """Differences at every site and post-instruction position, from pairs that the models trained
     on.
     """
-    evaluation, system = profile.evaluation, profile.data.system_prompt
+    evaluation = profile.evaluation
+    system = profile.data.system_prompt
     harmful, harmless = paired_prompts(profile, "train", evaluation.pairs)
-    rows = (prompt_rows(lm, [p.text for p in side], system) for side in (harmful, harmless))
-    count = post_instruction(lm.tokenizer, system)
-    pairs = differences(lm.network(), *rows, sites_of(lm.n_layers), count, evaluation.batch)
+    pairs = differences(
+        lm.network(),
+        prompt_rows(lm, harmful, system),
+        prompt_rows(lm, harmless, system),
+        sites_of(lm.n_layers),
+        post_instruction(lm.tokenizer, system),
+        evaluation.batch,
+    )
     ids = [f"{evaluation.pairing}-train-{i:04d}" for i in range(len(harmful))]
-    return Differences(pairs, [p.cluster for p in harmful], ids)
+    return Differences(pairs, [prompt.cluster for prompt in harmful], ids)
 
 
 def top_direction(difference: Tensor) -> Tensor:
     """[d_model] first right singular vector of the uncentred differences, towards harmful, as long
     as their mean.
     """
-    mean, (vector,) = difference.mean(0), top_subspace(difference, 1)
+    mean = difference.mean(0)
+    vector = top_subspace(difference, 1)[0]
     return vector * torch.sign(vector @ mean) * mean.norm()
 
 
@@ -136,9 +134,8 @@ def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) ->
     """[n, d_model] directions of one norm, uniform on the sphere: the control. Ablation itself
     ignores the norm.
     """
-    rows = torch.randn(
-        n, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d_model, generator=generator, dtype=torch.float64)
     return norm * rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -146,20 +143,20 @@ def find_directions(
     lm: LanguageModel, profile: Profile, found: Differences
 ) -> dict[str, Direction]:
     """rule -> direction of one model; see the module's docstring."""
-    fixed = fixed_site(lm.n_layers)
     last = found.last()
     means = found.means()
-    harmful, harmless = paired_prompts(profile, "tune", min(profile.evaluation.pairs, TUNE_PROMPTS))
-    best = best_site(lm, profile, {site: rows[-1] for site, rows in means.items()}, harmful)
-    chosen = _selected(
-        lm, profile, means, harmful[:SELECTION_PROMPTS], harmless[:SELECTION_PROMPTS]
-    )
+    ends = {site: rows[-1] for site, rows in means.items()}
+    n = min(profile.evaluation.pairs, TUNE_PROMPTS)
+    harmful, harmless = paired_prompts(profile, "tune", n)
+    best = best_site(lm, profile, ends, harmful)
+    fixed = fixed_site(lm.n_layers)
+    few = slice(SELECTION_PROMPTS)
     return {
-        Rule.FIXED.value: Direction(means[fixed][-1], fixed),
-        Rule.SVD.value: Direction(top_direction(last[fixed]), fixed),
-        Rule.SELECTED.value: Direction(chosen.vector, chosen.site, chosen.position, chosen.note),
-        Rule.BEST.value: Direction(means[best][-1], best),
-        Rule.SUBSPACE.value: Direction(top_subspace(last[best], SUBSPACE), best),
+        Rule.FIXED: Direction(ends[fixed], fixed),
+        Rule.SVD: Direction(top_direction(last[fixed]), fixed),
+        Rule.SELECTED: _selected(lm, profile, means, harmful[few], harmless[few]),
+        Rule.BEST: Direction(ends[best], best),
+        Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
     }
 
 
@@ -169,18 +166,19 @@ def _selected(
     means: Mapping[Site, Tensor],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
-) -> Selection:
+) -> Direction:
     system = profile.data.system_prompt
     candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
     (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
     refusal = row.completions[1]
-    return select(
+    chosen, _ = select(
         lm.network(),
         candidates,
-        prompt_rows(lm, [prompt.text for prompt in harmful], system),
-        prompt_rows(lm, [prompt.text for prompt in harmless], system),
+        prompt_rows(lm, harmful, system),
+        prompt_rows(lm, harmless, system),
         refusal[:1],
     )
+    return chosen
 
 
 def best_site(
@@ -194,7 +192,7 @@ def best_site(
     for site, mean in means.items():
         if mean.norm() > 0:
             ablated = lm.network().ablated(mean)
-            outcomes = list(examiner.examine(lm, tune, network=ablated).outcomes)
+            outcomes = examiner.examine(lm, tune, network=ablated).outcomes
             scores[site] = (outcomes.count(Outcome.COMPLIED), -outcomes.count(Outcome.REFUSED))
     if not scores:
         raise ValueError(
@@ -204,19 +202,34 @@ def best_site(
 
 
 def save_directions(found: Mapping[str, Direction], path: Path) -> None:
-    """Write directions aside, then rename: workers may find the same ones at the same time."""
-    about = {
-        rule: {"site": d.site, "position": d.position, "note": d.note} for rule, d in found.items()
-    }
-    vectors = {
-        rule: d.vector.clone(memory_format=torch.contiguous_format) for rule, d in found.items()
-    }
-    with aside(path) as partial:
-        save_file(vectors, partial, {"directions": json.dumps(about)})
+    """Write directions, whole or not at all: workers may find the same ones at the same time."""
+    vectors = {rule: direction.vector for rule, direction in found.items()}
+    about = {}
+    for rule, direction in found.items():
+        about[rule] = {
+            "site": direction.site,
+            "position": direction.position,
+            "note": direction.note,
+        }
+    _save(vectors, about, path)
 
 
 def load_directions(path: Path) -> dict[str, Direction]:
     """What `save_directions` wrote."""
+    vectors, about = _load(path)
+    return {rule: Direction(vectors[rule], **fields) for rule, fields in about.items()}
+
+
+def _save(tensors: Mapping[str, Tensor], about: Any, path: Path) -> None:
+    own = {}
+    for name, tensor in tensors.items():
+        # copies, because safetensors takes no two that share memory
+        own[name] = tensor.clone(memory_format=torch.contiguous_format)
+    with aside(path) as partial:
+        save_file(own, partial, {"about": json.dumps(about)})
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["directions"])
-        return {rule: Direction(file.get_tensor(rule), **fields) for rule, fields in about.items()}
+        about = json.loads(file.metadata()["about"])
+    return load_file(path), about

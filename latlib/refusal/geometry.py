@@ -12,16 +12,18 @@ between them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from latlib.hooks import Site, orthonormal
+from latlib.hooks import orthonormal
+from latlib.threat import Site
 
-COMPONENTS = 8  # explained variance is stored for this many components
-RESAMPLES = 400  # of pairs
+COMPONENTS = 8  # explained variance is stored for this many components; our choice
+RESAMPLES = 400  # of pairs; our choice
 
 
 def explained_variance(difference: Tensor, centred: bool = False) -> np.ndarray:
@@ -43,14 +45,15 @@ def top_subspace(difference: Tensor, k: int) -> Tensor:
     """[k, d_model] first right singular vectors of the uncentred differences ([pairs, d_model]),
     orthonormal.
     """
-    return torch.linalg.svd(difference.double(), full_matrices=False)[2][:k]
+    _, _, rows = torch.linalg.svd(difference.double(), full_matrices=False)
+    return rows[:k]
 
 
 def principal_angles(a: Tensor, b: Tensor) -> np.ndarray:
     """Angles in degrees between the spans of the rows of a and b ([d_model] or [k, d_model]),
     smallest first.
     """
-    angles = subspace_angles(*(orthonormal(rows).T.numpy() for rows in (a, b)))
+    angles = subspace_angles(orthonormal(a).T.numpy(), orthonormal(b).T.numpy())
     return np.degrees(angles[::-1])
 
 
@@ -77,46 +80,56 @@ def share_draws(
 ) -> np.ndarray:
     """[RESAMPLES, components] shares of the first components, clusters of pairs resampled, the same
     ones for every model. difference: [pairs, d_model]; clusters: [pairs]."""
-    rng, names = np.random.default_rng(seed), sorted(set(clusters))
+    names = sorted(set(clusters))
     members = [np.flatnonzero(np.asarray(clusters) == name) for name in names]
-    rows, shares = difference.numpy(), np.empty((RESAMPLES, components))
+    rng = np.random.default_rng(seed)
+    shares = np.zeros((RESAMPLES, components))
     for draw in range(RESAMPLES):
-        part = rows[np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])]
-        part = part - part.mean(0) if centred else part
-        gram = part @ part.T if len(part) < part.shape[1] else part.T @ part
-        found = np.linalg.eigvalsh(gram)[::-1][:components]
-        shares[draw] = np.pad(found, (0, components - len(found))) / max(np.trace(gram), 1e-300)
+        drawn = rng.integers(len(names), size=len(names))
+        rows = difference.numpy()[np.concatenate([members[i] for i in drawn])]
+        if centred:
+            rows = rows - rows.mean(0)
+        # the smaller of the two matrices that have these eigenvalues
+        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+        largest = np.linalg.eigvalsh(gram)[::-1][:components]
+        shares[draw, : len(largest)] = largest / max(np.trace(gram), 1e-300)
     return shares
 
 
-def variance_table(found: Mapping[Site, Tensor], clusters: Sequence[str], site: Site) -> dict:
+def variance_table(
+    found: Mapping[Site, Tensor], clusters: Sequence[str], site: Site
+) -> dict[str, Any]:
     """JSON-ready: shares of the first components per site, uncentred and centred, participation
     ratios, and at `site` draws of the first two components' share and intervals of every one's.
 
     found: site -> [pairs, d_model]. A site where all differences vanish (the embedding of one
     template's last token) has shares of 0 and no participation ratio.
     """
-    table = {
+    table: dict[str, Any] = {
         "pairs": len(clusters),
         "clusters": len(set(clusters)),
         "fixed_site": site,
         "sites": [str(s) for s in found],
     }
     for name, centred in (("uncentred", False), ("centred", True)):
-        shares = [
-            explained_variance(d, centred) if d.any() else np.zeros(0) for d in found.values()
-        ]
-        table[name] = [_rounded(np.pad(s, (0, COMPONENTS))[:COMPONENTS], 6) for s in shares]
-        table[f"{name}_ratio"] = [
-            round(participation_ratio(s), 4) if len(s) else None for s in shares
-        ]
+        table[name] = []
+        table[f"{name}_ratio"] = []
+        for difference in found.values():
+            first = np.zeros(COMPONENTS)
+            ratio = None
+            if difference.any():
+                shares = explained_variance(difference, centred)
+                first[: len(shares)] = shares[:COMPONENTS]
+                ratio = round(participation_ratio(shares), 4)
+            table[name].append(_rounded(first, 6))
+            table[f"{name}_ratio"].append(ratio)
         draws = share_draws(found[site], clusters, centred)
+        low, high = np.quantile(draws, (0.025, 0.975), axis=0)
         table[f"{name}_draws"] = _rounded(draws[:, :2].sum(1), 5)
-        table[f"{name}_low"], table[f"{name}_high"] = (
-            _rounded(q, 5) for q in np.quantile(draws, (0.025, 0.975), 0)
-        )
+        table[f"{name}_low"] = _rounded(low, 5)
+        table[f"{name}_high"] = _rounded(high, 5)
     return table
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:
-    return [round(float(v), digits) for v in values]
+    return [round(float(value), digits) for value in values]

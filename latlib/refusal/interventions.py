@@ -1,4 +1,4 @@
-"""What is done with a direction besides ablating it as the model runs (`Network.ablated`).
+"""A direction, and what is done with it besides ablating it as the model runs (`Network.ablated`).
 
 1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as
    ablation by hooks, and a standard model: it can be saved, merged, generated from.
@@ -11,19 +11,38 @@ Source: Arditi et al. 2024, section 2.4 and appendix E.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from latlib.hooks import Site, blocks_of, decoder_of, orthonormal, project_out, writers_of
+from latlib.evaluation.generate import Perturb
+from latlib.hooks import blocks_of, decoder_of, orthonormal, project_out, writers_of
 from latlib.models import LanguageModel
+from latlib.threat import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site,
+    position: where it was taken; position counts from the prompt's end. note: what was unusual
+    about its choice."""
+
+    vector: Tensor
+    site: Site
+    position: int = -1
+    note: str = ""
 
 
 def added(vector: Tensor, site: Site, ids: Tensor, strength: float = 1.0) -> dict[Site, Tensor]:
     """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at
     every position of `ids` ([batch, seq])."""
     return {site: (strength * vector).to(ids.device).expand(*ids.shape, -1)}
+
+
+def adding(vector: Tensor, site: Site) -> Perturb:
+    """The perturbation of a batch that `added` makes."""
+    return lambda batch: added(vector, site, batch.ids)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ filters.
    prompts (at most `MOST_KL` nats).
 3. Sites in the last fifth of the model are out. Of what is left the lowest bypass wins.
 4. Where nothing is left, filters are dropped one after the other (kl, then induce), and
-   `Selection.note` says so.
+   `Direction.note` says so.
 
 The refusal score is the log-odds of the tokens a refusal begins with. Source: Arditi et al. 2024,
 section 2.3 and appendix C.
@@ -17,56 +17,39 @@ section 2.3 and appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from latlib.batch import TokenRow
-from latlib.evaluation.generate import batches
-from latlib.hooks import EMBEDDING, Site
+from latlib.evaluation.generate import Perturb, batches
 from latlib.losses import at_labels
 from latlib.network_protocol import Network
 from latlib.refusal.activations import prompt_ends
-from latlib.refusal.interventions import added
-from latlib.threat import depth
+from latlib.refusal.interventions import Direction, adding
+from latlib.threat import EMBEDDING, Site, depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
-FILTERS = ("kl", "induce")  # in the order in which they are dropped
-
-
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The chosen direction ([d_model], float64), where it was taken, every candidate's scores, and
-    what was unusual.
-    """
-
-    vector: Tensor
-    position: int  # counted from the prompt's end: -1 is its last token
-    site: Site
-    candidates: pd.DataFrame
-    note: str
 
 
 @torch.no_grad()
 def last_log_probabilities(
-    network: Network, rows: Sequence[TokenRow], perturb: Callable | None = None, size: int = 64
-):
+    network: Network, rows: Sequence[TokenRow], perturb: Perturb | None = None, size: int = 64
+) -> Tensor:
     """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch ->
     perturbation.
     """
-    found: list[Tensor | None] = [None] * len(rows)
+    found: dict[int, Tensor] = {}
     for index, batch in batches(rows, size, network.device):
         hidden = network.hidden(batch, perturb(batch) if perturb else None)
-        logits = (
-            network.unembed(at_labels(hidden, prompt_ends(batch).flatten())).float().log_softmax(-1)
-        )
-        for i, row in zip(index, logits, strict=True):
-            found[i] = row
-    return torch.stack(found)
+        ends = at_labels(hidden, prompt_ends(batch).flatten())
+        log_p = network.unembed(ends).float().log_softmax(-1)
+        found |= dict(zip(index, log_p, strict=True))
+    return torch.stack([found[i] for i in range(len(rows))])
 
 
 def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -83,47 +66,46 @@ def select(
     harmful: Sequence[TokenRow],
     harmless: Sequence[TokenRow],
     tokens: Sequence[int],
-    on_step: Callable[[int, int, str], None] = lambda step, total, detail: None,
-) -> Selection:
-    """Choose among `means`: site -> [positions, d_model] differences of means, the last position
-    last.
+) -> tuple[Direction, pd.DataFrame]:
+    """(the chosen direction, every candidate's scores) among `means`: site -> [positions, d_model]
+    differences of means, the last position last.
 
     harmful, harmless: validation prompts, without completions. tokens: what a refusal begins with.
     Raises ValueError when no candidate has a finite, non-zero direction.
     """
-    plain, records, vectors = last_log_probabilities(network, harmless), [], []
-    wanted = [
-        (site, p) for site, rows in means.items() for p in range(len(rows)) if _usable(rows[p])
-    ]
-    if not wanted:
+    plain = last_log_probabilities(network, harmless)
+    places: list[tuple[Site, int]] = []
+    records = []
+    for site, rows in means.items():
+        for position, vector in enumerate(rows, start=-len(rows)):
+            if not _usable(vector):
+                continue
+            ablated = network.ablated(vector)
+            quiet = last_log_probabilities(ablated, harmless)
+            loud = last_log_probabilities(network, harmless, adding(vector, site))
+            bypass = refusal_score(last_log_probabilities(ablated, harmful), tokens)
+            kl = kl_div(quiet, plain, log_target=True, reduction="none").sum(-1)
+            record = {
+                "position": position,
+                "site": str(site),
+                "late": depth(site) >= int((1 - LAST_SHARE) * network.n_layers),
+                "bypass": bypass.mean().item(),
+                "induce": refusal_score(loud, tokens).mean().item(),
+                "kl": kl.mean().item(),
+            }
+            places.append((site, position))
+            records.append(record)
+    if not records:
         raise ValueError(
             f"no difference of means at {list(means)} is finite and non-zero: nothing to choose"
             " from"
         )
-    for step, (site, p) in enumerate(wanted, start=1):
-        vector, rows = means[site][p], means[site]
-        ablated = network.ablated(vector)
-        quiet = last_log_probabilities(ablated, harmless)
-        kl = torch.nn.functional.kl_div(quiet, plain, log_target=True, reduction="none").sum(-1)
-        said = last_log_probabilities(
-            network, harmless, lambda batch, v=vector, s=site: added(v, s, batch.ids)
-        )
-        record = {
-            "position": p - len(rows),
-            "site": str(site),
-            "late": depth(site) >= int((1 - LAST_SHARE) * network.n_layers),
-            "bypass": refusal_score(last_log_probabilities(ablated, harmful), tokens).mean().item(),
-            "induce": refusal_score(said, tokens).mean().item(),
-            "kl": kl.mean().item(),
-        }
-        records.append(record)
-        vectors.append((vector, p - len(rows), site))
-        on_step(step, len(wanted), f"site {site}, position {p - len(rows)}")
     table = pd.DataFrame(records)
     passed, note = _filtered(table)
     chosen = passed["bypass"].idxmin()
     table["chosen"] = table.index == chosen
-    return Selection(*vectors[chosen], table, note)
+    site, position = places[chosen]
+    return Direction(means[site][position], site, position, note), table
 
 
 def _usable(vector: Tensor) -> bool:
@@ -132,20 +114,15 @@ def _usable(vector: Tensor) -> bool:
 
 def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Candidates that pass, and which filters had to be dropped for there to be any."""
-    early = table[~table["late"]] if not table["late"].all() else table
-    for dropped in range(len(FILTERS) + 1):
-        kept = early
-        if "kl" not in FILTERS[:dropped]:
-            kept = kept[kept["kl"] <= MOST_KL]
-        if "induce" not in FILTERS[:dropped]:
-            kept = kept[kept["induce"] >= 0]
-        if len(kept):
-            break
-    names = " and ".join(FILTERS[:dropped])
-    note = (
-        f"no candidate passed all filters; chosen without the filter on {names}" if dropped else ""
-    )
-    return kept, note
+    early = table if table["late"].all() else table[~table["late"]]
+    small = early["kl"] <= MOST_KL
+    induces = early["induce"] >= 0
+    if (small & induces).any():
+        return early[small & induces], ""
+    said = "no candidate passed all filters; chosen without the filter on"
+    if induces.any():
+        return early[induces], f"{said} kl"
+    return early, f"{said} kl and induce"
 
 
 def candidate_sites(n_layers: int) -> tuple[Site, ...]:

@@ -16,7 +16,8 @@ from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.examine import WorldExaminer
 from latlib.evaluation.outcomes import CROSS_RULES, OWN_RULES, Examined
 from latlib.refusal import activations, directions
-from latlib.refusal.directions import Differences, Direction
+from latlib.refusal.directions import Differences
+from latlib.refusal.interventions import Direction
 from latlib.world import grammar
 
 ROWS = tiny.prompt_rows(12)
@@ -94,6 +95,16 @@ def test_directions_are_kept_exactly(tmp_path):
             d.position,
             d.note,
         )
+
+
+def test_differences_are_kept_with_their_prompts(tmp_path):
+    pairs = {"embedding": torch.randn(3, 2, 4).double(), 0: torch.randn(3, 2, 4).double()}
+    Differences(pairs, ["x", "x", "y"], ["a", "b", "c"]).save(tmp_path / "found.safetensors")
+    again = Differences.load(tmp_path / "found.safetensors")
+    assert list(again.pairs) == ["embedding", 0] and len(list(tmp_path.iterdir())) == 1
+    assert (again.clusters, again.prompts) == (["x", "x", "y"], ["a", "b", "c"])
+    for site, rows in pairs.items():
+        assert torch.equal(again.pairs[site], rows.float().double())
 
 
 def test_a_models_directions_are_what_their_rules_say(run):

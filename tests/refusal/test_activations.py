@@ -85,14 +85,3 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
 def test_sides_that_do_not_pair_up_are_errors():
     with pytest.raises(ValueError, match="3 harmful and 2 harmless"):
         act.differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)
-
-
-def test_activations_are_kept_with_their_prompts(tmp_path):
-    found = {"embedding": torch.randn(3, 2, 4).double(), 0: torch.randn(3, 2, 4).double()}
-    act.save_activations(found, tmp_path / "found.safetensors", prompts=["a", "b", "c"])
-    again, columns = act.load_activations(tmp_path / "found.safetensors")
-    assert list(again) == ["embedding", 0] and columns == {"prompts": ["a", "b", "c"]}
-    assert all(torch.equal(again[site], rows.float().double()) for site, rows in found.items())
-    assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(ValueError, match="prompts has 2 entries for \\[3\\] rows"):
-        act.save_activations(found, tmp_path / "other.safetensors", prompts=["a", "b"])

@@ -36,7 +36,7 @@ def odds(log_p):
 @pytest.mark.parametrize("forward", ["lean", "stock"])
 def test_scores_equal_plain_loops_over_the_stock_model(forward):
     lm, candidates = tiny.language_model(forward, trained=True), means()
-    found = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS).candidates
+    _, found = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
     assert len(found) == 8 and list(found["position"]) == [-2, -1] * 4
     with torch.no_grad():
         for record in found.iloc[[0, 3, 6]].itertuples():
@@ -89,9 +89,9 @@ def test_directions_without_a_value_are_no_candidates():
     lm, candidates = tiny.language_model(), means(positions=1)
     candidates[EMBEDDING] = torch.zeros(1, tiny.D)
     candidates[0] = torch.full((1, tiny.D), math.nan)
-    found = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
-    assert list(found.candidates["site"]) == ["1", "2"] and found.candidates["chosen"].sum() == 1
-    row = found.candidates[found.candidates["chosen"]].iloc[0]
+    found, table = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
+    assert list(table["site"]) == ["1", "2"] and table["chosen"].sum() == 1
+    row = table[table["chosen"]].iloc[0]
     assert (row["site"], row["position"]) == (str(found.site), found.position)
     assert torch.equal(found.vector, candidates[found.site][found.position])
     with pytest.raises(ValueError, match="nothing to choose from"):
