@@ -52,6 +52,7 @@ class Network(Protocol):
     d_model: int
     dtype: torch.dtype
     device: torch.device
+    directions: Tensor | None  # what is ablated
 
     def capture(
         self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None

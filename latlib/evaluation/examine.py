@@ -225,7 +225,7 @@ def grader_of(profile: Profile, prompts: Sequence[Prompt]) -> Grader:
     by the profile's.
     """
     if in_the_world(profile):
-        return ExactGrader(prompts)
+        return ExactGrader(prompt for prompt in prompts if isinstance(prompt, grammar.Prompt))
     return _grader(profile.evaluation.grader)
 
 
@@ -314,9 +314,9 @@ def understood_by_likelihood(
         for at, mean in zip(index, means, strict=True):
             losses[at] = mean
     understood = [False] * len(rows)
-    for i, at in behind.items():
-        own, *others = (losses[j] for j in at)
-        understood[i] = own < min(others)
+    for i, places in behind.items():
+        own, *rest = (losses[at] for at in places)
+        understood[i] = own < min(rest)
     return understood
 
 

@@ -22,6 +22,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ from latlib.io.hub import (
     open_tokenizer,
     source_file,
 )
-from latlib.models import LanguageModel, resolve_device, resolve_dtype
+from latlib.io.machine import resolve_device, resolve_dtype
+from latlib.models import LanguageModel
 
 TEMPLATE_FILE = "grader_template.txt"  # looked for in a local model folder
 _FIELDS = {
@@ -55,7 +57,7 @@ _FIELDS = {
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 # how vocabularies write a word's leading space: not at all, SentencePiece, BPE
 _SPACES = ("", "\u2581", "\u0120")
-_DTYPES = ("auto", "float64", "float32", "bfloat16")
+Dtype = Literal["auto", "float64", "float32", "bfloat16"]
 
 
 class ModelGrader:
@@ -69,7 +71,7 @@ class ModelGrader:
 
     # from score 0 to score 1, each as the words that mean it
     labels: tuple[tuple[str, ...], ...] = ()
-    spaces = _SPACES
+    spaces: tuple[str, ...] = _SPACES
     own_template = ""
     adds_special = True  # whether the tokenizer puts its BOS before the text
 
@@ -224,7 +226,7 @@ class GuardGrader(ModelGrader):
     adds_special = False  # the chat template writes them itself
     _blanks = 2  # Llama Guard 3 begins its answer with line breaks
 
-    def __init__(self, lm: LanguageModel, template: str | None = None, **options) -> None:
+    def __init__(self, lm: LanguageModel, template: str | None = None, **options: Any) -> None:
         if template is not None:
             raise ProfileError(
                 "grader.template is not used by a guard, whose tokenizer holds its own: leave"
@@ -263,16 +265,16 @@ class GuardGrader(ModelGrader):
 
     def next_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """After the line breaks, if any, that the judge would write before its first word."""
-        rows = [list(row) for row in rows]
-        logits = super().next_logits(rows)
+        own = [list(row) for row in rows]
+        logits = super().next_logits(own)
         for _ in range(self._blanks):
             likely = logits.argmax(1).tolist()
             blank = [i for i, token in enumerate(likely) if self._is_blank(token)]
             if not blank:
                 break
             for i in blank:
-                rows[i].append(likely[i])
-            logits[blank] = super().next_logits([rows[i] for i in blank])
+                own[i].append(likely[i])
+            logits[blank] = super().next_logits([own[i] for i in blank])
         return logits
 
     def _is_blank(self, token: int) -> bool:
@@ -309,17 +311,19 @@ def checked_template(text: str) -> str:
 
 
 def load_judge(
-    source: str | Path, device: str = "auto", dtype: str = "auto", base: str | Path | None = None
+    source: str | Path,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    base: str | Path | None = None,
 ) -> LanguageModel:
     """A judge from a folder or hub id; where that holds a LoRA, on top of `base` or of the model
     that it names.
 
     Raises ProfileError naming grader.source, grader.base, grader.device or grader.dtype.
     """
-    if dtype not in _DTYPES:
-        raise ProfileError(
-            f"grader.dtype = {dtype!r} is unknown: choose one of {', '.join(_DTYPES)}"
-        )
+    if dtype not in get_args(Dtype):
+        known = ", ".join(get_args(Dtype))
+        raise ProfileError(f"grader.dtype = {dtype!r} is unknown: choose one of {known}")
     try:
         at = resolve_device(device)
     except (ProfileError, RuntimeError) as error:
@@ -358,9 +362,9 @@ def load_grader(
     source: str | Path | None = None,
     template: str | Path | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: Dtype = "auto",
     base: str | Path | None = None,
-    **options,
+    **options: Any,
 ) -> Grader:
     """A grader by name: 'phrases', 'phrases-prefix', 'harmbench', 'strongreject' or 'guard'.
 

@@ -28,7 +28,7 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, prompt_source
+from latlib.data.prompts import Prompt, Question, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
 from latlib.evaluation.outcomes import (
@@ -114,6 +114,9 @@ def _answered(examiner: Examiner, lm: LanguageModel, prompts: Sequence[Prompt]) 
     """
     if all(prompt.answer for prompt in prompts):
         return list(prompts)
-    replies = examiner.examine(lm, prompts).texts
-    pairs = zip(prompts, replies, strict=True)
-    return [replace(prompt, answer=prompt.answer or reply) for prompt, reply in pairs]
+    replies = examiner.examine(lm, prompts).texts or ()
+    answered: list[Prompt] = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert isinstance(prompt, Question)  # of the made-up world every answer is known
+        answered.append(replace(prompt, answer=prompt.answer or reply))
+    return answered

@@ -39,11 +39,11 @@ from transformers import DynamicCache
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import Count, Natural
 from latlib.evaluation.outcomes import OnStep, unseen
-from latlib.hooks import EMBEDDING
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
 from latlib.network import StockNetwork
 from latlib.text.chat import Row, chat_text, shared_end, shared_start, token_ids, tokenise
+from latlib.threat import EMBEDDING
 
 Texts = Sequence[str]
 Ids = tuple[int, ...]

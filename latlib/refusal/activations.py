@@ -20,6 +20,7 @@ from torch import Tensor
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, prompt_source
+from latlib.data.splits import Split
 from latlib.evaluation.generate import batches
 from latlib.evaluation.outcomes import HARMFUL
 from latlib.models import LanguageModel
@@ -122,7 +123,7 @@ def differences(
     return {site: rows[:n] - rows[n:] for site, rows in both.items()}
 
 
-def paired_prompts(profile: Profile, split: str, n: int) -> tuple[list[Prompt], list[Prompt]]:
+def paired_prompts(profile: Profile, split: Split, n: int) -> tuple[list[Prompt], list[Prompt]]:
     """n harmful prompts of a split (fewer where real data holds fewer) and a harmless one for each;
     see the module's docstring."""
     source = prompt_source(profile)
