@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_splits import write
+from rows_in_files import write
 
 from latlib.config.sections import ProfileError
 from latlib.data.benchmarks import SETS, AskedPrompt, asked_prompts
