@@ -43,6 +43,9 @@ os.environ.update(
 )
 os.environ.setdefault("LATLIB_PROFILE", "smoke")
 os.environ.setdefault("LATLIB_RUNS", str(_HOME / "runs"))
+# Side by side (pytest-xdist), each worker has run folders of its own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["LATLIB_RUNS"] = str(Path(os.environ["LATLIB_RUNS"]) / worker)
 os.environ.pop("WANDB_API_KEY", None)
 os.environ.pop("WANDB_BASE_URL", None)
 

@@ -466,6 +466,42 @@ def _used(node: ast.AST) -> tuple[str, ...]:
     return ()
 
 
+def names_imported(source: str) -> set[str]:
+    """Dotted names that a source takes from latlib."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latlib"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def exists(sources: Sources, name: str) -> bool:
+    """Whether a dotted name is a module, or a thing that one has."""
+    if name in sources:
+        return True
+    module, _, thing = name.rpartition(".")
+    while module and module not in sources:
+        module, _, thing = module.rpartition(".")
+    return bool(module) and thing in _names_of(sources[module])
+
+
+def _names_of(module: Module) -> set[str]:
+    """What a module defines at its top, or hands on by `__all__`; what the package itself loads
+    lazily stands in strings, too."""
+    found = set()
+    for node in module.tree.body:
+        if isinstance(node, Function | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            if module.name == LAZY or "__all__" in names:
+                names |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
+            found |= names
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
 # ---- words that lead out of the repository ---------------------------------------------------
 
 # Documents that a reader of the repository does not have.

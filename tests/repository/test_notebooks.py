@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import house
 import nbformat
 import pytest
 
@@ -112,6 +113,12 @@ def test_it_runs_anywhere(notebook):
         assert "chdir" not in cell.source and not re.search(
             r"^\s*[!%]", cell.source, re.MULTILINE
         ), cell.source
+
+
+def test_what_it_imports_stands_where_it_says(notebook):
+    latlib = house.read_sources(NOTEBOOKS[0].parents[1] / "latlib")
+    names = {name for cell in code_of(notebook) for name in house.names_imported(cell.source)}
+    assert names and not {name for name in names if not house.exists(latlib, name)}
 
 
 def test_every_figure_has_an_alternative_text(notebook):

@@ -1,6 +1,5 @@
 """The pages for people: what they name exists."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -30,36 +29,8 @@ def modules_named(text: str) -> set[str]:
 
 def names_imported(text: str) -> set[str]:
     """Dotted names that the Python blocks of a page import from latlib."""
-    found = set()
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latlib"):
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def exists(name: str) -> bool:
-    """Whether a dotted name is a module of latlib, or a thing that one defines or hands on."""
-    if name in LATLIB:
-        return True
-    module, _, thing = name.rpartition(".")
-    while module and module not in LATLIB:
-        module, _, thing = module.rpartition(".")
-    return bool(module) and thing in names_of(LATLIB[module])
-
-
-def names_of(module: house.Module) -> set[str]:
-    """What a module defines at its top; what the package itself loads lazily stands in strings."""
-    found = set()
-    for node in module.tree.body:
-        if isinstance(node, house.Function | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            found |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
-            if module.name == house.LAZY:
-                strings = (text for text in ast.walk(node) if isinstance(text, ast.Constant))
-                found |= {text.value for text in strings}
-    return found
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {name for block in blocks for name in house.names_imported(block)}
 
 
 def test_what_is_looked_for_is_found():
@@ -70,8 +41,12 @@ def test_what_is_looked_for_is_found():
     assert files_named(text) == {"latlib/attack.py", "docs/a.md"}
     assert modules_named(text) == {"latlib.report.claims", "latlib.hooks"}
     assert names_imported(text) == {"latlib.hooks.LATHook", "latlib.hooks.Nothing"}
-    assert exists("latlib.report.claims") and exists("latlib.hooks.LATHook")
-    assert not exists("latlib.hooks.Nothing") and not exists("latlib.nothing.more")
+    assert house.exists(LATLIB, "latlib.report.claims") and house.exists(
+        LATLIB, "latlib.hooks.LATHook"
+    )
+    assert not house.exists(LATLIB, "latlib.hooks.Nothing") and not house.exists(
+        LATLIB, "latlib.nothing.more"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -81,7 +56,11 @@ def test_what_a_page_names_exists(page):
     named = set() if page.stem == "sources" else files_named(text)  # that page names others' files
     missing = {f for f in named if not any((folder / f).exists() for folder in folders)}
     assert not missing, sorted(missing)
-    unknown = {name for name in modules_named(text) | names_imported(text) if not exists(name)}
+    unknown = {
+        name
+        for name in modules_named(text) | names_imported(text)
+        if not house.exists(LATLIB, name)
+    }
     assert not unknown, sorted(unknown)
 
 
