@@ -409,6 +409,6 @@ def test_an_overlap_stops_training_before_anything_is_loaded(files, monkeypatch)
         raise ProfileError("a test prompt among the training prompts")
 
     monkeypatch.setattr(build, "check_overlap", found)
-    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ProfileError, match="a test prompt among"):
         files.ensure([("lat", 0, {"lr": 0.1})])
