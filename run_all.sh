@@ -111,7 +111,7 @@ PYTHON
 has_test_tools() {
   "$1" -I - >/dev/null 2>&1 <<'PYTHON'
 import importlib.util, sys
-tools = ("pytest", "pytest_timeout", "hypothesis", "nbval", "nbstripout", "sklearn", "ray", "ruff", "mypy",
+tools = ("pytest", "pytest_timeout", "xdist", "hypothesis", "nbval", "nbstripout", "sklearn", "ray", "ruff", "mypy",
   "hatchling")
 sys.exit(any(importlib.util.find_spec(name) is None for name in tools))
 PYTHON
@@ -242,7 +242,9 @@ run_tests() {
   run "$PYTHON" -m ruff format --check || status=1
   run "$PYTHON" -m mypy || status=1
   [ "$status" = 0 ] || say "ruff or mypy found something to fix (above)"
+  # files side by side, at most four: each process holds a torch of its own
   run "$PYTHON" -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
+    -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
     ${pytest_options[@]+"${pytest_options[@]}"} || status=1
   exit "$status"
 }
