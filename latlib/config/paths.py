@@ -10,34 +10,50 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# section -> its fields that may be paths ('' for all of them), or sections that have such
-_PLACES = {
-    "model": ("source",),
-    "data": ("harmful", "benign", "test_harmful", "test_benign", "test_borderline"),
-    "evaluation": ("grader",),
-    "grader": ("source", "base", "template"),
-    "released": ("",),
-}
+# the settings that may be paths; * is any name
+_PATHS = (
+    "model.source",
+    "data.harmful",
+    "data.benign",
+    "data.test_harmful",
+    "data.test_benign",
+    "data.test_borderline",
+    "evaluation.grader.source",
+    "evaluation.grader.base",
+    "evaluation.grader.template",
+    "released.*",
+)
 
 
-def absolute(
-    tree: dict[str, Any], bases: Sequence[Path], section: str | None = None
-) -> dict[str, Any]:
+def absolute(tree: dict[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
     """A profile's plain values with every relative path that exists under one of `bases` made
     absolute.
     """
-    own, out = _PLACES.get(section, ()) if section else tuple(_PLACES), dict(tree)
-    for name, value in tree.items():
-        if isinstance(value, dict) and name in own and name in _PLACES:
-            out[name] = absolute(value, bases, name)
-        elif isinstance(value, str) and section and (name in own or "" in own) and value != "world":
-            found = [base / value for base in bases if (base / value).exists()]
-            out[name] = str(found[0]) if found else value
+    out = copy.deepcopy(tree)
+    for dotted in _PATHS:
+        *sections, field = dotted.split(".")
+        node: Any = out
+        for name in sections:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            continue
+        for name in list(node) if field == "*" else [field]:
+            value = node.get(name)
+            if isinstance(value, str) and value != "world":  # which is no folder of that name
+                node[name] = _found(value, bases)
     return out
+
+
+def _found(path: str, bases: Sequence[Path]) -> str:
+    for base in bases:
+        if (base / path).exists():
+            return str(base / path)
+    return path
 
 
 def portable(value: Any) -> Any:
@@ -45,7 +61,9 @@ def portable(value: Any) -> Any:
     last part is left.
     """
     if isinstance(value, dict):
-        return {k: portable(v) for k, v in value.items()}
+        return {name: portable(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(v) for v in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+        return [portable(part) for part in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value

@@ -12,13 +12,13 @@ is trained.
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
+from pydantic import Field, Strict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from latlib.config.paths import absolute
 from latlib.config.sections import (
@@ -39,6 +39,7 @@ from latlib.config.sections import (
     Text,
     TrackingSettings,
     TrainSettings,
+    suggestion,
 )
 
 __all__ = [
@@ -114,30 +115,36 @@ class Profile(Section):
         return self.roles.compared
 
     @model_validator(mode="after")
-    def _whole(self) -> Profile:
+    def _checked(self) -> Profile:
         attacked = {method: self.training(method).attack.steps > 0 for method in self.methods}
         # the class is frozen for its users; here the value is still being made
         object.__setattr__(self, "roles", self.roles.resolved(attacked))
-        for name, variant in self.sweep.variants.items():
-            try:
-                self.training(self.main, variant)
-            except ProfileError as error:
-                raise ValueError(f"sweep.variants.{name}: {error}") from error
+        self._check_sweep()
+        self._check_data()
+        for name in self.released:
+            if name not in self.methods:
+                raise ValueError(f"released.{name} is no method of this profile: add it to methods")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: list each once")
+        return self
+
+    def _check_sweep(self) -> None:
+        changes = {f"variants.{name}": variant for name, variant in self.sweep.variants.items()}
         for name, values in self.sweep.grid.items():
-            if not values or any(value in values[:i] for i, value in enumerate(values)):
+            repeated = [value for i, value in enumerate(values) if value in values[:i]]
+            if repeated or not values:
                 raise ValueError(
                     f"sweep.grid.{name} = {list(values)}: give at least one value, and each once"
                 )
-            for value in values:
-                try:
-                    self.training(self.main, {name: value})
-                except ProfileError as error:
-                    raise ValueError(f"sweep.grid.{name}: {error}") from error
-        unknown = sorted(set(self.released) - set(self.methods))
-        if unknown:
-            raise ValueError(
-                f"released.{unknown[0]} is no method of this profile: add it to methods"
-            )
+            for number, value in enumerate(values):
+                changes[f"grid.{name}#{number}"] = {name: value}
+        for name, change in changes.items():
+            try:
+                self.training(self.main, change)
+            except ProfileError as error:
+                raise ValueError(f"sweep.{name.partition('#')[0]}: {error}") from error
+
+    def _check_data(self) -> None:
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
             raise ValueError(
                 "data.source = 'files' needs data.harmful and data.benign: give both paths"
@@ -147,9 +154,6 @@ class Profile(Section):
                 f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to"
                 " 'world' for the prompts of the made-up world, which only the organism knows"
             )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: list each once")
-        return self
 
     def training(self, method: str, changes: dict[str, Any] | None = None) -> TrainSettings:
         """`train` as `method` uses it, with further `changes` given by dotted name ({"attack.eps":
@@ -163,12 +167,10 @@ class Profile(Section):
                 f" {', '.join(self.methods)}"
             )
         tree = self.train.model_dump()
-        for source, values in (
-            (f"methods.{method}", self.methods[method]),
-            ("changes", changes or {}),
-        ):
-            for dotted, value in values.items():
-                _set(tree, dotted, value, source)
+        for dotted, value in self.methods[method].items():
+            _set(tree, dotted, value, f"methods.{method}")
+        for dotted, value in (changes or {}).items():
+            _set(tree, dotted, value, "changes")
         return validated(TrainSettings, tree, f"methods.{method}")
 
 
@@ -179,54 +181,15 @@ FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
 def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
     """Replace one leaf of a dumped section, given by dotted name."""
     *parents, leaf = dotted.split(".")
-    node = tree
+    node: Any = tree
     for name in parents:
         node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or leaf not in node:
-        near = difflib.get_close_matches(leaf, node or (), n=1) if isinstance(node, dict) else []
-        hint = (
-            f": did you mean {'.'.join([*parents, near[0]])!r}?"
-            if near
-            else ": see TrainSettings for the names"
-        )
-        raise ProfileError(f"{source}: field {dotted!r} does not exist{hint}")
-    node[leaf] = value
-
-
-def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        at = ".".join(part for part in (where, field) if part) or "profile"
-        value, kind = item["input"], item["type"]
-        if kind == "extra_forbidden":
-            section: Any = cls
-            for part in item["loc"][:-1]:
-                section = getattr(section, "model_fields", {}).get(part)
-                section = getattr(section, "annotation", None)
-            near = difflib.get_close_matches(
-                str(item["loc"][-1]), getattr(section, "model_fields", {}), n=1
-            )
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            lines.append(f"{at} = {value!r} is not a known field: {hint}")
-        elif kind in ("float_type", "int_type") and isinstance(value, str):
-            try:
-                mend = (
-                    f"write {float(value):.6e}"
-                    if kind == "float_type"
-                    else "write it without quotes"
-                )
-            except ValueError:
-                mend = "give a number"
-            lines.append(
-                f"{at} = {value!r} is text, not a number: {mend} (YAML needs a dot: 8.0e-5, not"
-                " 8e-5)"
-            )
-        elif kind == "value_error" and not item["loc"]:
-            lines.append(str(item["ctx"]["error"]))
-        else:
-            lines.append(f"{at} = {value!r}: {item['msg'].removeprefix('Value error, ')}")
-    return "\n".join(lines)
+    if isinstance(node, dict) and leaf in node:
+        node[leaf] = value
+        return
+    known = [".".join([*parents, name]) for name in node or ()] if isinstance(node, dict) else []
+    hint = suggestion(dotted, known, "see TrainSettings for the names")
+    raise ProfileError(f"{source}: field {dotted!r} does not exist: {hint}")
 
 
 def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
@@ -236,7 +199,43 @@ def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ProfileError(_explain(cls, error, where)) from None
+        lines = [_explained(cls, item, where) for item in error.errors()]
+        raise ProfileError("\n".join(lines)) from None
+
+
+def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
+    """One error of pydantic's as field, value and mend."""
+    place = [str(part) for part in item["loc"]]
+    if item["type"] == "value_error" and not place:
+        return str(item["ctx"]["error"])
+    field = ".".join([*([where] if where else []), *place]) or "profile"
+    value = item["input"]
+    subject = f"{field} = {value!r}"
+    if item["type"] == "extra_forbidden":
+        hint = suggestion(place[-1], _fields(cls, place[:-1]), "remove it")
+        return f"{subject} is not a known field: {hint}"
+    if item["type"] in ("float_type", "int_type") and isinstance(value, str):
+        return f"{subject} is text, not a number: {_as_number(value, item['type'])}"
+    return f"{subject}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _fields(cls: type[Section], place: list[str]) -> list[str]:
+    """The names of a section's fields, or of a section in it."""
+    section: Any = cls
+    for name in place:
+        field = getattr(section, "model_fields", {}).get(name)
+        section = getattr(field, "annotation", None)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _as_number(text: str, kind: str) -> str:
+    mend = "write it without quotes"
+    if kind == "float_type":
+        try:
+            mend = f"write {float(text):.6e}"
+        except ValueError:
+            mend = "give a number"
+    return f"{mend} (YAML needs a dot: 8.0e-5, not 8e-5)"
 
 
 def find_share(kind: str) -> Path:
@@ -257,23 +256,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
 
     Raises ProfileError for an unknown name, unreadable YAML or any bad setting.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        folder = find_share("profiles")
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        if str(name_or_path) not in known:
-            near = difflib.get_close_matches(str(name_or_path), known, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else "give one of these or the path of a .yaml file"
-            )
-            raise ProfileError(
-                f"profile = {str(name_or_path)!r} is unknown; there are {', '.join(known)}: {hint}"
-            )
-        path = folder / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise ProfileError(f"profile = {str(path)!r} is not a file: check the path")
+    path = _profile_file(name_or_path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -281,9 +264,25 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
-    return validated(
-        Profile, absolute(tree, (path.resolve().parent, find_share("profiles").parent))
-    )
+    bases = (path.resolve().parent, find_share("profiles").parent)
+    return validated(Profile, absolute(tree, bases))
+
+
+def _profile_file(name_or_path: str | os.PathLike[str]) -> Path:
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        name = str(name_or_path)
+        folder = find_share("profiles")
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        if name not in known:
+            hint = suggestion(name, known, "give one of these or the path of a .yaml file")
+            raise ProfileError(
+                f"profile = {name!r} is unknown; there are {', '.join(known)}: {hint}"
+            )
+        path = folder / f"{name}.yaml"
+    if not path.is_file():
+        raise ProfileError(f"profile = {str(path)!r} is not a file: check the path")
+    return path
 
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:
@@ -293,18 +292,19 @@ def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> 
     if out:
         return Path(out).expanduser().resolve()
     root = os.environ.get("LATLIB_RUNS")
-    return (
-        Path(root).expanduser() if root else find_share("notebooks").parent / "runs"
-    ).resolve() / profile_name
+    runs = Path(root).expanduser() if root else find_share("notebooks").parent / "runs"
+    return runs.resolve() / profile_name
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines 'field: old -> new' for every leaf in which two dumped profiles differ."""
     lines = []
-    for key in sorted(set(old) | set(new)):
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{name}.")
-        elif a != b:
-            lines.append(f"{name}: {a!r} -> {b!r}")
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        before = old.get(key)
+        after = new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
     return lines

@@ -46,6 +46,13 @@ def _encoding(name: str) -> str:
 
 ProfileError = SettingError  # its name where a profile is read
 
+
+def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a name that is not known: the one that was meant, or something else."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 SiteSpec = Annotated[Any, AfterValidator(_site)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
 
@@ -371,10 +378,9 @@ class RolesSettings(Section):
         return (under_attack or defended or methods)[0]
 
 
-def _check_method(field: str, name: str | None, known: Iterable[str]) -> None:
+def _check_method(field: str, name: str | None, known: Mapping[str, bool]) -> None:
     if name is not None and name not in known:
-        near = difflib.get_close_matches(name, list(known), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        hint = suggestion(name, known, f"choose one of {', '.join(known)}")
         raise ValueError(f"{field} = {name!r} is no method of this profile: {hint}")
 
 
