@@ -35,7 +35,7 @@ What came out:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -44,6 +44,8 @@ import pandas as pd
 
 from latlib.config.profile import Profile
 from latlib.evaluation.phrases import redacted
+from latlib.io.progress import OnStep as OnStep
+from latlib.io.progress import unseen as unseen
 from latlib.threat import Site, ThreatModel
 
 if TYPE_CHECKING:
@@ -144,12 +146,6 @@ NOTHING = "nothing"
 
 PLAIN = "plain"
 HARMFUL, TWIN, HARMLESS = "harmful", "twin", "harmless"  # sets of prompts
-
-OnStep = Callable[[int, int, str], None]  # progress: (step, of how many, what was done)
-
-
-def unseen(step: int, total: int, detail: str) -> None:
-    """Progress that nobody follows."""
 
 
 def pgd_by(rule: str) -> str:

@@ -2,9 +2,9 @@
 nothing had happened.
 
 1. A checkpoint holds the adapter, the optimiser, the step, torch's own random numbers, and the best
-   look so far (see `latlib.experiment.validation`). Learning rate, radius, the rows a step takes
-   and every random number of the training itself are functions of (seed, step), so that nothing of
-   them need be kept.
+   validation so far (see `latlib.experiment.validation`). Learning rate, radius, the rows a step
+   takes and every random number of the training itself are functions of (seed, step), so that
+   nothing of them need be kept.
 2. `Due` says when: every `checkpoint_every` steps, and where those take long, every
    `checkpoint_minutes` minutes.
 3. It is written aside, with the sha256 of all before as its last line, put on the disk (fsync of
@@ -27,18 +27,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 import torch
 
 from latlib.config.profile import ProfileError, TrainSettings, differences
 from latlib.distributed import ranks
+from latlib.experiment.validation import Validator
 from latlib.io import files
-from latlib.io.files import aside
 from latlib.train import Trainer
-
-if TYPE_CHECKING:
-    from latlib.experiment.validation import Watch
 
 MARK = b"\nsha256 "  # before the checksum; torch reads files with something behind their end
 TAIL = len(MARK) + 64 + 1
@@ -52,18 +49,16 @@ class Due:
     def __init__(
         self, settings: TrainSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.every, self.seconds, self.clock = (
-            settings.checkpoint_every,
-            60 * settings.checkpoint_minutes,
-            clock,
-        )
+        self.every, self.seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
+        self.clock = clock
         self.saved = clock()
 
     def after(self, step: int) -> bool:
         """Whether one is due after `step` steps; all processes are told what the first one's clock
         says.
         """
-        return ranks.broadcast(step % self.every == 0 or self.clock() - self.saved >= self.seconds)
+        late = self.clock() - self.saved >= self.seconds
+        return ranks.broadcast(step % self.every == 0 or late)
 
     def done(self) -> None:
         """One was saved just now."""
@@ -71,7 +66,7 @@ class Due:
 
 
 def save_checkpoint(
-    trainer: Trainer, folder: Path, watch: Watch | None = None, logs: Iterable[Path] = ()
+    trainer: Trainer, folder: Path, validator: Validator | None = None, logs: Iterable[Path] = ()
 ) -> None:
     """Write the state after `trainer.step` steps to `folder`, then drop checkpoints older than the
     ones to be kept.
@@ -84,8 +79,8 @@ def save_checkpoint(
         "made_with": _made_with(trainer),
         "trainer": trainer.state(),
         "random": _random_state(),
+        "validation": validator.state() if validator else None,
     }
-    content["watch"] = watch.state() if watch else None
     if not ranks.is_main():
         return
     for log in logs:
@@ -102,77 +97,41 @@ def save_checkpoint(
     _prune(folder, trainer.settings.checkpoints_kept)
 
 
-def load_checkpoint(trainer: Trainer, folder: Path, watch: Watch | None = None) -> int:
+def load_checkpoint(trainer: Trainer, folder: Path, validator: Validator | None = None) -> int:
     """Restore from the newest good checkpoint in `folder`, if there is one; returns the step to go
     on from.
 
     Raises ProfileError for a checkpoint of another training (settings, seed or shape of adapter),
     ValueError for one that was made with other rows.
     """
-    found = sorted(folder.glob("step-*.pt"), reverse=True)
-    for number, file in enumerate(found):
+    newest_first = sorted(folder.glob("step-*.pt"), reverse=True)
+    for number, file in enumerate(newest_first, start=1):
         content, damage = read_checked(file)
-        if content is None:
-            after = (
-                f"{found[number + 1].name} is tried"
-                if number + 1 < len(found)
-                else "training starts anew"
-            )
-            _say(f"{file.name} in {folder.name} {damage} and is not used; {after}")
-            continue
-        _compare(content["made_with"], _made_with(trainer), file)
-        trainer.restore(content["trainer"])
-        if watch is not None and content["watch"] is not None:
-            watch.restore(content["watch"])
-        _restore_random(content["random"])
-        break
+        if content is not None:
+            _restore(trainer, validator, content, file)
+            break
+        after = "training starts anew"
+        if number < len(newest_first):
+            after = f"{newest_first[number].name} is tried"
+        if ranks.is_main():
+            line = f"checkpoint: {file.name} in {folder.name} {damage} and is not used; {after}"
+            print(line, file=sys.stderr, flush=True)
     return trainer.step
 
 
-def write_checked(content: dict[str, Any], file: Path) -> None:
-    """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or
-    not at all.
-    """
-    with aside(file) as partial:
-        torch.save(content, partial)
-        with partial.open("r+b") as handle:
-            digest = _digest(handle)
-            handle.seek(0, os.SEEK_END)
-            handle.write(MARK + digest.encode() + b"\n")
-
-
-def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
-    """(what `write_checked` wrote, ''), or (None, what is wrong with it). Tensors are on the CPU;
-    no code is run.
-    """
-    try:
-        with file.open("rb") as handle:
-            size = handle.seek(0, os.SEEK_END) - TAIL
-            handle.seek(max(size, 0))
-            tail = handle.read()
-            if size < 0 or not tail.startswith(MARK):
-                return None, "has no checksum (it was cut short)"
-            handle.seek(0)
-            if _digest(handle, size).encode() != tail[len(MARK) : -1]:
-                return None, "does not match its checksum"
-        return torch.load(file, map_location="cpu", weights_only=True), ""
-    except Exception as error:  # whatever it is, an older checkpoint is better than none
-        return None, f"cannot be read ({type(error).__name__})"
-
-
-def _digest(handle, size: int | None = None) -> str:
-    """sha256 of the next `size` bytes of a file, by default of all."""
-    found, left = hashlib.sha256(), size
-    while part := handle.read(1 << 20 if left is None else min(left, 1 << 20)):
-        found.update(part)
-        left = None if left is None else left - len(part)
-    return found.hexdigest()
-
-
-def _prune(folder: Path, kept: int) -> None:
-    """Drop all but the newest checkpoints, and what killed writers left."""
-    for file in (*sorted(folder.glob("step-*.pt"))[:-kept], *folder.glob(".step-*")):
-        file.unlink(missing_ok=True)
+def _restore(
+    trainer: Trainer, validator: Validator | None, content: dict[str, Any], file: Path
+) -> None:
+    if lines := differences(content["made_with"], _made_with(trainer)):
+        raise ProfileError(
+            f"checkpoint {file} is of another training:\n  "
+            + "\n  ".join(lines)
+            + f"\ndelete {file.parent} to train anew, or go back to what it was made with"
+        )
+    trainer.restore(content["trainer"])
+    if validator is not None and content["validation"] is not None:
+        validator.restore(content["validation"])
+    _restore_random(content["random"])
 
 
 def _made_with(trainer: Trainer) -> dict[str, Any]:
@@ -186,21 +145,16 @@ def _made_with(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _compare(theirs: dict[str, Any], mine: dict[str, Any], file: Path) -> None:
-    lines = differences(theirs, mine)
-    if lines:
-        raise ProfileError(
-            f"checkpoint {file} is of another training:\n  "
-            + "\n  ".join(lines)
-            + f"\ndelete {file.parent} to train anew, or go back to what it was made with"
-        )
+def _prune(folder: Path, kept: int) -> None:
+    """Drop all but the newest checkpoints, and what killed writers left."""
+    old = sorted(folder.glob("step-*.pt"))[:-kept]
+    for file in (*old, *folder.glob(".step-*")):
+        file.unlink(missing_ok=True)
 
 
 def _random_state() -> dict[str, Any]:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": on_gpus}
 
 
 def _restore_random(state: dict[str, Any]) -> None:
@@ -211,6 +165,43 @@ def _restore_random(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _say(line: str) -> None:
-    if ranks.is_main():
-        print(f"checkpoint: {line}", file=sys.stderr, flush=True)
+# ---- files with a checksum
+
+
+def write_checked(content: dict[str, Any], file: Path) -> None:
+    """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or
+    not at all.
+    """
+    with files.aside(file) as partial:
+        torch.save(content, partial)
+        with partial.open("r+b") as handle:
+            digest = _digest(handle, partial.stat().st_size)
+            handle.seek(0, os.SEEK_END)
+            handle.write(MARK + digest + b"\n")
+
+
+def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
+    """(what `write_checked` wrote, ''), or (None, what is wrong with it). Tensors are on the CPU;
+    no code is run.
+    """
+    try:
+        with file.open("rb") as handle:
+            size = max(0, file.stat().st_size - TAIL)
+            digest = _digest(handle, size)
+            tail = handle.read()
+        if not tail.startswith(MARK):
+            return None, "has no checksum (it was cut short)"
+        if tail != MARK + digest + b"\n":
+            return None, "does not match its checksum"
+        return torch.load(file, map_location="cpu", weights_only=True), ""
+    except Exception as error:  # whatever it is, an older checkpoint is better than none
+        return None, f"cannot be read ({type(error).__name__})"
+
+
+def _digest(handle: BinaryIO, size: int) -> bytes:
+    """sha256 of the next `size` bytes of a file, as text."""
+    digest = hashlib.sha256()
+    while size > 0 and (part := handle.read(min(size, 1 << 20))):
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()

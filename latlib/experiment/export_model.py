@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import latlib
 from latlib.config.paths import portable
 from latlib.config.profile import ModelSettings, ProfileError
-from latlib.experiment.build import RECORD, model_card, write_record
+from latlib.evaluation.outcomes import BASE
+from latlib.experiment.record import model_card, write_record
 from latlib.experiment.run import Run
-from latlib.experiment.spec import Spec
+from latlib.experiment.spec import Spec, Variant
 from latlib.io.files import folder_aside
 from latlib.io.hub import Allowed, located, open_config, quietly
 from latlib.models import load_model
@@ -41,9 +40,7 @@ CLOSE = {torch.float64: 1e-4, torch.float32: 1e-3}
 ROUNDED = 0.25  # in 16 bits
 
 
-def merge(
-    run: Run, method: str, seed: int, to: str | Path, variant: str | Mapping[str, Any] | None = None
-) -> Path:
+def export(run: Run, method: str, seed: int, to: str | Path, variant: Variant = None) -> Path:
     """Write the model of (method, seed, variant) merged into the folder `to`; returns that folder.
 
     Raises ProfileError for an unknown model, FileNotFoundError for one that is not trained yet,
@@ -51,16 +48,17 @@ def merge(
     things than the adapter on its base.
     """
     spec, target = run.spec(method, seed, variant), Path(to).expanduser().absolute()
-    if method == "base" or method in run.profile.released:
+    if method == BASE or method in run.profile.released:
         raise ProfileError(
             f"method = {method!r} has no adapter of this run to merge: choose one that is trained"
             " here"
         )
     if not run.layout.has(spec):
         raise FileNotFoundError(
-            f"{spec.label} seed {seed} is not in {run.folder}: train it first, with ./run_all.sh"
+            f"{spec.name} is not in {run.folder}: train it first, with ./run_all.sh"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    is_empty_folder = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty_folder:
         raise FileExistsError(
             f"{target} holds something already: give another folder with --to, or delete it"
         )
@@ -77,35 +75,20 @@ def merge(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         write_record(folder, record, run.profile)
-        (folder / "README.md").write_text(card(record), encoding="utf-8")
+        card = model_card(record, library="transformers")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         folder.chmod(0o755)  # a folder made aside is its maker's alone
     return target
 
 
-def card(record: dict[str, Any]) -> str:
-    """The merged model's card in Markdown: its adapter's, under what is different."""
-    title, adapter = model_card(record).split("\n# ", 1)[1].split("\n", 1)
-    return f"""---
-library_name: transformers
-tags: [latent-adversarial-training, safety-research]
----
-# {title}, merged
-
-The base model `{record["base"]}` with an adapter merged into its weights
-({record["dtype"]}) by latlib {record["merged_by"]};
-logits differ by at most {record["largest_logit_difference"]:.2g} from the two apart.
-The base model's license and terms apply. `{RECORD}` and `profile.yaml` hold every setting.
-About the adapter:
-{adapter}"""
-
-
-def _merged(run: Run, spec: Spec) -> tuple[nn.Module, Any, float]:
+def _merged(run: Run, spec: Spec) -> tuple[Any, Any, float]:
     """(merged model, tokenizer, largest difference of a logit from the adapter on its base)"""
     base = run.layout.model_folder(spec.base)
     lm = load_model(base, _as_stored(base, run.profile.model), run.layout.model_folder(spec))
     before = _logits(lm.model)
     with quietly():
-        model = lm.model.merge_and_unload(safe_merge=True)
+        model: Any = lm.model
+        model = model.merge_and_unload(safe_merge=True)
     after = _logits(model)
     difference = (after - before).abs().max().item()
     allowed = CLOSE.get(lm.dtype, ROUNDED) * before.std().item()
@@ -131,7 +114,7 @@ def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module) -> torch.Tensor:
+def _logits(model: Any) -> torch.Tensor:
     """[tokens, vocabulary] for a row of different tokens."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(PROBE_TOKENS) * (vocabulary // PROBE_TOKENS)
@@ -159,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run = Run(options.profile, options.out)
-        print(merge(run, options.method, options.seed, options.to, options.variant))
+        print(export(run, options.method, options.seed, options.to, options.variant))
     except (OSError, ValueError) as error:  # a ProfileError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2

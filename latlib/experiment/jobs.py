@@ -29,8 +29,8 @@ from typing import Any
 from latlib.config.profile import Profile
 from latlib.io import progress
 from latlib.io.machine import available_cores, keep_freed_memory, resolve_device
+from latlib.io.progress import OnStep
 
-OnStep = Callable[[int, int, str], None]  # step, total, detail
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
 
@@ -104,7 +104,7 @@ def _in_processes(folder: Path, jobs: list[Job], count: int, threads: int) -> No
     )
     label = f"{len(jobs)} jobs, {count} at a time"
     waiting = list(jobs)
-    running: dict[Future, Job] = {}
+    running: dict[Future[None], Job] = {}
     done = 0
     try:
         with progress.Progress(folder, label, 100 * len(jobs)) as bar:
@@ -130,7 +130,7 @@ def _ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
     return [job for job in waiting if job.after not in unfinished]
 
 
-def _raise_error(future: Future, job: Job) -> None:
+def _raise_error(future: Future[None], job: Job) -> None:
     """Raise what a job raised, if it did."""
     try:
         future.result()

@@ -52,9 +52,9 @@ class Layout:
         mine = self.profile.model_dump(mode="json")
         file = self.folder / "profile.yaml"
         try:
-            self._make_folders()
             if not file.exists():
                 write_text(yaml.safe_dump(mine, sort_keys=False), file)
+            self._make_folders()
         except OSError as error:
             raise ProfileError(
                 f"run folder {self.folder} cannot be written ({error}): give another with --out"

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from latlib.config.sections import ModelSettings
 from latlib.io.hub import Allowed, is_adapter, located, open_adapter, open_tokenizer
 from latlib.models import LanguageModel, load_model
 
 
-def load_tokenizer(folder: str | os.PathLike[str], settings: ModelSettings):
+def load_tokenizer(
+    folder: str | os.PathLike[str], settings: ModelSettings
+) -> PreTrainedTokenizerBase:
     """The tokenizer of what `load_model` loads, without its weights."""
     field = "model.source"
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)

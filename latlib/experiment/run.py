@@ -9,6 +9,9 @@ finished.
 
 A folder belongs to the settings it was made with: opening it with others is an error that says
 which differ. Which file lies where is `Run.layout`'s to say.
+
+A model of a call is (method, seed) or (method, seed, variant); a variant is a name of
+`sweep.variants`, or changes of the method's training settings by dotted name.
 """
 
 from __future__ import annotations
@@ -23,30 +26,24 @@ import torch
 
 from latlib.config.profile import Profile, ProfileError, load_profile, run_folder
 from latlib.distributed import ranks
-from latlib.evaluation.outcomes import BASE, OnStep, Subject
+from latlib.evaluation.outcomes import BASE, Subject
 from latlib.experiment import build, launch
+from latlib.experiment.geometry import Geometry
 from latlib.experiment.jobs import Job, prepare_process, threads_for, work
 from latlib.experiment.layout import Layout
+from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
-from latlib.hooks import Site
 from latlib.io.files import read_json, write_json, write_table
+from latlib.io.progress import OnStep
 from latlib.models import LanguageModel, load_model
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
 from latlib.refusal.ablation import ablation
-from latlib.refusal.directions import (
-    Differences,
-    find_directions,
-    fixed_site,
-    load_directions,
-    paired_differences,
-    save_directions,
-    sources,
-)
-from latlib.refusal.geometry import variance_table
+from latlib.refusal.directions import Differences, sources
 from latlib.refusal.interventions import Direction
+from latlib.threat import Site
 
 # suites that need nothing but the model
 PLAIN_SUITES = {
@@ -56,7 +53,8 @@ PLAIN_SUITES = {
     "attacks": latent.attacks,
 }
 SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
-GEOMETRY_FILES = ("differences.safetensors", "directions.safetensors", "variance.json")
+Measured = str | AttackCell  # a suite, or an attack of one's own
+Model = tuple[Any, ...]  # see the module's docstring
 
 
 class Run:
@@ -68,48 +66,71 @@ class Run:
     """
 
     def __init__(
-        self, profile: str | Path | Profile = "tiny", out: str | Path | None = None
+        self,
+        profile: str | Path | Profile = "tiny",
+        out: str | Path | None = None,
     ) -> None:
-        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        if not isinstance(profile, Profile):
+            profile = load_profile(profile)
+        self.profile = profile
         self.folder = run_folder(self.profile.name, out)
         self.layout = Layout(self.profile, self.folder)
         self.layout.claim()
-        prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
+        self._geometry = Geometry(self.layout, self._model)
+        threads = threads_for(self.profile)
+        prepare_process(min(torch.get_num_threads(), threads))
 
-    def spec(self, method: str, seed: int = 0, variant: Variant = None) -> Spec:
-        """The model that (method, seed, variant) means; a variant is a name of `sweep.variants` or
-        dotted changes.
-
-        Raises ProfileError for an unknown method, variant or field.
-        """
+    def spec(
+        self,
+        method: str,
+        seed: int = 0,
+        variant: Variant = None,
+    ) -> Spec:
+        """The model that is meant. Raises ProfileError for an unknown method, variant or field."""
         return find_spec(self.profile, method, seed, variant)
 
     # ---- models
 
-    def ensure(self, models: Iterable[tuple]) -> None:
-        """Make every missing model of [(method, seed), (method, seed, variant), ...] and the bases
-        they need.
-        """
-        self._ensure(self.spec(*m) for m in models)
+    def ensure(self, models: Iterable[Model]) -> None:
+        """Make every missing one of the models and the bases they need, side by side."""
+        self._ensure([self.spec(*model) for model in models])
 
-    def _ensure(self, models: Iterable[Spec]) -> None:
-        specs = list(models)
-        wanted = dict.fromkeys([*(spec.base for spec in specs), *specs])
-        missing = [spec for spec in wanted if not self.layout.has(spec)]
-        self._work([_making(self.layout, spec) for spec in missing])
+    def _ensure(self, specs: list[Spec]) -> None:
+        bases = [spec.base for spec in specs]
+        jobs = []
+        for spec in dict.fromkeys(bases + specs):
+            if not self.layout.has(spec):
+                jobs.append(_making(self.layout, spec))
+        self._work(jobs)
 
     def _work(self, jobs: list[Job]) -> None:
         work(self.profile, self.folder, jobs)
 
-    def model(self, method: str, seed: int = 0, variant: Variant = None) -> LanguageModel:
+    def model(
+        self,
+        method: str,
+        seed: int = 0,
+        variant: Variant = None,
+    ) -> LanguageModel:
         """The model, made first if need be, frozen and ready to run; 'base' is the model before
         safety training.
         """
-        spec = self.spec(method, seed, variant)
-        self._ensure([spec])
-        return _opened(self.layout, spec)
+        return self._model(self.spec(method, seed, variant))
 
-    def card(self, method: str, seed: int = 0, variant: Variant = None) -> dict[str, Any]:
+    def _model(self, spec: Spec) -> LanguageModel:
+        self._ensure([spec])
+        base, settings = self.layout.model_folder(spec.base), self.profile.model
+        if spec.method in self.profile.released:
+            return load_released(base, settings, self.profile.released[spec.method])
+        adapter = None if spec.method == BASE else self.layout.model_folder(spec)
+        return load_model(base, settings, adapter)
+
+    def card(
+        self,
+        method: str,
+        seed: int = 0,
+        variant: Variant = None,
+    ) -> dict[str, Any]:
         """What is recorded of a model's making: settings, seconds, last losses, residual norms.
 
         Raises ProfileError for a model that is not made here.
@@ -118,7 +139,18 @@ class Run:
         if source := self.layout.source(spec):
             raise ProfileError(f"{method} is not made here: it is {source!r}")
         self._ensure([spec])
-        return read_json(self.layout.model_folder(spec) / build.RECORD)
+        return read_json(self.layout.model_folder(spec) / RECORD)
+
+    def metrics(
+        self,
+        method: str,
+        seed: int = 0,
+        variant: Variant = None,
+    ) -> pd.DataFrame:
+        """The training metrics of a model, a row a step."""
+        spec = self.spec(method, seed, variant)
+        self._ensure([spec])
+        return read_metrics(self.layout.metrics_file(spec))
 
     def norms(self, seed: int = 0) -> dict[Site, float]:
         """site -> median residual norm of the base model on harmless training prompts, in units of
@@ -128,102 +160,104 @@ class Run:
             self._ensure([Spec(BASE, seed)])
         return build.norms(self.layout, seed)
 
-    def metrics(self, method: str, seed: int = 0, variant: Variant = None) -> pd.DataFrame:
-        """The training metrics of a model, a row a step."""
-        spec = self.spec(method, seed, variant)
-        self._ensure([spec])
-        return read_metrics(self.layout.metrics_file(spec))
-
-    # ---- the geometry of activations
+    # ---- the geometry of activations, found once and kept
 
     def differences(self, method: str, seed: int = 0) -> Differences:
-        """Harmful-harmless activation differences of a model (see `refusal.Differences`), found
-        once and kept.
-        """
-        file = self.layout.geometry_file(self.spec(method, seed), "differences.safetensors")
-        if not file.exists():
-            paired_differences(self.model(method, seed), self.profile).save(file)
-        return Differences.load(file)
+        """Harmful-harmless activation differences of a model."""
+        return self._geometry.differences(self.spec(method, seed))
 
     def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
-        """rule -> refusal direction of a model (see `refusal.directions`), found once and kept."""
-        file = self.layout.geometry_file(self.spec(method, seed), "directions.safetensors")
-        if not file.exists():
-            found = find_directions(
-                self.model(method, seed), self.profile, self.differences(method, seed)
-            )
-            save_directions(found, file)
-        return load_directions(file)
+        """rule -> refusal direction of a model."""
+        return self._geometry.directions(self.spec(method, seed))
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
-        """Explained variance of a model's differences at their last token (see
-        `geometry.variance_table`), found once and kept."""
-        file = self.layout.geometry_file(self.spec(method, seed), "variance.json")
-        if not file.exists():
-            found = self.differences(method, seed)
-            site = fixed_site(len(found.pairs) - 1)
-            write_json(variance_table(found.last(), found.clusters, site), file)
-        return read_json(file)
+        """Explained variance of a model's differences at their last token."""
+        return self._geometry.variance(self.spec(method, seed))
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
-        """Find differences, directions and variance of every model of [(method, seed), ...], side
-        by side.
-        """
-        specs = list(dict.fromkeys(self.spec(*m) for m in models))
+        """Find the three of every model, side by side."""
+        specs = [self.spec(*model) for model in models]
         self._ensure(specs)
-        missing = [spec for spec in specs if not self._has_geometry(spec)]
-        self._work([_finding_geometry(self.layout, spec) for spec in missing])
+        jobs = []
+        for spec in dict.fromkeys(specs):
+            if not self._geometry.is_complete(spec):
+                jobs.append(_finding_geometry(self.layout, spec))
+        self._work(jobs)
 
-    def _has_geometry(self, spec: Spec) -> bool:
-        return all(self.layout.geometry_file(spec, name).exists() for name in GEOMETRY_FILES)
+    # ---- outcomes, measured once and kept
 
-    # ---- outcomes
+    def evaluate(
+        self,
+        method: str,
+        seed: int = 0,
+        suite: str = "audit",
+        variant: Variant = None,
+    ) -> pd.DataFrame:
+        """Outcome rows of a suite (see `SUITES`)."""
+        return self._measured((method, seed, variant), suite)
+
+    def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
+        """Outcome rows of an attack of your own on a model."""
+        return self._measured((method, seed), cell)
+
+    def _measured(self, model: Model, what: Measured) -> pd.DataFrame:
+        self.measure([(model, what)])
+        file = self.layout.table_file(self.spec(*model), what)
+        return pd.read_parquet(file)
+
+    def evaluate_all(self, models: Iterable[Model], suite: str) -> None:
+        """Measure a suite on every model, side by side."""
+        self.measure([(model, suite) for model in models])
+
+    def measure(self, wanted: Iterable[tuple[Model, Measured]]) -> None:
+        """Measure what is missing of [(model, suite or attack), ...], side by side; the longest
+        first wastes least.
+
+        Raises ValueError for an unknown suite.
+        """
+        missing: dict[tuple[Spec, Measured], None] = {}
+        for model, what in wanted:
+            if isinstance(what, str) and what not in SUITES:
+                raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
+            spec = self.spec(*model)
+            if not self.layout.table_file(spec, what).exists():
+                missing[spec, what] = None
+        self._ensure([spec for spec, _ in missing])
+        for seed in _seeds(missing, "ablation"):  # it needs the other methods' directions
+            self.find_geometry([(method, seed) for method in sources(self.profile)])
+        for seed in _seeds(missing, "transfer"):
+            self.ensure([(method, seed) for method in self.profile.methods])
+        for seed in _seeds(missing):
+            self.norms(seed)
+        self._work([_measuring(self.layout, spec, what) for spec, what in missing])
 
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
         return Subject(self.profile, spec.method, spec.seed, self.norms(spec.seed), spec.variant)
 
-    def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
-        """Outcome rows of an attack of your own on a model, measured once and kept."""
-        self.measure([((method, seed), cell)])
-        return pd.read_parquet(self.layout.table_file(self.spec(method, seed), cell))
-
-    def evaluate(
-        self, method: str, seed: int = 0, suite: str = "audit", variant: Variant = None
-    ) -> pd.DataFrame:
-        """Outcome rows of a suite (see `SUITES`), measured once and kept."""
-        self.measure([((method, seed, variant), suite)])
-        return pd.read_parquet(self.layout.table_file(self.spec(method, seed, variant), suite))
-
-    def measure(self, wanted: Iterable[tuple[tuple, str | AttackCell]]) -> None:
-        """Measure what is missing of [(model, suite or attack), ...], side by side; the longest
-        first wastes least.
-
-        model: (method, seed) or (method, seed, variant). Raises ValueError for an unknown suite.
-        """
-        wanted = list(wanted)
-        unknown = [what for _, what in wanted if isinstance(what, str) and what not in SUITES]
-        if unknown:
-            raise ValueError(
-                f"suite = {unknown[0]!r} is unknown: choose one of {', '.join(SUITES)}"
-            )
-        pairs = list(dict.fromkeys((self.spec(*m), what) for m, what in wanted))
-        pairs = [(s, what) for s, what in pairs if not self.layout.table_file(s, what).exists()]
-        self._ensure(s for s, _ in pairs)
-        if any(what == "ablation" for _, what in pairs):  # needs the others' directions
-            self.find_geometry((m, s.seed) for s, _ in pairs for m in sources(self.profile))
-        self.ensure(
-            (m, s.seed) for s, what in pairs if what == "transfer" for m in self.profile.methods
-        )
-        for seed in {s.seed for s, _ in pairs}:
-            self.norms(seed)
-        self._work([_measuring(self.layout, spec, what) for spec, what in pairs])
-
-    def evaluate_all(self, models: Iterable[tuple], suite: str) -> None:
-        """Measure a suite on every model of [(method, seed), (method, seed, variant), ...], side by
-        side.
-        """
-        self.measure([(model, suite) for model in models])
+    def rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
+        """Measure a suite or an attack here and now; it is given what it needs."""
+        lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
+        if isinstance(what, AttackCell):
+            return what.measure(lm, subject)
+        if what == "jailbreaks":
+            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
+            if suffixes:
+                found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
+                self.save_result(f"suffixes-{spec.folder}", found)
+            return table
+        if what == "transfer":
+            targets = {}
+            for method in self.profile.methods:
+                targets[method] = lm if method == spec.label else self.model(method, seed)
+            return latent.transfer(lm, subject, targets, on_step)
+        if what == "ablation":
+            directions = {}
+            for method in sources(self.profile):
+                directions[method] = self.directions(method, seed)
+            differences = self.differences(spec.label, seed)
+            return ablation(lm, subject, directions, differences, on_step)
+        return PLAIN_SUITES[what](lm, subject, on_step)
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""
@@ -232,7 +266,8 @@ class Run:
             raise FileNotFoundError(
                 f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh"
             )
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True)
+        tables = [pd.read_parquet(file) for file in files]
+        return pd.concat(tables, ignore_index=True)
 
     # ---- other results
 
@@ -254,13 +289,9 @@ class Run:
         return read_json(file)
 
 
-def _opened(layout: Layout, spec: Spec) -> LanguageModel:
-    """A model that is there."""
-    base, settings = layout.model_folder(spec.base), layout.profile.model
-    if spec.method in layout.profile.released:
-        return load_released(base, settings, layout.profile.released[spec.method])
-    adapter = None if spec.method == BASE else layout.model_folder(spec)
-    return load_model(base, settings, adapter)
+def _seeds(missing: Iterable[tuple[Spec, Measured]], suite: str | None = None) -> list[int]:
+    """Seeds of what is missing, or of one suite of it."""
+    return sorted({spec.seed for spec, what in missing if suite in (None, what)})
 
 
 # ---- jobs: what a worker does
@@ -269,23 +300,7 @@ def _opened(layout: Layout, spec: Spec) -> LanguageModel:
 def _making(layout: Layout, spec: Spec) -> Job:
     """The job of making a model, after its base."""
     after = "" if spec.method == BASE else spec.base.folder
-    return Job(_name(spec), spec.folder, _make, (layout, spec), after)
-
-
-def _finding_geometry(layout: Layout, spec: Spec) -> Job:
-    """The job of finding a model's differences, directions and variance."""
-    key = f"geometry-{spec.folder}"
-    return Job(f"geometry of {_name(spec)}", key, _find_geometry, (layout, spec))
-
-
-def _measuring(layout: Layout, spec: Spec, what: str | AttackCell) -> Job:
-    """The job of measuring a suite or an attack on a model."""
-    key = f"{what if isinstance(what, str) else what.digest('')}-{spec.folder}"
-    return Job(f"{what} of {_name(spec)}", key, _measure, (layout, spec, what))
-
-
-def _name(spec: Spec) -> str:
-    return f"{spec.label} seed {spec.seed}"
+    return Job(spec.name, spec.folder, _make, (layout, spec), after)
 
 
 def _make(layout: Layout, spec: Spec, on_step: OnStep) -> None:
@@ -297,35 +312,23 @@ def _make(layout: Layout, spec: Spec, on_step: OnStep) -> None:
         build.make_model(layout, spec, on_step)
 
 
+def _finding_geometry(layout: Layout, spec: Spec) -> Job:
+    key = f"geometry-{spec.folder}"
+    return Job(f"geometry of {spec.name}", key, _find_geometry, (layout, spec))
+
+
 def _find_geometry(layout: Layout, spec: Spec, on_step: OnStep) -> None:
-    run = Run(layout.profile, layout.folder)
-    run.directions(spec.method, spec.seed)
-    run.variance(spec.method, spec.seed)
+    geometry = Run(layout.profile, layout.folder)._geometry
+    geometry.directions(spec)
+    geometry.variance(spec)
 
 
-def _measure(layout: Layout, spec: Spec, what: str | AttackCell, on_step: OnStep) -> None:
-    run = Run(layout.profile, layout.folder)
-    write_table(_rows(run, spec, what, on_step), layout.table_file(spec, what))
+def _measuring(layout: Layout, spec: Spec, what: Measured) -> Job:
+    name = what if isinstance(what, str) else what.digest("")
+    key = f"{name}-{spec.folder}"
+    return Job(f"{what} of {spec.name}", key, _measure, (layout, spec, what))
 
 
-def _rows(run: Run, spec: Spec, what: str | AttackCell, on_step: OnStep) -> pd.DataFrame:
-    """Outcome rows of a suite or an attack, which is given what else it needs."""
-    lm, subject, seed = _opened(run.layout, spec), run.subject(spec), spec.seed
-    if isinstance(what, AttackCell):
-        return what.measure(lm, subject)
-    if what == "jailbreaks":
-        table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
-        if suffixes:
-            found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
-            run.save_result(f"suffixes-{spec.folder}", found)
-        return table
-    if what == "transfer":
-        targets = {
-            method: lm if method == spec.label else run.model(method, seed)
-            for method in run.profile.methods
-        }
-        return latent.transfer(lm, subject, targets, on_step)
-    if what == "ablation":
-        directions = {method: run.directions(method, seed) for method in sources(run.profile)}
-        return ablation(lm, subject, directions, run.differences(spec.label, seed), on_step)
-    return PLAIN_SUITES[what](lm, subject, on_step)
+def _measure(layout: Layout, spec: Spec, what: Measured, on_step: OnStep) -> None:
+    table = Run(layout.profile, layout.folder).rows(spec, what, on_step)
+    write_table(table, layout.table_file(spec, what))

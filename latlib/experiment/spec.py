@@ -31,6 +31,11 @@ class Spec:
         return f"{self.method}[{self.variant}]" if self.variant else self.method
 
     @property
+    def name(self) -> str:
+        """How progress lines and errors name it: 'lat[no-kl] seed 0'."""
+        return f"{self.label} seed {self.seed}"
+
+    @property
     def folder(self) -> str:
         """How folders name it: 'lat-seed0', or 'lat-no-kl-seed0'."""
         variant = _NO_NAME.sub("-", f"-{self.variant}") if self.variant else ""

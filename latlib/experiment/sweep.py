@@ -1,20 +1,19 @@
-"""A sweep of `lat` over many machines with Ray: every value of `sweep.grid` with every other, on
-every seed.
+"""A sweep of the profile's main defence over many machines with Ray: every value of `sweep.grid`
+with every other, on every seed.
 
-    python -m latlib.experiment.sweep --profile my.yaml --address auto    # or sweep("my.yaml",
-    address="auto") in a notebook
+    python -m latlib.experiment.sweep --profile my.yaml --address auto
+    sweep(Run("my.yaml"), address="auto")                                    # in a notebook
 
 1. A **trial** is one point of the grid on one seed. What the run folder holds already is not done
    again.
-2. The base of each seed is made once, by a task of its own. Its files and every trial's travel
-   through Ray's object store, so machines share no file system; each needs this latlib, and data
-   and models under the profile's names.
+2. The base of each seed is made once, by a task of its own that its trials wait for. Its files
+   and every trial's travel through Ray's object store, so machines share no file system; each
+   needs this latlib, and data and models under the profile's names.
 3. A trial is an ordinary `Run` in a scratch folder of the machine it runs on
-   (`latlib.experiment.sweep_tasks`): it makes `lat` with the point's changes and measures the suite
-   'variant'. Killed, it is started again: there it finds its checkpoint.
+   (`latlib.experiment.sweep_tasks`): it makes the model with the point's changes and measures the
+   suite 'variant'. Killed, it is started again: there it finds its checkpoint.
 4. The driver alone writes to the run folder, where a `Run` would have put the same files, and the
-   table last: a trial is there whole or not at all. `run.outcomes()` shows its rows,
-   `post_mortem.sweep_table` its numbers.
+   table last: a trial is there whole or not at all. `run.outcomes()` shows its rows.
 5. A trial that raises an error is not repeated. The others go on, and the summary names it.
 
 Exit status: 0 done; 1 a trial failed; 2 a wrong option or setting; 75 stopped by SIGINT, SIGTERM or
@@ -35,9 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from latlib.config.profile import Profile, ProfileError, SweepSettings
+from latlib.evaluation.outcomes import BASE
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
-from latlib.experiment.sweep_tasks import SUITE, base_paths, make_base, make_trial, packed, unpack
+from latlib.experiment.sweep_tasks import SUITE, base_paths, packed, perform, unpack
 from latlib.io.machine import available_cores
 from latlib.io.progress import ExitStatus
 
@@ -47,7 +47,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # end a sweep as Ctrl-C does
 
 
 class SweepError(RuntimeError):
-    """No trial can be started; the message says why and the mend."""
+    """No trial can be started; the message says why and what to do."""
 
 
 @dataclass
@@ -71,21 +71,22 @@ def points(profile: Profile) -> list[dict[str, Any]]:
             f"profile {profile.name} has no sweep.grid: add one, such as sweep: {{grid:"
             " {attack.eps: [0.05, 0.1]}}"
         )
-    # hashable
-    columns = [[tuple(v) if isinstance(v, list) else v for v in values] for values in grid.values()]
+    columns = []
+    for values in grid.values():
+        hashable = [tuple(value) if isinstance(value, list) else value for value in values]
+        columns.append(hashable)
     return [dict(zip(grid, values)) for values in itertools.product(*columns)]
 
 
 def trials(run: Run) -> list[Spec]:
     """Every trial of the run's grid, seed by seed."""
-    return [
-        run.spec("lat", seed, point) for seed in run.profile.seeds for point in points(run.profile)
-    ]
+    profile = run.profile
+    grid = points(profile)
+    return [run.spec(profile.main, seed, point) for seed in profile.seeds for point in grid]
 
 
 def sweep(
-    run: Run | Profile | str | Path,
-    out: str | Path | None = None,
+    run: Run,
     *,
     address: str = "local",
     gpus_per_trial: float | None = None,
@@ -96,50 +97,40 @@ def sweep(
 ) -> Swept:
     """Make what is missing of the grid; a line a trial goes to `say`.
 
-    run: a Run, or what `Run(run, out)` takes. address: 'local' starts Ray on this machine, 'auto'
-    joins the cluster it belongs to; a Ray that runs in this process is used as it is.
-    gpus_per_trial: a share is possible; None: one per process of `parallel`, none where the cluster
-    has none. scratch: folder on every machine, by default one of its own under the machine's
-    temporary directory. adapters: bring the trained adapters back too.
+    address: 'local' starts Ray on this machine, 'auto' joins the cluster it belongs to; a Ray that
+    runs in this process is used as it is. gpus_per_trial: a share is possible; None: one per
+    process of `parallel`, none where the cluster has none. scratch: folder on every machine, by
+    default one of its own under the machine's temporary directory. adapters: bring the trained
+    adapters back too.
 
     Raises SweepError without Ray, a cluster, or a machine big enough for a trial; ProfileError for
     bad settings. KeyboardInterrupt stops the tasks and goes on up; what was finished is kept.
     """
-    run = run if isinstance(run, Run) else Run(run, out)
-    swept, wanted = Swept(), trials(run)
-    swept.kept = [t for t in wanted if _is_made(run, t, adapters)]
-    missing = [t for t in wanted if t not in swept.kept]
-    say(
-        f"{len(wanted)} trials into {run.folder}: {len(swept.kept)} there already, {len(missing)}"
-        " to make"
-    )
+    swept = Swept()
+    missing: list[Spec] = []
+    for trial in trials(run):
+        is_made = run.layout.table_file(trial, SUITE).exists()
+        if is_made and adapters:
+            is_made = run.layout.has(trial)
+        (swept.kept if is_made else missing).append(trial)
+    count = len(missing) + len(swept.kept)
+    there = len(swept.kept)
+    say(f"{count} trials into {run.folder}: {there} there already, {len(missing)} to make")
     if missing:
         ray = _ray()
         with _cluster(ray, address):
             options = {
                 "num_cpus": cpus_per_trial,
                 "num_gpus": _gpus(ray, run.profile, gpus_per_trial),
+                "max_retries": RETRIES,
             }
-            place = str(scratch) if scratch else ""
-            _Driver(ray, run, options | {"max_retries": RETRIES}, place, adapters, swept, say).work(
-                missing
-            )
+            task = ray.remote(**options)(perform)
+            driver = _Driver(ray, run, task, (str(scratch or ""), adapters), swept, say)
+            driver.work(missing)
     for trial, error in swept.failed.items():
-        say(f"failed: {_name(trial)}: {error}")
+        say(f"failed: {trial.name}: {error}")
     say(f"{len(swept.done)} made, {len(swept.kept)} kept, {len(swept.failed)} failed")
     return swept
-
-
-def _is_made(run: Run, trial: Spec, adapter: bool) -> bool:
-    return run.layout.table_file(trial, SUITE).exists() and (not adapter or run.layout.has(trial))
-
-
-def _name(trial: Spec) -> str:
-    return f"{trial.label} seed {trial.seed}"
-
-
-# ---- the driver
-# ------------------------------------------------------------------------------------------------
 
 
 def _ray() -> Any:
@@ -160,13 +151,11 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options = {"log_to_driver": False, "logging_level": "error"}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":  # for this machine only: no dashboard, no other interface
-        options |= {
-            "num_cpus": available_cores(),
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
+        options["num_cpus"] = available_cores()
+        options["include_dashboard"] = False
+        options["_node_ip_address"] = "127.0.0.1"
     ours = [number for number in SIGNALS if signal.getsignal(number) is _stop]
     try:
         ray.init(address, **options)
@@ -188,7 +177,8 @@ def _gpus(ray: Any, profile: Profile, wanted: float | None) -> float:
     """GPUs of a trial. Raises SweepError where no machine has as many: the trial would wait for
     ever.
     """
-    most = max((n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max((resources.get("GPU", 0) for resources in alive), default=0)
     if wanted is None:
         wanted = profile.parallel.processes if most and profile.model.device != "cpu" else 0
     if wanted > most:
@@ -205,27 +195,20 @@ class _Driver:
 
     ray: Any
     run: Run
-    options: dict[str, Any]  # of every task
-    scratch: str
-    adapters: bool
+    task: Any  # `perform`, as Ray's
+    options: tuple[str, bool]  # of `perform`: scratch, and whether adapters are returned
     swept: Swept
     say: Callable[[str], None]
     running: dict[Any, Spec] = field(default_factory=dict)  # Ray's reference -> base or trial
-    # seed -> trials whose base is being made
-    waiting: dict[int, list[Spec]] = field(default_factory=dict)
 
     def work(self, missing: Sequence[Spec]) -> None:
         """Do all of them; what is finished when this is interrupted is kept."""
-        for trial in missing:
-            self.waiting.setdefault(trial.seed, []).append(trial)
         try:
-            for seed in list(self.waiting):
-                if all(path.exists() for path in base_paths(self.run, seed)):
-                    self._start_trials(seed)
-                else:
-                    self._start(
-                        make_base, self.run.spec("base", seed), self._stored(seed), self.scratch
-                    )
+            for base in dict.fromkeys(trial.base for trial in missing):
+                files = self._base(base)
+                for trial in missing:
+                    if trial.base == base:
+                        self._start(trial, files)
             while self.running:
                 self._take_in_some()
         except BaseException:
@@ -234,22 +217,23 @@ class _Driver:
             self._keep_what_is_finished()
             raise
 
-    # what there is of a base, in Ray's store once for all trials on it
-    def _stored(self, seed: int) -> Any:
-        return self.ray.put(packed(self.run.folder, base_paths(self.run, seed)))
+    def _base(self, base: Spec) -> Any:
+        """A reference to a base's files, which Ray has once for all trials on it: those that are
+        here, or what a task will make of them.
+        """
+        paths = base_paths(self.run.layout, base)
+        files = self.ray.put((packed(self.run.folder, paths), 0.0, ""))
+        if all(path.exists() for path in paths):
+            return files
+        return self._start(base, files)
 
-    def _start(self, task: Callable, spec: Spec, files: Any, *arguments: Any) -> None:
+    def _start(self, spec: Spec, files: Any) -> Any:
         # without the grid, so that a grid that grows finds its scratch folders again
-        settings = self.run.profile.model_copy(update={"sweep": SweepSettings()}).model_dump(
-            mode="json"
-        )
-        remote = self.ray.remote(**self.options)(task)
-        self.running[remote.remote(settings, spec, files, *arguments)] = spec
-
-    def _start_trials(self, seed: int) -> None:
-        files = self._stored(seed)
-        for trial in self.waiting.pop(seed):
-            self._start(make_trial, trial, files, self.scratch, self.adapters)
+        profile = self.run.profile.model_copy(update={"sweep": SweepSettings()})
+        settings = profile.model_dump(mode="json")
+        ref = self.task.remote(settings, spec, files, *self.options)
+        self.running[ref] = spec
+        return ref
 
     def _take_in_some(self) -> None:
         """Take in what is finished; without any for REMIND_S, say so."""
@@ -266,29 +250,18 @@ class _Driver:
             files, seconds, machine = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             del self.running[ref]
-            self._fail(spec, error)
+            if spec.method != BASE:  # a base's error is that of every trial on it, too
+                self.swept.failed[spec] = _reason(error)
+                self.say(f"{spec.name}: FAILED, {self._left()} trials left")
             return
         unpack(self.run.folder, files)
         del self.running[ref]
-        if spec.method == "base":
-            self._start_trials(spec.seed)
-        else:
+        if spec.method != BASE:
             self.swept.done.append(spec)
-        self.say(f"{_name(spec)}: {seconds:.0f} s on {machine}, {self._left()} trials left")
-
-    def _fail(self, spec: Spec, error: Exception) -> None:
-        # what the task raised, or what Ray says of its loss
-        cause = getattr(error, "cause", None) or error
-        text = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
-        lost = [spec]
-        if spec.method == "base":
-            lost, text = self.waiting.pop(spec.seed), f"its base was not made: {text}"
-        for trial in lost:
-            self.swept.failed[trial] = text
-            self.say(f"{_name(trial)}: FAILED, {self._left()} trials left")
+        self.say(f"{spec.name}: {seconds:.0f} s on {machine}, {self._left()} trials left")
 
     def _keep_what_is_finished(self) -> None:
-        for ref in list(self.running):
+        for ref in self.running:
             if self.ray.wait([ref], timeout=0)[0]:
                 try:
                     unpack(self.run.folder, self.ray.get(ref)[0])
@@ -296,46 +269,34 @@ class _Driver:
                     continue  # cancelled, or lost: made next time
 
     def _left(self) -> int:
-        return sum(s.method != "base" for s in self.running.values()) + sum(
-            map(len, self.waiting.values())
-        )
+        return sum(spec.method != BASE for spec in self.running.values())
+
+
+def _reason(error: Exception) -> str:
+    """A line on what a task raised, or on what Ray says of its loss."""
+    cause = getattr(error, "cause", None) or error
+    first_line = str(cause).strip().partition("\n")[0]
+    return f"{type(cause).__name__}: {first_line}"
 
 
 # ---- the command line
-# ----------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m latlib.experiment.sweep",
-        description="Train lat on a grid of settings, with Ray.",
+        description="Train the main defence on a grid of settings, with Ray.",
         allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--profile",
-        default="tiny",
-        help="name of a profile, or path of a YAML file (default: tiny)",
-    )
-    parser.add_argument("--out", default=None, help="run folder (default: runs/<profile>)")
-    parser.add_argument(
-        "--address",
-        default="local",
-        help="'local' (default): this machine; 'auto': its Ray cluster",
-    )
-    parser.add_argument(
-        "--gpus-per-trial",
-        type=float,
-        help="a share is possible (default: one, where there are any)",
-    )
-    parser.add_argument(
-        "--cpus-per-trial", type=float, default=1, help="cores of a trial (default: 1)"
-    )
-    parser.add_argument(
-        "--scratch", help="folder for unfinished trials on every machine (default: temporary)"
-    )
-    parser.add_argument(
-        "--adapters", action="store_true", help="bring the trained adapters back too"
-    )
+    add = parser.add_argument
+    add("--profile", default="tiny", help="name of a profile, or path of a YAML file")
+    add("--out", help="run folder, by default runs/<profile>")
+    add("--address", default="local", help="'local': this machine; 'auto': its Ray cluster")
+    add("--gpus-per-trial", type=float, help="a share is possible; by default one, if there is any")
+    add("--cpus-per-trial", type=float, default=1, help="cores of a trial")
+    add("--scratch", help="folder for unfinished trials on every machine, by default temporary")
+    add("--adapters", action="store_true", help="bring the trained adapters back too")
     return parser
 
 

@@ -16,7 +16,6 @@ background thread, and only where it is wanted.
 from __future__ import annotations
 
 import json
-import math
 import netrc
 import os
 import queue
@@ -24,17 +23,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import pandas as pd
 
-from latlib.io.files import write_text
-
-if TYPE_CHECKING:
-    from latlib.config.profile import TrackingSettings
+from latlib.config.profile import TrackingSettings
+from latlib.io.files import json_ready, write_text
 
 TCP_WAIT_S = 3.0  # a reachable server answers in well under a second
 # wandb's own limit for making a run online; left alone it takes 100 s without a network
@@ -42,85 +38,121 @@ INIT_WAIT_S = 5.0
 # with the line it prints and the exit of wandb's service this stays below 15 s
 FINISH_WAIT_S = 12.0
 
-
-def _finite(value: Any) -> Any:
-    """A JSON value: NaN and infinities become None, NumPy and torch scalars plain numbers."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+Record = dict[str, Any]
+_unreachable: dict[str, str] = {}  # server -> reason: one wait per process, not one per run
 
 
-def _say(line: str) -> None:
-    print(f"tracking: {line}", file=sys.stderr, flush=True)
+class Tracker:
+    """Records the metrics of one run.
 
+    path: the JSONL file. settings: the profile's `tracking` section. name, config: what W&B shows.
+    wandb_dir: the folder in which wandb makes its own. resume_from: lines of `path` with a step >=
+    this are dropped, those below are kept (and repeated to wandb); 0 starts anew.
 
-def _has_key(base_url: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(urlsplit(base_url).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        with Tracker(path, profile.tracking, "model-seed0", config, folder) as tracker:
+            tracker.log(1, total=1.2, kl=0.01)
 
-
-def choose_mode(wanted: str, base_url: str) -> tuple[str, str]:
-    """The wandb mode to use, and why it is not the wanted one ('' where it is).
-
-    WANDB_MODE=offline or =disabled in the environment holds online back, but nothing raises offline
-    to online.
+    `run_dir` is the folder of the wandb run once the tracker is closed, or None.
     """
-    limit = os.environ.get("WANDB_MODE", "")
-    if "disabled" in (wanted, limit):
-        return "disabled", ""
-    if wanted != "online":
-        return "offline", ""
-    if limit in ("offline", "dryrun"):
-        return "offline", f"WANDB_MODE={limit} is set"
-    if not _has_key(base_url):
-        return "offline", "no W&B key was found: run `wandb login`"
-    address = urlsplit(base_url)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=TCP_WAIT_S).close()
-    except OSError as error:
-        return "offline", f"{address.hostname}:{port} does not answer ({error})"
-    return "online", ""
+
+    def __init__(
+        self,
+        path: Path,
+        settings: TrackingSettings,
+        name: str,
+        config: Record | None = None,
+        wandb_dir: Path | None = None,
+        resume_from: int = 0,
+    ) -> None:
+        self.path, self.resume_from = path, resume_from
+        self.run_dir: Path | None = None
+        self._mirror: _Mirror | None = None
+        if settings.wandb != "disabled":
+            self._mirror = _Mirror(settings, name, config or {}, wandb_dir or path.parent)
+
+    def __enter__(self) -> Tracker:
+        kept = [record for record in _records(self.path) if record["step"] < self.resume_from]
+        write_text("".join(map(_line, kept)), self.path)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        if self._mirror is not None:
+            self._mirror.start()
+            for record in kept:
+                self._mirror.records.put(record)
+        return self
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append one record; `step` counts from 0 and never falls. Values: numbers, text, booleans
+        or None.
+        """
+        record = json_ready({"step": step} | metrics)
+        self._file.write(_line(record))
+        self._file.flush()
+        if self._mirror is not None:
+            self._mirror.records.put(record)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._mirror is not None:
+            if trouble := self._mirror.finish():
+                _say(f"{trouble}; {self.path.name} is whole")
+            self.run_dir = self._mirror.run_dir
 
 
 class _Mirror(threading.Thread):
     """Carries records to one wandb run; every call into wandb happens in this thread."""
 
-    # server -> reason: one wait per process, not one per training run
-    unreachable: dict[str, str] = {}
-
-    def __init__(
-        self, settings: TrackingSettings, name: str, config: dict[str, Any], folder: Path
-    ) -> None:
+    def __init__(self, settings: TrackingSettings, name: str, config: Record, folder: Path) -> None:
         # a stuck thread must not keep the process alive
         super().__init__(name="wandb mirror", daemon=True)
         self.settings, self.run_name, self.config, self.folder = settings, name, config, folder
-        self.records: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self.trouble = ""
         self.run_dir: Path | None = None
 
+    def finish(self) -> str:
+        """Wait for what is left, at most FINISH_WAIT_S; returns what went wrong, or ''."""
+        self.records.put(None)
+        self.join(FINISH_WAIT_S)
+        if self.is_alive():
+            return f"W&B did not finish within {FINISH_WAIT_S:.0f} s and is left alone"
+        return self.trouble
+
+    def run(self) -> None:
+        # else leaving can hang for half a minute
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            import wandb
+
+            run = self._start_run(wandb)
+            if run is None:
+                return
+            self.run_dir = Path(run.dir).parent
+            while (record := self.records.get()) is not None:
+                run.log(dict(record), step=record["step"])
+            run.finish()
+            wandb.teardown()  # finish() returns before the file is flushed
+        except (Exception, SystemExit) as error:
+            self.trouble = f"W&B failed ({_first_line(error)})"
+
     def _start_run(self, wandb: Any) -> Any:
+        """A wandb run in the mode that works, or None where W&B is disabled."""
         # knows the environment and the user's settings file
         base_url = wandb.setup().settings.base_url
         mode, reason = choose_mode(self.settings.wandb, base_url)
-        if mode == "online" and base_url in self.unreachable:
-            mode, reason = "offline", self.unreachable[base_url]
-        if reason:
-            _say(f"W&B stays offline: {reason}")
         if mode == "disabled":
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return self._init(wandb, mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            self.unreachable[base_url] = f"{type(error).__name__}: {error}".splitlines()[0]
-            _say(f"W&B stays offline: {self.unreachable[base_url]}")
-            return self._init(wandb, "offline")
+        if mode == "online" and base_url not in _unreachable:
+            try:
+                return self._init(wandb, "online")
+            except Exception as error:
+                _unreachable[base_url] = _first_line(error)
+        if mode == "online":
+            reason = _unreachable[base_url]
+        if reason:
+            _say(f"W&B stays offline: {reason}")
+        return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
         return wandb.init(
@@ -144,97 +176,57 @@ class _Mirror(threading.Thread):
             ),
         )
 
-    def run(self) -> None:
-        try:
-            import wandb
 
-            run = self._start_run(wandb)
-            if run is None:
-                return
-            self.run_dir = Path(run.dir).parent
-            while (record := self.records.get()) is not None:
-                run.log(dict(record), step=record["step"])
-            run.finish()
-            wandb.teardown()  # finish() returns before the file is flushed
-        except Exception as error:
-            self.trouble = f"{type(error).__name__}: {error}".splitlines()[0]
-        except SystemExit as error:
-            self.trouble = f"wandb wanted to exit with {error.code}"
+def choose_mode(wanted: str, base_url: str) -> tuple[str, str]:
+    """The wandb mode to use, and why it is not the wanted one ('' where it is).
 
-
-class Tracker:
-    """Records the metrics of one run.
-
-    path: the JSONL file. settings: the profile's `tracking` section. name, config: what W&B shows.
-    wandb_dir: the folder in which wandb makes its own. resume_from: lines of `path` with a step >=
-    this are dropped, those below are kept (and repeated to wandb); 0 starts anew.
-
-        with Tracker(path, profile.tracking, "lat-seed0", config, run / "wandb", resume_from=start)
-        as tracker:
-            tracker.log(step, total=1.2, kl=0.01)
-
-    `run_dir` is the folder of the wandb run once the tracker is closed, or None.
+    WANDB_MODE=offline or =disabled in the environment holds online back, but nothing raises offline
+    to online.
     """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        settings: TrackingSettings,
-        name: str,
-        config: dict[str, Any] | None = None,
-        wandb_dir: str | os.PathLike[str] | None = None,
-        resume_from: int = 0,
-    ) -> None:
-        self.path, self.settings, self.name, self.config = Path(path), settings, name, config or {}
-        self.wandb_dir = Path(wandb_dir) if wandb_dir else self.path.parent
-        self.resume_from = int(resume_from)
-        self.run_dir: Path | None = None
-        self._file: Any = None
-        self._mirror: _Mirror | None = None
-
-    def __enter__(self) -> Tracker:
-        kept = [record for record in _records(self.path) if record["step"] < self.resume_from]
-        write_text("".join(json.dumps(record) + "\n" for record in kept), self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if self.settings.wandb != "disabled":
-            # else leaving can hang for half a minute
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            os.environ.setdefault("WANDB_SILENT", "true")
-            self._mirror = _Mirror(self.settings, self.name, self.config, self.wandb_dir)
-            self._mirror.start()
-            for record in kept:
-                self._mirror.records.put(record)
-        return self
-
-    def log(self, step: int, **metrics: Any) -> None:
-        """Append one record; `step` counts from 0 and never falls. Values: numbers, text, booleans
-        or None.
-        """
-        record = {"step": int(step)} | {name: _finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._mirror is not None:
-            self._mirror.records.put(record)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._mirror is None:
-            return
-        self._mirror.records.put(None)
-        started = time.monotonic()
-        self._mirror.join(FINISH_WAIT_S)
-        self.run_dir = self._mirror.run_dir
-        if self._mirror.is_alive():
-            waited = time.monotonic() - started
-            _say(
-                f"W&B did not finish within {waited:.0f} s and is left alone; {self.path.name} is"
-                " whole"
-            )
-        elif self._mirror.trouble:
-            _say(f"W&B failed ({self._mirror.trouble}); {self.path.name} is whole")
+    limit = os.environ.get("WANDB_MODE", "")
+    if "disabled" in (wanted, limit):
+        return "disabled", ""
+    if wanted != "online":
+        return "offline", ""
+    if limit in ("offline", "dryrun"):
+        return "offline", f"WANDB_MODE={limit} is set"
+    address = urlsplit(base_url)
+    host = address.hostname or ""
+    if not _has_key(host):
+        return "offline", "no W&B key was found: run `wandb login`"
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((host, port), timeout=TCP_WAIT_S).close()
+    except OSError as error:
+        return "offline", f"{host}:{port} does not answer ({error})"
+    return "online", ""
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _say(line: str) -> None:
+    print(f"tracking: {line}", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---- what was recorded
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _records(path: Path) -> list[Record]:
     """The whole records of a JSONL file; a last line cut short by a crash is left out."""
     if not path.is_file():
         return []
@@ -251,53 +243,52 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_metrics(path: str | os.PathLike[str]) -> pd.DataFrame:
+def read_metrics(path: Path) -> pd.DataFrame:
     """The metrics of one JSONL file: a row a record, a column a metric, in the order they were
     logged.
 
     Raises FileNotFoundError where there is no such file, ValueError where a line other than the
     last is broken.
     """
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}: the run that writes them has not started")
-    return pd.DataFrame(_records(Path(path)))
+    return pd.DataFrame(_records(path))
 
 
-def _inspect(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_offline_run(run_dir: Path) -> pd.DataFrame:
+    """The history of an offline wandb run, as `read_metrics` gives it (wandb's own `_...` columns
+    left out).
+
+    run_dir: a folder `offline-run-<date>_<id>`. Raises RuntimeError where wandb cannot read it.
+    """
+    rows = []
+    for record in _inspect(run_dir):
+        if record.get("type") == "history":
+            item = record["history"]["item"]
+            rows.append({name: v for name, v in item.items() if not name.startswith("_")})
+    return pd.DataFrame(rows)
+
+
+def find_offline_run(folder: Path, name: str) -> Path | None:
+    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is
+    none.
+
+    A resumed training makes a second run that repeats the first, so the newest is whole.
+    """
+    files = folder.glob("wandb/offline-run-*/run-*.wandb")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if name.encode() not in file.read_bytes():
+            continue  # asking wandb takes half a second a run
+        names = [record.get("run", {}).get("display_name") for record in _inspect(file.parent)]
+        if name in names:
+            return file.parent
+    return None
+
+
+def _inspect(run_dir: Path) -> list[Record]:
     """The records of an offline wandb run. Raises RuntimeError where wandb cannot read it."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if answer.returncode:
         raise RuntimeError(f"wandb cannot read {run_dir}: {answer.stderr.strip()}")
     return [json.loads(line) for line in answer.stdout.splitlines()]
-
-
-def read_offline_run(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """The history of an offline wandb run, as `read_metrics` gives it (wandb's own `_...` columns
-    left out).
-
-    run_dir: a folder `offline-run-<date>_<id>`. Raises RuntimeError where wandb cannot read it.
-    """
-    items = [
-        record["history"]["item"] for record in _inspect(run_dir) if record.get("type") == "history"
-    ]
-    return pd.DataFrame(
-        [{k: v for k, v in item.items() if not k.startswith("_")} for item in items]
-    )
-
-
-def find_offline_run(folder: str | os.PathLike[str], name: str) -> Path | None:
-    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is
-    none.
-
-    A resumed training makes a second run that repeats the first, so the newest is whole.
-    """
-    files = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if name.encode() not in file.read_bytes():
-            continue  # asking wandb takes half a second a run
-        if any(
-            record.get("run", {}).get("display_name") == name for record in _inspect(file.parent)
-        ):
-            return file.parent
-    return None

@@ -6,13 +6,15 @@ of notebook 04).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from latlib.data.prompts import in_the_world
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate, left_padded
 from latlib.evaluation.outcomes import OWN_RULES, Rule
 from latlib.evaluation.phrases import redacted
+from latlib.experiment.run import Run
 from latlib.io.progress import in_batch
 from latlib.refusal.directions import sources
 from latlib.refusal.interventions import added
@@ -21,30 +23,29 @@ from latlib.text.chat import chat_text
 if TYPE_CHECKING:
     from ipywidgets import Widget
 
-    from latlib.experiment.run import Run
 
-Mode = Literal["ablate", "add", "nothing"]
+@dataclass(frozen=True)
+class Steering:
+    """What is done with a direction: that of the model `vector`, by a rule. 'add': `strength` times
+    it, at its own site, to every token of the prompt.
+    """
+
+    mode: Literal["nothing", "ablate", "add"]
+    vector: str
+    rule: str
+    strength: float = 1.0
 
 
-def reply(
-    run: Run,
-    target: str,
-    seed: int,
-    prompt: str,
-    mode: Mode,
-    vector: str,
-    rule: str,
-    strength: float = 1.0,
-) -> str:
-    """What `target` replies to `prompt` with the direction of `vector` by `rule` ablated, or with
-    `strength` times it added at its own site to every token of the prompt.
+def reply(run: Run, target: str, seed: int, prompt: str, steering: Steering) -> str:
+    """What the model `target` replies to `prompt`.
 
     Raises ValueError for an unknown mode, or for a subspace to be added.
     """
     lm, system = run.model(target, seed), run.profile.data.system_prompt
+    mode, rule = steering.mode, steering.rule
     if mode == "nothing":
         return generate(lm, [prompt], system_prompt=system)[0]
-    direction = run.directions(vector, seed)[rule]
+    direction = run.directions(steering.vector, seed)[rule]
     if mode == "ablate":
         return generate(lm, [prompt], system_prompt=system, directions=direction.vector)[0]
     if mode != "add":
@@ -54,9 +55,8 @@ def reply(
             f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added"
         )
     ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
-    return generate(
-        lm, [prompt], added(direction.vector, direction.site, ids, strength), system_prompt=system
-    )[0]
+    deltas = added(direction.vector, direction.site, ids, steering.strength)
+    return generate(lm, [prompt], deltas, system_prompt=system)[0]
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:
@@ -64,28 +64,24 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
     a batch run, where nobody could turn them."""
     if in_batch():
         return None
-    import ipywidgets
+    import ipywidgets as widgets
+
+    def tell(target: str, prompt: str, show: bool, **steering: Any) -> None:
+        try:
+            text = redacted(reply(run, target, seed, prompt, Steering(**steering)), show)
+        except ValueError as error:  # shown where the reply would be
+            text = str(error)
+        print(text)
 
     names = sources(run.profile)
-    prompts = {kind: prompt_set(kind, run.profile)[0].text for kind in ("harmful", "harmless")}
-    return ipywidgets.interactive(
-        lambda **chosen: print(_said(run, seed, **chosen)),
-        target=ipywidgets.Dropdown(options=names, value=names[-1]),
-        mode=ipywidgets.Dropdown(options=("ablate", "add", "nothing")),
-        vector=ipywidgets.Dropdown(options=names, value=names[-1]),
-        rule=ipywidgets.Dropdown(options=[str(rule) for rule in OWN_RULES], value=str(Rule.BEST)),
-        strength=ipywidgets.FloatSlider(
-            value=1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False
-        ),
-        prompt=ipywidgets.Combobox(
-            options=tuple(prompts.values()), value=prompts["harmful"], continuous_update=False
-        ),
-        show=ipywidgets.Checkbox(value=in_the_world(run.profile), description="show text"),
+    prompts = [prompt_set(kind, run.profile)[0].text for kind in ("harmful", "harmless")]
+    return widgets.interactive(
+        tell,
+        target=widgets.Dropdown(options=names, value=names[-1]),
+        mode=widgets.Dropdown(options=("ablate", "add", "nothing")),
+        vector=widgets.Dropdown(options=names, value=names[-1]),
+        rule=widgets.Dropdown(options=[str(rule) for rule in OWN_RULES], value=str(Rule.BEST)),
+        strength=widgets.FloatSlider(1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
+        prompt=widgets.Combobox(options=prompts, value=prompts[0], continuous_update=False),
+        show=widgets.Checkbox(value=in_the_world(run.profile), description="show text"),
     )
-
-
-def _said(run: Run, seed: int, show: bool, **chosen) -> str:
-    try:
-        return redacted(reply(run, seed=seed, **chosen), show)
-    except ValueError as error:  # shown where the reply would be
-        return str(error)

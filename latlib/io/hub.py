@@ -10,13 +10,12 @@ only where allowed.
    unless the profile allows them (model.trust_remote_code). One that transformers knows is opened
    with transformers' own code.
 4. Weights are read in the precision they are wanted in, so that they are in memory once.
-5. Whatever goes wrong is said as field, value and mend: gated without a token, missing, pickles
+5. Whatever goes wrong is said as field, value and fix: gated without a token, missing, pickles
    only, foreign code.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,11 +28,18 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from latlib.errors import SettingError
+from latlib.io.files import read_json
 
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -115,12 +121,10 @@ def source_file(source: str, name: str, field: str, revision: str | None = None)
     if Path(source).is_dir():
         path = Path(source) / name
         return str(path) if path.is_file() else None
-    try:
+    with _explaining(field, source, Allowed(revision=revision)):
         return cached_file(
             source, name, revision=revision, _raise_exceptions_for_missing_entries=False
         )
-    except (OSError, ValueError) as error:
-        raise explained(error, field, source, Allowed(revision=revision)) from error
 
 
 def is_adapter(source: str, field: str, revision: str | None = None) -> bool:
@@ -130,9 +134,8 @@ def is_adapter(source: str, field: str, revision: str | None = None) -> bool:
 
 def base_of(adapter: str, field: str) -> str:
     """The model that an adapter says it was trained on, '' if it does not."""
-    config = json.loads(
-        Path(source_file(adapter, "adapter_config.json", field)).read_text(encoding="utf-8")
-    )
+    file = source_file(adapter, "adapter_config.json", field)
+    config = read_json(Path(file)) if file else {}
     return config.get("base_model_name_or_path") or ""
 
 
@@ -145,37 +148,28 @@ def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
             f" adapter_config.json says {base_of(source, field)!r}), and the adapter as a released"
             " model"
         )
-    try:
+    with _explaining(field, source, allowed):
         if not Path(source).is_dir():
             # without a network a file that is not cached looks like one that does not exist; this
             # one always does
             cached_file(source, "config.json", revision=allowed.revision)
-        with quietly():
-            return AutoConfig.from_pretrained(source, **allowed.options)
-    except Exception as error:  # anything: libraries, the hub and foreign code raise it
-        raise explained(error, field, source, allowed) from error
+        return AutoConfig.from_pretrained(source, **allowed.options)
 
 
 def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) -> nn.Module:
     """A causal LM on the CPU, its weights read in `dtype`. Raises SettingError naming the field."""
     open_config(source, field, allowed)
     safe = _weights_are_safe(source, field, allowed, _SAFE, _PICKLED)
-    try:
-        with quietly():
-            return AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=safe, **allowed.options
-            )
-    except Exception as error:  # anything: libraries, the hub and foreign code raise it
-        raise explained(error, field, source, allowed) from error
+    with _explaining(field, source, allowed):
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=safe, **allowed.options
+        )
 
 
-def open_tokenizer(source: str, field: str, allowed: Allowed):
+def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedTokenizerBase:
     """The tokenizer of a source. Raises SettingError naming the field."""
-    try:
-        with quietly():
-            return AutoTokenizer.from_pretrained(source, **allowed.options)
-    except Exception as error:  # anything: libraries, the hub and foreign code raise it
-        raise explained(error, field, source, allowed) from error
+    with _explaining(field, source, allowed):
+        return AutoTokenizer.from_pretrained(source, **allowed.options)
 
 
 def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) -> PeftModel:
@@ -183,11 +177,8 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
     field.
     """
     _weights_are_safe(source, field, allowed, _SAFE_ADAPTER, _PICKLED_ADAPTER)
-    try:
-        with quietly():
-            return PeftModel.from_pretrained(model, source)
-    except Exception as error:  # anything: libraries, the hub and foreign code raise it
-        raise explained(error, field, source, allowed) from error
+    with _explaining(field, source, allowed):
+        return PeftModel.from_pretrained(model, source)
 
 
 def _weights_are_safe(
@@ -196,9 +187,14 @@ def _weights_are_safe(
     """Whether the weights are safetensors, or pickles that are allowed. Raises SettingError where
     they are neither.
     """
-    if any(source_file(source, name, field, allowed.revision) is not None for name in safe):
+
+    def has(names: tuple[str, ...]) -> bool:
+        files = [source_file(source, name, field, allowed.revision) for name in names]
+        return any(file is not None for file in files)
+
+    if has(safe):
         return True
-    there = any(source_file(source, name, field, allowed.revision) is not None for name in pickled)
+    there = has(pickled)
     if there and allowed.pickle:
         return False
     names = " or ".join(safe)
@@ -214,39 +210,53 @@ def _weights_are_safe(
     )
 
 
-def explained(error: Exception, field: str, source: str, allowed: Allowed) -> SettingError:
-    """`error` as field, value and mend."""
-    chain, at = [], error
+@contextmanager
+def _explaining(field: str, source: str, allowed: Allowed) -> Iterator[None]:
+    """Whatever libraries, the hub and foreign code raise becomes a SettingError."""
+    try:
+        with quietly():
+            yield
+    except Exception as error:
+        raise _explained(error, field, source, allowed) from error
+
+
+def _explained(error: Exception, field: str, source: str, allowed: Allowed) -> SettingError:
+    """`error` as field, value and fix."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
-    if any(isinstance(e, GatedRepoError) for e in chain):
-        mend = (
+    if _has(chain, GatedRepoError):
+        fix = (
             "is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`), or"
             " give a local folder"
         )
-    elif any(isinstance(e, RevisionNotFoundError) for e in chain):
-        mend = f"has no revision {allowed.revision!r}: mend model.revision, or leave it out"
-    elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        mend = (
+    elif _has(chain, RevisionNotFoundError):
+        fix = f"has no revision {allowed.revision!r}: fix model.revision, or leave it out"
+    elif _has(chain, RepositoryNotFoundError):
+        fix = (
             "is neither a folder nor a model on the hub: check the name, or log in if it is private"
         )
     elif any("trust_remote_code" in str(e) for e in chain):
+        fix = (
+            "needs Python code of its own, which would run with all your rights: read it and set"
+            " model.trust_remote_code: true if you trust it, or choose a model that transformers"
+            " knows"
+        )
         if allowed.code is None:
-            mend = (
+            fix = (
                 "needs code of its own, which latlib never runs: choose a model that transformers"
                 " knows"
             )
-        else:
-            mend = (
-                "needs Python code of its own, which would run with all your rights: read it and"
-                " set model.trust_remote_code: true if you trust it, or choose a model that"
-                " transformers knows"
-            )
     else:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        mend = (
+        fix = (
             f"cannot be loaded ({lines[0]}): check the folder or the network, or download it and"
             " give the folder"
         )
-    return SettingError(f"{field} = {source!r} {mend}")
+    return SettingError(f"{field} = {source!r} {fix}")
+
+
+def _has(chain: list[BaseException], kind: type[BaseException]) -> bool:
+    return any(isinstance(error, kind) for error in chain)

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from latlib.io.files import aside
 
+OnStep = Callable[[int, int, str], None]  # progress: (step, of how many, what was done)
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
 
 
@@ -37,6 +39,10 @@ class ExitStatus(IntEnum):
 
 class Stopped(RuntimeError):
     """The run was asked to stop and has saved its state; the same command continues it."""
+
+
+def unseen(step: int, total: int, detail: str) -> None:
+    """Progress that nobody follows."""
 
 
 def in_batch() -> bool:

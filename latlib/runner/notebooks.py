@@ -51,6 +51,10 @@ class Failure:
     error: str
     log: Path
 
+    def __str__(self) -> str:
+        where = f"cell {self.cell}: {self.first_line}" if self.cell else "before the first cell"
+        return f"failed: {self.notebook}, {where}\n  {self.error}\n  log: {self.log}"
+
 
 class _ThisPython(KernelSpecManager):
     """Answers every kernel name with this interpreter, whatever kernelspecs the user has
@@ -76,6 +80,7 @@ class LatlibEngine(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+        """See `papermill.engines.Engine`."""
         kernel, folder = options["kernel"], options["kernel_folder"]
         sources = [
             i for i, cell in enumerate(nb_man.nb.cells) if "injected-parameters" not in _tags(cell)
@@ -210,23 +215,23 @@ def _describe(
     error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_path: Path
 ) -> Failure:
     """Write the traceback to the log and say in one line what went wrong where."""
-    source = ""
     if isinstance(error, PapermillExecutionError):
         source, text = error.source, f"{error.ename}: {error.evalue}"
         log.write("\n" + "\n".join(error.traceback) + "\n")
     else:
-        if isinstance(error, DeadKernelError):
-            text = (
-                "the kernel died without a traceback; most often the machine has run out of memory"
-            )
-        else:
-            text = f"{type(error).__name__}: {error}"
-        log.write("\n" + "".join(traceback.format_exception(error)))
         cells = nbformat.read(notebook, as_version=4).cells
         source = cells[kernel.cell - 1].source if kernel.cell else ""
-    first_line = next((line for line in source.splitlines() if line.strip()), "")
-    error_line = next((line for line in _ANSI.sub("", text).splitlines() if line.strip()), "")
-    return Failure(notebook.stem, kernel.cell, first_line.strip(), error_line.strip(), log_path)
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, DeadKernelError):
+            text = "the kernel died without a traceback; most often the memory has run out"
+        log.write("\n" + "".join(traceback.format_exception(error)))
+    return Failure(notebook.stem, kernel.cell, _first_line(source), _first_line(text), log_path)
+
+
+def _first_line(text: str) -> str:
+    """The first line that says something."""
+    lines = [line.strip() for line in _ANSI.sub("", text).splitlines()]
+    return next(filter(None, lines), "")
 
 
 def _forget_paths(executed: Path, notebook: Path) -> None:

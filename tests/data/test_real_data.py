@@ -255,7 +255,7 @@ def test_a_model_of_the_hub_is_named_by_its_id_everywhere(tree, tmp_path):
     (tmp_path / "hub.yaml").write_text(yaml.safe_dump(changed))
     script = f"""
 import torch
-from latlib.experiment.export_model import merge
+from latlib.experiment.export_model import export
 from latlib.experiment.released import load_tokenizer
 from latlib.experiment.run import Run
 run = Run({str(tmp_path / "hub.yaml")!r}, {str(tmp_path / "out")!r})
@@ -264,7 +264,7 @@ ids = torch.tensor([[5, 6, 7]])
 assert torch.equal(base.model(input_ids=ids).logits, ssft.model(input_ids=ids).logits)
 assert not torch.equal(base.model(input_ids=ids).logits, lat.model(input_ids=ids).logits)
 assert load_tokenizer(run.layout.model_folder(run.spec("base")), run.profile.model).chat_template
-merge(run, "lat", 0, {str(tmp_path / "merged")!r})
+export(run, "lat", 0, {str(tmp_path / "merged")!r})
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     command = [sys.executable, "-c", script]

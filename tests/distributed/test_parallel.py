@@ -7,13 +7,16 @@ found in files.
 
 import json
 import os
+import signal
 import socket
-import sys
+import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -34,7 +37,7 @@ from latlib.evaluation.generate import write
 from latlib.experiment import build, jobs
 from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
-from latlib.io.progress import Stopped
+from latlib.io.progress import Stopped, report
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -552,82 +555,107 @@ def told_by(on_step, told):
     return tell
 
 
-def launch_script(run, monkeypatch, script: str, on_step=lambda *_: None):
-    """`launch` with a Python script in the place of torchrun; its arguments: the files of end and
-    progress.
-    """
-
-    def command(count, job):
-        files = [str(job.with_suffix(f".{what}")) for what in ("end", "progress")]
-        return [
-            sys.executable,
-            "-c",
-            "import os, sys, time\nend, progress = sys.argv[1:]\n" + script,
-            *files,
-        ]
-
-    monkeypatch.setattr(parallel, "_command", command)
+def launch_doing(does, run, monkeypatch, on_step=lambda *_: None):
+    """`launch` of processes that do something else: `does(rank, task)`."""
+    monkeypatch.setattr(parallel, "_one_of_several", does)
     parallel.launch(run.layout, run.spec("lat"), on_step)
 
 
-SAY = (
-    'open(end, \'w\').write(\'{"kind": "%s", "message": "why", "traceback": "line 1\\\\nwhy",'
-    ' "rank": 1}\')'
-)
+def stopped(rank, task):
+    task.ended.put(Stopped("why"))
+
+
+def refused(rank, task):
+    """By one of them, while the other waits for it."""
+    if rank == 0:
+        time.sleep(600)
+    task.ended.put(ProfileError("why"))
+    raise ProfileError("why")
+
+
+def broken(rank, task):
+    if rank == 0:
+        time.sleep(600)
+    raise OSError("why it broke")
+
+
+def killed(rank, task):
+    if rank == 0:
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "script, error, message",
+    "does, error, message",
     [
-        (
-            "print('before'); print('why it broke', flush=True); os._exit(3)",
-            RuntimeError,
-            "one of 2 (?s:.)*why it broke",
-        ),
-        (SAY % "Stopped", Stopped, "^why$"),
-        (SAY % "ProfileError" + "; os._exit(1)", ProfileError, "^why$"),
-        (
-            SAY % "OSError" + "; os._exit(1)",
-            RuntimeError,
-            "lat seed 0: process 1 of 2 failed(?s:.)*line 1\nwhy",
-        ),
+        (stopped, Stopped, "^why$"),
+        (refused, ProfileError, "^why$"),
+        (broken, RuntimeError, "lat seed 0: process 1 of 2 failed(?s:.)*OSError: why it broke"),
+        (killed, RuntimeError, "lat seed 0: process 1 of 2 failed(?s:.)*SIGKILL"),
     ],
 )
-def test_what_ended_the_processes_is_raised(folder, monkeypatch, script, error, message):
+def test_what_ended_the_processes_is_raised(folder, monkeypatch, does, error, message):
+    monkeypatch.setattr(parallel, "GRACE_SECONDS", 0.5)
     run = Run(smoke("ddp", 2), folder / "launched")
     with pytest.raises(error, match=message):
-        launch_script(run, monkeypatch, script)
+        launch_doing(does, run, monkeypatch)
     assert not list((run.folder / "logs").glob(".parallel*"))
+
+
+def nothing(rank, task):
+    pass
 
 
 def test_what_a_killed_launch_left_is_not_heard(folder, monkeypatch):
     run, told = Run(smoke("ddp", 2), folder / "launched"), []
     progress = {"label": "", "step": 3, "total": 6, "detail": "", "time": 0}
-    for what, record in {
-        "end": {"kind": "Stopped", "message": "long ago"},
-        "progress": progress,
-    }.items():
-        (run.folder / "logs" / f".parallel-lat-seed0.{what}").write_text(json.dumps(record))
-    launch_script(run, monkeypatch, "", lambda *step: told.append(step))
+    (run.folder / "logs" / ".parallel-lat-seed0.json").write_text(json.dumps(progress))
+    launch_doing(nothing, run, monkeypatch, lambda *step: told.append(step))
     assert not told
 
 
-def test_processes_end_with_the_one_that_started_them(folder, monkeypatch):
+def says_who_it_is(rank, task):
+    threading.Thread(target=parallel._leave_with_parent, daemon=True).start()
+    if rank == 0:
+        report(task.progress_file, "", 1, 2, str(os.getpid()))
+    time.sleep(600)
+
+
+def test_processes_end_with_a_launch_that_is_interrupted(folder, monkeypatch):
     run, pids = Run(smoke("ddp", 2), folder / "launched"), []
-    script = """
-open(progress + '~', 'w').write('{"label": "", "step": 1, "total": 2, "detail": "%d", "time": 0}' % os.getpid())
-os.replace(progress + '~', progress)
-time.sleep(600)
-"""
 
     def interrupted(step, total, detail) -> None:
         pids.append(int(detail))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch_script(run, monkeypatch, script, interrupted)
+        launch_doing(says_who_it_is, run, monkeypatch, interrupted)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+def launch_and_tell(folder):
+    """To be killed in the middle."""
+
+    def tell(step, total, detail) -> None:
+        (folder / "pid").write_text(detail)
+
+    parallel._one_of_several = says_who_it_is
+    run = Run(smoke("ddp", 2), folder / "launched")
+    parallel.launch(run.layout, run.spec("lat"), tell)
+
+
+def test_processes_end_with_a_launch_that_is_killed(folder):
+    launching = jobs.worker_context().Process(target=launch_and_tell, args=(folder,))
+    launching.start()
+    until = time.monotonic() + 60
+    while not (folder / "pid").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    pid = int((folder / "pid").read_text())
+    launching.kill()
+    while psutil.pid_exists(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def run(smoke_run):
 
 @pytest.fixture(scope="module")
 def merged(run, tmp_path_factory):
-    return export_model.merge(run, "lat", 0, tmp_path_factory.mktemp("to") / "model", "no-kl")
+    return export_model.export(run, "lat", 0, tmp_path_factory.mktemp("to") / "model", "no-kl")
 
 
 def test_it_says_what_the_adapter_on_its_base_says(run, merged):
@@ -140,16 +140,16 @@ def test_paths_in_settings_leave_their_last_part():
 def test_a_folder_that_holds_something_is_refused_and_left(run, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match="holds something already.*--to"):
-        export_model.merge(run, "lat", 0, tmp_path, "no-kl")
+        export_model.export(run, "lat", 0, tmp_path, "no-kl")
     with pytest.raises(FileExistsError):
-        export_model.merge(run, "lat", 0, tmp_path / "thesis.tex", "no-kl")
+        export_model.export(run, "lat", 0, tmp_path / "thesis.tex", "no-kl")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_nothing_half_made_is_left(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_model, "card", lambda record: 1 / 0)
+    monkeypatch.setattr(export_model, "model_card", lambda record, library: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_model.merge(run, "lat", 0, tmp_path / "to", "no-kl")
+        export_model.export(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -164,7 +164,7 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     with pytest.raises(ValueError, match=r"merged, lat\[no-kl\] seed 0 says other things"):
-        export_model.merge(run, "lat", 0, tmp_path / "to", "no-kl")
+        export_model.export(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_merged_is_named(run, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
-        export_model.merge(run, *arguments, tmp_path / "to")
+        export_model.export(run, *arguments, tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 

@@ -144,8 +144,8 @@ def test_killed_and_started_again_it_ends_the_same(base, uninterrupted, tmp_path
 
 
 def test_the_runs_differ_where_they_should(uninterrupted):
-    """The best look is not at the last step, or the test above would say nothing of it."""
-    best = uninterrupted["best"]["record"]["watch"]
+    """The best step is not the last step, or the test above would say nothing of it."""
+    best = uninterrupted["best"]["record"]["validation"]
     assert best["kept_step"] == best["best"]["step"] < 6
     assert uninterrupted["best"][FILES[0]] != uninterrupted["last"][FILES[0]]
     assert uninterrupted["last"]["log"][-1]["step"] == 6

@@ -310,7 +310,7 @@ def test_numbers_of_a_sweep_are_a_table(swept):
 def test_without_ray_the_error_says_how_to_install_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SweepError, match=r"pip install 'latlib\[ray\]'"):
-        sweep(PROFILE, tmp_path / "run", say=lambda line: None)
+        sweep(Run(PROFILE, tmp_path / "run"), say=lambda line: None)
 
 
 @pytest.mark.parametrize(

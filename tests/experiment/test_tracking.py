@@ -97,13 +97,14 @@ def test_online_only_with_a_key_and_an_answering_server(monkeypatch):
 
 SILENT_SERVER = """
 import os, socket, sys, time
+from pathlib import Path
 from latlib.config.profile import TrackingSettings
 from latlib.experiment.tracking import Tracker
 server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers one
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
 os.environ["WANDB_API_KEY"] = "k" * 40
 print(time.monotonic())
-with Tracker("lat.jsonl", TrackingSettings(wandb="online"), "lat", wandb_dir=".") as tracker:
+with Tracker(Path("lat.jsonl"), TrackingSettings(wandb="online"), "lat", wandb_dir=Path(".")) as tracker:
     before = time.monotonic()
     tracker.log(0, total=1.0)
     assert time.monotonic() - before < 0.1, "training waits for W&B"

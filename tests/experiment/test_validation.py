@@ -1,4 +1,4 @@
-"""Looks while training: they change nothing, say what the model does, and the best of them is the
+"""Validation while training: it changes nothing, says what the model does, and the best step is the
 one that is saved.
 """
 
@@ -18,8 +18,10 @@ from latlib.config.profile import Profile, ProfileError, load_profile, validated
 from latlib.data.prompts import PromptSource, prompt_source
 from latlib.evaluation.examine import WorldExaminer
 from latlib.experiment import build, validation
+from latlib.experiment.plain_steps import PlainSteps
+from latlib.experiment.record import model_card
 from latlib.experiment.run import Run
-from latlib.experiment.validation import Look, Watch, best, card
+from latlib.experiment.validation import Validation, Validator, best_of
 
 EVERY = {"evaluate_every": 2, "evaluate_prompts": 5}
 
@@ -36,7 +38,7 @@ def trainer(run):
     )
 
 
-def look_of(step=1, **changes) -> Look:
+def result_of(step=1, **changes) -> Validation:
     values = {
         "harmful_refused": 0.9,
         "harmless_refused": 0.1,
@@ -44,7 +46,7 @@ def look_of(step=1, **changes) -> Look:
         "neither": 0.1,
         "kl": 0.2,
     }
-    return Look(step, **{**values, "attack_success": 0.3, "attacked": True, **changes})
+    return Validation(step, **{**values, "attack_success": 0.3, "attacked": True, **changes})
 
 
 def adapter(run, changes):
@@ -53,22 +55,24 @@ def adapter(run, changes):
     )
 
 
-def test_looking_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
+def test_validating_changes_no_bit_of_the_adapter_and_nothing_of_the_log(run):
     run.ensure([("lat", 0), ("lat", 0, EVERY)])
     off, on = adapter(run, None), adapter(run, EVERY)
     assert off.keys() == on.keys() and all(torch.equal(off[name], on[name]) for name in off)
-    quiet, watched = run.metrics("lat", 0), run.metrics("lat", 0, EVERY)
-    assert watched[quiet.columns].drop(columns="seconds").equals(quiet.drop(columns="seconds"))
-    assert not any(name.startswith("watch_") for name in quiet)
-    looked = watched[watched["watch_kl"].notna()]
-    assert looked["step"].tolist() == [2, 4, 6]
+    quiet, validated_log = run.metrics("lat", 0), run.metrics("lat", 0, EVERY)
+    assert (
+        validated_log[quiet.columns].drop(columns="seconds").equals(quiet.drop(columns="seconds"))
+    )
+    assert not any(name.startswith("validation_") for name in quiet)
+    with_results = validated_log[validated_log["validation_kl"].notna()]
+    assert with_results["step"].tolist() == [2, 4, 6]
     # the attack begins after step 2
-    assert looked["watch_attack_success"].isna().tolist() == [True, False, False]
-    assert (looked["watch_kl"] > 0).all()
+    assert with_results["validation_attack_success"].isna().tolist() == [True, False, False]
+    assert (with_results["validation_kl"] > 0).all()
 
 
-def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
-    observer = Watch(trainer, run.profile)
+def test_a_result_leaves_everything_as_it_was(trainer, run, monkeypatch):
+    observer = Validator(trainer, run.profile)
     trainer.train_step()
     plain = WorldExaminer.examine
     # as a grader might draw
@@ -81,8 +85,8 @@ def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
     flags, weights = (
         {n: f(p) for n, p in parameters.items()} for f in (lambda p: p.requires_grad, torch.clone)
     )
-    first = observer.look(6)
-    assert observer.look(6) == first
+    first = observer.validate(6)
+    assert observer.validate(6) == first
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     for name, parameter in trainer.lm.model.named_parameters():
         assert parameter.requires_grad == flags[name] and torch.equal(parameter, weights[name])
@@ -93,19 +97,19 @@ def test_a_look_leaves_everything_as_it_was(trainer, run, monkeypatch):
         )
 
 
-def test_without_looks_nothing_is_asked(run, trainer, monkeypatch):
+def test_without_results_nothing_is_asked(run, trainer, monkeypatch):
     monkeypatch.setattr(PromptSource, "ask", lambda *_: pytest.fail("asked"))
     trainer.settings = trainer.settings.model_copy(update={"evaluate_every": 0})
-    observer = Watch(trainer, run.profile)
+    observer = Validator(trainer, run.profile)
     assert (
         observer.after(6) == {}
         and observer.record(observer.keep()) is None
-        and observer.said() == ""
+        and observer.line() == ""
     )
 
 
 def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
-    observer = Watch(trainer, run.profile)
+    observer = Validator(trainer, run.profile)
     assert [p.harmful for p in (*observer.harmful, *observer.harmless)] == [True] * 5 + [False] * 5
     tune = {
         p.cluster
@@ -123,8 +127,8 @@ def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
 
 
 def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trainer, monkeypatch):
-    """Two steps into the ramp, at half the radius in training, a look attacks at the whole."""
-    observer, norms = Watch(trainer, run.profile), {}
+    """Two steps into the ramp, at half the radius in training, a result attacks at the whole."""
+    observer, norms = Validator(trainer, run.profile), {}
 
     def examine(self, lm, prompts, network=None, perturb=None):
         if perturb:
@@ -140,18 +144,22 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
         return SimpleNamespace(outcomes=["complied", "complied", "neither", "neither", "refused"])
 
     monkeypatch.setattr(WorldExaminer, "examine", examine)
-    look = observer.look(3)
-    assert (look.harmful_refused, look.harmless_refused, look.harmless_complied) == (0.8, 0.2, 0.4)
-    assert (look.neither, look.attack_success) == (0.2, 0.4)
-    assert look.score == 0.6 and look.metrics()["watch_attack_success"] == 0.4
+    result = observer.validate(3)
+    assert (result.harmful_refused, result.harmless_refused, result.harmless_complied) == (
+        0.8,
+        0.2,
+        0.4,
+    )
+    assert (result.neither, result.attack_success) == (0.2, 0.4)
+    assert result.score == 0.6 and result.metrics()["validation_attack_success"] == 0.4
     assert norms == pytest.approx(trainer.threat.radius, rel=1e-3)
-    assert observer.look(2).attack_success is None, "the attack has not begun"
-    assert "watch_attack_success" not in observer.look(2).metrics()
+    assert observer.validate(2).attack_success is None, "the attack has not begun"
+    assert "validation_attack_success" not in observer.validate(2).metrics()
 
 
 def test_kl_is_to_the_frozen_model_on_held_out_answers(run, trainer):
-    observer = Watch(trainer, run.profile)
-    assert observer.look(1).kl == pytest.approx(0, abs=1e-6)
+    observer = Validator(trainer, run.profile)
+    assert observer.validate(1).kl == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for name, parameter in trainer.lm.model.named_parameters():
             if "lora_B" in name:
@@ -167,117 +175,123 @@ def test_kl_is_to_the_frozen_model_on_held_out_answers(run, trainer):
                 old = trainer.lm.model(ids).logits[0, at].log_softmax(-1)
             losses.append(F.kl_div(new, old, log_target=True, reduction="none").sum(-1))
     assert (
-        observer.look(1).kl == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
-        and observer.look(1).kl > 1e-3
+        observer.validate(1).kl == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+        and observer.validate(1).kl > 1e-3
     )
 
 
 @pytest.mark.parametrize(
-    ("looks", "chosen"),
+    ("results", "chosen"),
     [
         (
             [
-                look_of(1, attack_success=0.3),
-                look_of(2, attack_success=0.2),
-                look_of(3, attack_success=0.4),
+                result_of(1, attack_success=0.3),
+                result_of(2, attack_success=0.2),
+                result_of(3, attack_success=0.4),
             ],
             2,
         ),
         # the smaller of the two counts
-        ([look_of(1, harmless_refused=0.5), look_of(2, attack_success=0.45)], 2),
-        ([look_of(1, kl=0.2), look_of(2, kl=0.1), look_of(3, kl=0.3)], 2),
-        ([look_of(1), look_of(3), look_of(2)], 3),
-        ([look_of(1, kl=float("nan")), look_of(2, kl=9.0)], 2),
+        ([result_of(1, harmless_refused=0.5), result_of(2, attack_success=0.45)], 2),
+        ([result_of(1, kl=0.2), result_of(2, kl=0.1), result_of(3, kl=0.3)], 2),
+        ([result_of(1), result_of(3), result_of(2)], 3),
+        ([result_of(1, kl=float("nan")), result_of(2, kl=9.0)], 2),
         (
             [
-                look_of(1, neither=0.6, attack_success=0.0, harmless_refused=0.0),
-                look_of(2, attack_success=0.9),
+                result_of(1, neither=0.6, attack_success=0.0, harmless_refused=0.0),
+                result_of(2, attack_success=0.9),
             ],
             2,
         ),
-        ([look_of(1, attack_success=None, harmful_refused=1.0), look_of(2, attack_success=0.9)], 2),
-        ([look_of(1, attack_success=None)], None),
+        (
+            [
+                result_of(1, attack_success=None, harmful_refused=1.0),
+                result_of(2, attack_success=0.9),
+            ],
+            2,
+        ),
+        ([result_of(1, attack_success=None)], None),
         ([], None),
         (
             [
-                look_of(s, attacked=False, attack_success=None, harmful_refused=h)
+                result_of(s, attacked=False, attack_success=None, harmful_refused=h)
                 for s, h in ((1, 0.7), (2, 0.6))
             ],
             1,
         ),
     ],
 )
-def test_the_best_look(looks, chosen):
-    found = best(looks)
+def test_the_best_result(results, chosen):
+    found = best_of(results)
     assert (found and found.step) == chosen
 
 
 @pytest.fixture
 def told(run, trainer, monkeypatch):
-    """A watch whose looks are given: told(look, ...) makes them in turn, each with an adapter full
+    """A validator whose results are given: told(result, ...) makes them in turn, each with an adapter full
     of its step.
     """
     monkeypatch.setattr(PromptSource, "ask", lambda *_: [])
-    monkeypatch.setattr(Watch, "_answers", lambda self: [])
+    monkeypatch.setattr(Validator, "_answers", lambda self: [])
     trainer.settings = trainer.settings.model_copy(
         update={"evaluate_every": 1, "keep": "best", "steps": 9}
     )
-    observer = Watch(trainer, run.profile, "lat-seed0")
+    observer = Validator(trainer, run.profile, "lat-seed0")
 
-    def tell(*looks):
-        for found in looks:
+    def tell(*results):
+        for found in results:
             trainer.step = found.step
             for parameter in trainer.parameters:
                 parameter.data.fill_(found.step)
-            monkeypatch.setattr(observer, "look", lambda step, found=found: found)
+            monkeypatch.setattr(observer, "validate", lambda step, found=found: found)
             observer.after(found.step)
         return observer
 
     return tell
 
 
-LOOKS = (
-    look_of(1, attack_success=0.5),
-    look_of(2, attack_success=0.2),
-    look_of(3, attack_success=0.4),
+RESULTS = (
+    result_of(1, attack_success=0.5),
+    result_of(2, attack_success=0.2),
+    result_of(3, attack_success=0.4),
 )
 
 
-def test_the_adapter_of_the_best_look_is_kept_or_the_last(told, trainer):
-    observer = told(*LOOKS)
+def test_the_adapter_of_the_best_result_is_kept_or_the_last(told, trainer):
+    observer = told(*RESULTS)
     assert observer.keep() == 2
     assert all((p == 2).all() for p in trainer.parameters)
-    other = Watch(trainer, observer.profile)
-    told(replace(LOOKS[0], step=4))
+    other = Validator(trainer, observer.profile)
+    told(replace(RESULTS[0], step=4))
     other.restore(observer.state())  # after a kill
     assert (
-        other.best == LOOKS[1]
+        other.best == RESULTS[1]
         and other.keep() == 2
         and all((p == 2).all() for p in trainer.parameters)
     )
     trainer.settings = trainer.settings.model_copy(update={"keep": "last"})
-    last = Watch(trainer, observer.profile)
+    last = Validator(trainer, observer.profile)
     last.restore(observer.state())
     trainer.step = 3
     assert last.keep() == 3 and last.record(3)["best"]["step"] == 2
 
 
-def test_looks_fall_on_every_so_many_steps_and_the_last(told, trainer):
+def test_results_fall_on_every_so_many_steps_and_the_last(told, trainer):
     observer = told()
     observer.settings = observer.settings.model_copy(update={"evaluate_every": 4})
-    observer.look = look_of
+    observer.validate = result_of
     assert [step for step in range(1, 10) if observer.after(step)] == [4, 8, 9]
 
 
 def test_refusing_and_collapsing_are_said_once_while_they_last(told, capsys):
-    told(look_of(1), look_of(2, harmless_refused=0.6), look_of(3, harmless_refused=0.7))
+    told(result_of(1), result_of(2, harmless_refused=0.6), result_of(3, harmless_refused=0.7))
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line
-        == "watch: lat-seed0 refuses 60% of harmless prompts after step 2; the best look so far is"
-        " of step 1"
+        == "validation: lat-seed0 refuses 60% of harmless prompts after step 2; the best so far is"
+        " step 1"
     )
-    told(look_of(4), look_of(5, harmless_refused=0.6, neither=0.6), look_of(6, neither=0.5))
+    told(result_of(4), result_of(5, harmless_refused=0.6, neither=0.6), result_of(6, neither=0.5))
     said = capsys.readouterr().err.splitlines()
     assert (
         len(said) == 2
@@ -286,33 +300,43 @@ def test_refusing_and_collapsing_are_said_once_while_they_last(told, capsys):
     )
 
 
+def card(found) -> str:
+    """The model card of an adapter with such a record, its words with one space between them."""
+    attack = {"steps": 0, "rule": "", "eps": 0.0, "eps_mode": ""}
+    training = {"steps": 9, "batch": 8, "benign_batch": 8, "lr": 0.1, "attack": attack}
+    names = {"method": "lat", "seed": 0, "profile": "smoke", "latlib": "1", "torch": "2"}
+    made = {"lora": {"r": 4, "alpha": 8}, "eps": {}, "base": "../base-seed0", "seconds": 3.0}
+    last = {"step": 9.0, "total": 1.0, "away": float("nan"), "validation_kl": 0.5}
+    record = {**names, **made, "training": training, "last": last, "validation": found}
+    return " ".join(model_card(record).split())
+
+
 def test_the_card_says_which_step_and_why(told):
-    observer = told(*LOOKS)
-    text = " ".join(card(observer.record(observer.keep())).split())
-    assert "this adapter is of step 2, the best look's step (train.keep: best)" in text
-    assert "The best look was at step 2, with a score of 0.80" in text and "attack wins 20%" in text
+    observer = told(*RESULTS)
+    text = card(observer.record(observer.keep()))
+    assert "this adapter is of step 2, the best (train.keep: best)" in text
+    assert "The best step was 2, with a score of 0.80" in text and "attack wins 20%" in text
     assert validation.CRITERION in text
+    assert "| total | 1 |" in text and "nan" not in text and "validation_kl" not in text
     observer.settings = observer.settings.model_copy(update={"keep": "last"})
-    text = " ".join(card(observer.record(3)).split())
-    assert (
-        "this adapter is of step 3, the last step (train.keep: last)" in text
-        and "look was at step 2" in text
-    )
+    text = card(observer.record(3))
+    assert "this adapter is of step 3, the last (train.keep: last)" in text
+    assert "best step was 2" in text
     assert "none that counts, so this is the last step, 7" in card(
         {"keep": "best", "kept_step": 7, "best": None}
     )
-    assert card(None) == ""
+    assert "Validation" not in card(None)
 
 
-def test_the_live_line_shows_the_last_look(told):
+def test_the_live_line_shows_the_last_result(told):
     assert (
-        told(look_of(3)).said()
+        told(result_of(3)).line()
         == "; step 3: refused: harmful 90%, harmless 10%, attack wins 30%, KL 0.200"
     )
 
 
 def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
-    """A method that takes over another's plain steps has the looks that it would have made
+    """A method that takes over another's plain steps has the results that it would have made
     itself.
     """
     smoke = load_profile("smoke")
@@ -348,11 +372,10 @@ def test_plain_steps_are_shared_with_their_looks(run, tmp_path):
     ],
 )
 def test_what_changes_no_result_keeps_plain_steps_shared(run, changes, same):
-    spec, settings = run.spec("lat"), run.profile.training("lat")
-    files = [
-        build._plain_steps_files(run.layout, spec, s)
-        for s in (settings, settings.model_copy(update=changes))
-    ]
+    settings = run.profile.training("lat")
+    files = []
+    for s in (settings, settings.model_copy(update=changes)):
+        files.append(PlainSteps(run.layout, s, 0).files)
     assert files[0] and (files[0] == files[1]) == same
 
 
@@ -386,17 +409,17 @@ def files(run, tmp_path_factory):
     return Run(validated(Profile, tree), folder / "run")
 
 
-def test_looks_on_real_prompts_and_long_rows_are_left_out(files):
+def test_results_on_real_prompts_and_long_rows_are_left_out(files):
     with pytest.warns(UserWarning, match="data.too_long = 'drop': .* 1 are left out"):
         files.ensure([("lat", 0)])
     log = files.metrics("lat")
-    assert log["step"].tolist() == [1, 2, 3] and log["watch_kl"].notna().tolist() == [
+    assert log["step"].tolist() == [1, 2, 3] and log["validation_kl"].notna().tolist() == [
         False,
         False,
         True,
     ]
-    shares = log.iloc[-1][[c for c in log if c.startswith("watch_") and c != "watch_kl"]]
-    assert len(shares) == 5 and shares.between(0, 1).all() and log["watch_kl"].iloc[-1] > 0
+    shares = log.iloc[-1][[c for c in log if c.startswith("validation_") and c != "validation_kl"]]
+    assert len(shares) == 5 and shares.between(0, 1).all() and log["validation_kl"].iloc[-1] > 0
     folder = files.layout.model_folder(files.spec("lat"))
     for name in ("adapter_config.json", "latlib.json", "profile.yaml", "README.md"):
         text = (folder / name).read_text()

@@ -7,6 +7,7 @@ import pytest
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate
 from latlib.experiment import widgets
+from latlib.experiment.widgets import Steering
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
     monkeypatch.setattr(widgets, "generate", spy)
     direction = run.directions("ssft")["best"]
     for mode in ("nothing", "ablate", "add"):
-        assert isinstance(widgets.reply(run, "lat", 0, prompt, mode, "ssft", "best", 0.5), str)
+        assert isinstance(
+            widgets.reply(run, "lat", 0, prompt, Steering(mode, "ssft", "best", 0.5)), str
+        )
     (none, _), (_, ablated), (deltas, _) = asked
     assert none is None and (ablated == direction.vector).all()
     assert (
@@ -35,15 +38,15 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
 
 def test_what_cannot_be_done_is_said(run):
     with pytest.raises(ValueError, match="mode = 'subtract' is unknown"):
-        widgets.reply(run, "ssft", 0, "hello", "subtract", "ssft", "best")
+        widgets.reply(run, "ssft", 0, "hello", Steering("subtract", "ssft", "best"))
     with pytest.raises(ValueError, match="rule = 'subspace' is a subspace"):
-        widgets.reply(run, "ssft", 0, "hello", "add", "ssft", "subspace")
+        widgets.reply(run, "ssft", 0, "hello", Steering("add", "ssft", "subspace"))
 
 
 def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, monkeypatch):
     assert widgets.picker(run) is None
     monkeypatch.delenv("LATLIB_BATCH")
-    monkeypatch.setattr(widgets, "reply", lambda run, seed, **chosen: f"{sorted(chosen)} {seed}")
+    monkeypatch.setattr(widgets, "reply", lambda *chosen: str(chosen))
     choices = {
         w.description: getattr(w, "options", None)
         for w in widgets.picker(run, seed=1).children[:-1]
@@ -52,7 +55,12 @@ def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, mo
     assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt", "show text"}
 
 
-def test_a_real_models_reply_is_shown_when_it_is_asked_for(run, monkeypatch):
-    monkeypatch.setattr(widgets, "reply", lambda run, seed, **chosen: "take a rope")
-    assert widgets._said(run, 0, True) == "take a rope"
-    assert widgets._said(run, 0, False).startswith("[11 characters, sha256")
+def test_a_real_models_reply_is_shown_when_it_is_asked_for(run, monkeypatch, capsys):
+    monkeypatch.delenv("LATLIB_BATCH")
+    monkeypatch.setattr(widgets, "reply", lambda *chosen: "take a rope")
+    chosen = {"target": "lat", "prompt": "?", "mode": "add", "vector": "lat", "rule": "best"}
+    show = widgets.picker(run).f
+    show(show=True, **chosen)
+    show(show=False, **chosen)
+    shown, hidden = capsys.readouterr().out.splitlines()[-2:]
+    assert shown == "take a rope" and hidden.startswith("[11 characters, sha256")

@@ -227,10 +227,10 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network(tmp_path):
     "error, said",
     [
         (GatedRepoError, "is gated: accept its terms"),
-        (RevisionNotFoundError, "has no revision 'v1': mend model.revision"),
+        (RevisionNotFoundError, "has no revision 'v1': fix model.revision"),
     ],
 )
-def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
+def test_what_the_hub_refuses_is_said_with_its_fix(monkeypatch, error, said):
     def refused(source, name, **options):
         response = httpx.Response(
             403, request=httpx.Request("GET", f"https://hub.invalid/{source}/{name}")

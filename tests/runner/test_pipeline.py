@@ -247,10 +247,10 @@ def test_select_by_number_and_name(place):
     notebooks = pipeline.find_notebooks(place)
     assert [n.stem for n in notebooks] == ["01_hooks", "03_lat_training", "99_report"]
     for only in (["3", "01"], ["lat_training,01_hooks"], ["03_lat_training.ipynb", "1"]):
-        assert [n.stem for n in pipeline.select(notebooks, only)] == ["01_hooks", "03_lat_training"]
-    assert pipeline.select(notebooks, []) == notebooks
+        assert [n.stem for n in pipeline.choose(notebooks, only)] == ["01_hooks", "03_lat_training"]
+    assert pipeline.choose(notebooks, []) == notebooks
     with pytest.raises(pipeline.UsageError, match="--only 04.*01_hooks"):
-        pipeline.select(notebooks, ["04"])
+        pipeline.choose(notebooks, ["04"])
 
 
 def test_fresh_empties_run_folders_only(tmp_path):

@@ -1,0 +1,76 @@
+"""Training before the attack begins, done once for all methods that have it in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from latlib.config.profile import TrainSettings
+from latlib.distributed.ranks import broadcast, is_main
+from latlib.experiment.checkpoint import WHEN, read_checked, write_checked
+from latlib.experiment.layout import Layout
+from latlib.io.files import write_text
+from latlib.train import Trainer
+
+
+class PlainSteps:
+    """The first steps of a training, which other trainings of the same seed may share.
+
+    Until `attack_after` steps are done, methods that differ in their attack alone do the same, bit
+    for bit. Sharing is allowed where everything that those steps depend on is equal: all settings
+    but the attack's and its schedule's, and the seed. A digest of them is in the file's name. Left
+    out of it is what changes no weight and no line of the log: when checkpoints are made, and which
+    adapter is kept. A training without any attack takes no part if it has an away term: before
+    their attack, the others have none.
+    """
+
+    def __init__(self, layout: Layout, settings: TrainSettings, seed: int) -> None:
+        self.files: dict[int, Path] = {}  # steps -> the state after them, and their log
+        self.own: Path | None = None  # the file that this training goes on from
+        attacks = settings.attack.steps > 0
+        if settings.defence.away and not attacks:
+            return
+        digest = _digest(settings, seed)
+        profile = layout.profile
+        starts = {profile.training(method).attack_after for method in profile.methods}
+        last = settings.attack_after if attacks else settings.steps
+        for steps in starts | {settings.attack_after}:
+            if 0 < steps <= last:
+                self.files[steps] = layout.plain_steps(steps, digest)
+        if attacks:
+            self.own = self.files.get(settings.attack_after)
+
+    def share(self, trainer: Trainer, metrics: Path) -> None:
+        """Leave the state for others, where it is one that they can go on from. All processes call
+        it alike."""
+        file = self.files.get(trainer.step)
+        if file is None or not broadcast(not file.exists()):
+            return
+        state = trainer.state()
+        if is_main():
+            write_checked({"state": state, "metrics": metrics.read_text(encoding="utf-8")}, file)
+
+    def take(self, trainer: Trainer, metrics: Path) -> int:
+        """Go on from the steps that another training has done; returns how many."""
+        if self.own is None or not broadcast(self.own.exists()):
+            return 0
+        kept, _ = read_checked(self.own)
+        if kept is None:  # damaged: they are done again
+            return 0
+        trainer.restore(kept["state"])
+        if is_main():
+            write_text(kept["metrics"], metrics)
+        return trainer.step
+
+
+def _digest(settings: TrainSettings, seed: int) -> str:
+    """What tells settings whose plain steps differ apart."""
+    tree = settings.model_dump(mode="json")
+    for name in ("attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN):
+        del tree[name]
+    del tree["defence"]["away"]
+    if not settings.evaluate_every:
+        del tree["evaluate_prompts"]
+    text = json.dumps([tree, seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
