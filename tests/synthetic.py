@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from latlib.config.profile import Profile
+from latlib.evaluation.outcomes import COLUMNS, split_encoding
 from latlib.report.evidence import Evidence
 
 SEEDS, PROMPTS, CLUSTERS = (0, 1, 2), 200, 40
@@ -40,21 +41,41 @@ def cell(
     eps=np.nan,
     sites="",
     seeds=SEEDS,
+    **columns,
 ):
-    """Rows in which `share` of the prompts of every cluster comply, the others refuse."""
+    """Rows in which `share` of the prompts of every cluster comply, the others refuse. columns:
+    variant, intervention, source, rule, site, draw.
+    """
     at = np.arange(PROMPTS)
     complied = (at // CLUSTERS + 0.5) / (PROMPTS // CLUSTERS) < share
-    row = {
-        "method": method,
-        "prompts": prompts,
-        "attack": attack,
-        "encoding": encoding,
-        "eps": eps,
-        "sites": sites,
-    }
-    table = pd.DataFrame({"prompt_id": [f"{prompts}-{i}" for i in at], "cluster": at % CLUSTERS})
-    table = table.assign(outcome=np.where(complied, "complied", "refused"), understood=True, **row)
-    return pd.concat([table.assign(seed=s) for s in seeds])
+    outcomes = np.where(complied, "complied", "refused")
+    row = {"method": method, "prompts": prompts, "attack": attack, "eps": eps, "sites": sites}
+    return table_of(outcomes, True, at % CLUSTERS, seeds, **row, encoding=encoding, **columns)
+
+
+def table_of(outcomes, understood, clusters, seeds, prompts, encoding, **columns):
+    """An outcome table: a row for each outcome and seed."""
+    request, reply = split_encoding(encoding)
+    table = pd.DataFrame({"outcome": outcomes, "understood": understood, "cluster": clusters})
+    table["understood"] = table["understood"].astype("boolean")
+    unset = {"variant": "", "intervention": "none", "source": "", "rule": "", "site": ""}
+    unset |= {"draw": pd.NA, "eps": np.nan, "sites": "", "radii": None, "norms": None}
+    row = unset | {"positions": "", "exact": pd.NA, "text": "", "attack": "none"} | columns
+    table = table.assign(
+        prompts=prompts,
+        prompt_id=[f"{prompts}-{i}" for i in range(len(table))],
+        pair_id=range(len(table)),
+        encoding=request,
+        reply_encoding=reply,
+        eps_unit="" if np.isnan(row["eps"]) else PROFILE.train.attack.eps_mode,
+        **row,
+    )
+    return pd.concat([table.assign(seed=seed)[list(COLUMNS)] for seed in seeds])
+
+
+def ablated(target, share, source, rule="", **columns):
+    """Rows of a target without a source's direction."""
+    return cell(target, share, intervention="ablate", source=source, rule=rule, **columns)
 
 
 def curve(spikes_win: float, seed: int) -> pd.DataFrame:
@@ -104,22 +125,20 @@ TYPED = ("many-shot", "system", "suffix-random", "suffix-gcg")
 
 def further_attacks(method: str, shares: dict[str, float] | None = None) -> list[pd.DataFrame]:
     """What the suites attacks, transfer and jailbreaks leave of a model on the first seed;
-    `shares`: attack -> ASR, where it is not that of a model that holds about half."""
-    transfers = [f"transfer:{source}" for source in PROFILE.methods]
-    usual = (
-        dict.fromkeys(VARIED, 0.6)
-        | dict.fromkeys(transfers, 0.4)
-        | dict.fromkeys(TYPED, 0.2)
-        | {"one-step": 0.2}
-    )
+    `shares`: attack (or 'from <source>') -> ASR, where it is not that of a model that holds about
+    half."""
+    first = SEEDS[:1]
+    usual = dict.fromkeys(VARIED, 0.6) | dict.fromkeys(TYPED, 0.2) | {"one-step": 0.2}
     usual |= shares or {}
-    tables = [
-        cell(method, usual[a], a, eps=0.2, sites="1,3", seeds=SEEDS[:1])
-        for a in (*VARIED, *transfers)
-    ]
+    tables = [cell(method, usual[a], a, eps=0.2, sites="1,3", seeds=first) for a in VARIED]
+    for source in PROFILE.methods:
+        share = usual.get(f"from {source}", 0.4)
+        tables.append(
+            cell(method, share, "transfer", eps=0.2, sites="1,3", seeds=first, source=source)
+        )
     for attack in TYPED:
-        tables.append(cell(method, usual[attack], attack, seeds=SEEDS[:1]))
-        tables.append(cell(method, 0.8, attack, prompts="twin", seeds=SEEDS[:1]))
+        tables.append(cell(method, usual[attack], attack, seeds=first))
+        tables.append(cell(method, 0.8, attack, prompts="twin", seeds=first))
     return tables
 
 
@@ -149,7 +168,27 @@ def attacked(
             method,
             strong | {a: s for (m, a, eps), s in changes.items() if (m, eps) == (method, 0.2)},
         )
-    return Evidence(PROFILE, pd.concat(tables))
+    return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+
+
+def directions_removed(holds: bool) -> list[pd.DataFrame]:
+    """Every target of `evidence` without every source's direction, and the controls."""
+    tables = []
+    for target in ("ssft", "at", "lat"):
+        by_ssft = {"ssft": 0.6, "at": 0.2, "lat": 0.0}[target] if holds else 0.4
+        tables.append(ablated(target, by_ssft, "ssft", "best"))
+        tables.append(ablated(target, 0.2 if holds else 0.4, "at", "best"))
+        tables.append(ablated(target, 1.0 if holds else 0.4, "lat", "best"))
+        tables += [ablated(target, 0.0, control) for control in ("shuffled", "nothing")]
+        for rule in ("fixed", "svd", "selected", "subspace"):
+            sources = ("ssft", "at", "lat") if rule == "fixed" else (target,)
+            tables += [ablated(target, 1.0 if holds else 0.4, source, rule) for source in sources]
+        tables += [
+            ablated(target, 0.5, target, "site-sweep", site=site)
+            for site in ("0", "10", "2", "embedding")
+        ]
+        tables += [ablated(target, 0.0, "random", draw=k) for k in range(3)]
+    return tables
 
 
 def evidence(holds: bool) -> Evidence:
@@ -167,7 +206,7 @@ def evidence(holds: bool) -> Evidence:
         cell("ssft", good, "prefill"),
         cell("lat", bad, "prefill"),
     ]
-    tables += [cell("lat[small]", good, "pgd", eps=0.05, sites="1,3", seeds=first)]
+    tables += [cell("lat", good, "pgd", eps=0.05, sites="1,3", seeds=first, variant="small")]
     tables += [
         cell("lat", bad),
         cell("lat", good, encoding="leet"),
@@ -177,24 +216,10 @@ def evidence(holds: bool) -> Evidence:
         for prompts in ("harmless", "scary"):
             tables.append(cell("lat", good, encoding=encoding, prompts=prompts))
             tables += [
-                cell(f"lat[{v}]", bad, "none", encoding, prompts, seeds=first)
+                cell("lat", bad, "none", encoding, prompts, seeds=first, variant=v)
                 for v in ("no-kl", "large")
             ]
-    for target in ("ssft", "at", "lat"):
-        by_ssft = {"ssft": 0.6, "at": 0.2, "lat": 0.0}[target] if holds else 0.4
-        tables.append(cell(target, by_ssft, "ablate:ssft@best"))
-        tables.append(cell(target, 0.2 if holds else 0.4, "ablate:at@best"))
-        tables.append(cell(target, 1.0 if holds else 0.4, "ablate:lat@best"))
-        tables += [cell(target, 0.0, f"ablate:{control}") for control in ("shuffled", "nothing")]
-        for rule in ("fixed", "svd", "selected", "subspace"):
-            sources = ("ssft", "at", "lat") if rule == "fixed" else (target,)
-            tables += [
-                cell(target, 1.0 if holds else 0.4, f"ablate:{source}@{rule}") for source in sources
-            ]
-        tables += [
-            cell(target, 0.5, f"ablate:{target}@site-{site}")
-            for site in ("0", "10", "2", "embedding")
-        ]
+    tables += directions_removed(holds)
     for method in ("base", "ssft", "at"):  # nothing is claimed of these cells; figures show them
         for encoding in ENCODINGS:
             if (method, encoding) != ("ssft", "leet"):
@@ -204,11 +229,12 @@ def evidence(holds: bool) -> Evidence:
     tables += [cell("lat", 0.8, encoding=e, prompts="twin") for e in ENCODINGS]
     tables += [
         cell("lat", 0.4, "pgd", eps=0.2, sites="1,3"),
-        cell("lat[large]", 0.0, "pgd", eps=0.05, sites="1,3"),
+        cell("lat", 0.0, "pgd", eps=0.05, sites="1,3", variant="large"),
     ]
     for encoding in ENCODINGS:
         tables += [
-            cell("lat[small]", 0.8, "none", encoding, p, seeds=first) for p in ("harmless", "scary")
+            cell("lat", 0.8, "none", encoding, p, seeds=first, variant="small")
+            for p in ("harmless", "scary")
         ]
     for method in ("ssft", "at", "lat"):
         further = further_attacks(method)
@@ -217,12 +243,8 @@ def evidence(holds: bool) -> Evidence:
             if method != "ssft"
             else [t for t in further if "pgd-strong" not in set(t["attack"])]
         )
-    tables += [cell(m, 0.0, f"ablate:random{k}") for m in ("ssft", "at", "lat") for k in range(3)]
-    metrics = {("lat", s): curve(0.4 if holds else 0.0, s) for s in SEEDS}
+
+    metrics = {f"lat-seed{s}": curve(0.4 if holds else 0.0, s) for s in SEEDS}
     shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}
-    return Evidence(
-        PROFILE,
-        pd.concat(tables),
-        metrics,
-        {(m, s): variance(x) for m, x in shares.items() for s in SEEDS},
-    )
+    variances = {m: {str(s): variance(share) for s in SEEDS} for m, share in shares.items()}
+    return Evidence(PROFILE, pd.concat(tables, ignore_index=True), metrics, variances)

@@ -11,20 +11,33 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latlib.config.paths import portable
-from latlib.config.profile import Profile
-from latlib.data.splits import SPLITS, benign_rows, file_prompts, preference_rows
+from latlib.config.profile import DataSettings, Profile
+from latlib.data.splits import SPLITS, FilePrompt, benign_rows, file_prompts, preference_rows
 from latlib.text.chat import Row, fitted, tokenise
 
 _UNBOUNDED = 1 << 60
 
 
-def data_report(profile: Profile, tokenizer, context: int | None = None) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one kind and split. defaults: how many have a completion of the profile's own."""
+
+    kind: str
+    split: str
+    source: str
+    rows: list[Row]
+    defaults: int = 0
+
+
+def data_report(profile: Profile, tokenizer: Any, context: int | None = None) -> pd.DataFrame:
     """One row for each kind and split that has rows.
 
     Columns: kind, split, source (name of a file or folder, hub id or 'world'), rows, clusters (of
@@ -34,84 +47,67 @@ def data_report(profile: Profile, tokenizer, context: int | None = None) -> pd.D
     0 for 'error', which would stop), default_completions (rows whose refusal or response is one of
     the profile's, because the file has none). Raises ProfileError for unusable files.
     """
-    limit = min(profile.data.max_tokens, context or _UNBOUNDED)
-    return pd.DataFrame([_line(profile, tokenizer, limit, *part) for part in _parts(profile)])
-
-
-def _parts(profile: Profile) -> list[tuple[str, str, str, list[Row], int]]:
-    """(kind, split, source, rows, rows with a default completion) of everything that has rows."""
-    data, seed = profile.data, profile.seeds[0]
+    data = profile.data
+    limit = min(data.max_tokens, context or _UNBOUNDED)
     if data.source == "world":
-        return [
-            ("harmful", "train", "world", preference_rows(data, seed), 0),
-            ("benign", "train", "world", benign_rows(data, seed), 0),
+        seed = profile.seeds[0]
+        parts = [
+            _Part("harmful", "train", "world", preference_rows(data, seed)),
+            _Part("benign", "train", "world", benign_rows(data, seed)),
         ]
-    parts = []
+    else:
+        parts = [_of_files(data, *part) for part in _by_split(data)]
+    return pd.DataFrame([_line(data, part, tokenizer, limit) for part in parts])
+
+
+def _by_split(data: DataSettings) -> Iterable[tuple[str, str, list[FilePrompt]]]:
+    """(kind, split, prompts) of everything in the files."""
     for kind, prompts in file_prompts(data).items():
         for split in SPLITS:
-            own = [p for p in prompts if p.split == split]
-            if not own:
-                continue
-            filled = {"harmful": lambda p: p.chosen, "benign": lambda p: p.completion}.get(
-                kind, lambda p: True
-            )
-            default = {"harmful": data.refusals, "benign": data.benign_responses}.get(kind, ("",))[
-                0
-            ]
-            rows = []
-            for p in own:
-                second = (p.chosen or default,) if kind == "harmful" else ()
-                first = p.completion or (default if kind == "benign" else "")
-                rows.append(
-                    Row(
-                        p.row_id,
-                        p.prompt,
-                        tuple(text for text in (first, *second) if text),
-                        p.cluster,
-                    )
-                )
-            parts.append(
-                (kind, split, portable(own[0].file), rows, sum(not filled(p) for p in own))
-            )
-    return parts
+            own = [prompt for prompt in prompts if prompt.split == split]
+            if own:
+                yield kind, split, own
 
 
-def _line(
-    profile: Profile,
-    tokenizer,
-    limit: int,
-    kind: str,
-    split: str,
-    source: str,
-    rows: Sequence[Row],
-    default: int,
-):
-    tokens = tokenise(rows, tokenizer, _UNBOUNDED, profile.data.system_prompt)
+def _of_files(data: DataSettings, kind: str, split: str, prompts: list[FilePrompt]) -> _Part:
+    """The rows of some prompts, with the profile's own completions where a file has none."""
+    rows = []
+    defaults = 0
+    for prompt in prompts:
+        first = prompt.completion
+        second = prompt.chosen if kind == "harmful" else ""
+        if kind == "benign" and not first:
+            first = data.benign_responses[0]
+            defaults += 1
+        if kind == "harmful" and not second:
+            second = data.refusals[0]
+            defaults += 1
+        completions = tuple(text for text in (first, second) if text)
+        rows.append(Row(prompt.row_id, prompt.prompt, completions, prompt.cluster))
+    return _Part(kind, split, portable(prompts[0].file), rows, defaults)
+
+
+def _line(data: DataSettings, part: _Part, tokenizer: Any, limit: int) -> dict[str, Any]:
+    tokens = tokenise(part.rows, tokenizer, _UNBOUNDED, data.system_prompt)
     over = [row for row in tokens if row.longest > limit]
-    after = (
-        []
-        if profile.data.too_long == "error"
-        else [fitted(row, limit, profile.data.too_long) for row in over]
-    )
+    kept = []
+    if data.too_long != "error":
+        kept = [fitted(row, limit, data.too_long) is not None for row in over]
     return {
-        "kind": kind,
-        "split": split,
-        "source": source,
-        "rows": len(rows),
-        "clusters": len({row.cluster for row in rows}),
+        "kind": part.kind,
+        "split": part.split,
+        "source": part.source,
+        "rows": len(part.rows),
+        "clusters": len({row.cluster for row in part.rows}),
         **_lengths("prompt", [len(row.prompt) for row in tokens]),
         **_lengths("completion", [len(c) for row in tokens for c in row.completions]),
         "over": len(over),
-        "dropped": sum(row is None for row in after),
-        "cut": sum(row is not None for row in after),
-        "default_completions": default,
+        "dropped": kept.count(False),
+        "cut": kept.count(True),
+        "default_completions": part.defaults,
     }
 
 
-def _lengths(name: str, lengths: list[int]) -> dict[str, float]:
-    values = np.array(lengths) if lengths else np.array([np.nan])
-    return {
-        f"{name}_median": float(np.median(values)),
-        f"{name}_95": float(np.percentile(values, 95)),
-        f"{name}_longest": float(values.max()),
-    }
+def _lengths(name: str, lengths: Sequence[float]) -> dict[str, float]:
+    middle, high, longest = np.percentile(np.array(lengths or [np.nan]), [50, 95, 100])
+    return {f"{name}_median": middle, f"{name}_95": high, f"{name}_longest": longest}

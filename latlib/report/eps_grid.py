@@ -1,9 +1,10 @@
 """The post-mortem on eps: what a radius and a KL weight of the training buy, and what they cost.
 
-The seed replication blamed its eps for a run that ended at a total loss of 75 and rising. Here LAT
-is trained on a grid of radius x KL weight (`sweep.variants` that change nothing else), and three
-numbers of every cell stand side by side:
-1. **robustness**: share of harmful prompts on which the latent attack at `lat`'s own radius fails;
+The seed replication blamed its eps for a run that ended at a total loss of 75 and rising. Here the
+main method is trained on a grid of radius x KL weight (`sweep.variants` that change nothing else),
+and three numbers of every cell stand side by side:
+1. **robustness**: share of harmful prompts on which the latent attack at the main method's own
+   radius fails;
 2. **utility**: share of harmless prompts, plain and encoded, that are answered exactly;
 3. **over-refusal**: share of the same prompts that are refused.
 A double-edged sword: what raises the first tends to lower the second and raise the third.
@@ -15,18 +16,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.patches import Rectangle
 
-from latlib.report.canvas import BOX, Drawn, axes_of
-from latlib.report.evidence import Evidence, MissingError, rate
-from latlib.report.stats import Interval
+from latlib.evaluation.outcomes import HARMLESS, PGD
+from latlib.experiment.spec import Spec
+from latlib.report.evidence import Evidence, MissingError, rates_by
+from latlib.report.plots import BOX, Drawn, HeatMap, axes_of, frame
 
-EPS, KL = "attack.eps", "defence.kl"
+EPS = "attack.eps"
+KL = "defence.kl"
 # what is drawn -> (what it counts, which end is better, colours in which bright is better)
 SIDES = {
     "robustness": ("attacks that fail", "high", "cividis"),
@@ -35,137 +35,109 @@ SIDES = {
 }
 
 
-def grid(e: Evidence) -> dict[str, tuple[float, float]]:
-    """label -> (eps, KL weight) of `lat` and of every variant of it that changes these two only, in
-    that order.
+def _own(e: Evidence) -> dict[str, float]:
+    """The main method's radius and KL weight."""
+    main = e.profile.training(e.main)
+    return {EPS: main.attack.eps, KL: main.defence.kl}
+
+
+def grid(e: Evidence) -> pd.DataFrame:
+    """A row for the main method ('') and every variant that changes its radius and KL weight only:
+    eps, kl, in that order.
     """
-    lat = e.profile.training("lat")
-    own = {EPS: lat.attack.eps, KL: lat.defence.kl}
-    found = {"lat": (own[EPS], own[KL])}
-    for name, changes in e.profile.sweep.variants.items():
+    cells = {"": _own(e)}
+    for variant, changes in e.profile.sweep.variants.items():
         if set(changes) <= {EPS, KL}:
-            found[f"lat[{name}]"] = tuple({**own, **changes}[field] for field in (EPS, KL))
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+            cells[variant] = _own(e) | changes
+    table = pd.DataFrame.from_dict(cells, orient="index", columns=[EPS, KL])
+    return table.set_axis(["eps", "kl"], axis=1).sort_values(["eps", "kl"])
 
 
-def measured(e: Evidence, label: str, seeds: Sequence[int] | None = None) -> dict[str, Interval]:
-    """The three numbers of one trained model, on the first seed unless `seeds` are given. Raises
-    MissingError.
+def _measured(e: Evidence, by: str | list[str], **cell: Any) -> pd.DataFrame:
+    """The three numbers of models of the main method as Intervals, indexed by `by`."""
+    attacked = e.cell(e.main, PGD, partial=True, eps=e.main_eps, where="latent", **cell)
+    encodings = e.profile.evaluation.encodings
+    asked = {"prompts": (HARMLESS, "scary"), "encoding": encodings}
+    harmless = e.cell(e.main, partial=True, **asked, **cell)
+    columns = {
+        "robustness": rates_by(attacked, by).map(lambda asr: asr.complement),
+        "utility": rates_by(harmless, by),
+        "over-refusal": rates_by(harmless, by, "refused"),
+    }
+    return pd.DataFrame(columns).dropna()
+
+
+def measured_grid(e: Evidence) -> pd.DataFrame:
+    """A row for each trained cell of the grid, on the first seed: variant, eps, kl, and the three
+    intervals. Raises MissingError without any.
     """
-    seeds = e.profile.seeds[:1] if seeds is None else seeds
-    attacked = rate(e.cell(label, "pgd", eps=e.lat_eps, where="latent", seeds=seeds))
-    prompts = e.cell(
-        label, prompts=("harmless", "scary"), encoding=e.profile.evaluation.encodings, seeds=seeds
-    )
-    held = Interval(
-        1 - attacked.estimate,
-        1 - attacked.high,
-        1 - attacked.low,
-        attacked.n,
-        attacked.clusters,
-        attacked.seeds,
-    )
-    return {"robustness": held, "utility": rate(prompts), "over-refusal": rate(prompts, "refused")}
-
-
-def table(e: Evidence) -> pd.DataFrame:
-    """A row for each trained cell of the grid: eps, kl, and the three intervals. Raises
-    MissingError without any.
-    """
-    rows = []
-    for label, (eps, kl) in grid(e).items():
-        try:
-            rows.append({"label": label, "eps": eps, "kl": kl, **measured(e, label)})
-        except MissingError:
-            continue
-    if not rows:
-        raise MissingError("no cell of the grid of eps and KL weight was measured: run notebook 03")
-    return pd.DataFrame(rows)
+    cells = grid(e)
+    found = _measured(e, "variant", variant=list(cells.index), seed=e.profile.seeds[:1])
+    return cells.join(found, how="inner").rename_axis("variant").reset_index()
 
 
 def sweep_table(e: Evidence, by_seed: bool = True) -> pd.DataFrame:
     """A row for each model of a sweep: label, eps, kl, what else it changes, seed, and three shares
     with their ends.
 
-    asr: of harmful prompts on which the latent attack at `lat`'s own radius wins. answered,
-    refused: of harmless ones. Each has _low and _high, of a 95 % interval clustered by prompt pair.
-    by_seed=False pools the seeds (seed is None). Raises MissingError where no model of a sweep was
-    measured.
+    asr: of harmful prompts on which the latent attack at the main method's own radius wins.
+    answered, refused: of harmless ones. Each has _low and _high, of a 95 % interval clustered by
+    prompt pair. by_seed=False pools the seeds (seed is None). Raises MissingError where no model of
+    a sweep was measured.
     """
-    own, rows = e.profile.training("lat"), []
-    for label in e.outcomes["method"].unique():
-        changes = changes_of(label)
-        if not changes:
-            continue
-        fields = {
-            "eps": changes.pop(EPS, own.attack.eps),
-            "kl": changes.pop(KL, own.defence.kl),
-            **changes,
-        }
-        found = sorted(e.outcomes.loc[e.outcomes["method"] == label, "seed"].unique())
-        for seed in found if by_seed else [None]:
-            three = measured(e, label, found if seed is None else [seed])
-            held, answered, refused = three["robustness"], three["utility"], three["over-refusal"]
-            row = {"asr": 1 - held.estimate, "asr_low": 1 - held.high, "asr_high": 1 - held.low}
-            for name, share in (("answered", answered), ("refused", refused)):
-                row |= {name: share.estimate, f"{name}_low": share.low, f"{name}_high": share.high}
-            rows.append({"label": label, **fields, "seed": seed, **row})
-    if not rows:
+    variants = [variant for variant in e.outcomes["variant"].unique() if changes_of(variant)]
+    if not variants:
         raise MissingError(
             "no model of a sweep was measured: run python -m latlib.experiment.sweep"
         )
+    found = _measured(e, ["variant", "seed"] if by_seed else "variant", variant=variants)
+    found = found.reset_index()
+    rows = []
+    for row in found.to_dict("records"):
+        changes = _own(e) | changes_of(row["variant"])
+        shares = {"asr": row["robustness"].complement, "answered": row["utility"]}
+        shares["refused"] = row["over-refusal"]
+        line = {"label": Spec(e.main, 0, variant=row["variant"]).label}
+        line |= {"eps": changes.pop(EPS), "kl": changes.pop(KL), **changes, "seed": row.get("seed")}
+        for name, share in shares.items():
+            line |= {name: share.estimate, f"{name}_low": share.low, f"{name}_high": share.high}
+        rows.append(line)
     return pd.DataFrame(rows).sort_values(["eps", "kl", "seed"], kind="stable", ignore_index=True)
 
 
-def changes_of(label: str) -> dict[str, Any]:
-    """What a label such as 'lat[attack.eps=0.1+defence.kl=0.0]' says is changed; nothing for any
-    other label.
+def changes_of(variant: str) -> dict[str, Any]:
+    """What a variant of a sweep such as 'attack.eps=0.1+defence.kl=0.0' changes; nothing for any
+    other.
     """
-    inside = re.fullmatch(r"lat\[(.*=.*)\]", label)
-    pairs = (
-        [part.partition("=") for part in re.split(r"\+(?=[a-z_.]+=)", inside[1])] if inside else []
-    )
-    found = {}
-    for name, _, text in pairs:
+    changes: dict[str, Any] = {}
+    for name, text in re.findall(r"([a-z_.]+)=(.+?)(?=\+[a-z_.]+=|$)", variant):
         try:
-            found[name] = ast.literal_eval(text)
+            changes[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
-            found[name] = text  # a word, such as a rule's name
-    return found
+            changes[name] = text  # a word, such as a rule's name
+    return changes
 
 
 def eps_and_kl(e: Evidence) -> Drawn:
-    """The three numbers as heat maps of eps x KL weight, each with its interval in the cell; `lat`
-    itself is framed.
+    """The three numbers as heat maps of eps x KL weight, each with its interval in the cell; the
+    main method itself is framed.
     """
-    found, own = table(e), grid(e)["lat"]
-    radii, weights = sorted(set(found["eps"])), sorted(set(found["kl"]))
-    figure, axes = axes_of(len(SIDES), width=11, height=1.8 + 0.6 * len(weights))
-    said = []
+    cells = measured_grid(e).set_index(["kl", "eps"])
+    figure, axes = axes_of(len(SIDES), width=11, height=1.8 + 0.6 * cells.index.levshape[0])
+    alt_text = []
     for ax, (side, (counts, better, colours)) in zip(axes[0], SIDES.items()):
-        values = np.full((len(weights), len(radii)), np.nan)
-        for row in found.itertuples():
-            interval = found.at[row.Index, side]
-            y, x = weights.index(row.kl), radii.index(row.eps)
-            values[y, x] = 100 * interval.estimate
-            text = f"{values[y, x]:.0f}\n[{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-            ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=BOX)
-            said.append(f"eps {row.eps:g}, KL {row.kl:g}: {side} {values[y, x]:.0f} %")
-        ax.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto")
-        ax.grid(False)
-        frame = Rectangle(
-            (radii.index(own[0]) - 0.5, weights.index(own[1]) - 0.5),
-            1,
-            1,
-            fill=False,
-            linewidth=2.5,
-        )
-        ax.add_patch(frame)
-        ax.set_xticks(range(len(radii)), [f"{x:g}" for x in radii])
-        ax.set_yticks(range(len(weights)), [f"{x:g}" for x in weights])
+        shares = cells[side].unstack()
+        texts = shares.map(lambda cell: "" if pd.isna(cell) else cell.share.replace(" ", "\n", 1))
+        HeatMap(colours, full=100, fontsize=8, box=BOX).draw(ax, shares, texts)
+        own = _own(e)
+        x = shares.columns.get_loc(own[EPS])
+        frame(ax, x, shares.index.get_loc(own[KL]), margin=0, linewidth=2.5)
         ax.set(
             title=f"{side}: {counts} (%)\n{better} is better",
-            xlabel="eps in training",
+            xlabel=f"eps in training ({e.unit})",
             ylabel="weight of KL",
         )
-    return figure, f"LAT trained on a grid of eps and KL weight, first seed. {'; '.join(said)}."
+        for (kl, eps), share in cells[side].items():
+            alt_text.append(f"eps {eps:g}, KL {kl:g}: {side} {share.percent}")
+    what = f"{e.names['main']} trained on a grid of eps and KL weight, first seed"
+    return figure, f"{what}. {'; '.join(alt_text)}."

@@ -6,27 +6,52 @@
    two shares over the same prompts and seeds. A prompt that occurs more than once in a cell (two
    attacks) counts once, as a hit if any hit: the worst case per prompt, never the better of two
    averages.
-3. `spikes` sets the jumps of the training loss beside the attack of the same step.
+3. `rows_given` picks the harmful prompts that a success rate is over, by a `Condition`: nobody
+   betrays what he does not understand. A harmless twin is understood when the model answers it, or
+   would once the answer's first words stand there. A defended model may refuse the twins, and
+   resist words put in its mouth; then it cannot show that it understood, and what counts as
+   understood are the prompts on which its defence did not act. So there is `Condition.BASE`: the
+   prompts that the base of the seed understood before any safety training, the same for every
+   method. Real data has no twins: there a request itself says whether it was understood, by its
+   answer's likelihood.
+4. `spikes` sets the jumps of the training loss beside the attack of the same step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latlib.config.profile import Profile, load_profile
-from latlib.evaluation.outcomes import COLUMNS, PLAIN, TRANSFER, Intervention, Rule
+from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN
+from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 
+Names = str | Sequence[str]
+Seeds = Sequence[int] | None
+
+# what `cell` looks for unless told otherwise
+USUAL = {
+    "variant": "",
+    "intervention": "none",
+    "prompts": HARMFUL,
+    "encoding": PLAIN,
+    "eps": None,
+}
 PROMPT_KEYS = ("method", "seed", "prompts", "encoding", "prompt_id")
-# steps of the running median; a spike is this many deviations above it
-WINDOW, SPIKE_MADS = 21, 3.0
+SHOWN = ("complied", "refused", "neither")  # outcomes in the order of tables
+SEVERITY = {"refused": 0, "neither": 1, "complied": 2}
+WINDOW = 21  # steps of the running median
+SPIKE_MADS = 3.0  # a spike is this many deviations above it
 BLOCK = 7  # steps that are resampled together: neighbouring steps are alike
 
 
@@ -34,132 +59,195 @@ class MissingError(LookupError):
     """A results folder lacks what a claim is computed from; the message says what."""
 
 
+class Condition(str, Enum):
+    """Which harmful prompts a success rate is over."""
+
+    EVERY = "every prompt"
+    ANSWERED = "answered"  # the model answered the harmless twin
+    UNDERSTOOD = "understood"  # the model understood the twin
+    BASE = "understood by the base"  # the base of the seed understood the twin
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """profile: the run's settings. outcomes: the outcome table. metrics: (label, seed) -> training
-    curve, a row a step. variance: (method, seed) -> `geometry.variance_table`. label: method, or
-    'lat[variant]'."""
+    """profile: the run's settings. outcomes: the outcome table. metrics: training curves, a row a
+    step, by the name of the model's folder ('lat-seed0'). variance: method -> seed, as text ->
+    `geometry.variance_table`."""
 
     profile: Profile
     outcomes: pd.DataFrame
-    metrics: Mapping[tuple[str, int], pd.DataFrame] = field(default_factory=dict)
-    variance: Mapping[tuple[str, int], dict] = field(default_factory=dict)
+    metrics: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    variance: Mapping[str, Mapping[str, dict]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | Path) -> Evidence:
         """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl`
         and `profile.yaml` are looked for in it and beside it. What was not measured is empty.
-        Raises MissingError where there is no profile."""
+        Raises MissingError where there is no profile, or a table lacks columns."""
         folder = Path(folder)
-        # a whole run's folder
-        folder = folder / "results" if (folder / "results" / "outcomes").is_dir() else folder
-        tables = [pd.read_parquet(path) for path in sorted((folder / "outcomes").glob("*.parquet"))]
-        settings = next(
-            (p for p in (folder / "profile.yaml", folder.parent / "profile.yaml") if p.is_file()),
-            None,
-        )
-        if settings is None:
+        if (folder / "results" / "outcomes").is_dir():  # a whole run's folder
+            folder = folder / "results"
+        settings = [where / "profile.yaml" for where in (folder, folder.parent)]
+        settings = [path for path in settings if path.is_file()]
+        if not settings:
             raise MissingError(f"{folder} has no profile.yaml: give the results folder of a run")
-        profile = load_profile(settings)
-        variants, metrics = {f"lat-{name}": f"lat[{name}]" for name in profile.sweep.variants}, {}
-        for path in sorted(
-            [*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]
-        ):
-            name, _, seed = path.stem.rpartition("-seed")
-            if seed.isdigit() and (name in profile.methods or name in variants):
-                # a resumed run logs some steps twice
-                curve = read_metrics(path).drop_duplicates("step", keep="last")
-                metrics[variants.get(name, name), int(seed)] = curve.sort_values(
-                    "step", ignore_index=True
-                )
-        variance, path = {}, folder / "refusal_svd.json"
-        if path.is_file():
-            models = json.loads(path.read_text(encoding="utf-8")).get("models", {})
-            variance = {
-                (m, int(s)): table for m, seeds in models.items() for s, table in seeds.items()
-            }
+        profile = load_profile(settings[0])
+        tables = [_read_outcomes(path) for path in sorted(folder.glob("outcomes/*.parquet"))]
         outcomes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-        return cls(profile, as_labels(outcomes), metrics, variance)
+        geometry = folder / "refusal_svd.json"
+        variance = json.loads(geometry.read_text("utf-8"))["models"] if geometry.is_file() else {}
+        return cls(profile, outcomes, _read_metrics(folder), variance)
 
     @property
-    def lat_eps(self) -> float:
-        """The radius `lat` was trained at, in the profile's unit."""
-        return self.profile.training("lat").attack.eps
+    def main_eps(self) -> float:
+        """The radius of the main method's attack, in its unit."""
+        return self.profile.training(self.main).attack.eps
+
+    @property
+    def unit(self) -> str:
+        """The unit of every eps of the evaluation: 'absolute', or 'relative' to the median residual
+        norm of the site."""
+        return self.profile.training(self.main).attack.eps_mode
+
+    @property
+    def main(self) -> str:
+        """The method that claims are about."""
+        return self.profile.main
+
+    @property
+    def rivals(self) -> list[str]:
+        """What the main method is set beside. Raises MissingError where there is nothing."""
+        others = [method for method in self.profile.compared if method != self.main]
+        if not others:
+            raise MissingError(f"this profile has no method to compare {self.main} with")
+        return others
+
+    @property
+    def undefended(self) -> str:
+        """The twin with the same data and no attack. Raises MissingError where there is none."""
+        if self.profile.undefended in (None, self.main):
+            raise MissingError("this profile has no undefended twin")
+        return self.profile.undefended
+
+    @property
+    def reference(self) -> str:
+        """Whose refusal direction is the reference. Raises MissingError where there is none."""
+        if self.profile.reference in (None, self.main):
+            raise MissingError("this profile has no reference model")
+        return self.profile.reference
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the roles in a text stand for."""
+        profile = self.profile
+        rivals = [method for method in profile.compared if method != profile.main]
+        return {
+            "main": profile.main.upper(),
+            "undefended": _name(profile.undefended, "the undefended twin"),
+            "reference": _name(profile.reference, "the reference model"),
+            "compared": " / ".join(profile.compared).upper(),
+            "rivals": " / ".join(rivals).upper() or "the others",
+        }
+
+    @property
+    def in_the_world(self) -> bool:
+        """Whether prompts are the made-up world's, whose right answers are known."""
+        return self.profile.data.source == "world"
+
+    def radius(self, eps: float) -> str:
+        """A radius for a reader, with its unit."""
+        return f"eps {eps:g} {self.unit}"
 
     def eps_variants(self) -> dict[str, float]:
-        """label -> radius of `lat` and of every sweep variant that changes the radius only,
-        smallest first.
+        """variant -> radius of the main method ('') and of every sweep variant that changes the
+        radius only, smallest first.
         """
-        sweep = {
-            f"lat[{n}]": v["attack.eps"]
-            for n, v in self.profile.sweep.variants.items()
-            if set(v) == {"attack.eps"}
-        }
-        return dict(sorted({"lat": self.lat_eps, **sweep}.items(), key=lambda item: item[1]))
+        radii = {"": self.main_eps}
+        for name, changes in self.profile.sweep.variants.items():
+            if set(changes) == {"attack.eps"}:
+                radii[name] = changes["attack.eps"]
+        return dict(sorted(radii.items(), key=lambda item: item[1]))
+
+    def curves(self, method: str) -> dict[int, pd.DataFrame]:
+        """seed -> training curve of a method."""
+        names = {seed: Spec(method, seed).folder for seed in self.profile.seeds}
+        return {seed: self.metrics[name] for seed, name in names.items() if name in self.metrics}
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The outcome table as `cell` sees it: `encoding` as a profile names it ('leet',
+        'plain>leet'), and `where` an attack acts, 'embedding' or 'latent'.
+        """
+        rows = self.outcomes
+        asked = rows["encoding"] + ">" + rows["reply_encoding"]
+        where = rows["sites"].where(rows["sites"].isin(["", "embedding"]), "latent")
+        return rows.assign(encoding=asked.str.removesuffix(f">{PLAIN}"), where=where)
 
     def cell(
-        self,
-        method: str | Sequence[str],
-        attack: str | Sequence[str] = "none",
-        encoding: str | Sequence[str] = "plain",
-        prompts: str | Sequence[str] = "harmful",
-        eps: float | None = None,
-        where: str | None = None,
-        seeds: Sequence[int] | None = None,
+        self, method: Names, attack: Names | None = "none", partial: bool = False, **columns: Any
     ) -> pd.DataFrame:
-        """Rows of the outcome table. where: 'latent' (sites above the embedding) or 'embedding'.
+        """Rows of the outcome table; by default of harmful prompts in plain words, no direction
+        removed, and of no variant.
 
-        Raises MissingError when there is none, or when one of several methods or attacks has none.
+        columns: further columns (`eps` in this run's unit, and `where`, see `rows`) and the value
+        or values wanted there, None for any. Raises MissingError when there is no such row, or when
+        one of several methods or attacks has none; partial: only when there is no row at all.
         """
-        rows, wanted = (
-            self.outcomes,
-            {"method": method, "attack": attack, "encoding": encoding, "prompts": prompts},
-        )
+        wanted = USUAL | {"method": method, "attack": attack} | columns
+        if wanted["eps"] is not None:
+            wanted["eps_unit"] = self.unit
+        kept = pd.Series(True, index=self.rows.index)
         for column, values in wanted.items():
-            rows = rows[rows[column].isin([values] if isinstance(values, str) else list(values))]
-        if eps is not None:
-            rows = rows[np.isclose(rows["eps"].astype(float), eps)]
-        if where is not None:
-            rows = rows[(rows["sites"] == "embedding") == (where == "embedding")]
-        if seeds is not None:
-            rows = rows[rows["seed"].isin(list(seeds))]
-        for column in ("method", "attack"):
-            values = [wanted[column]] if isinstance(wanted[column], str) else wanted[column]
-            absent = sorted(set(values) - set(rows[column]))
-            if absent:
-                at = "" if eps is None else f" at eps {eps:g}"
-                raise MissingError(f"no outcome with {column} {', '.join(absent)} ({wanted}{at})")
+            if values is not None:
+                wanted[column] = [values] if isinstance(values, str | float | int) else list(values)
+                kept &= self.rows[column].isin(wanted[column])
+        rows = self.rows[kept]
+        absent = set(wanted["method"]) - set(rows["method"])
+        absent |= set(wanted["attack"] or ()) - set(rows["attack"])
+        if rows.empty or (absent and not partial):
+            what = "; ".join(f"{name} {value}" for name, value in wanted.items() if value)
+            notebook = _notebook(wanted)
+            raise MissingError(
+                f"no outcome of {', '.join(sorted(absent))} ({what}): run notebook {notebook}"
+            )
         return rows
 
 
-def as_labels(outcomes: pd.DataFrame) -> pd.DataFrame:
-    """The outcome table with the labels that figures use: 'lat[no-kl]' for a method's variant,
-    'plain>leet' for an encoding, 'transfer:ssft' and 'ablate:ssft@best' for an attack."""
-    if "intervention" not in outcomes or outcomes.empty:
-        return outcomes
-    table = outcomes.copy()
-    is_variant = table["variant"] != ""
-    table.loc[is_variant, "method"] += "[" + table.loc[is_variant, "variant"] + "]"
-    asks = table["reply_encoding"] != PLAIN
-    table.loc[asks, "encoding"] += ">" + table.loc[asks, "reply_encoding"]
-    columns = ["attack", "intervention", "source", "rule", "site", "draw"]
-    keys = table[columns].astype({"draw": object}).apply(tuple, axis=1)
-    table["attack"] = keys.map({key: _attack_label(*key) for key in set(keys)})
-    return table.rename(columns={"eps_unit": "eps_mode"})
+def _notebook(wanted: Mapping[str, Any]) -> str:
+    """Which one measures a cell."""
+    if wanted["variant"] != [""]:
+        return "03"
+    if wanted["intervention"] != ["none"]:
+        return "04"
+    return "05" if wanted["attack"] == ["none"] else "06"
 
 
-def _attack_label(
-    attack: str, intervention: str, source: str, rule: str, site: str, draw: object
-) -> str:
-    if attack == TRANSFER:
-        return f"{attack}:{source}"
-    if intervention == Intervention.NONE:
-        return attack
-    if rule == Rule.SITE_SWEEP:
-        return f"{intervention}:{source}@site-{site}"
-    if rule:
-        return f"{intervention}:{source}@{rule}"
-    return f"{intervention}:{source}" + ("" if pd.isna(draw) else str(draw))
+def _name(method: str | None, otherwise: str) -> str:
+    return method.upper() if method else otherwise
+
+
+def _read_outcomes(path: Path) -> pd.DataFrame:
+    table = pd.read_parquet(path)
+    absent = [column for column in COLUMNS if column not in table]
+    if absent:
+        raise MissingError(
+            f"{path} has no columns {', '.join(absent)}: it was measured by an older version of"
+            " latlib; run again in a new folder"
+        )
+    return table
+
+
+def _read_metrics(folder: Path) -> dict[str, pd.DataFrame]:
+    """The training curves in a results folder and beside it."""
+    curves = {}
+    for path in [*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]:
+        # a resumed run logs some steps twice
+        curve = read_metrics(path).drop_duplicates("step", keep="last")
+        curves[path.stem] = curve.sort_values("step", ignore_index=True)
+    return curves
 
 
 def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> pd.DataFrame:
@@ -167,17 +255,35 @@ def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) ->
     outcome.
     """
     marked = rows.assign(hit=rows["outcome"] == outcome)
-    return marked.groupby(list(keys), as_index=False).agg(
-        hit=("hit", "max"), cluster=("cluster", "first")
-    )
+    by_prompt = marked.groupby(list(keys), as_index=False)
+    return by_prompt.agg(hit=("hit", "max"), cluster=("cluster", "first"))
 
 
-def rate(rows: pd.DataFrame, outcome: str = "complied") -> Interval:
-    """Share of prompts with an outcome ('complied', 'refused', 'neither'), worst case over the
-    attacks in `rows`.
+def rate(
+    rows: pd.DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMPT_KEYS
+) -> Interval:
+    """Share of prompts with an outcome ('complied', 'refused', 'neither'), worst case over what
+    rows of one prompt differ in: attacks, unless `keys` leaves out more.
     """
-    found = hits(rows, outcome)
-    return cluster_interval(found["hit"], found["cluster"], found["seed"])
+    by_prompt = hits(rows, outcome, keys)
+    return cluster_interval(by_prompt["hit"], by_prompt["cluster"], by_prompt["seed"])
+
+
+def rates_by(rows: pd.DataFrame, by: str | list[str], outcome: str = "complied") -> pd.Series:
+    """The rate of each group of rows, indexed by the columns `by`, in the order of the rows."""
+    groups = rows.groupby(by, sort=False)
+    rates = [rate(part, outcome) for _, part in groups]
+    return pd.Series(rates, index=groups.size().index, dtype=object)
+
+
+def outcome_table(
+    rows: pd.DataFrame, by: str | list[str], outcomes: Iterable[str] = SHOWN
+) -> pd.DataFrame:
+    """A row for each group of rows: n, seeds, and the share of each outcome as an Interval."""
+    shares = pd.DataFrame({outcome: rates_by(rows, by, outcome) for outcome in outcomes})
+    first = shares.iloc[:, 0]
+    counts = {"n": first.map(lambda i: i.n), "seeds": first.map(lambda i: i.seeds)}
+    return pd.concat([pd.DataFrame(counts), shares], axis=1)
 
 
 def contrast(
@@ -188,25 +294,97 @@ def contrast(
     same: further columns on which a row of `a` must meet its row of `b` ('encoding', 'prompts',
     'method'). Raises MissingError when they share no prompt.
     """
-    return paired_interval(*_paired(a, b, outcome, same))
+    both = _paired(a, b, outcome, same)
+    return paired_interval(both["hit"], both["hit_b"], both["cluster"], both["seed"])
 
 
 def p_value(
     a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()
 ) -> float:
     """Two-sided p-value of the same difference (see `stats.paired_p_value`)."""
-    return paired_p_value(*_paired(a, b, outcome, same))
+    both = _paired(a, b, outcome, same)
+    return paired_p_value(both["hit"], both["hit_b"], both["cluster"], both["seed"])
 
 
-def _paired(
-    a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]
-) -> tuple[pd.Series, ...]:
-    """(hits of a, hits of b, clusters, seeds) of the prompts and seeds that both have."""
+def _paired(a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]) -> pd.DataFrame:
+    """One row for each prompt and seed that both have: hit, hit_b, cluster, seed."""
     keys = ["seed", "prompt_id", *same]
     both = hits(a, outcome, keys).merge(hits(b, outcome, keys), on=keys, suffixes=("", "_b"))
     if both.empty:
         raise MissingError("the two sides of a comparison share no prompt and seed")
-    return both["hit"], both["hit_b"], both["cluster"], both["seed"]
+    return both
+
+
+def attacks_in(rows: pd.DataFrame) -> pd.Series:
+    """The attack of every row; perturbations of different models are different attacks."""
+    return rows["attack"] + rows["source"]
+
+
+def shared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of every model on the prompts and seeds that each attack on it has. Raises MissingError
+    for none.
+    """
+    attacks = attacks_in(rows)
+    tried = attacks.groupby([rows["method"], rows["seed"], rows["prompt_id"]]).transform("nunique")
+    kept = rows[tried == attacks.groupby(rows["method"]).transform("nunique")]
+    if kept.empty:
+        names = ", ".join(sorted(set(attacks)))
+        raise MissingError(f"no prompt and seed that all of {names} were tried on")
+    return kept
+
+
+def worst(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a prompt and seed: its worst outcome, complied before neither before refused."""
+    order = rows["outcome"].map(SEVERITY).to_numpy().argsort(kind="stable")
+    return rows.iloc[order].drop_duplicates(list(PROMPT_KEYS), keep="last")
+
+
+def conditions(e: Evidence) -> tuple[Condition, ...]:
+    """Those by which this run's prompts can be counted: without twins none is answered."""
+    return tuple(c for c in Condition if e.in_the_world or c is not Condition.ANSWERED)
+
+
+def rows_given(
+    e: Evidence, method: Names, encoding: Names, condition: Condition, seed: Seeds = None
+) -> pd.DataFrame:
+    """Rows of the harmful prompts that an ASR is over; there may be none.
+
+    Raises ValueError for a condition that this run's prompts cannot be counted by, MissingError
+    where the models, their twins or the base were not measured.
+    """
+    if condition not in conditions(e):
+        known = ", ".join(conditions(e))
+        raise ValueError(f"condition = {str(condition)!r} is unknown here: choose one of {known}")
+    rows = e.cell(method, encoding=encoding, seed=seed)
+    if condition == Condition.EVERY:
+        return rows
+    if condition == Condition.UNDERSTOOD:
+        return rows[understood(rows)]
+    of_base = condition == Condition.BASE
+    prompts = TWIN if e.in_the_world else HARMFUL
+    twins = e.cell(BASE if of_base else method, encoding=encoding, prompts=prompts)
+    keys = ["seed", "encoding"] if of_base else ["seed", "encoding", "method"]
+    if not _found(rows, twins, keys).all():
+        raise MissingError(f"twins in {encoding} were not measured on all seeds of {method}")
+    answered = condition == Condition.ANSWERED
+    known_twins = twins[twins["outcome"] == "complied" if answered else understood(twins)]
+    return rows[_found(rows, known_twins, [*keys, "pair_id"])]
+
+
+def _found(rows: pd.DataFrame, others: pd.DataFrame, keys: list[str]) -> np.ndarray:
+    """Whether the keys of each row are those of one of the others."""
+    return pd.MultiIndex.from_frame(rows[keys]).isin(pd.MultiIndex.from_frame(others[keys]))
+
+
+def understood(rows: pd.DataFrame) -> pd.Series:
+    """Whether the twin of each row was understood. Raises MissingError where that was not
+    measured.
+    """
+    values = rows["understood"].astype("boolean")
+    unknown = values.isna().sum()
+    if unknown:
+        raise MissingError(f"understanding was not measured in {unknown} rows: run the audit again")
+    return values.astype(bool)
 
 
 def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -219,42 +397,42 @@ def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
     """
     if "attack_won" not in metrics or "eps_scale" not in metrics:
         raise MissingError("the training curve has no attack")
-    full = metrics[(metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()].reset_index(
-        drop=True
-    )
+    attacked = (metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()
+    full = metrics[attacked].reset_index(drop=True)
     if len(full) < WINDOW:
         raise MissingError(f"{len(full)} steps under full attack: spikes need at least {WINDOW}")
-
-    def above(column: pd.Series) -> pd.Series:
-        return column - column.rolling(WINDOW, center=True, min_periods=WINDOW // 2).median()
-
-    excess = above(full["total"])
+    excess = _above_median(full["total"])
+    adversarial = _above_median(full["toward"])
+    if "away" in full:
+        adversarial = adversarial + _above_median(full["away"])
     # 1.4826 MAD is the standard deviation of a normal
     spread = 1.4826 * (excess - excess.median()).abs().median()
-    adversarial = above(full["toward"]) + (above(full["away"]) if "away" in full else 0.0)
     return full.assign(
         excess=excess,
         spike=excess > SPIKE_MADS * spread,
-        won_excess=above(full["attack_won"]),
+        won_excess=_above_median(full["attack_won"]),
         attack_part=adversarial / excess.where(excess.abs() > 1e-12),
         block=full.index // BLOCK,
     )
 
 
-def spike_steps(
-    metrics: Mapping[tuple[str, int], pd.DataFrame], methods: Sequence[str]
-) -> pd.DataFrame:
-    """`spikes` of every run of `methods`, one below the other, with `label` and `seed`.
+def _above_median(column: pd.Series) -> pd.Series:
+    window = column.rolling(WINDOW, center=True, min_periods=WINDOW // 2)
+    return column - window.median()
+
+
+def spike_steps(e: Evidence, method: str) -> pd.DataFrame:
+    """`spikes` of every run of a method, one below the other, with `seed`.
 
     Raises MissingError when none of them has steps under full attack.
     """
-    tables, reason = [], "no training curve of " + ", ".join(methods)
-    for (label, seed), curve in metrics.items():
-        if label in methods:
-            try:
-                tables.append(spikes(curve).assign(label=label, seed=seed))
-            except MissingError as error:
-                reason = f"{label} seed {seed}: {error}"
+    tables = []
+    reason = f"no training curve of {method}"
+    for seed, curve in e.curves(method).items():
+        try:
+            tables.append(spikes(curve).assign(seed=seed))
+        except MissingError as error:
+            reason = f"{method} seed {seed}: {error}"
     if not tables:
         raise MissingError(reason)
     return pd.concat(tables, ignore_index=True)

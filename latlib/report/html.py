@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
 from nbconvert.exporters import HTMLExporter
 from traitlets.config import Config
 
@@ -42,6 +42,8 @@ _EMPTY_ALT = re.compile(
     r"no description has been provided.*|<figure"
     r" size.*|\S+\.(png|svg|jpe?g)|(image|figure|plot)\W*\d*"
 )
+FORBIDDEN_TAGS = ("script", "iframe", "object", "embed", "link", "base", "frame", "applet")
+LOADING_ATTRIBUTES = ("src", "srcset", "poster", "data", "background", "xlink:href")
 _LOADED = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.IGNORECASE)
 
 
@@ -111,6 +113,7 @@ def _name_headings(soup: BeautifulSoup, name: str) -> None:
     would spell it.
     """
     first = soup.find("h1")
+    assert soup.title is not None  # the template has one
     soup.title.string = first.get_text(" ", strip=True) if first else name
     for heading in soup.find_all(re.compile("^h[1-6]$")):
         heading["id"] = heading.get("id") or re.sub(r"\s+", "-", heading.get_text().strip())
@@ -138,17 +141,16 @@ def _unrendered(soup: BeautifulSoup) -> list[str]:
     faults = []
     for number, output in enumerate(soup.select("div.output"), start=1):
         types = output.attrs.pop("data-types")
-        if not output.get_text(strip=True) and not output.find("img") and types != "stream":
-            faults.append(
-                f"output {number} ({types}) would be empty: give it one of {', '.join(MIME_TYPES)}"
-            )
+        if not (types == "stream" or output.get_text(strip=True) or output.find("img")):
+            better = ", ".join(MIME_TYPES)
+            faults.append(f"output {number} ({types}) would be empty: give it one of {better}")
     return faults
 
 
 def _images_without_words(soup: BeautifulSoup) -> list[str]:
     faults = []
     for number, image in enumerate(soup.find_all("img"), start=1):
-        alt = " ".join(image.get("alt", "").split())
+        alt = " ".join(str(image.get("alt", "")).split())
         if len(alt.split()) < 3 or _EMPTY_ALT.fullmatch(alt.lower()):
             faults.append(
                 f"image {number} has the alternative text {alt!r}: say what it shows, with"
@@ -161,33 +163,27 @@ def _images_without_words(soup: BeautifulSoup) -> list[str]:
 def _not_self_contained(soup: BeautifulSoup) -> list[str]:
     faults = []
     for tag in soup.find_all(True):
-        if tag.name in ("script", "iframe", "object", "embed", "link", "base", "frame", "applet"):
-            faults.append(f"<{tag.name}> is not allowed: {str(tag)[:80]}")
-        faults += [f"{what} in <{tag.name}>: {str(tag)[:80]}" for what in _attribute_faults(tag)]
+        start = str(tag)[:80]
+        if tag.name in FORBIDDEN_TAGS:
+            faults.append(f"<{tag.name}> is not allowed: {start}")
+        for name, value in tag.attrs.items():
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            fault = _attribute_fault(tag.name, name, text.strip())
+            if fault:
+                faults.append(f"{fault} in <{tag.name}>: {start}")
         if tag.name == "style" and _LOADED.search(tag.get_text()):
             faults.append("a <style> loads something from elsewhere")
     return faults
 
 
-def _attribute_faults(tag: Tag) -> list[str]:
-    faults = []
-    for name, value in tag.attrs.items():
-        text = (" ".join(value) if isinstance(value, list) else str(value)).strip()
-        if name.startswith("on"):
-            faults.append(f"a script ({name})")
-        elif name in (
-            "src",
-            "srcset",
-            "poster",
-            "data",
-            "background",
-            "xlink:href",
-        ) and not text.startswith("data:"):
-            faults.append(f"{name}={text[:60]!r} is loaded from elsewhere")
-        elif name == "href" and text.lower().startswith(("javascript:", "data:")):
-            faults.append(f"a script ({name})")
-        elif name == "href" and tag.name not in ("a", "area") and not text.startswith("#"):
-            faults.append(f"{name}={text[:60]!r} is loaded from elsewhere")
-        elif name == "style" and _LOADED.search(text):
-            faults.append("a style that loads something from elsewhere")
-    return faults
+def _attribute_fault(tag: str, name: str, text: str) -> str:
+    """What is wrong with an attribute, '' if nothing is."""
+    is_href = name == "href"
+    if name.startswith("on") or (is_href and text.lower().startswith(("javascript:", "data:"))):
+        return f"a script ({name})"
+    loads = name in LOADING_ATTRIBUTES and not text.startswith("data:")
+    if loads or (is_href and tag not in ("a", "area") and not text.startswith("#")):
+        return f"{name}={text[:60]!r} is loaded from elsewhere"
+    if name == "style" and _LOADED.search(text):
+        return "a style that loads something from elsewhere"
+    return ""

@@ -1,132 +1,337 @@
-"""Plain figures of the notebooks, from a tidy table each: lines with intervals, bands over steps,
-stacked outcomes.
+"""What all figures are drawn with, and plain figures of notebooks from a tidy table each.
 
-As in `report`: every function returns (figure, alternative text), both from the same numbers;
-series differ in colour, marker and dash; intervals are drawn.
-
-    show(*lines(table, "eps", "estimate", "attack", ("eps", "ASR (%)"), "Success of the attack.",
-    percent=True))
+1. Colour is never the only cue: methods differ in marker and line too, outcomes in hatching.
+2. A figure is a pair, `Drawn`: the figure and its alternative text, both from the same numbers. It
+   is shown with that text or not at all.
+3. A *grid* is a table of `stats.Interval`s (shares), None where nothing was measured: `words` says
+   it, `draw_curves`, `draw_bars` and `HeatMap.draw` draw it, in per cent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-from latlib.report.canvas import BOX, EDGE, OUTCOMES, RC, Drawn
+from latlib.report.stats import Interval
 
-# Okabe and Ito, no yellow
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS, DASHES = "osD^vPX*<>h", ("-", "--", "-.", ":")
+DPI = 110
+# Okabe and Ito's colours, which the colour-blind can tell apart; no yellow
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+GREY = "#777777"
+OTHERS = ("#E69F00", SKY, "#000000")
+COLOURS = (BLUE, ORANGE, GREEN, PINK, *OTHERS)
+MARKERS = "osD^vPX*<>h"
+DASHES = ("-", "--", "-.", ":")
+HATCHES = ("//", "", "..", "xx", "\\\\", "oo")
+# of the methods of a profile, in their order
+METHOD_COLOURS = (ORANGE, BLUE, GREEN, PINK, *OTHERS)
+METHOD_MARKERS = "s^oDPX*<>h"
+METHOD_DASHES = ("--", "-.", "-", (0, (5, 1, 1, 1, 1, 1)))
+# outcome -> colour, hatching
+OUTCOMES = {
+    "refused": (SKY, ""),
+    "complied": (ORANGE, "///"),
+    "neither": ("#DDDDDD", "..."),
+}
+EDGE = {"edgecolor": "black", "linewidth": 0.4}
+# behind numbers
+BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "hatch.linewidth": 0.6,
+    "figure.facecolor": "white",
+}
+Drawn = tuple[Figure, str]
+Look = dict[str, Any]  # of a line, as matplotlib takes it
 
 
-def _look(number: int) -> dict:
+def series_look(
+    number: int,
+    colours: Sequence = COLOURS,
+    markers: Sequence = MARKERS,
+    dashes: Sequence = DASHES,
+) -> Look:
     """Colour, marker and dash of the n-th series."""
-    looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
-    return {name: values[number % len(values)] for name, values in looks.items()} | {
-        "markersize": 5
+    return {
+        "color": colours[number % len(colours)],
+        "marker": markers[number % len(markers)],
+        "linestyle": dashes[number % len(dashes)],
     }
 
 
-def lines(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    by: str,
-    labels: tuple[str, str],
-    what: str,
-    log: str = "",
-    percent: bool = False,
-) -> Drawn:
-    """A line for each value of column `by`, with its interval where the table has columns `low` and
-    `high`.
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """Method -> its look, by its place in the profile; and that of the base."""
+    by_method = {"base": {"color": GREY, "marker": "v", "linestyle": ":"}}
+    for number, method in enumerate(methods):
+        by_method[method] = series_look(number, METHOD_COLOURS, METHOD_MARKERS, METHOD_DASHES)
+    return by_method
 
-    labels: of the axes, with units. what: how the alternative text begins. log: axes on a log scale
-    ('', 'x', 'y', 'xy'). percent: shares, drawn as 0 to 100.
+
+def png_of(figure: Figure, dpi: int = DPI) -> bytes:
+    """The figure as a PNG of 256 colours, a third of the size of the full one."""
+    full = io.BytesIO()
+    small = io.BytesIO()
+    with plt.rc_context(RC):
+        figure.savefig(full, format="png", dpi=dpi)
+    reduced = Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    reduced.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display the figure in a notebook with its alternative text, and close it. Raises ValueError
+    for an empty text.
+    """
+    from IPython import display
+
+    if len(alt.split()) < 5:
+        raise ValueError(f"alt = {alt!r}: say in a sentence what the figure shows")
+    display.display(display.Image(data=png_of(figure), format="png", alt=alt))
+    plt.close(figure)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_of(figure))
+    plt.close(figure)
+    return path
+
+
+def axes_of(
+    columns: int = 1, width: float = 7.0, height: float = 3.6, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """(figure, [rows, columns] axes) in the common style; sizes in inches. options: of
+    `plt.subplots`, such as nrows.
     """
     with plt.rc_context(RC):
-        figure, ax = plt.subplots(figsize=(7, 3.6))
-    groups, scale, said = list(table.groupby(by, sort=False)), 100 if percent else 1, []
-    for number, (name, rows) in enumerate(groups):
-        middle, at = scale * rows[y], number - (len(groups) - 1) / 2
-        # intervals must not hide each other
-        beside = rows[x] * (1 + 0.02 * at) if "x" in log else rows[x]
-        spread = None
-        if {"low", "high"} <= set(rows):
-            spread = np.clip([middle - scale * rows["low"], scale * rows["high"] - middle], 0, None)
-        ax.errorbar(
-            beside, middle, spread, capsize=2, elinewidth=0.8, label=str(name), **_look(number)
-        )
-        ends = [
-            f"{middle.iloc[i]:.3g}{' %' if percent else ''} at {rows[x].iloc[i]:g}" for i in (0, -1)
-        ]
-        said.append(f"{name}: {' to '.join(dict.fromkeys(ends))}")
-    if "x" in log:
-        ax.set_xscale("log")
-        ax.set_xticks(sorted(set(table[x])), [f"{v:g}" for v in sorted(set(table[x]))])
-        ax.minorticks_off()
-    elif table[x].dtype.kind == "i":
+        return plt.subplots(ncols=columns, figsize=(width, height), squeeze=False, **options)
+
+
+def log_x(ax: Axes, values: Iterable[float]) -> None:
+    """A log scale with a tick at every value."""
+    ticks = sorted(set(values))
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    ax.minorticks_off()
+
+
+def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """One legend for all panels of a figure."""
+    entries = ax.get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def numbers(grid: pd.DataFrame, side: str = "estimate", scale: float = 100) -> pd.DataFrame:
+    """A grid in per cent (or times another scale); NaN where there is nothing. side: 'estimate',
+    'low' or 'high' of its intervals.
+    """
+    values = grid.map(lambda cell: getattr(cell, side, cell), na_action="ignore")
+    return scale * values.astype(float)
+
+
+def words(grid: pd.DataFrame) -> str:
+    """Every estimate of a grid in words, column by column."""
+    columns = []
+    for name, column in grid.items():
+        cells = [_at(x, cell.percent) for x, cell in column.dropna().items()]
+        columns.append(f"{name}: {', '.join(cells)}")
+    return "; ".join(columns)
+
+
+def _at(x: Any, value: str) -> str:
+    return f"{x} {value}" if isinstance(x, str) else f"{value} at {x:g}"
+
+
+def draw_curves(
+    ax: Axes, grid: pd.DataFrame, styles: Iterable[Look], shift: float = 0.0, scale: float = 100
+) -> None:
+    """A curve with intervals for each column of a grid, against its index. shift: factor between
+    neighbouring curves, whose intervals must not hide each other. scale: see `numbers`.
+    """
+    for number, (name, style) in enumerate(zip(grid, styles)):
+        column = grid[[name]].dropna()
+        x = column.index
+        if shift:
+            x = x * (1 + shift * (number - (len(grid.columns) - 1) / 2))
+        _errorbar(ax, x, column, scale, label=name, **style)
+
+
+def _errorbar(ax: Axes, x: Any, column: pd.DataFrame, scale: float = 100, **style: Any) -> None:
+    """A grid of one column against x."""
+    sides = [numbers(column, side, scale) for side in ("estimate", "low", "high")]
+    middle, low, high = np.squeeze(sides, axis=2)
+    spread = np.maximum([middle - low, high - middle], 0)
+    ax.errorbar(x, middle, spread, capsize=2, markersize=5, **style)
+
+
+def draw_bars(
+    ax: Axes, grid: pd.DataFrame, colours: Iterable[str], hatches: Sequence[str] = HATCHES
+) -> None:
+    """Bars with intervals side by side, a colour and hatching for each column of a grid."""
+    width = 0.8 / len(grid.columns)
+    x = np.arange(len(grid)) - 0.4 + width / 2
+    whiskers: Look = {"color": "black", "linestyle": "none", "linewidth": 0.8}
+    hatching = itertools.cycle(hatches)
+    for name, colour, hatch in zip(grid, colours, hatching):
+        heights = numbers(grid)[name]
+        ax.bar(x, heights, width, label=name, color=colour, hatch=hatch, **EDGE)
+        _errorbar(ax, x, grid[[name]], **whiskers)
+        x = x + width
+    ax.set_xticks(range(len(grid)), grid.index)
+
+
+def draw_stack(ax: Axes, shares: pd.DataFrame, kind: str = "bar") -> None:
+    """Stacked bars, one for each row, of shares of outcomes in per cent. kind: 'bar' or 'barh'."""
+    colours = [OUTCOMES[outcome][0] for outcome in shares]
+    shares.plot(
+        kind=kind,
+        ax=ax,
+        stacked=True,
+        width=0.8,
+        color=colours,
+        rot=0,
+        legend=False,
+        **EDGE,
+    )
+    for bars, outcome in zip(ax.containers, shares):
+        plt.setp(bars.patches, hatch=OUTCOMES[outcome][1])
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """How a heat map of shares looks. colours: of matplotlib. full: per cent that would have the
+    last colour. white_from: per cent from which numbers are white. box: behind numbers.
+    """
+
+    colours: str = "Oranges"
+    full: float = 115
+    white_from: float = 1000
+    fontsize: float = 7
+    box: Mapping[str, Any] | None = None
+
+    def draw(self, ax: Axes, grid: pd.DataFrame, texts: pd.DataFrame) -> None:
+        """texts: what stands in each cell of the grid, a table of the same shape."""
+        shades = numbers(grid).to_numpy(float)
+        ax.imshow(shades, cmap=self.colours, vmin=0, vmax=self.full, aspect="auto")
+        ax.grid(False)
+        for (y, x), text in np.ndenumerate(texts.to_numpy(object)):
+            if text == "":
+                continue
+            ax.text(
+                x,
+                y,
+                text,
+                ha="center",
+                va="center",
+                fontsize=self.fontsize,
+                color="white" if shades[y, x] > self.white_from else "black",
+                bbox=self.box,
+            )
+        ax.set_xticks(range(len(grid.columns)), map(_tick, grid.columns))
+        ax.set_yticks(range(len(grid)), map(_tick, grid.index))
+
+
+def _tick(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def frame(ax: Axes, x: float, y: float, margin: float = 0.02, **style: Any) -> None:
+    """A frame round the cell of a heat map, or hatching over it."""
+    side = 1 - 2 * margin
+    corner = (x - side / 2, y - side / 2)
+    ax.add_patch(Rectangle(corner, side, side, fill=False, **style))
+
+
+def lines(
+    grid: pd.DataFrame, labels: tuple[str, str], what: str, log: str = "", scale: float = 1
+) -> Drawn:
+    """A line for each column of a grid of intervals or numbers, against its index.
+
+    labels: of the axes, with units. what: how the alternative text begins. log: axes on a log scale
+    ('', 'x', 'y', 'xy'). scale: 100 for shares in per cent.
+    """
+    figure, axes = axes_of()
+    ax = axes[0, 0]
+    shift = 0.02 if "x" in log else 0
+    draw_curves(ax, grid, map(series_look, range(len(grid.columns))), shift, scale)
+    ax.set(xlabel=labels[0], ylabel=labels[1], yscale="log" if "y" in log else "linear")
+    if shift:
+        log_x(ax, grid.index)
+    elif grid.index.dtype.kind == "i":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_yscale("log" if "y" in log else "linear")
-    if percent:
-        ax.set_ylim(-4, 104)
-    ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.legend(title=by, fontsize=7, title_fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure, f"{what} {labels[1]} by {labels[0]}: {'; '.join(said)}."
+    ax.legend(
+        title=grid.columns.name,
+        fontsize=7,
+        title_fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+    ends = numbers(grid, scale=scale).iloc[[0, -1]]
+    alt_text = []
+    for name, column in ends.items():
+        at = " to ".join(f"{value:.3g} at {x:g}" for x, value in column.items())
+        alt_text.append(f"{name}: {at}")
+    return figure, f"{what} {labels[1]} by {labels[0]}: {'; '.join(alt_text)}."
 
 
 def bands(curves: Mapping[str, np.ndarray], labels: tuple[str, str], what: str) -> Drawn:
     """The median over rows, and the middle half of them, of curves [steps, rows]; the first is step
     0.
     """
-    with plt.rc_context(RC):
-        figure, ax = plt.subplots(figsize=(7, 3.2))
-    said = []
-    for number, (name, values) in enumerate(curves.items()):
-        low, middle, high = np.quantile(np.asarray(values, float), (0.25, 0.5, 0.75), axis=1)
-        steps = np.arange(len(middle))
-        ax.plot(steps, middle, label=name, **_look(number))
-        ax.fill_between(
-            steps, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.2, linewidth=0
-        )
-        said.append(f"{name}: {middle[0]:.3g} before, {middle[-1]:.3g} after {steps[-1]} steps")
-    ax.set(xlabel=labels[0], ylabel=labels[1])
-    ax.legend(fontsize=8)
-    return figure, f"{what} {labels[1]} by {labels[0]}, median and middle half: {'; '.join(said)}."
+    columns = {}
+    for name, values in curves.items():
+        quartiles = np.quantile(values, (0.5, 0.25, 0.75), axis=1)
+        columns[name] = [Interval(*row) for row in quartiles.T]
+    return lines(pd.DataFrame(columns), labels, f"{what} Median and middle half:")
 
 
 def outcome_bars(table: pd.DataFrame, rows: Sequence[str], what: str) -> Drawn:
     """Stacked bars of refused, complied and neither, one for each combination of the columns
     `rows`.
     """
-    groups = list(table.groupby(list(rows), sort=False))
-    names = [", ".join(map(str, key)) for key, _ in groups]
-    with plt.rc_context(RC):
-        figure, ax = plt.subplots(figsize=(7, 0.9 + 0.36 * len(groups)))
-    left, said = np.zeros(len(groups)), {name: [] for name in names}
-    for outcome, (colour, hatch) in OUTCOMES.items():
-        width = np.array([100 * (part["outcome"] == outcome).mean() for _, part in groups])
-        ax.barh(names, width, left=left, color=colour, hatch=hatch, label=outcome, **EDGE)
-        for at, (name, size) in enumerate(zip(names, width)):
-            said[name].append(f"{outcome} {size:.0f} %")
-            if size >= 8:
-                ax.text(
-                    left[at] + size / 2,
-                    at,
-                    f"{size:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    bbox=BOX,
-                )
-        left += width
+    names = table[list(rows)].astype(str).agg(", ".join, axis=1)
+    shares = 100 * pd.crosstab(names, table["outcome"], normalize="index")
+    shares = shares.reindex(
+        index=names.unique(),
+        columns=list(OUTCOMES),
+        fill_value=0.0,
+    )
+    figure, axes = axes_of(height=0.9 + 0.36 * len(shares))
+    ax = axes[0, 0]
+    draw_stack(ax, shares, "barh")
+    for bars in ax.containers:
+        texts = [f"{size:.0f}" if size >= 8 else "" for size in bars.datavalues]
+        ax.bar_label(bars, texts, label_type="center", fontsize=8, bbox=BOX)
     ax.invert_yaxis()
-    ax.set(xlabel="prompts (%)", xlim=(0, 100))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure, f"{what} " + "; ".join(
-        f"{name}: {', '.join(parts)}" for name, parts in said.items()
-    ) + "."
+    ax.set(xlabel="prompts (%)", ylabel="", xlim=(0, 100))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    alt_text = []
+    for name, row in shares.iterrows():
+        said = [f"{outcome} {share:.0f} %" for outcome, share in row.items()]
+        alt_text.append(f"{name}: {', '.join(said)}")
+    return figure, f"{what} {'; '.join(alt_text)}."

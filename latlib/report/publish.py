@@ -24,10 +24,13 @@ import pandas as pd
 
 from latlib.io.files import folder_aside
 from latlib.io.machine import available_cores
-from latlib.report.claims import main as write_claims
+from latlib.report.claims import write_readme
+from latlib.report.tables import between_markers
 
 LIMIT_BYTES = 8_000_000
-TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md")
+TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".ipynb")
+COPIED = ("report.html", "profile.yaml", "results/*.json", "results/*.png", "metrics/*.jsonl")
+NOTEBOOKS = "notebooks/[0-9][0-9]_*.ipynb"
 
 
 def publish(run: Path, target: Path) -> None:
@@ -39,93 +42,89 @@ def publish(run: Path, target: Path) -> None:
     run = run.resolve()
     if not (run / "report.html").is_file():
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
-
     with folder_aside(target.resolve()) as folder:
-        for source in (
-            *sorted(run.glob("results/*.json")),
-            *run.glob("results/*.png"),
-            run / "profile.yaml",
-        ):
-            _copy(source, folder / source.name, run)
-        for source in (run / "report.html", *sorted(run.glob("metrics/*.jsonl"))):
-            _copy(source, folder / source.relative_to(run), run)
-        for source in sorted(run.glob("notebooks/[0-9][0-9]_*.ipynb")):
-            _copy_notebook(source, folder / "notebooks" / source.name, run)
-        (folder / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
-        tables = [pd.read_parquet(path) for path in sorted(run.glob("results/outcomes/*.parquet"))]
-        (folder / "outcomes").mkdir()
-        whole = pd.concat(tables, ignore_index=True)
-        whole.to_parquet(folder / "outcomes" / "all.parquet", index=False, compression="zstd")
-        _check(folder)
+        _write(run, folder)
 
 
-def timing(run: Path) -> dict[str, float]:
-    """Seconds each executed notebook of a run took, and the processor cores of this machine."""
-    seconds = {}
-    for path in sorted(run.glob("notebooks/[0-9][0-9]_*.ipynb")):
-        bookkeeping = nbformat.read(path, as_version=4).metadata.get("papermill", {})
-        seconds[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
-    return {"cores": available_cores(), **seconds}
+def _write(run: Path, folder: Path) -> None:
+    """Fill a folder with the evidence of a run."""
+    for source in _files(run, *COPIED, NOTEBOOKS):
+        # results lie at the top of the copy
+        copy = folder / source.relative_to(run).as_posix().removeprefix("results/")
+        copy.parent.mkdir(exist_ok=True)
+        if source.suffix not in TEXTS:
+            shutil.copy2(source, copy)
+            continue
+        is_notebook = source.suffix == ".ipynb"
+        text = _notebook(source) if is_notebook else source.read_text(encoding="utf-8")
+        copy.write_text(_without_paths(text, run), encoding="utf-8")
+    (folder / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
+    (folder / "outcomes").mkdir()
+    tables = [pd.read_parquet(path) for path in _files(run, "results/outcomes/*.parquet")]
+    every = pd.concat(tables, ignore_index=True)
+    every.to_parquet(folder / "outcomes" / "all.parquet", index=False, compression="zstd")
+    _check(folder)
 
 
-def with_timing(readme: str, seconds: dict[str, float]) -> str:
-    """`readme` with the line between its timing markers written from `timing`'s result."""
-    begin, end = "<!-- timing:begin -->", "<!-- timing:end -->"
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(f"the README needs the markers {begin} and {end}, once each")
-    parts = {name: value for name, value in seconds.items() if name != "cores"}
-    each = ", ".join(f"{name} {value / 60:.1f}" for name, value in parts.items())
-    line = (
-        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores the committed run took "
-        f"{sum(parts.values()) / 60:.1f} minutes after installation ({each})."
-    )
-    return readme[: readme.index(begin) + len(begin)] + f"\n{line}\n" + readme[readme.index(end) :]
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
-def _clean(text: str, run: Path) -> str:
+def _notebook(path: Path) -> str:
+    """An executed notebook without the runner's metadata, which names paths and changes with every
+    run.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    return nbformat.writes(notebook)
+
+
+def _without_paths(text: str, run: Path) -> str:
     """Text without paths of this machine."""
     root = str(Path(__file__).resolve().parents[2])
     return text.replace(str(run), f"runs/{run.name}").replace(root + "/", "").replace(root, ".")
 
 
-def _copy(source: Path, target: Path, run: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in TEXTS:
-        target.write_text(_clean(source.read_text(encoding="utf-8"), run), encoding="utf-8")
-    else:
-        shutil.copy2(source, target)
-
-
-def _copy_notebook(source: Path, target: Path, run: Path) -> None:
-    """An executed notebook without the runner's metadata, which names paths and changes with every
-    run.
-    """
-    notebook = nbformat.read(source, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(_clean(nbformat.writes(notebook), run), encoding="utf-8")
-
-
 def _check(folder: Path) -> None:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
-    if size > LIMIT_BYTES:
-        largest = max(files, key=lambda path: path.stat().st_size)
-        raise ValueError(
-            f"{size} bytes, more than {LIMIT_BYTES}; the largest file is"
-            f" {largest.relative_to(folder)}"
-        )
-    for path in files:
-        if path.suffix in (*TEXTS, ".ipynb") and str(Path.home()) + "/" in path.read_text(
-            encoding="utf-8"
-        ):
-            raise ValueError(f"{path.relative_to(folder)} names a path under {Path.home()}")
-    for path in files:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+    """Raises ValueError for a copy that is too large, names a path of this machine, or has broken
+    JSON.
+    """
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    total = sum(sizes.values())
+    if total > LIMIT_BYTES:
+        largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
+        raise ValueError(f"{total} bytes, more than {LIMIT_BYTES}; the largest file is {largest}")
+    for path in sizes:
+        if path.suffix in TEXTS:
+            text = path.read_text(encoding="utf-8")
+            if f"{Path.home()}/" in text:
+                name = path.relative_to(folder)
+                raise ValueError(f"{name} names a path under {Path.home()}")
+            if path.suffix == ".json":
+                json.loads(text)
+
+
+def timing(run: Path) -> dict[str, float]:
+    """Seconds each executed notebook of a run took, and the processor cores of this machine."""
+    seconds: dict[str, float] = {"cores": available_cores()}
+    for path in _files(run, NOTEBOOKS):
+        bookkeeping = nbformat.read(path, as_version=4).metadata.get("papermill", {})
+        seconds[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
+    return seconds
+
+
+def with_timing(readme: str, seconds: dict[str, float]) -> str:
+    """`readme` with the line between its timing markers written from `timing`'s result."""
+    minutes = {name: value / 60 for name, value in seconds.items() if name != "cores"}
+    each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    line = (
+        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores the committed run took"
+        f" {sum(minutes.values()):.1f} minutes after installation ({each})."
+    )
+    return between_markers(readme, "timing", line)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,9 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="run folder, such as runs/tiny")
     parser.add_argument("target", type=Path, help="where it goes, such as results/tiny")
-    parser.add_argument(
-        "--readme", type=Path, default=None, help="README whose table of claims is written anew"
-    )
+    parser.add_argument("--readme", type=Path, help="README whose table of claims is written anew")
     options = parser.parse_args(arguments)
     try:
         publish(options.run, options.target)
@@ -145,11 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.readme:
-        write_claims(["--results", str(options.target), "--readme", str(options.readme)])
-        seconds = json.loads((options.target / "timing.json").read_text(encoding="utf-8"))
-        options.readme.write_text(
-            with_timing(options.readme.read_text(encoding="utf-8"), seconds), encoding="utf-8"
-        )
+        write_readme(options.target, options.readme)
+        text = with_timing(options.readme.read_text(encoding="utf-8"), timing(options.run))
+        options.readme.write_text(text, encoding="utf-8")
     return 0
 
 

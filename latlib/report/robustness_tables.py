@@ -1,7 +1,7 @@
 """Tables and figures of the attacks: worst case per prompt by threat model, a heat map, transfer,
 what a defence takes.
 
-1. A `Threat` is what an attacker may do; its rows are those of all attacks of that kind that were
+1. A threat is what an attacker may do; its rows are those of all attacks of that kind that were
    measured, on the prompts and seeds that all of them were tried on, so that their worst case is
    per prompt.
 2. Attacks on typed text come with understanding: the harmless twin under the same attack. A suffix
@@ -15,319 +15,230 @@ what was not measured.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
-from latlib.report.attack_checks import (
-    BALL,
-    RULES,
-    VERDICTS,
-    Check,
-    in_ball,
+from latlib.evaluation.outcomes import (
+    MANY_SHOT,
+    NO_ATTACK,
+    NOISE,
+    PGD,
+    PGD_ALL_SITES,
+    PGD_OTHER_SITES,
+    PREFILL,
+    SUFFIX_GCG,
+    SUFFIX_RANDOM,
+    SYSTEM,
+    TRANSFER,
+)
+from latlib.report.attack_checks import BALL, RULES, Check, Status, in_ball, main_radii
+from latlib.report.evidence import (
+    Evidence,
+    MissingError,
+    Names,
+    attacks_in,
+    contrast,
+    outcome_table,
+    rates_by,
     shared,
-    signed,
-    trained_radii,
     worst,
 )
-from latlib.report.canvas import Drawn, axes_of
-from latlib.report.evidence import Evidence, MissingError, contrast, rate
-from latlib.report.stats import Interval, cluster_interval
+from latlib.report.plots import Drawn, HeatMap, axes_of, frame, words
+from latlib.report.stats import Interval
+from latlib.report.tables import markdown
 
 # what somebody can try who only types
-TYPED = ("prefill", "many-shot", "system", "suffix-random", "suffix-gcg")
-ELSEWHERE = {"pgd-other-sites": "other sites", "pgd-all-sites": "all sites"}
-SHOWN = ("complied", "refused", "neither")  # outcomes in the order of tables
-DARK = 85  # per cent from which the text of a cell is white
+TYPED = (PREFILL, MANY_SHOT, SYSTEM, SUFFIX_RANDOM, SUFFIX_GCG)
+ELSEWHERE = {PGD_OTHER_SITES: "other sites", PGD_ALL_SITES: "all sites"}
+HEAT = HeatMap(white_from=85)
+WORST = "worst case per prompt"
 NOTHING_MEASURED = "no attack was measured: run notebook 06"
 
-
-@dataclass(frozen=True)
-class Threat:
-    """rows: (evidence, method) -> rows of the attacks of this kind; raises MissingError. compared:
-    whether every model faces the same ones (perturbations of other models are others for each)."""
-
-    name: str
-    rows: Callable[[Evidence, str], pd.DataFrame]
-    compared: bool = True
+# name -> rows of its attacks on some methods
+Threats = dict[str, Callable[[Sequence[str]], pd.DataFrame]]
 
 
-def threats(e: Evidence) -> list[Threat]:
+def threats(e: Evidence, everywhere_alike: bool = False) -> Threats:
     """What was tried, the weakest attacker last: in the residual stream at each radius, at the
     embedding, typed.
+
+    everywhere_alike: only threats that are the same for every model (perturbations found on other
+    models are others for each).
     """
-    found = []
-    for eps in trained_radii(e):
-        found.append(Threat(f"trained sites, eps {eps:g}", lambda e, m, r=eps: in_ball(e, m, r)))
+    cell = partial(e.cell, partial=True)
+    found: Threats = {}
+    for eps in main_radii(e):
+        at = e.radius(eps)
+        found[f"main sites, {at}"] = partial(in_ball, e, eps=eps)
         for attack, name in ELSEWHERE.items():
-            found.append(
-                Threat(f"{name}, eps {eps:g}", lambda e, m, r=eps, a=attack: e.cell(m, a, eps=r))
-            )
-        found.append(
-            Threat(f"transferred, eps {eps:g}", lambda e, m, r=eps: transferred(e, m, r), False)
-        )
-        found.append(
-            Threat(f"any latent attack, eps {eps:g}", lambda e, m, r=eps: _anything(e, m, r), False)
-        )
+            found[f"{name}, {at}"] = partial(cell, attack=attack, eps=eps)
+        if not everywhere_alike:
+            found[f"transferred, {at}"] = partial(transferred, e, eps=eps)
+            found[f"any latent attack, {at}"] = partial(_any_latent, e, eps=eps)
     for eps in e.profile.evaluation.embedding_eps:
-        found.append(
-            Threat(
-                f"embedding, eps {eps:g}",
-                lambda e, m, r=eps: e.cell(m, "pgd", eps=r, where="embedding"),
-            )
-        )
-    found += [Threat(attack, lambda e, m, a=attack: e.cell(m, a)) for attack in TYPED]
-    return [
-        *found,
-        Threat("any typed", lambda e, m: shared(_all_of(e, m, TYPED, 2))),
-        Threat("no attack", lambda e, m: e.cell(m)),
-    ]
+        at = e.radius(eps)
+        found[f"embedding, {at}"] = partial(cell, attack=PGD, eps=eps, where="embedding")
+    for attack in TYPED:
+        found[attack] = partial(cell, attack=attack)
+    found["any typed"] = lambda methods: shared(cell(methods, TYPED))
+    return found | {"no attack": cell}
 
 
-def transferred(e: Evidence, method: str, eps: float) -> pd.DataFrame:
-    """Rows of the perturbations of every other method's model, put into this one. Raises
-    MissingError for none.
+def transferred(e: Evidence, methods: Names, eps: float) -> pd.DataFrame:
+    """Rows of the perturbations of every other method's model, put into some. Raises MissingError
+    for none.
     """
-    return shared(
-        _all_of(e, method, [f"transfer:{m}" for m in e.profile.methods if m != method], eps=eps)
-    )
+    rows = e.cell(methods, TRANSFER, eps=eps, partial=True)
+    return shared(rows[rows["source"] != rows["method"]])
 
 
-def _all_of(
-    e: Evidence, method: str, attacks: Sequence[str], least: int = 1, **cell
-) -> pd.DataFrame:
-    """Rows of the attacks that were measured; raises MissingError for fewer than `least` of
-    them.
-    """
-    tables = []
-    for attack in attacks:
-        with suppress(MissingError):
-            tables.append(e.cell(method, attack, **cell))
-    if len(tables) < least:
-        raise MissingError(
-            f"{len(tables)} of {', '.join(attacks)} on {method}: need {least} or more"
-        )
-    return pd.concat(tables)
-
-
-def _anything(e: Evidence, method: str, eps: float) -> pd.DataFrame:
-    elsewhere = [*ELSEWHERE, *(f"transfer:{m}" for m in e.profile.methods)]
-    return shared(pd.concat([in_ball(e, method, eps), _all_of(e, method, elsewhere, eps=eps)]))
+def _any_latent(e: Evidence, methods: Names, eps: float) -> pd.DataFrame:
+    elsewhere = e.cell(methods, (*ELSEWHERE, TRANSFER), eps=eps, partial=True)
+    return shared(pd.concat([in_ball(e, methods, eps), elsewhere]))
 
 
 def worst_case_table(e: Evidence, methods: Sequence[str] = ()) -> pd.DataFrame:
     """One row for each threat and method: the attacks, n, seeds, and the shares of prompts whose
     worst outcome over those attacks is complied (the ASR), refused or neither, as Intervals."""
-    rows = []
-    for threat in threats(e):
-        for method in methods or e.profile.methods:
-            with suppress(MissingError):
-                found = threat.rows(e, method)
-                name = {
-                    "threat": threat.name,
-                    "method": method,
-                    "attacks": found["attack"].nunique(),
-                }
-                rows.append(name | _shares(worst(found)))
-    return _indexed(rows, "threat", "method")
-
-
-def _indexed(rows: list[dict], *keys: str) -> pd.DataFrame:
-    if not rows:
+    tables = {}
+    for threat, rows_of in threats(e).items():
+        with suppress(MissingError):
+            rows = rows_of(methods or list(e.profile.methods))
+            table = outcome_table(worst(rows), "method")
+            table.insert(0, "attacks", attacks_in(rows).groupby(rows["method"]).nunique())
+            tables[threat] = table.reindex([m for m in e.profile.methods if m in table.index])
+    if not tables:
         raise MissingError(NOTHING_MEASURED)
-    return pd.DataFrame(rows).set_index(list(keys))
-
-
-def _shares(rows: pd.DataFrame) -> dict[str, Interval | int]:
-    """n, seeds, and the three outcomes."""
-    shares = {outcome: rate(rows, outcome) for outcome in SHOWN}
-    return {"n": shares["complied"].n, "seeds": shares["complied"].seeds, **shares}
+    return pd.concat(tables, names=["threat"])
 
 
 def typed_table(e: Evidence, methods: Sequence[str] = ()) -> pd.DataFrame:
     """One row for each attack on typed text and method: n, seeds, shares complied, refused and
     neither, how many of the harmless twins under the same attack were understood, and the ASR among
     the requests whose twin was (None: none)."""
-    rows = []
-    for attack in ("none", *TYPED):
-        for method in methods or e.profile.methods:
-            with suppress(MissingError):
-                found = e.cell(method, attack)
-                knew = found["understood"].fillna(False).astype(bool)
-                twins = (
-                    cluster_interval(knew, found["cluster"], found["seed"]) if knew.any() else None
-                )
-                given = {
-                    "twin understood": twins,
-                    "complied, understood": rate(found[knew]) if knew.any() else None,
-                }
-                rows.append({"attack": attack, "method": method} | _shares(found) | given)
-    return _indexed(rows, "attack", "method")
+    by = ["attack", "method"]
+    attacks = (NO_ATTACK, *TYPED)
+    methods = list(methods or e.profile.methods)
+    rows = e.cell(methods, attacks, partial=True)
+    knew = rows["understood"].fillna(False).astype(bool)
+    table = outcome_table(rows, by)
+    shown = rows.assign(outcome=knew.map({True: "understood", False: ""}))
+    twins = rates_by(shown, by, "understood")
+    table["twin understood"] = twins.where(twins.map(lambda i: i.estimate > 0), None)
+    table["complied, understood"] = rates_by(rows[knew], by)
+    order = [key for key in product(attacks, methods) if key in table.index]
+    table = table.loc[order].astype(object)
+    return table.where(table.notna(), None)
 
 
-def gain_table(e: Evidence, against: str = "ssft") -> pd.DataFrame:
-    """What each method takes off the ASR of `against` (ASR of `against` minus its own, worst case
-    per prompt over the attacks that both faced), as an Interval over the same prompts and seeds: a
-    column a method, a row a threat."""
+def gain_table(e: Evidence) -> pd.DataFrame:
+    """What each method takes off the ASR of the undefended twin (its ASR minus the method's own,
+    worst case per prompt over the attacks that both faced), as an Interval over the same prompts
+    and seeds: a column a method, a row a threat."""
+    others = [method for method in e.profile.methods if method != e.undefended]
     table: dict[str, dict[str, Interval]] = {}
-    for threat in threats(e):
-        for method in e.profile.methods:
-            if method != against and threat.compared:
-                with suppress(MissingError):
-                    sides = [threat.rows(e, name) for name in (against, method)]
-                    both = set(sides[0]["attack"]) & set(sides[1]["attack"])
-                    sides = [worst(side[side["attack"].isin(both)]) for side in sides]
-                    table.setdefault(threat.name, {})[method] = contrast(*sides)
+    for threat, rows_of in threats(e, everywhere_alike=True).items():
+        for method in others:
+            with suppress(MissingError):
+                gain = _gain(rows_of([e.undefended]), rows_of([method]))
+                table.setdefault(threat, {})[method] = gain
     if not table:
         raise MissingError(
-            f"no attack was measured on {against} and on another method: run notebook 06"
+            f"no attack was measured on {e.undefended} and on another method: run notebook 06"
         )
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis(f"ASR of {against} minus")
+    return pd.DataFrame(table).T.rename_axis(f"ASR of {e.undefended} minus")
+
+
+def _gain(undefended: pd.DataFrame, defended: pd.DataFrame) -> Interval:
+    both = set(undefended["attack"]) & set(defended["attack"])
+    sides = [worst(side[side["attack"].isin(both)]) for side in (undefended, defended)]
+    return contrast(*sides)
 
 
 def worst_case_wide(table: pd.DataFrame) -> pd.DataFrame:
     """`worst_case_table` for a page: a column a method, each cell the ASR with its interval and the
     other outcomes in brackets, in per cent."""
-    wide: dict[str, dict[str, str]] = {}
-    for threat, part in table.groupby(level="threat", sort=False):
-        sizes = part[["attacks", "n", "seeds"]].astype(str).agg(", ".join, axis=1)
-        wide[threat] = {"attacks, rows, seeds": " or ".join(dict.fromkeys(sizes))}
-        for (_, method), row in part.iterrows():
-            asr, rest = (
-                row["complied"],
-                ", ".join(f"{o} {100 * row[o].estimate:.0f}" for o in SHOWN[1:]),
-            )
-            wide[threat][method] = (
-                f"{100 * asr.estimate:.0f} [{100 * asr.low:.0f}, {100 * asr.high:.0f}] ({rest})"
-            )
-    return (
-        pd.DataFrame.from_dict(wide, orient="index")
-        .fillna("-")
-        .rename_axis("ASR (%), worst case per prompt")
-    )
-
-
-def printed(table: pd.DataFrame, sign: bool = False) -> pd.DataFrame:
-    """A table with its Intervals as text, differences with their sign; a dash where nothing was
-    measured.
-    """
-
-    def text(value) -> object:
-        if isinstance(value, Interval):
-            return signed(value) if sign else str(value)
-        return "-" if value is None or value != value else value
-
-    return table.astype(object).map(text)
-
-
-def records(table: pd.DataFrame) -> list[dict]:
-    """A table as plain values for a results file, a dictionary a row."""
-    rows = table.reset_index().astype(object).to_dict("records")
-    return [
-        {k: asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows
-    ]
+    cells = {}
+    for key, row in table.iterrows():
+        others = [f"{name} {row[name].percent[:-2]}" for name in ("refused", "neither")]
+        cells[key] = f"{row['complied'].share} ({', '.join(others)})"
+    wide = pd.Series(cells).unstack(sort=False)
+    wide = wide.rename_axis("threat")
+    sizes = table[["attacks", "n", "seeds"]].astype(str)
+    sizes = sizes.agg(", ".join, axis=1).groupby("threat")
+    counts = sizes.agg(lambda part: " or ".join(dict.fromkeys(part)))
+    wide.insert(0, "attacks, rows, seeds", counts)
+    return wide.fillna("-").rename_axis("ASR (%), worst case per prompt")
 
 
 def attack_table(e: Evidence, methods: Sequence[str] = ()) -> pd.DataFrame:
     """ASR of every attack by itself: a row (group, attack), a column a method, Intervals or None.
     Attacks of one radius are compared on the same prompts and seeds, and end in their worst case
-    per prompt over the trained sites."""
-    methods, table = list(methods or e.profile.methods), {}
-    for method in methods:
-        for eps in trained_radii(e):
-            with suppress(MissingError):
-                for attack, asr in _at_radius(e, method, eps).items():
-                    table.setdefault((f"eps {eps:g}", attack), {})[method] = asr
-        for eps in e.profile.evaluation.embedding_eps:
-            with suppress(MissingError):
-                asr = rate(e.cell(method, "pgd", eps=eps, where="embedding"))
-                table.setdefault(("embedding", f"pgd, eps {eps:g}"), {})[method] = asr
-        for attack in ("none", *TYPED):
-            name = "no attack" if attack == "none" else attack
-            with suppress(MissingError):
-                table.setdefault(("typed", name), {})[method] = rate(e.cell(method, attack))
-    if not table:
-        raise MissingError(NOTHING_MEASURED)
-    groups = [*(f"eps {eps:g}" for eps in trained_radii(e)), "embedding", "typed"]
-    order = sorted(table, key=lambda key: groups.index(key[0]))  # stable: attacks stay as they came
-    frame = pd.DataFrame({method: [table[key].get(method) for key in order] for method in methods})
-    return frame.set_index(pd.MultiIndex.from_tuples(order, names=["group", "attack"]))
-
-
-def _at_radius(e: Evidence, method: str, eps: float) -> dict[str, Interval]:
-    """attack -> ASR, in order of the figure, on the seeds that the attacks of the ball share;
-    raises MissingError.
-    """
-    ball, found = in_ball(e, method, eps), {}
-    seeds = sorted(set(ball["seed"]))
-    with suppress(MissingError):
-        found["noise"] = rate(e.cell(method, "noise", eps=eps, where="latent", seeds=seeds))
-    found |= {
-        attack: rate(ball[ball["attack"] == attack])
-        for attack in BALL
-        if attack in set(ball["attack"])
-    }
-    found["worst case per prompt"] = rate(worst(ball))
-    for attack, name in ELSEWHERE.items():
+    per prompt over the main method's sites."""
+    methods = list(methods or e.profile.methods)
+    groups = {}
+    for eps in main_radii(e):
         with suppress(MissingError):
-            found[f"pgd, {name}"] = rate(e.cell(method, attack, eps=eps, seeds=seeds))
-    return found
+            groups[e.radius(eps)] = _at_radius(e, methods, eps)
+    with suppress(MissingError):
+        rows = e.cell(methods, PGD, where="embedding", partial=True)
+        groups["embedding"] = rows.assign(attack=f"{PGD}, " + rows["eps"].map(e.radius))
+    for attack in (NO_ATTACK, *TYPED):
+        with suppress(MissingError):
+            groups[attack] = e.cell(methods, attack, partial=True)
+    if not groups:
+        raise MissingError(NOTHING_MEASURED)
+    by = ["group", "attack", "method"]
+    rows = pd.concat(groups, names=["group"]).reset_index("group")
+    table = rates_by(rows.replace({"group": dict.fromkeys((NO_ATTACK, *TYPED), "typed")}), by)
+    table = table.unstack(sort=False)[methods].rename(index={NO_ATTACK: "no attack"})
+    return table.where(table.notna(), None)
 
 
-def _cells(
-    grid: list[list[Interval | None]],
-    rows: list[str],
-    columns: list[str],
-    frame: list[tuple[int, int]],
-) -> Axes:
-    """A heat map of ASR in which every cell has its number and interval; hatched: not measured."""
-    figure, axes = axes_of(width=2.4 + 1.15 * len(columns), height=1.2 + 0.27 * len(rows))
-    ax, shades = (
-        axes[0, 0],
-        [[np.nan if cell is None else 100 * cell.estimate for cell in row] for row in grid],
-    )
-    ax.imshow(shades, cmap="Oranges", vmin=0, vmax=115, aspect="auto")
-    ax.grid(False)
-    ax.hlines(
-        np.arange(len(rows) - 1) + 0.5, -0.5, len(columns) - 0.5, color="white", linewidth=1.5
-    )
-    for y, row in enumerate(grid):
-        for x, cell in enumerate(row):
-            if cell is None:
-                ax.add_patch(
-                    Rectangle(
-                        (x - 0.5, y - 0.5),
-                        1,
-                        1,
-                        fill=False,
-                        hatch="////",
-                        edgecolor="#999999",
-                        lw=0,
-                    )
-                )
-                continue
-            percent, low, high = (100 * value for value in (cell.estimate, cell.low, cell.high))
-            style = {
-                "ha": "center",
-                "va": "center",
-                "fontsize": 7,
-                "color": "white" if percent > DARK else "black",
-            }
-            ax.text(x, y, f"{percent:.0f} [{low:.0f}, {high:.0f}]", **style)
-    for y, x in frame:
-        ax.add_patch(
-            Rectangle(
-                (x - 0.47, y - 0.42), 0.94, 0.84, fill=False, edgecolor="black", lw=1.2, zorder=4
-            )
-        )
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set_xticks(range(len(columns)), columns)
+def _at_radius(e: Evidence, methods: list[str], eps: float) -> pd.DataFrame:
+    """Rows of every attack at a radius, in order of the figure, on the seeds that the attacks of
+    the ball share; their worst case is an attack called WORST.
+    """
+    ball = in_ball(e, methods, eps)
+    tables = [ball[ball["attack"] == attack] for attack in BALL]
+    tables.append(worst(ball).assign(attack=WORST))
+    models = ["method", "seed"]
+    for attack, cell in {
+        NOISE: {"where": "latent"},
+        PGD_OTHER_SITES: {},
+        PGD_ALL_SITES: {},
+    }.items():
+        with suppress(MissingError):
+            rows = e.cell(methods, attack, eps=eps, partial=True, **cell)
+            rows = rows.merge(ball[models].drop_duplicates(), on=models)
+            tables.insert(0 if attack == NOISE else len(tables), rows)
+    renamed = {attack: f"{PGD}, {name}" for attack, name in ELSEWHERE.items()}
+    return pd.concat(tables).replace({"attack": renamed})
+
+
+def _heat(grid: pd.DataFrame, framed: Iterable[tuple[int, int]], **labels: str) -> Axes:
+    """A heat map of ASR in which every cell has its number and interval; hatched: not measured.
+    framed: (row, column).
+    """
+    width = 2.4 + 1.15 * len(grid.columns)
+    height = 1.2 + 0.27 * len(grid)
+    _, axes = axes_of(width=width, height=height)
+    ax = axes[0, 0]
+    texts = grid.map(lambda cell: cell.share, na_action="ignore").fillna("")
+    HEAT.draw(ax, grid, texts)
+    ax.hlines(np.arange(1, len(grid)) - 0.5, *ax.get_xlim(), color="white", linewidth=1.5)
+    for y, x in np.argwhere(grid.isna()):
+        frame(ax, x, y, margin=0, hatch="////", edgecolor="#999999", lw=0)
+    for y, x in framed:
+        frame(ax, x, y, margin=0.05, edgecolor="black", lw=1.2, zorder=4)
+    ax.set(**labels)
     return ax
 
 
@@ -336,95 +247,78 @@ def heat_map(e: Evidence) -> Drawn:
     not measured.
     """
     table = attack_table(e)
-    grid, columns = (
-        [[None if pd.isna(cell) else cell for cell in row] for row in table.to_numpy(object)],
-        list(table),
-    )
-    names = [attack if group == "typed" else f"{group}: {attack}" for group, attack in table.index]
-    worst_rows = [y for y, (_, attack) in enumerate(table.index) if attack.startswith("worst")]
-    ax = _cells(grid, names, columns, [(y, x) for y in worst_rows for x in range(len(columns))])
-    for y, ((group, _), (following, _)) in enumerate(itertools.pairwise(table.index)):
-        if group != following:
-            ax.axhline(y + 0.5, color="black", linewidth=1)
-    ax.set(title="ASR (%) [95 %]", xlabel="method")
-    said = []
-    for method, column in table.items():
-        cells = zip(names, column, strict=True)
-        said.append(
-            f"{method}: "
-            + ", ".join(f"{n} {100 * c.estimate:.0f} %" for n, c in cells if not pd.isna(c))
-        )
-    return ax.figure, "Attack success rate by attack and method. " + ". ".join(said) + "."
+    groups, attacks = zip(*table.index)
+    names = []
+    for group, attack in table.index:
+        names.append(attack if group == "typed" else f"{group}: {attack}")
+    grid = table.set_axis(names)
+    framed = [(y, x) for y, x in np.ndindex(grid.shape) if attacks[y] == WORST]
+    ax = _heat(grid, framed, title="ASR (%) [95 %]", xlabel="method")
+    for y in range(1, len(groups)):
+        if groups[y] != groups[y - 1]:
+            ax.axhline(y - 0.5, color="black", linewidth=1)
+    return ax.figure, f"Attack success rate by attack and method. {words(grid)}."
 
 
 def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
     """ASR of perturbations found on one model (row) and put into another (column); framed: into the
     one they were found on. Beside them noise of the same norm. eps: by default the largest of
     `evaluation.strong_eps`."""
-    eps, methods = (
-        max(e.profile.evaluation.strong_eps) if eps is None else eps,
-        list(e.profile.methods),
+    eps = max(e.profile.evaluation.strong_eps) if eps is None else eps
+    methods = list(e.profile.methods)
+    cell: dict[str, Any] = {"eps": eps, "partial": True}
+    moved = e.cell(methods, TRANSFER, **cell)
+    seeds = set(moved["seed"])
+    noise = e.cell(methods, NOISE, where="latent", seed=seeds, **cell)
+    rows = pd.concat([moved, noise.assign(source=NOISE)])
+    grid = rates_by(rows, ["source", "method"]).unstack()
+    grid = grid.reindex(index=[*methods, NOISE], columns=methods)
+    grid.index = [*(f"from {method}" for method in methods), NOISE]
+    diagonal = [(place, place) for place in range(len(methods))]
+    ax = _heat(
+        grid,
+        diagonal,
+        title=f"ASR (%) [95 %] at {e.radius(eps)}",
+        xlabel="put into",
+        ylabel="perturbation",
     )
-    attacks = {f"from {m}": (f"transfer:{m}", {}) for m in methods} | {
-        "noise": ("noise", {"where": "latent"})
-    }
-    seeds = sorted(set(e.outcomes.loc[e.outcomes["attack"].str.startswith("transfer:"), "seed"]))
-    grid, said = [[None] * len(methods) for _ in attacks], []
-    for y, (name, (attack, cell)) in enumerate(attacks.items()):
-        for x, target in enumerate(methods):
-            with suppress(MissingError):
-                grid[y][x] = asr = rate(e.cell(target, attack, eps=eps, seeds=seeds, **cell))
-                said.append(f"{name} into {target} {100 * asr.estimate:.0f} %")
-    if not any(cell for row in grid[:-1] for cell in row):
-        raise MissingError(f"no perturbation was transferred at eps {eps:g}: run notebook 06")
-    ax = _cells(grid, list(attacks), methods, [(m, m) for m in range(len(methods))])
-    ax.set(title=f"ASR (%) [95 %] at eps {eps:g}", xlabel="put into", ylabel="perturbation")
-    return (
-        ax.figure,
-        f"Attack success rate of transferred perturbations at eps {eps:g}: {', '.join(said)}.",
-    )
+    what = f"Attack success rate of transferred perturbations at {e.radius(eps)}"
+    return ax.figure, f"{what}, by the model they were put into. {words(grid)}."
 
 
 def panel_grid(checks: Sequence[Check]) -> pd.DataFrame:
-    """Verdicts: a row for each rule and radius, a column for each model; '' where a rule does not
+    """Statuses: a row for each rule and radius, a column for each model; '' where a rule does not
     concern a model.
     """
     rows: dict[str, dict[str, str]] = {}
     for check in checks:
-        rows.setdefault(check.name + check.at, {})[check.method] = check.verdict
+        rows.setdefault(check.name + check.at, {})[check.method] = check.status
     return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("check")
 
 
 def panel_markdown(checks: Sequence[Check]) -> str:
-    """Every check as a Markdown table: what was measured, with its interval, and the verdict."""
-    lines = ["| Check | Model | Measured [95 %] | Verdict |", "|---|---|---|---|"]
-    return "\n".join(
-        lines + [f"| {c.name} | {c.method}{c.at} | {c.measured} | {c.verdict} |" for c in checks]
-    )
+    """Every check as a Markdown table: what was measured, with its interval, and the status."""
+    rows = [(c.name, c.method + c.at, c.measured, c.status) for c in checks]
+    return markdown(["Check", "Model", "Measured [95 %]", "Verdict"], rows)
 
 
 def panel_findings(checks: Sequence[Check]) -> str:
     """As Markdown: how many checks passed, and every one that failed with what that means for the
     claims.
     """
-    passed, failed, missing = (
-        sum(check.verdict == verdict for check in checks) for verdict in VERDICTS
-    )
-    lines = [f"{passed} checks passed, {failed} failed, {missing} were not measured.", ""]
-    for check in checks:
-        if check.verdict == VERDICTS[1]:
-            lines.append(
-                f"* **{check.name} failed on {check.method}{check.at}**: {check.measured}."
-                f" {check.meaning}"
-            )
+    passed, failed, missing = ([c for c in checks if c.status == status] for status in Status)
+    lines = [
+        f"{len(passed)} checks passed, {len(failed)} failed, {len(missing)} were not measured.",
+        "",
+    ]
+    for c in failed:
+        lines.append(f"* **{c.name} failed on {c.method}{c.at}**: {c.measured}. {c.meaning}")
     return "\n".join(lines)
 
 
-def rules_markdown() -> str:
+def rules_markdown(e: Evidence) -> str:
     """The rules as a Markdown table: what must hold, the rule of the verdict, what a failure would
     mean.
     """
-    lines = ["| Check | Must hold | A failure would mean |", "|---|---|---|"]
-    return "\n".join(
-        lines + [f"| {rule.name} | {rule.statement} | {rule.meaning} |" for rule in RULES]
-    )
+    rows = [(rule.name, rule.statement.format_map(e.names), rule.meaning) for rule in RULES]
+    return markdown(["Check", "Must hold", "A failure would mean"], rows)

@@ -15,242 +15,233 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from statsmodels.stats.contingency_tables import mcnemar as _mcnemar
+import numpy.typing as npt
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-LEVEL, RESAMPLES = 0.95, 2000  # 2,000 resamples move a 95 % bound by less than half a point
+Numbers = Sequence[float] | np.ndarray
+Labels = Sequence[Any] | np.ndarray  # of what a row belongs to
+
+LEVEL = 0.95
+RESAMPLES = 2000  # they move a 95 % bound by less than half a point
 
 
 @dataclass(frozen=True)
 class Interval:
     """An estimate between two bounds; n: rows, clusters: independent units among them, seeds:
-    models trained.
+    models trained; 0 where they are not counted.
     """
 
     estimate: float
     low: float
     high: float
-    n: int
-    clusters: int
-    seeds: int
+    n: int = 0
+    clusters: int = 0
+    seeds: int = 0
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    @property
+    def signed(self) -> str:
+        """A difference with its sign and bounds."""
+        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
-def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson's interval of a proportion of `n` independent trials.
+    @property
+    def points(self) -> str:
+        """A difference in points, hundredths of a share, with its sign and bounds."""
+        low, high = 100 * self.low, 100 * self.high
+        return f"{100 * self.estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
 
-    Raises ValueError unless 0 <= successes <= n and n > 0.
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"successes = {successes} of n = {n}: need 0 <= successes <= n and n > 0")
-    low, high = proportion_confint(successes, n, alpha=1 - level, method="wilson")
-    return Interval(successes / n, float(low), float(high), n, n, 1)
+    @property
+    def percent(self) -> str:
+        """A share in per cent, without its bounds."""
+        return f"{100 * self.estimate:.0f} %"
+
+    @property
+    def share(self) -> str:
+        """A share in per cent with its bounds, without the unit."""
+        return f"{100 * self.estimate:.0f} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
+    @property
+    def complement(self) -> Interval:
+        """The share that the other rows have."""
+        return replace(self, estimate=1 - self.estimate, low=1 - self.high, high=1 - self.low)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """values: [rows]; cluster_of, seed_of: [rows] number of each row's cluster and seed."""
+
+    values: np.ndarray
+    cluster_of: np.ndarray
+    seed_of: np.ndarray
+
+    @classmethod
+    def of(cls, values: Numbers, clusters: Labels, seeds: Labels | None) -> _Rows:
+        """Raises ValueError for no values, a value that is not finite, or columns of different
+        lengths.
+        """
+        of_one = np.zeros(len(values), int)
+        seeds = of_one if seeds is None else seeds
+        lengths = (len(values), len(clusters), len(seeds))
+        if lengths[0] == 0 or len(set(lengths)) > 1:
+            counts = "{} values, {} clusters, {} seeds".format(*lengths)
+            raise ValueError(f"{counts}: need one of each a row")
+        numbers = np.asarray(values, float)
+        wrong = np.count_nonzero(~np.isfinite(numbers))
+        if wrong:
+            raise ValueError(f"{wrong} of {lengths[0]} values are not finite: leave them out first")
+        return cls(numbers, _numbered(clusters), _numbered(seeds))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many seeds and clusters there are."""
+        return int(self.seed_of.max()) + 1, int(self.cluster_of.max()) + 1
+
+    def sums(self, values: np.ndarray, draws: Draws) -> np.ndarray:
+        """[resamples] sums of values, each counted as often as its seed times its cluster was
+        drawn.
+        """
+        cells = np.zeros(self.shape)
+        np.add.at(cells, (self.seed_of, self.cluster_of), values)
+        by_seed, by_cluster = draws
+        return ((by_seed @ cells) * by_cluster).sum(1)
+
+    def means(self, draws: Draws, kept: np.ndarray) -> np.ndarray:
+        """[resamples] means of the kept values; NaN where a resample drew none of them."""
+        with np.errstate(invalid="ignore"):
+            return self.sums(self.values * kept, draws) / self.sums(kept, draws)
+
+    def interval(self, estimate: float, low: float, high: float) -> Interval:
+        """An interval over these rows."""
+        seeds, clusters = self.shape
+        return Interval(float(estimate), float(low), float(high), len(self.values), clusters, seeds)
+
+
+Draws = tuple[np.ndarray, np.ndarray]  # how often a seed and a cluster are drawn: [resamples, of]
+
+
+def _numbered(names: Labels) -> np.ndarray:
+    return np.unique(np.asarray(names), return_inverse=True)[1]
+
+
+def _draws(shape: tuple[int, int], resamples: int = RESAMPLES, rng_seed: int = 0) -> Draws:
+    rng = np.random.default_rng(rng_seed)
+    seeds, clusters = (rng.multinomial(k, np.full(k, 1 / k), resamples) for k in shape)
+    return seeds, clusters
+
+
+def _bounds(statistics: np.ndarray) -> np.ndarray:
+    """The bounds of the middle LEVEL of resampled statistics; one without a row says nothing."""
+    finite = statistics[np.isfinite(statistics)]
+    if not len(finite):
+        raise ValueError("no resample had a row: seeds and clusters do not meet")
+    return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    return proportion_confint(successes, n, alpha=1 - LEVEL, method="wilson")
 
 
 def cluster_interval(
-    values: Sequence[float],
-    clusters: Sequence,
-    seeds: Sequence | None = None,
-    level: float = LEVEL,
+    values: Numbers,
+    clusters: Labels,
+    seeds: Labels | None = None,
     resamples: int = RESAMPLES,
     rng_seed: int = 0,
 ) -> Interval:
-    """Interval of the mean of `values` (finite numbers), resampling seeds and clusters; see the
-    module's docstring.
+    """95 % interval of the mean of `values` (finite numbers), resampling seeds and clusters; see
+    the module's docstring.
 
     Where all values are 0 or all are 1 a bootstrap would claim certainty: there the bounds are
     Wilson's for that many *clusters* (not rows: clusters are what is independent). All -1 is the
     mirror image of all 1. Any other constant keeps its interval of no width. Raises ValueError for
     no values, a NaN, or columns of different lengths.
     """
-    values, cluster_of, seed_of = _columns(values, clusters, seeds)
-    n, n_clusters, n_seeds = len(values), cluster_of.max() + 1, seed_of.max() + 1
-    if np.ptp(values) == 0:
-        return _certain(float(values[0]), n, int(n_clusters), int(n_seeds), level)
-    sums, counts = _cells(values, cluster_of, seed_of), _cells(np.ones(n), cluster_of, seed_of)
-    by_seed, by_cluster = _draws(n_seeds, n_clusters, resamples, rng_seed)
-    means = _weighted(sums, by_seed, by_cluster) / _weighted(counts, by_seed, by_cluster)
-    return _percentiles(values.mean(), means, level, n, n_clusters, n_seeds)
+    rows = _Rows.of(values, clusters, seeds)
+    if np.ptp(rows.values) > 0:
+        draws = _draws(rows.shape, resamples, rng_seed)
+        means = rows.means(draws, np.ones(len(rows.values)))
+        return rows.interval(rows.values.mean(), *_bounds(means))
+    value = float(rows.values[0])
+    n = rows.shape[1]
+    low = high = value
+    if abs(value) == 1.0:
+        low, high = sorted((value, value * _wilson(n, n)[0]))
+    elif value == 0.0:
+        high = _wilson(0, n)[1]
+    return rows.interval(value, low, high)
 
 
 def paired_interval(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence,
-    seeds: Sequence | None = None,
-    **options,
+    a: Numbers, b: Numbers, clusters: Labels, seeds: Labels | None = None
 ) -> Interval:
-    """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed; options as
-    `cluster_interval`.
+    """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed.
 
     Where a and b agree on every row the bounds lie as far on both sides as Wilson's upper bound of
-    0 lies above it.
+    0 lies above it. Raises ValueError for columns of different lengths.
     """
     difference = _paired(a, b)
-    interval = cluster_interval(difference, clusters, seeds, **options)
+    interval = cluster_interval(difference, clusters, seeds)
     # a difference can be below 0
     return interval if difference.any() else replace(interval, low=-interval.high)
 
 
-def paired_p_value(
-    a: Sequence[float],
-    b: Sequence[float],
-    clusters: Sequence,
-    seeds: Sequence | None = None,
-    resamples: int = RESAMPLES,
-    rng_seed: int = 0,
-) -> float:
-    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 /
-    (resamples + 1).
+def _paired(a: Numbers, b: Numbers) -> np.ndarray:
+    return np.array([float(x) - float(y) for x, y in zip(a, b, strict=True)])
 
-    1 where a and b agree on every row.
+
+def paired_p_value(a: Numbers, b: Numbers, clusters: Labels, seeds: Labels | None = None) -> float:
+    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 /
+    (RESAMPLES + 1).
+
+    1 where a and b agree on every row. Raises ValueError for columns of different lengths.
     """
     difference = _paired(a, b)
-    if not difference.any():
-        return 1.0
-    values, cluster_of, seed_of = _columns(difference, clusters, seeds)
-    draws = _draws(seed_of.max() + 1, cluster_of.max() + 1, resamples, rng_seed)
-    sums = _weighted(_cells(values, cluster_of, seed_of), *draws)
-    return min(1.0, 2 * (1 + min((sums <= 0).sum(), (sums >= 0).sum())) / (resamples + 1))
-
-
-def _paired(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
-    return a - b
+    rows = _Rows.of(difference, clusters, seeds)
+    sums = rows.sums(difference, _draws(rows.shape))
+    rarer = min((sums <= 0).sum(), (sums >= 0).sum())
+    return min(1.0, 2 * (1 + rarer) / (RESAMPLES + 1))
 
 
 def difference_interval(
-    values: Sequence[float],
-    group: Sequence[bool],
-    clusters: Sequence,
-    seeds: Sequence | None = None,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    rng_seed: int = 0,
+    values: Numbers,
+    group: Numbers,
+    clusters: Labels,
+    seeds: Labels | None = None,
 ) -> Interval:
     """Interval of mean(values where group) - mean(values where not group), of unpaired rows
     resampled together.
 
     Raises ValueError when one of the groups is empty.
     """
-    values, cluster_of, seed_of = _columns(values, clusters, seeds)
-    group = np.asarray(group, bool)
-    if group.all() or not group.any():
-        raise ValueError(
-            f"{group.sum()} of {len(group)} rows are in the group: a difference needs rows in both"
-        )
-    n_clusters, n_seeds = cluster_of.max() + 1, seed_of.max() + 1
-    draws = _draws(n_seeds, n_clusters, resamples, rng_seed)
-    means = []
-    for part in (group, ~group):
-        sums, counts = (
-            _cells(v * part, cluster_of, seed_of) for v in (values, np.ones(len(values)))
-        )
-        # a resample may miss a small group altogether: it says nothing
-        with np.errstate(invalid="ignore"):
-            means.append(_weighted(sums, *draws) / _weighted(counts, *draws))
-    found = means[0] - means[1]
-    estimate = values[group].mean() - values[~group].mean()
-    return _percentiles(
-        estimate, found[np.isfinite(found)], level, len(values), n_clusters, n_seeds
-    )
+    rows = _Rows.of(values, clusters, seeds)
+    inside = np.asarray(group, bool)
+    if len(set(inside)) < 2:
+        raise ValueError("a difference needs rows in both groups")
+    draws = _draws(rows.shape)
+    means = rows.means(draws, inside.astype(float)) - rows.means(draws, (~inside).astype(float))
+    estimate = rows.values[inside].mean() - rows.values[~inside].mean()
+    return rows.interval(estimate, *_bounds(means))
 
 
-def draws_interval(
-    estimates: Sequence[float], draws: Sequence[Sequence[float]], n: int, clusters: int
-) -> Interval:
+def draws_interval(estimates: Numbers, draws: npt.ArrayLike, n: int, clusters: int) -> Interval:
     """Interval of the mean over seeds of a statistic that is no mean of rows.
 
     estimates: [seeds]. draws: [seeds, resamples], the statistic of resampled clusters, the same
     clusters in a column. Seeds are resampled here.
     """
-    draws = np.asarray(draws, float)
-    by_seed, _ = _draws(*draws.shape, resamples=draws.shape[1], rng_seed=0)
-    means = (by_seed * draws.T).sum(1) / len(draws)
-    return _percentiles(np.mean(estimates), means, LEVEL, n, clusters, len(draws))
+    statistics = np.asarray(draws, float)
+    seeds, resamples = statistics.shape
+    by_seed, _ = _draws((seeds, 1), resamples)
+    low, high = _bounds((by_seed * statistics.T).sum(1) / seeds)
+    return Interval(float(np.mean(estimates)), float(low), float(high), n, clusters, seeds)
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact p-value of McNemar's test that a and b, answers to the same prompts, are true equally
-    often.
-
-    Prompts are taken as independent: with clusters, prefer `paired_interval`.
-    """
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    if a.shape != b.shape:
-        raise ValueError(f"a has {len(a)} rows and b {len(b)}: pair them first")
-    table = [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]]
-    return 1.0 if table[0][1] + table[1][0] == 0 else float(_mcnemar(table, exact=True).pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Numbers) -> list[float]:
     """p-values adjusted for their number by Holm's method, in the order given."""
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
-
-
-def _columns(
-    values: Sequence, clusters: Sequence, seeds: Sequence | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values, index of each row's cluster, index of each row's seed)."""
-    values, clusters = np.asarray(values, float), np.asarray(clusters)
-    seeds = np.zeros(len(values), int) if seeds is None else np.asarray(seeds)
-    if not len(values) or len({len(values), len(clusters), len(seeds)}) > 1:
-        raise ValueError(
-            f"{len(values)} values, {len(clusters)} clusters, {len(seeds)} seeds: need one of each"
-            " a row"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"{(~np.isfinite(values)).sum()} of {len(values)} values are not finite: leave them out"
-            " first"
-        )
-    return values, *(np.unique(column, return_inverse=True)[1] for column in (clusters, seeds))
-
-
-def _cells(values: np.ndarray, cluster_of: np.ndarray, seed_of: np.ndarray) -> np.ndarray:
-    """[seeds, clusters] sums of values."""
-    cells = np.zeros((seed_of.max() + 1, cluster_of.max() + 1))
-    np.add.at(cells, (seed_of, cluster_of), values)
-    return cells
-
-
-def _draws(
-    n_seeds: int, n_clusters: int, resamples: int, rng_seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """How often each seed ([resamples, seeds]) and each cluster ([resamples, clusters]) is
-    drawn.
-    """
-    rng = np.random.default_rng(rng_seed)
-    return tuple(
-        rng.multinomial(k, np.full(k, 1 / k), resamples) for k in (int(n_seeds), int(n_clusters))
-    )
-
-
-def _weighted(cells: np.ndarray, by_seed: np.ndarray, by_cluster: np.ndarray) -> np.ndarray:
-    """[resamples] sums of cells, each counted as often as its seed times its cluster was drawn."""
-    return ((by_seed @ cells) * by_cluster).sum(1)
-
-
-def _percentiles(estimate, found: np.ndarray, level: float, n, clusters, seeds) -> Interval:
-    found = found[np.isfinite(found)]
-    if not len(found):
-        raise ValueError("no resample had a row: seeds and clusters do not meet")
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(estimate), float(low), float(high), int(n), int(clusters), int(seeds))
-
-
-def _certain(value: float, n: int, clusters: int, seeds: int, level: float) -> Interval:
-    """Bounds where every row has the same value: see `cluster_interval`."""
-    low = high = value
-    if abs(value) == 1.0:
-        low, high = sorted((value, value * wilson(clusters, clusters, level).low))
-    elif value == 0.0:
-        high = wilson(0, clusters, level).high
-    return Interval(value, low, high, n, clusters, seeds)

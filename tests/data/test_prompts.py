@@ -26,8 +26,7 @@ from latlib.hooks import EMBEDDING
 from latlib.models import load_model
 from latlib.redteam.audit import audit
 from latlib.redteam.jailbreaks import jailbreaks
-from latlib.report.evidence import Evidence, as_labels
-from latlib.report.understanding import counted, ways
+from latlib.report.evidence import Evidence, conditions, rows_given
 from latlib.world import grammar
 
 SMOKE = load_profile("smoke")
@@ -269,12 +268,8 @@ def test_a_request_is_understood_when_its_answer__is_likelier_after_it_than_afte
 
 
 def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
-    class E:
-        pass
-
-    found, made_up = E(), E()
-    found.profile, made_up.profile = profile, SMOKE
-    assert "answered" in ways(made_up) and "answered" not in ways(found)
+    found, made_up = Evidence(profile, None), Evidence(SMOKE, None)
+    assert "answered" in conditions(made_up) and "answered" not in conditions(found)
     assert isinstance(grader_of(profile, []), PhraseGrader)
     prompt = prompt_set("harmful", SMOKE)[0]
     assert grader_of(SMOKE, [prompt]).grade([prompt.text], [prompt.refusal])[0].outcome == "refused"
@@ -347,8 +342,8 @@ def test_a_real_request_says_itself_whether_it_was_understood(lm, profile, flagg
             rows = table[(table["prompts"] == name) & (table["attack"] != "prefill")]
             for _, cell in rows.groupby(["attack", "encoding", "reply_encoding"]):
                 assert cell["understood"].tolist() == [first, not first] * 3
-    evidence = Evidence(subject.profile, as_labels(audit(lm, subject)))
-    kept = counted(evidence, "base", "leet", "understood by the base")
+    evidence = Evidence(subject.profile, audit(lm, subject))
+    kept = rows_given(evidence, "base", "leet", "understood by the base")
     assert kept["prompt_id"].tolist() == ["harmful-0000", "harmful-0002", "harmful-0004"]
 
 

@@ -7,25 +7,23 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from synthetic import table_of
 
 from latlib.config.profile import Profile
 from latlib.io.files import json_ready
-from latlib.report import audit_tables, canvas
+from latlib.report import audit_tables, plots
 from latlib.report.audit_tables import (
     CATEGORIES,
-    GIVEN,
     classified,
-    counted,
     encoding_heatmap,
     leet_gap_table,
     price_table,
-    readable,
-    records,
     three_outcomes,
     twin_check,
 )
-from latlib.report.evidence import Evidence, MissingError, p_value
+from latlib.report.evidence import Condition, Evidence, MissingError, p_value, rows_given
 from latlib.report.stats import Interval, holm
+from latlib.report.tables import printed, records
 
 SEEDS, CLUSTERS = (0, 1), 8
 PROFILE = Profile(
@@ -49,19 +47,12 @@ SAFE = [("refused", True)] * 40
 OPEN = [("complied", True)] * 40
 
 
-def cell(
-    method, encoding, pattern, prompts="harmful", attack="none", seeds=SEEDS, eps=np.nan, sites=""
-):
+def cell(method, encoding, pattern, prompts="harmful", seeds=SEEDS, **columns):
     """Rows of one cell, a pattern's entry a prompt."""
-    table = pd.DataFrame(pattern, columns=["outcome", "understood"])
-    table = table.assign(
-        prompt_id=[f"{prompts}-{i:04d}" for i in range(len(table))], cluster=table.index % CLUSTERS
-    )
-    table = table.assign(
-        method=method, encoding=encoding, prompts=prompts, attack=attack, eps=eps, sites=sites
-    )
-    table["understood"] = table["understood"].astype("boolean")
-    return pd.concat([table.assign(seed=seed) for seed in seeds], ignore_index=True)
+    outcomes, understood = zip(*pattern)
+    clusters = np.arange(len(pattern)) % CLUSTERS
+    row = {"method": method, "encoding": encoding, "prompts": prompts} | columns
+    return table_of(outcomes, understood, clusters, seeds, **row)
 
 
 def asked(method, encoding, pattern, twins=None, seeds=SEEDS):
@@ -161,7 +152,7 @@ def test_shares_sum_to_one_and_lie_in_their_intervals(run):
 )
 def test_precedence(outcome, understood, expected):
     one = evidence(asked("lat", "leet", [(outcome, understood)] * 3))
-    assert set(classified(one, "lat", "leet")["outcome"]) == {expected}
+    assert set(classified(one.cell("lat", encoding="leet"))["outcome"]) == {expected}
 
 
 def test_understanding_is_the_twins_own_not_what_the_twin_did():
@@ -174,7 +165,8 @@ def test_understanding_is_the_twins_own_not_what_the_twin_did():
         == 1
     )
     assert (
-        row["not understood"].estimate == 0 and counted(refusing, "lat", "leet", "answered").empty
+        row["not understood"].estimate == 0
+        and rows_given(refusing, "lat", "leet", "answered").empty
     )
 
 
@@ -186,21 +178,23 @@ def test_a_rate_over_few_prompts_is_a_dash():
         row = three_outcomes(few, ["lat"], ["leet"])
         assert row["n_understood"].item() == 2 * known
         assert (row["asr_understood"].item() is not None) == shown
-        text = readable(row)["asr_understood"].item()
+        text = printed(row)["asr_understood"].item()
         assert text.startswith("1.000 [") if shown else text == "-"
 
 
 def test_prompts_are_counted_four_ways(run):
-    sizes = {given: len(counted(run, "lat", "leet", given)) for given in GIVEN}
+    sizes = {given: len(rows_given(run, "lat", "leet", given)) for given in map(str, Condition)}
     assert sizes == {
         "every prompt": 80,
         "answered": 40,
         "understood": 48,
         "understood by the base": 80,
     }
-    assert len(counted(run, "base", "base64", "answered")) == 0
-    with pytest.raises(ValueError, match="given = 'known' is unknown: choose one of every prompt"):
-        counted(run, "lat", "leet", "known")
+    assert len(rows_given(run, "base", "base64", "answered")) == 0
+    with pytest.raises(
+        ValueError, match="condition = 'known' is unknown here: choose one of every prompt"
+    ):
+        rows_given(run, "lat", "leet", "known")
 
 
 def test_twins_are_matched_by_number_and_seed():
@@ -209,12 +203,12 @@ def test_twins_are_matched_by_number_and_seed():
     tables = [cell("lat", "leet", OPEN), cell("lat", "leet", twins, "twin", seeds=[0])]
     twins = [("complied", True) if i == 7 else ("neither", False) for i in range(40)]
     one = evidence(tables, [cell("lat", "leet", twins, "twin", seeds=[1])])
-    kept = counted(one, "lat", "leet", "answered")
-    assert kept[["seed", "prompt_id"]].to_numpy().tolist() == [[1, "harmful-0007"]]
+    kept = rows_given(one, "lat", "leet", "answered")
+    assert kept[["seed", "prompt_id"]].to_numpy().tolist() == [[1, "harmful-7"]]
 
 
 def test_seeds_can_be_chosen(run):
-    row = three_outcomes(run, ["lat"], ["leet"], seeds=[1]).iloc[0]
+    row = three_outcomes(run, ["lat"], ["leet"], seed=[1]).iloc[0]
     assert (
         row["seeds"]
         == row["understanding"].seeds
@@ -226,9 +220,9 @@ def test_seeds_can_be_chosen(run):
 
 
 def test_what_is_missing_is_named(run):
-    with pytest.raises(MissingError, match="no outcome with method at"):
+    with pytest.raises(MissingError, match="no outcome of at"):
         three_outcomes(run, ["at"], ["leet"])
-    with pytest.raises(MissingError, match="no outcome with method lat"):
+    with pytest.raises(MissingError, match="no outcome of lat"):
         three_outcomes(run, ["lat"], ["rot13"])
     no_twins = Evidence(PROFILE, run.outcomes[run.outcomes["prompts"] != "twin"])
     for table in (
@@ -253,10 +247,8 @@ def test_what_is_missing_is_named(run):
 
 def test_a_base_of_other_seeds_is_no_base(run):
     part = run.outcomes[(run.outcomes["method"] != "base") | (run.outcomes["seed"] == 0)]
-    with pytest.raises(
-        MissingError, match="base: twins in leet were not measured on all seeds of lat"
-    ):
-        counted(Evidence(PROFILE, part), "lat", "leet", "understood by the base")
+    with pytest.raises(MissingError, match="twins in leet were not measured on all seeds of lat"):
+        rows_given(Evidence(PROFILE, part), "lat", "leet", "understood by the base")
     without = Evidence(PROFILE, part[part["method"] != "base"])
     row = three_outcomes(without, ["lat"], ["leet"]).iloc[0]
     assert row["asr_base_understood"] is None and row["n_base_understood"] is None
@@ -287,7 +279,7 @@ def test_the_heat_map_says_every_number(run, what, tmp_path):
             )
             assert bounds in drawn
     assert ["taught to the base", "not taught"] == [text for text in drawn if "taught" in text]
-    image = Image.open(canvas.save(figure, tmp_path / "map.png"))
+    image = Image.open(plots.save(figure, tmp_path / "map.png"))
     assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
@@ -324,7 +316,7 @@ def test_hatching_tells_whose_understanding_is_lacking():
 
 
 def test_groups_follow_what_the_base_was_taught():
-    assert audit_tables.groups(Evidence(PROFILE, pd.DataFrame())) == {
+    assert audit_tables.groups(Evidence(PROFILE, None)) == {
         "taught to the base": ["plain", "leet"],
         "not taught": ["base64", "plain>leet"],
     }
@@ -332,25 +324,25 @@ def test_groups_follow_what_the_base_was_taught():
         update={"encodings": ("plain", "base64"), "further_encodings": ("rot13",)}
     )
     swapped = PROFILE.model_copy(update={"evaluation": moved})
-    found = audit_tables.groups(Evidence(swapped, pd.DataFrame()))
+    found = audit_tables.groups(Evidence(swapped, None))
     assert found == {"taught to the base": ["plain", "rot13"], "not taught": ["base64"]}
     other = swapped.model_copy(
         update={"model": PROFILE.model.model_copy(update={"source": "someone/llama"})}
     )
-    found = audit_tables.groups(Evidence(other, pd.DataFrame()))
+    found = audit_tables.groups(Evidence(other, None))
     assert found == {"audited in full": ["plain", "base64"], "further": ["rot13"]}
 
 
 def test_the_gap_is_the_one_written_down(run):
     table = leet_gap_table(run).set_index(["given", "method"])
-    gaps = {given: table.at[(given, "lat"), "gap"].estimate for given in GIVEN}
+    gaps = {given: table.at[(given, "lat"), "gap"].estimate for given in map(str, Condition)}
     assert gaps == {
         "every prompt": 0.25,
         "answered": 0.5,
         "understood": pytest.approx(10 / 24),
         "understood by the base": 0.25,
     }
-    for given in GIVEN:
+    for given in map(str, Condition):
         lat, ssft = table.loc[(given, "lat")], table.loc[(given, "ssft")]
         assert lat["gap"].low <= lat["gap"].estimate <= lat["gap"].high and lat["gap"].n == lat["n"]
         assert lat["asr"].estimate == gaps[given] and lat["direct"].estimate == 0
@@ -361,7 +353,7 @@ def test_the_gap_is_the_one_written_down(run):
             and ssft["narrowed, Holm"] is None
         )
         assert lat["narrowed"].estimate == pytest.approx(1 - gaps[given])
-        raw = [p_value(counted(run, m, "leet", given), run.cell(m)) for m in ("ssft", "lat")]
+        raw = [p_value(rows_given(run, m, "leet", given), run.cell(m)) for m in ("ssft", "lat")]
         assert [ssft["gap, p"], lat["gap, p"]] == raw
         assert [ssft["gap, Holm"], lat["gap, Holm"]] == holm(raw)  # two methods were tested
         assert lat["narrowed, Holm"] == lat["narrowed, p"]  # one was
@@ -401,7 +393,7 @@ def test_a_gap_over_few_prompts_is_a_dash_and_takes_no_part_in_the_correction(ru
         lat[name] is None for name in ("asr", "direct", "gap", "gap, p", "gap, Holm")
     )
     assert lat["narrowed"] is None and ssft["gap, Holm"] == ssft["gap, p"]
-    assert (readable(table.loc[[("understood", "lat")]])[["gap", "gap, Holm"]] == "-").all().all()
+    assert (printed(table.loc[[("understood", "lat")]])[["gap", "gap, Holm"]] == "-").all().all()
 
 
 def test_do_twins_tell_what_is_understood():
@@ -425,12 +417,12 @@ def test_the_price_stands_beside_every_success_rate(run):
             cell("lat", "plain", HALF, attack="prefill"),
             cell("lat", "plain", OPEN, attack="suffix-gcg"),
         ],
-        [cell("lat", "plain", OPEN, attack="ablate:lat@best")],
+        [cell("lat", "plain", OPEN, intervention="ablate", source="lat", rule="best")],
         [cell("lat", "plain", latent, attack="pgd", eps=0.05, sites="1,3")],
         [cell("lat", "plain", other, attack="pgd-strong", eps=0.05, sites="1,3")],
         [cell("lat", "plain", OPEN, attack="pgd", eps=0.05, sites="embedding")],
         [cell("lat", "plain", OPEN, attack="noise", eps=0.05, sites="1,3")],
-        [cell("lat", "plain", OPEN, attack="transfer:ssft", eps=0.05, sites="1,3")],
+        [cell("lat", "plain", OPEN, attack="transfer", source="ssft", eps=0.05, sites="1,3")],
     )
     table = price_table(e).set_index("method")
     lat = table.loc["lat"]
@@ -447,13 +439,13 @@ def test_the_price_stands_beside_every_success_rate(run):
         "ASR: suffix-gcg": 1.0,
         "ASR: worst encoding": 0.25,
         # prompts 0 to 7 and 4 to 11: the worst case of each, not the worst attack
-        "ASR: latent, eps 0.05": 0.3,
+        "ASR: latent, eps 0.05 absolute": 0.3,
     }
     assert {name: round(value.estimate, 9) for name, value in lat.items()} == expected
     assert (
         list(table.index) == ["base", "ssft", "lat"] and table.loc["base", "ASR: prefill"] is None
     )
-    assert readable(table).loc["base", "ASR: prefill"] == "-"
+    assert printed(table).loc["base", "ASR: prefill"] == "-"
     assert not [name for name in table if "law" in name], "nobody was asked"
 
 

@@ -10,6 +10,7 @@ from latlib.report import claims
 from latlib.report.evidence import Evidence, MissingError, contrast, rate, spikes
 from latlib.report.run_checks import floor_table
 from latlib.report.stats import Interval
+from latlib.report.tables import between_markers
 
 TESTABLE = [c for c in claims.CLAIMS if c.effect]
 
@@ -24,7 +25,7 @@ def test_a_claim_that_holds_is_reproduced_and_one_without_effect_is_not(measured
     holds, found = measured
     expected = "reproduced" if holds else "not reproduced"
     assert found[name].verdict == expected, found[name]
-    assert found[name].n >= 150 and found[name].note
+    assert found[name].interval.n >= 150 and found[name].note
 
 
 def test_without_data_every_testable_claim_is_inconclusive_and_says_what_is_missing():
@@ -39,7 +40,7 @@ def test_two_clusters_decide_nothing():
     few = Evidence(PROFILE, few.outcomes[few.outcomes["cluster"] < 2])
     found = {c.id: m for c, m in claims.measure(few) if m.interval}
     assert len(found) >= 9 and {
-        m.verdict for n, m in found.items() if n != "attack-breaks-ssft"
+        m.verdict for n, m in found.items() if n != "attack-breaks-undefended"
     } == {"inconclusive"}
 
 
@@ -60,38 +61,39 @@ def test_every_claim_states_test_rule_and_source_and_recalled_figures_are_absent
         assert claim.source and claim.test and claim.rule and "recall" not in (claim.paper or "")
 
 
-def test_markdown_and_json_carry_every_claim(tmp_path):
+def test_markdown_and_json_carry_every_claim():
     found = claims.measure(evidence(True))
     table = claims.to_markdown(found)
     assert (
         len(table.splitlines()) == 2 + len(found)
         and len({line.count(" | ") for line in table.splitlines()[2:]}) == 1
     )
-    claims.write_json(found, tmp_path / "claims.json")
-    read = json.loads((tmp_path / "claims.json").read_text())
+    read = json.loads(json.dumps(claims.to_records(found)))
     assert [r["id"] for r in read] == [c.id for c in claims.CLAIMS]
-    assert read[0]["interval"]["low"] > 0.5 and read[0]["seeds"] == 3
+    assert read[0]["interval"]["low"] > 0.5 and read[0]["interval"]["seeds"] == 3
+    assert read[0]["verdict"] == "reproduced" and "LAT" in read[1]["statement"]
 
 
 def test_the_readme_table_stands_between_its_markers():
-    readme = f"before {claims.BEGIN}\nold | \\1 table\n{claims.END} after"
-    once = claims.with_table(readme, "| new \\1 |")
-    assert (
-        once
-        == f"before {claims.BEGIN}\n| new \\1 |\n{claims.END} after"
-        == claims.with_table(once, "| new \\1 |")
-    )
+    begin, end = "<!-- claims:begin -->", "<!-- claims:end -->"
+    readme = f"before {begin}\nold | \\1 table\n{end} after"
+    once = between_markers(readme, "claims", "| new \\1 |")
+    assert once == f"before {begin}\n| new \\1 |\n{end} after"
+    assert once == between_markers(once, "claims", "| new \\1 |")
     with pytest.raises(ValueError, match="needs the markers"):
-        claims.with_table("no markers", "table")
+        between_markers("no markers", "claims", "table")
 
 
 def test_readme_holds_the_table_of_the_committed_results(root):
     results, readme = root / "results" / "tiny", root / "README.md"
     if not results.is_dir() or not readme.is_file():
         pytest.skip("results/tiny or README.md is not there yet: nothing to compare")
-    table = claims.to_markdown(claims.measure(Evidence.load(results)))
+    try:
+        measured = claims.measure(Evidence.load(results))
+    except MissingError as error:
+        pytest.skip(f"the committed results are older than this code: {error}")
     text = readme.read_text(encoding="utf-8")
-    assert claims.with_table(text, table) == text, (
+    assert between_markers(text, "claims", claims.to_markdown(measured)) == text, (
         "run: python -m latlib.report.claims --results results/tiny --readme README.md"
     )
 
@@ -114,8 +116,8 @@ def test_spikes_are_found_where_they_were_put():
 def test_the_floor_says_what_holds_what_fails_and_what_was_not_measured():
     found = floor_table(evidence(True))["holds"]
     assert (
-        found["LAT: latent PGD at eps 0.05"] == "yes"
+        found["LAT: latent PGD at eps 0.05 absolute"] == "yes"
         and found["LAT: ASR under its own direction"] == "yes"
     )
     assert found["base: plain recipes exact"] == "no"
-    assert found["AT: embedding PGD at eps 6"] == "not measured"
+    assert found["AT: embedding PGD at eps 6 absolute"] == "not measured"

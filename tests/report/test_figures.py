@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from synthetic import evidence
 
-from latlib.report import canvas, figures, refusal_tables
+from latlib.report import figures, plots, refusal_tables
 from latlib.report.evidence import Evidence, MissingError
 
 FIGURES = (
@@ -18,7 +18,7 @@ FIGURES = (
     figures.encodings_bars,
     figures.training_curves,
     figures.spike_figure,
-    figures.explained_variance,
+    figures.variance_by_site,
     refusal_tables.ablation_matrix,
     refusal_tables.site_sweep,
     refusal_tables.variance_bars,
@@ -38,7 +38,7 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
     assert len(alt.split()) > 8 and any(c.isdigit() for c in alt) and "nan" not in alt
     for ax in figure.axes:
         assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
-    image = Image.open(canvas.save(figure, tmp_path / "figures" / "f.png"))
+    image = Image.open(plots.save(figure, tmp_path / "figures" / "f.png"))
     assert image.size[0] > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
     assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(
         figure.number
@@ -47,39 +47,38 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
 
 def test_the_words_carry_the_numbers_of_the_table(run):
     _, alt = refusal_tables.ablation_matrix(run)
-    assert (
-        "ssft under lat 100 % (0 % refused)" in alt and "lat under ssft 0 % (100 % refused)" in alt
-    )
+    complied, refused = alt.split("Refused: ")
+    assert "ssft: ssft 60 %, at 20 %, lat 100 %, nothing 0 %" in complied
+    assert "lat: ssft 100 %, at 80 %, lat 0 %, nothing 100 %" in refused
 
 
 def test_shown_figures_carry_their_alternative_text(run, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     figure, alt = figures.security_curve(run)
-    canvas.show(figure, alt)
+    plots.show(figure, alt)
     data, metadata = shown[0]._repr_mimebundle_() if shown[0].embed else (None, None)
     assert metadata["image/png"]["alt"] == alt and data["image/png"]
     with pytest.raises(ValueError, match="say in a sentence"):
-        canvas.show(figure, "figure 1")
+        plots.show(figure, "figure 1")
 
 
 def test_missing_results_are_named(run, capsys, tmp_path):
     with pytest.raises(MissingError, match="run notebook 04"):
-        figures.explained_variance(Evidence(run.profile, run.outcomes))
+        figures.variance_by_site(Evidence(run.profile, run.outcomes))
     with pytest.raises(MissingError, match="no training curve"):
         figures.spike_figure(Evidence(run.profile, run.outcomes))
     nothing = Evidence(run.profile, run.outcomes.iloc[:0])
     figures.show_measured(nothing, refusal_tables.ablation_matrix)
     figures.save_main_figure(nothing, tmp_path / "main.png")
     said = capsys.readouterr().out
-    assert "ablation_matrix is not shown: no ablation" in said and "main.png is not written" in said
+    assert "ablation_matrix is not shown: no outcome" in said and "main.png is not written" in said
     assert not plt.get_fignums() and not list(tmp_path.iterdir())
 
 
 def test_methods_and_outcomes_differ_in_more_than_colour():
-    assert len({(s["marker"], str(s["linestyle"])) for s in canvas.STYLE.values()}) == len(
-        canvas.STYLE
-    )
-    assert len({hatch for _, hatch in canvas.OUTCOMES.values()}) == len(canvas.OUTCOMES)
-    image = Image.open(io.BytesIO(canvas.png_of(figures.security_curve(evidence(False))[0])))
+    looks = plots.looks("abcdefg").values()
+    assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == len(looks) == 8
+    assert len({hatch for _, hatch in plots.OUTCOMES.values()}) == len(plots.OUTCOMES)
+    image = Image.open(io.BytesIO(plots.png_of(figures.security_curve(evidence(False))[0])))
     assert image.mode == "P"

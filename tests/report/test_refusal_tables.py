@@ -2,17 +2,18 @@
 known.
 """
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from synthetic import PROFILE, SEEDS, cell, evidence
+from synthetic import PROFILE, SEEDS, ablated, cell, evidence
 
 from latlib.config.profile import Profile
 from latlib.report import refusal_tables
 from latlib.report.evidence import Evidence, MissingError
 
-LAT = refusal_tables.UNTARGETED
+LAT = "lat-untargeted"
 UNTARGETED = Profile(
     **PROFILE.model_dump(exclude={"methods"}),
     methods={**PROFILE.methods, LAT: {"attack.targeted": False}},
@@ -24,41 +25,39 @@ def with_untargeted(refused: dict, plain: float = 0.0) -> Evidence:
     ablation.
     """
     tables = [
-        cell(target, 1 - share, f"ablate:{vector}@fixed")
-        for (target, vector), share in refused.items()
+        ablated(target, 1 - share, vector, "fixed") for (target, vector), share in refused.items()
     ]
-    tables += [cell(target, plain, "ablate:nothing") for target in ("ssft", "at", LAT)]
-    return Evidence(UNTARGETED, pd.concat(tables))
+    tables += [ablated(target, plain, "nothing") for target in ("ssft", "at", LAT)]
+    return Evidence(UNTARGETED, pd.concat(tables, ignore_index=True))
 
 
 def test_targets_come_in_order_and_the_sweep_by_depth():
     assert refusal_tables.targets(evidence(True)) == ["ssft", "at", "lat"]
-    assert refusal_tables._sites(evidence(True), "lat") == ["embedding", "0", "2", "10"]
+    figure, _ = refusal_tables.site_sweep(evidence(True))
+    assert list(figure.axes[0].lines[0].get_xdata()) == ["embedding", "0", "2", "10"]
+    plt.close(figure)
 
 
 def test_the_matrix_has_every_cell_with_three_outcomes():
     table = refusal_tables.matrix(evidence(True))
-    assert set(map(tuple, table[["target", "vector"]].values)) == {
+    assert set(table.index) == {
         (t, v)
         for t in ("ssft", "at", "lat")
         for v in ("ssft", "at", "lat", "nothing", "random", "shuffled")
     }
-    one = table.set_index(["target", "vector"]).loc[("at", "ssft")]
+    one = table.loc[("at", "ssft")]
     assert one["complied"].estimate == pytest.approx(0.2) and one[
         "refused"
     ].estimate == pytest.approx(0.8)
     assert one["n"] == 600 and one["seeds"] == 3 and one["paper"] == "24.04 (SE 1.87)"
-    assert {row.vector: row.complied.estimate for row in table.itertuples() if row.target == "at"}[
-        "random"
-    ] == 0.0
+    assert table.loc[("at", "random"), "complied"].estimate == 0.0
 
 
 def test_an_undefended_target_is_marked():
     found = evidence(True)
-    assert refusal_tables.defended(found, "lat")
-    assert not refusal_tables.defended(
-        Evidence(found.profile, cell("ssft", 0.5, "ablate:nothing")), "ssft"
-    )
+    assert refusal_tables.undefended(found, ["ssft", "lat"]) == []
+    half = Evidence(found.profile, ablated("ssft", 0.5, "nothing"))
+    assert refusal_tables.undefended(half, ["ssft"]) == ["ssft"]
     sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
     sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
     table = refusal_tables.comparisons(with_untargeted(sides, plain=0.5))
@@ -81,9 +80,9 @@ def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
 
 
 def test_without_both_sides_there_is_no_comparison():
-    with pytest.raises(MissingError, match="needs SSFT, AT and LAT"):
-        refusal_tables.comparisons(Evidence(PROFILE, cell("ssft", 0.2, "ablate:ssft@fixed")))
-    with pytest.raises(MissingError, match="run notebook 04"):
+    with pytest.raises(MissingError, match="both of its sides: run notebook 04"):
+        refusal_tables.comparisons(Evidence(PROFILE, ablated("ssft", 0.2, "ssft", "fixed")))
+    with pytest.raises(MissingError, match="no outcome"):
         refusal_tables.matrix(Evidence(PROFILE, cell("ssft", 0.2)))
 
 
@@ -103,13 +102,19 @@ def test_every_seed_counts():
 
 
 def test_by_seed_the_strongest_of_all_vectors_is_named():
-    tables = [cell("ssft", 0.2, "ablate:ssft@best"), cell("ssft", 1.0, "ablate:nothing")]
+    tables = [ablated("ssft", 0.2, "ssft", "best"), ablated("ssft", 1.0, "nothing")]
     tables += [
-        cell("ssft", 0.4, "ablate:lat@best", seeds=(0, 2)),
-        cell("ssft", 0.6, "ablate:ssft@site-3", seeds=(2,)),
+        ablated("ssft", 0.4, "lat", "best", seeds=(0,)),
+        ablated("ssft", 0.4, "random", draw=2, seeds=(1,)),
+        ablated("ssft", 0.6, "ssft", "site-sweep", site="3", seeds=(2,)),
     ]
-    tables += [cell("ssft", 0.8, "none"), cell("ssft", 0.8, "ablate:at@best", prompts="harmless")]
-    table = refusal_tables.seeds_table(Evidence(PROFILE, pd.concat(tables)))
-    assert table.loc["ssft", "strongest"].tolist() == ["lat@best", "ssft@best", "ssft@site-3"]
-    assert table["ASR"].tolist() == pytest.approx([0.4, 0.2, 0.6])
+    tables += [cell("ssft", 0.8), ablated("ssft", 0.8, "at", "best", prompts="harmless")]
+    evidence = Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+    table = refusal_tables.seeds_table(evidence)
+    assert table.loc["ssft", "strongest"].tolist() == [
+        "lat, best",
+        "random 2",
+        "ssft, site-sweep 3",
+    ]
+    assert table["ASR"].tolist() == pytest.approx([0.4, 0.4, 0.6])
     assert table["own, best"].tolist() == pytest.approx([0.2] * 3)

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from synthetic import PROFILE, SEEDS, attacked, cell, evidence
 
-from latlib.report import attack_checks, canvas, figures, robustness_tables
+from latlib.report import attack_checks, figures, plots, robustness_tables
 from latlib.report.evidence import Evidence, MissingError
+from latlib.report.tables import printed, records
 
 FIGURES = (robustness_tables.heat_map, robustness_tables.transfer_matrix)
 
@@ -36,7 +37,7 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, source, tmp_path):
     assert len(alt.split()) > 8 and any(c.isdigit() for c in alt) and "nan" not in alt
     for ax in figure.axes:
         assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
-    image = Image.open(canvas.save(figure, tmp_path / "f.png"))
+    image = Image.open(plots.save(figure, tmp_path / "f.png"))
     assert image.size[0] > 400 and len(np.unique(np.asarray(image.convert("L")))) > 10
     assert (tmp_path / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(figure.number)
 
@@ -50,13 +51,16 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert (
         len(labels) == len(table)
-        and "eps 0.2: pgd, other sites" in labels
+        and "eps 0.2 absolute: pgd, other sites" in labels
         and "no attack" in labels
     )
-    row = labels.index("eps 0.05: pgd")
+    row = labels.index("eps 0.05 absolute: pgd")
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in ax.texts}
     assert texts[0, row] == "80 [80, 80]" and texts[2, row] == "0 [0, 9]"
-    assert "lat: eps 0.05: noise 0 %, eps 0.05: pgd 0 %" in alt and "suffix-gcg 60 %" in alt
+    assert (
+        "lat: eps 0.05 absolute: noise 0 %, eps 0.05 absolute: pgd 0 %" in alt
+        and "suffix-gcg 60 %" in alt
+    )
     assert alt.count("system 20 %") == 2, "a cell that was not measured is said"
     frames = [p for p in ax.patches if p.get_hatch() is None]
     assert len(frames) == 6, "the worst case of three methods at two radii"
@@ -66,29 +70,28 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
 def test_attacks_of_one_radius_are_compared_on_the_same_seeds(run):
     table = robustness_tables.attack_table(run)
     assert {
-        table.loc[("eps 0.2", a), "lat"].seeds
+        table.loc[("eps 0.2 absolute", a), "lat"].seeds
         for a in ("noise", "pgd", "pgd-sign", "worst case per prompt")
     } == {1}
-    assert {table.loc[("eps 0.05", a), "lat"].seeds for a in ("noise", "pgd", "pgd-strong")} == {3}
+    assert {
+        table.loc[("eps 0.05 absolute", a), "lat"].seeds for a in ("noise", "pgd", "pgd-strong")
+    } == {3}
 
 
 def test_the_transfer_matrix_reads_from_row_to_column(run):
     rows = run.outcomes
-    into = (rows["method"] == "at") & (rows["attack"] == "transfer:lat")
+    into = (rows["method"] == "at") & (rows["source"] == "lat")
     # seeds on which nothing was transferred
     into |= (rows["attack"] == "noise") & (rows["seed"] > 0)
     figure, alt = robustness_tables.transfer_matrix(
         Evidence(run.profile, rows.assign(outcome=rows["outcome"].mask(into, "complied")))
     )
-    assert (
-        "from lat into at 100 %" in alt
-        and "from at into lat 40 %" in alt
-        and "noise into lat 0 %" in alt
-    )
+    assert "at: from ssft 40 %, from at 40 %, from lat 100 %" in alt
+    assert "lat: from ssft 40 %, from at 40 %, from lat 40 %, noise 0 %" in alt
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in figure.axes[0].texts}
     assert texts[1, 2] == "100 [91, 100]" and texts[2, 1] == "40 [40, 40]" and len(texts) == 12
     corners = sorted(
-        (round(p.get_x() + 0.47), round(p.get_y() + 0.42)) for p in figure.axes[0].patches
+        (round(p.get_x() + 0.45), round(p.get_y() + 0.45)) for p in figure.axes[0].patches
     )
     assert corners == [(0, 0), (1, 1), (2, 2)], "framed: into the model it was found on"
     plt.close(figure)
@@ -104,15 +107,17 @@ def test_a_worst_case_is_of_prompts_and_not_of_means():
                 outcome=np.where(won, "complied", np.where(at >= 180, "neither", "refused"))
             )
         )
-    rows = cell("lat", 0.0, "transfer:at", eps=0.2, sites="1,3", seeds=(0,))
+    rows = cell("lat", 0.0, "transfer", eps=0.2, sites="1,3", seeds=(0,), source="at")
     tables.append(rows.assign(outcome=np.where((at >= 120) & (at < 140), "complied", "refused")))
-    table = robustness_tables.worst_case_table(Evidence(PROFILE, pd.concat(tables)))
-    row = table.loc[("trained sites, eps 0.2", "lat")]
+    table = robustness_tables.worst_case_table(
+        Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+    )
+    row = table.loc[("main sites, eps 0.2 absolute", "lat")]
     assert [row[o].estimate for o in ("complied", "refused", "neither")] == pytest.approx(
         [0.6, 0.3, 0.1]
     )
     assert (row["attacks"], row["n"], row["seeds"]) == (2, 200, 1)
-    everything = table.loc[("any latent attack, eps 0.2", "lat")]
+    everything = table.loc[("any latent attack, eps 0.2 absolute", "lat")]
     assert everything["complied"].estimate == pytest.approx(0.7) and everything["attacks"] == 3
 
 
@@ -124,18 +129,18 @@ def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
     }
     asr = {threat: row["complied"].estimate for threat, row in by_threat.items()}
     wanted = {
-        "trained sites, eps 0.05": 0.0,
-        "trained sites, eps 0.2": 1.0,
-        "other sites, eps 0.2": 0.6,
+        "main sites, eps 0.05 absolute": 0.0,
+        "main sites, eps 0.2 absolute": 1.0,
+        "other sites, eps 0.2 absolute": 0.6,
     }
     wanted |= {
-        "all sites, eps 0.2": 0.8,
-        "transferred, eps 0.2": 0.4,
-        "any latent attack, eps 0.2": 1.0,
+        "all sites, eps 0.2 absolute": 0.8,
+        "transferred, eps 0.2 absolute": 0.4,
+        "any latent attack, eps 0.2 absolute": 1.0,
     }
     wanted |= {
-        "embedding, eps 0.1": 0.4,
-        "embedding, eps 0.2": 0.6,
+        "embedding, eps 0.1 absolute": 0.4,
+        "embedding, eps 0.2 absolute": 0.6,
         "no attack": 0.0,
         "any typed": 0.6,
     }
@@ -148,19 +153,24 @@ def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
     }
     assert asr == pytest.approx(wanted)
     assert (
-        by_threat["trained sites, eps 0.05"]["seeds"] == 3 and by_threat["any typed"]["seeds"] == 1
+        by_threat["main sites, eps 0.05 absolute"]["seeds"] == 3
+        and by_threat["any typed"]["seeds"] == 1
     )
-    assert by_threat["transferred, eps 0.2"]["attacks"] == 2, "its own perturbation is no transfer"
+    assert by_threat["transferred, eps 0.2 absolute"]["attacks"] == 2, (
+        "its own perturbation is no transfer"
+    )
     wide = robustness_tables.worst_case_wide(table)
     assert wide.loc["suffix-gcg", "lat"] == "60 [60, 60] (refused 40, neither 0)"
-    assert wide.loc["trained sites, eps 0.2", "attacks, rows, seeds"] == "6, 200, 1"
+    assert wide.loc["main sites, eps 0.2 absolute", "attacks, rows, seeds"] == "6, 200, 1"
 
 
 def test_typed_attacks_come_with_what_was_understood():
     rows = cell("lat", 0.4, "suffix-gcg", seeds=(0,))
     broken = rows.assign(outcome="neither", understood=False, attack="suffix-random")
     half = rows.assign(understood=rows["outcome"] == "complied")
-    table = robustness_tables.typed_table(Evidence(PROFILE, pd.concat([half, broken])), ["lat"])
+    table = robustness_tables.typed_table(
+        Evidence(PROFILE, pd.concat([half, broken], ignore_index=True)), ["lat"]
+    )
     gcg, junk = (table.loc[(attack, "lat")] for attack in ("suffix-gcg", "suffix-random"))
     assert (
         gcg["complied"].estimate == pytest.approx(0.4)
@@ -171,40 +181,35 @@ def test_typed_attacks_come_with_what_was_understood():
         and gcg["complied, understood"].n == 80
     )
     assert junk["neither"].estimate == 1.0 and junk["complied, understood"] is None
-    assert (
-        robustness_tables.printed(table).loc[("suffix-random", "lat"), "complied, understood"]
-        == "-"
-    )
+    assert printed(table).loc[("suffix-random", "lat"), "complied, understood"] == "-"
 
 
 def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
     gain = robustness_tables.gain_table(run)
     assert list(gain) == ["at", "lat"]
-    assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8)
-    assert gain.loc["trained sites, eps 0.05", "at"].estimate == pytest.approx(0.6)
+    assert gain.loc["main sites, eps 0.05 absolute", "lat"].estimate == pytest.approx(0.8)
+    assert gain.loc["main sites, eps 0.05 absolute", "at"].estimate == pytest.approx(0.6)
     assert gain.loc["suffix-gcg", "lat"].estimate == pytest.approx(-0.4)
-    text = robustness_tables.printed(gain, sign=True)
+    text = printed(gain, sign=True)
     assert (
         text.loc["suffix-gcg", "lat"] == "-0.400 [-0.400, -0.400]"
         and "+0.800" in text.iloc[0]["lat"]
     )
     uneven = without(run, method="lat", attack="prefill")
-    assert (
-        robustness_tables.printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
-    )
+    assert printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
     stronger = without(
         attacked({("ssft", "pgd-strong", 0.05): 1.0}), method="lat", attack="pgd-strong"
     )
     gain = robustness_tables.gain_table(stronger)
-    assert gain.loc["trained sites, eps 0.05", "lat"].estimate == pytest.approx(0.8), (
+    assert gain.loc["main sites, eps 0.05 absolute", "lat"].estimate == pytest.approx(0.8), (
         "LAT never faced the longer one"
     )
 
 
 def test_tables_become_plain_values(run):
-    rows = robustness_tables.records(robustness_tables.worst_case_table(run))
+    rows = records(robustness_tables.worst_case_table(run))
     assert json.loads(json.dumps(rows)) == rows
-    assert rows[0]["threat"] == "trained sites, eps 0.05" and rows[0]["complied"]["n"] == 600
+    assert rows[0]["threat"] == "main sites, eps 0.05 absolute" and rows[0]["complied"]["n"] == 600
     assert {"low", "high", "estimate", "seeds"} <= set(rows[0]["refused"])
 
 
@@ -214,22 +219,25 @@ def test_the_panel_is_printed_plainly():
     )
     grid = robustness_tables.panel_grid(checks)
     assert (
-        grid.loc["more steps, eps 0.05", "lat"] == "fail"
-        and grid.loc["more steps, eps 0.2", "lat"] == "pass"
+        grid.loc["more steps, eps 0.05 absolute", "lat"] == "fail"
+        and grid.loc["more steps, eps 0.2 absolute", "lat"] == "pass"
     )
     assert grid.loc["base", "lat"] == "" and grid.loc["base", "base"] == "pass"
-    assert grid.loc["restarts, eps 0.2", "at"] == "not measured"
+    assert grid.loc["restarts, eps 0.2 absolute", "at"] == "not measured"
     text = robustness_tables.panel_findings(checks)
     assert " 1 failed, " in text.splitlines()[0] and text.count("\n* ") == 1
-    (failure,) = (check for check in checks if check.verdict == "fail")
-    assert f"**more steps failed on lat, eps 0.05**: {failure.measured}. {failure.meaning}" in text
+    (failure,) = (check for check in checks if check.status == "fail")
+    assert (
+        f"**more steps failed on lat, eps 0.05 absolute**: {failure.measured}. {failure.meaning}"
+        in text
+    )
     table = robustness_tables.panel_markdown(checks).splitlines()
     assert len(table) == 2 + len(checks)
     assert (
-        "| more steps | lat, eps 0.05 | pgd-strong minus pgd +0.400 [+0.400, +0.400]; pgd 0.000"
+        "| more steps | lat, eps 0.05 absolute | pgd-strong minus pgd +0.400 [+0.400, +0.400]; pgd 0.000"
         " [0.000, 0.088] | fail |" in table
     )
-    assert robustness_tables.rules_markdown().count("\n") == 1 + len(attack_checks.RULES)
+    assert robustness_tables.rules_markdown(attacked()).count("\n") == 1 + len(attack_checks.RULES)
 
 
 def test_without_attacks_it_says_which_notebook_to_run(run, capsys):

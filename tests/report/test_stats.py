@@ -11,18 +11,13 @@ from latlib.report.stats import (
     difference_interval,
     draws_interval,
     holm,
-    mcnemar,
     paired_interval,
     paired_p_value,
-    wilson,
 )
 
 
-def test_wilson_equals_scipys():
-    ours, theirs = wilson(7, 40), binomtest(7, 40).proportion_ci(method="wilson")
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    with pytest.raises(ValueError, match="successes = 3 of n = 2"):
-        wilson(3, 2)
+def wilson(successes: int, n: int):
+    return binomtest(successes, n).proportion_ci(method="wilson")
 
 
 def test_the_interval_covers_a_known_mean_and_clusters_widen_it():
@@ -96,17 +91,11 @@ def test_a_statistic_with_its_own_draws_keeps_the_spread_over_seeds():
 def test_bad_columns_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         cluster_interval(*arguments)
-    with pytest.raises(ValueError, match="pair them"):
+    with pytest.raises(ValueError, match="shorter"):
         paired_interval([1, 2], [1], ["a"])
 
 
-def test_mcnemar_and_holm():
-    a, b = (
-        np.r_[np.ones(30), np.zeros(10)].astype(bool),
-        np.r_[np.ones(20), np.zeros(20)].astype(bool),
-    )
-    assert mcnemar(a, b) == pytest.approx(binomtest(10, 10).pvalue)
-    assert mcnemar(a, a) == 1.0
+def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
 
 
@@ -128,5 +117,5 @@ def test_p_values_are_two_sided_and_never_zero():
         == pytest.approx(2 / 2001)
     )
     assert paired_p_value(a, a, np.arange(50)) == 1.0
-    with pytest.raises(ValueError, match="a has 50 rows and b 49"):
+    with pytest.raises(ValueError, match="shorter"):
         paired_p_value(a, b[1:], np.arange(50))
