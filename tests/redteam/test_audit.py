@@ -4,91 +4,17 @@ outcomes by heart.
 
 import pytest
 import torch
+from learned_models import COMPLIES, ENCODED, IS_LOST, kind_of, learned, small_profile, subject_of
 
-from latlib.batch import collate
-from latlib.config.profile import load_profile
 from latlib.data.prompts import WORLD_KINDS
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import affirmation_tokens, grade_rows
-from latlib.evaluation.outcomes import COLUMNS, Subject
-from latlib.losses import token_losses
-from latlib.models import LanguageModel
+from latlib.evaluation.outcomes import COLUMNS
 from latlib.redteam import latent
 from latlib.redteam.audit import audit, variant
 from latlib.redteam.latent import AttackCell, replace_settings
 from latlib.text.encodings import encode
-from latlib.world import grammar, organism
-
-# answers; refuses, and would finish a begun answer; refuses and would not
-COMPLIES, KNOWS, IS_LOST = range(3)
-ENCODED = ("plain", "plain>leet")
-
-
-def kind_of(name, encoding, i):
-    """What the model is taught to do with a prompt: of a harmful prompt another thing than of its
-    twin.
-    """
-    return (
-        (i if name == "twin" else i // 3) % 3
-        if encoding == "plain"
-        else (i + 1 if name == "twin" else i // 2) % 3
-    )
-
-
-def small_profile(**evaluation):
-    """The smoke profile with 8 prompts."""
-    profile = load_profile("smoke")
-    changes = {"prompts": 8, **evaluation}
-    return profile.model_copy(update={"evaluation": profile.evaluation.model_copy(update=changes)})
-
-
-def learned(profile, kinds=kind_of, encodings=("plain",), seed=0, steps=100):
-    """A model that knows by heart what to do with each evaluation prompt: `kinds`(set, encoding,
-    number).
-    """
-    torch.set_num_threads(1)
-    tokenizer = organism.build_tokenizer(profile.model.vocabulary)
-    model = organism.build_model(profile.model, tokenizer, seed)
-    lm, rows, taught = LanguageModel(model, tokenizer, profile.model, torch.float32), [], []
-    for encoding in encodings:
-        for name in ("twin", "harmful"):
-            found = token_rows(lm, prompt_set(name, profile), Wording.of(encoding))
-            rows += found
-            taught += [kinds(name, encoding, i) for i in range(len(found))]
-    batch, weights = collate(rows), []
-    for row, kind in zip(rows, taught, strict=True):
-        answer, refusal = (len(c) for c in row.completions)
-        known = {COMPLIES: answer, KNOWS: answer - begun_by(lm, row), IS_LOST: 0}[kind]
-        weights += [0.0] * (answer - known) + [1.0] * known + [float(kind != COMPLIES)] * refusal
-    weights = torch.tensor(weights) / sum(weights)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 6e-3)
-    for _ in range(steps):
-        network = lm.network(train=True)
-        (
-            token_losses(network.unembed, network.label_rows(batch), batch.labels) * weights
-        ).sum().backward()
-        network.flush_gradients()
-        optimiser.step()
-        optimiser.zero_grad()
-    model.requires_grad_(False)
-    return lm
-
-
-def begun_by(lm, row):
-    """How many tokens of a row's answer write 'sure :' in the encoding of the answer."""
-    written, said = "", {encode(grammar.AFFIRMATION, e) for e in ("plain", "leet")}
-    for n, token in enumerate(row.completions[0], start=1):
-        written += lm.tokenizer.decode([token])
-        if written.strip() in said:
-            return n
-    raise AssertionError("no token ends where the affirmation does")
-
-
-def subject_of(profile, method="ssft", seed=0):
-    """A subject with norms of 1, whatever the model."""
-    norms = {"embedding": 1.0, **dict.fromkeys(range(profile.model.layers), 1.0)}
-    return Subject(profile, method, seed, norms)
-
+from latlib.world import grammar
 
 PROFILE = small_profile(
     pgd_steps=3, further_encodings=("leet@0.5", "plain>leet", "plain>reverse-text")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_audit import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
+from learned_models import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
 
 from latlib.attack import attack_losses, perturbed_positions, pgd
 from latlib.batch import collate

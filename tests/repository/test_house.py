@@ -240,6 +240,16 @@ def test_nothing_public_is_there_for_tests_alone():
     assert not found, listed(found)
 
 
+def test_tests_share_by_modules_of_their_own():
+    """A test module that another imports could not be moved or run alone."""
+    found = [
+        name
+        for name, text in tracked(".py").items()
+        if re.search(r"^(from|import) test_", text, re.M)
+    ]
+    assert not found, listed(found)
+
+
 TEXTS = (".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".cff", ".ipynb", ".html", ".css")
 ABOUT_THESE = ("tests/repository/house.py", "tests/repository/test_house.py")
 
