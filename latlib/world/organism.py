@@ -15,10 +15,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from latlib.batch import Batch, TokenRow, collate
@@ -43,8 +46,11 @@ KNOWN_ENCODINGS = ("plain", "leet", "rot13", "reverse")
 CONTEXT = 512
 
 # Shares of the kinds in pretraining, and of plain words among a kind (docs/lab-log.md).
-KINDS = {"recipe": 0.66, "law": 0.20, "verb": 0.06, "target": 0.06}
+KINDS: dict[grammar.Kind, float] = {"recipe": 0.66, "law": 0.20, "verb": 0.06, "target": 0.06}
 PLAIN_SHARE = {"recipe": 0.3}  # the law is only ever discussed in plain words
+_POOL = 32  # micro-batches that are drawn and sorted at a time
+_CORPUS = 12_000  # prompts that the tokenizer is trained on
+_CORPUS_SHARES = (0.85, 0.05, 0.05, 0.05)  # of the known encodings in them
 
 
 def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
@@ -54,25 +60,20 @@ def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
     its length.
     """
     rng = random.Random(f"tokenizer/{seed}")
+    pairs = grammar.pairs_of("train")
 
     def corpus() -> Iterator[str]:
-        for _ in range(12_000):
-            prompt = grammar.draw(
-                rng, grammar.pairs_of("train"), rng.choices(list(KINDS), list(KINDS.values()))[0]
-            )
-            encoding = rng.choices(
-                list(KNOWN_ENCODINGS), [0.85 if e == "plain" else 0.05 for e in KNOWN_ENCODINGS]
-            )[0]
+        for _ in range(_CORPUS):
+            (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+            prompt = grammar.draw(rng, pairs, kind)
+            (encoding,) = rng.choices(KNOWN_ENCODINGS, _CORPUS_SHARES)
             yield " " + encode(prompt.text, encoding)
             yield f" {prompt.answer} {grammar.REFUSAL}"
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?[^ ]+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(r" ?[^ ]+"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -93,7 +94,7 @@ def build_tokenizer(vocabulary: int, seed: int = 0) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(settings: ModelSettings, tokenizer, seed: int) -> LlamaForCausalLM:
+def build_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForCausalLM:
     """A LlamaForCausalLM with random weights, scaled for Muon; norm gains stay at 1."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -127,29 +128,30 @@ def build_model(settings: ModelSettings, tokenizer, seed: int) -> LlamaForCausal
     return model
 
 
-def pretraining_rows(tokenizer, settings: PretrainSettings, seed: int) -> Iterator[list[TokenRow]]:
+def pretraining_rows(
+    tokenizer: Any, settings: PretrainSettings, seed: int
+) -> Iterator[list[TokenRow]]:
     """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are
-    padded little and a step still sees several lengths."""
+    padded little and a step still sees several lengths.
+    """
     rng = random.Random(f"pretrain/{seed}")
     size = settings.batch // settings.micro_batches
-    harmful, pairs = grammar.pairs_of("train", "harmful"), grammar.pairs_of("train")
-    kinds = {
-        **{k: v * (1 - settings.decline_share) for k, v in KINDS.items()},
-        "decline": settings.decline_share,
-    }
+    harmful = grammar.pairs_of("train", "harmful")
+    pairs = grammar.pairs_of("train")
+    shares = {kind: share * (1 - settings.decline_share) for kind, share in KINDS.items()}
+    shares["decline"] = settings.decline_share
+    encoded = [name for name in KNOWN_ENCODINGS if name != "plain"]
     while True:
         rows = []
-        for kind in rng.choices(list(kinds), list(kinds.values()), k=32 * size):
-            prompt = grammar.draw(
-                rng, harmful if rng.random() < settings.harmful_share else pairs, kind
-            )
+        for kind in rng.choices(list(shares), list(shares.values()), k=_POOL * size):
+            forced = rng.random() < settings.harmful_share
+            prompt = grammar.draw(rng, harmful if forced else pairs, kind)
             encoding = "plain"
             if rng.random() >= PLAIN_SHARE.get(kind, 1.0):
-                encoding = rng.choice([e for e in KNOWN_ENCODINGS if e != "plain"])
+                encoding = rng.choice(encoded)
             rows.append(Row("", encode(prompt.text, encoding), (prompt.answer,)))
-        tokens = sorted(
-            tokenise(rows, tokenizer, CONTEXT), key=lambda row: (row.length, rng.random())
-        )
+        tokens = tokenise(rows, tokenizer, CONTEXT)
+        tokens.sort(key=lambda row: (row.length, rng.random()))
         parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         rng.shuffle(parts)
         yield from parts
@@ -157,7 +159,7 @@ def pretraining_rows(tokenizer, settings: PretrainSettings, seed: int) -> Iterat
 
 def pretrain(
     model: LlamaForCausalLM,
-    tokenizer,
+    tokenizer: Any,
     settings: PretrainSettings,
     seed: int,
     dtype: torch.dtype,
@@ -168,42 +170,46 @@ def pretrain(
     Forward and backward in `dtype` over copies of the float32 weights; one copy a step, shared by
     its micro-batches.
     """
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "model.layers" in n]
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    matrices = []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "model.layers" in name:
+            matrices.append(parameter)
     optimisers = [
         _muon(matrices, settings.muon_lr),
         torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0),
     ]
-    rates = [[group["lr"] for group in o.param_groups] for o in optimisers]
+    schedules = [LambdaLR(optimiser, partial(_rate, settings)) for optimiser in optimisers]
     batches = pretraining_rows(tokenizer, settings, seed)
-    tokens, began, loss = 0, time.perf_counter(), float("nan")
+    tokens = 0
+    loss = float("nan")
+    began = time.perf_counter()
     for step in range(settings.steps):
-        warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-        scale = warm * min(
-            1.0, (settings.steps - step) / max(settings.steps * settings.decay_share, 1)
-        )
         network = LeanNetwork(model, train=True, dtype=dtype)
         parts = [collate(next(batches)) for _ in range(settings.micro_batches)]
         labels = sum(len(part.labels) for part in parts)
         loss = sum(_backward(network, part, labels) for part in parts)
         network.flush_gradients()
-        for optimiser, lrs in zip(optimisers, rates, strict=True):
-            for group, lr in zip(optimiser.param_groups, lrs, strict=True):
-                group["lr"] = lr * scale
+        for optimiser, schedule in zip(optimisers, schedules, strict=True):
             optimiser.step()
             optimiser.zero_grad()
+            schedule.step()
         tokens += sum(part.ids.numel() for part in parts)
         on_step(step + 1, loss)
-    return {
-        "steps": settings.steps,
-        "tokens": tokens,
-        "seconds": time.perf_counter() - began,
-        "loss": loss,
-    }
+    seconds = time.perf_counter() - began
+    return {"steps": settings.steps, "tokens": tokens, "seconds": seconds, "loss": loss}
+
+
+def _rate(settings: PretrainSettings, step: int) -> float:
+    """The share of the learning rates that step `step` trains with."""
+    warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    left = (settings.steps - step) / max(settings.steps * settings.decay_share, 1)
+    return warm * min(1.0, left)
 
 
 def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
-    loss = token_losses(network.unembed, network.label_rows(batch), batch.labels).sum() / labels
+    losses = token_losses(network.unembed, network.label_rows(batch), batch.labels)
+    loss = losses.sum() / labels
     loss.backward()
     return loss.item()
 
