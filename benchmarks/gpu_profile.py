@@ -30,7 +30,8 @@ import torch
 from measure import environment, seconds_of, write
 from transformers import AutoConfig
 
-from latlib.config.profile import Profile, ProfileError, load_profile
+from latlib.config.profile import Profile, load_profile
+from latlib.config.sections import ProfileError
 from latlib.experiment.checkpoint import load_checkpoint, save_checkpoint
 from latlib.models import resolve_device
 from latlib.planning import estimate

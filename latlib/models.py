@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from latlib.config.profile import LoraSettings, ModelSettings, ProfileError
+from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
 from latlib.hooks import CausalLM
 from latlib.io.hub import (

@@ -22,10 +22,8 @@ from pydantic_core import ErrorDetails
 
 from latlib.config.paths import absolute
 from latlib.config.sections import (
-    AttackSettings,
     BudgetSettings,
     DataSettings,
-    DefenceSettings,
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
@@ -41,31 +39,6 @@ from latlib.config.sections import (
     TrainSettings,
     suggestion,
 )
-
-__all__ = [
-    "AttackSettings",
-    "BudgetSettings",
-    "DataSettings",
-    "DefenceSettings",
-    "EvaluationSettings",
-    "FREE_FIELDS",
-    "LoraSettings",
-    "ModelSettings",
-    "ParallelSettings",
-    "PretrainSettings",
-    "Profile",
-    "ProfileError",
-    "RolesSettings",
-    "Section",
-    "SweepSettings",
-    "TrackingSettings",
-    "TrainSettings",
-    "differences",
-    "find_share",
-    "load_profile",
-    "run_folder",
-    "validated",
-]
 
 
 class Profile(Section):

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from latlib.config.profile import ModelSettings, ProfileError
+from latlib.config.sections import ModelSettings, ProfileError
 from latlib.hooks import CausalLM, blocks_of
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, resolve_device, resolve_dtype

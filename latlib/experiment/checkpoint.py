@@ -31,7 +31,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from latlib.config.profile import ProfileError, TrainSettings, differences
+from latlib.config.profile import differences
+from latlib.config.sections import ProfileError, TrainSettings
 from latlib.distributed import ranks
 from latlib.experiment.validation import Validator
 from latlib.io import files

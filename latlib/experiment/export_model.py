@@ -24,7 +24,7 @@ import torch
 
 import latlib
 from latlib.config.paths import portable
-from latlib.config.profile import ModelSettings, ProfileError
+from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.record import model_card, write_record
 from latlib.experiment.run import Run

@@ -25,7 +25,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from latlib.config.paths import portable
-from latlib.config.profile import FREE_FIELDS, Profile, ProfileError, differences
+from latlib.config.profile import FREE_FIELDS, Profile, differences
+from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.spec import Spec
 from latlib.io.files import write_text

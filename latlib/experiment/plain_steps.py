@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from latlib.config.profile import TrainSettings
+from latlib.config.sections import TrainSettings
 from latlib.distributed.ranks import broadcast, is_main
 from latlib.experiment.checkpoint import WHEN, read_checked, write_checked
 from latlib.experiment.layout import Layout

@@ -24,7 +24,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from latlib.config.profile import Profile, ProfileError, load_profile, run_folder
+from latlib.config.profile import Profile, load_profile, run_folder
+from latlib.config.sections import ProfileError
 from latlib.distributed import ranks
 from latlib.evaluation.outcomes import BASE, Subject
 from latlib.experiment import build, launch

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latlib.config.profile import Profile, ProfileError
+from latlib.config.profile import Profile
+from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 
 Variant = str | Mapping[str, Any] | None  # a name of `sweep.variants`, or changes by dotted name

@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latlib.config.profile import Profile, ProfileError, SweepSettings
+from latlib.config.profile import Profile
+from latlib.config.sections import ProfileError, SweepSettings
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec

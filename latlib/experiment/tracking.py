@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 
-from latlib.config.profile import TrackingSettings
+from latlib.config.sections import TrackingSettings
 from latlib.io.files import json_ready, write_text
 
 TCP_WAIT_S = 3.0  # a reachable server answers in well under a second

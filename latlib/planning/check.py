@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from latlib.config.profile import Profile, ProfileError
+from latlib.config.profile import Profile
+from latlib.config.sections import ProfileError
 from latlib.hooks import resolve_sites
 from latlib.models import LanguageModel, resolve_dtype
 from latlib.planning import estimate

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from latlib.batch import TokenRow
-from latlib.config.profile import LoraSettings, Profile, TrainSettings
-from latlib.config.sections import ModelSettings
+from latlib.config.profile import Profile
+from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
 from latlib.hooks import EMBEDDING, resolve_sites
 from latlib.models import LanguageModel, quietly, with_adapter
 from latlib.planning.step_cost import Lengths, Prediction, on_each_gpu, predicted_step

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from latlib.config.profile import ModelSettings, ProfileError
+from latlib.config.sections import ModelSettings, ProfileError
 
 _LLAMA_3_8B = dict(
     vocab_size=128_256,

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from latlib.config.profile import Profile, ProfileError
+from latlib.config.profile import Profile
+from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import benign_rows, check_overlap, preference_rows
 from latlib.planning import estimate

@@ -31,7 +31,8 @@ import torch
 
 from latlib.attack import Deltas, attack_losses, perturbed_positions, pgd, random_noise
 from latlib.batch import Batch
-from latlib.config.profile import AttackSettings, Profile, validated
+from latlib.config.profile import Profile, validated
+from latlib.config.sections import AttackSettings
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import Perturb, batches

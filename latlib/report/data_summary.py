@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from latlib.config.paths import portable
-from latlib.config.profile import DataSettings, Profile
+from latlib.config.profile import Profile
+from latlib.config.sections import DataSettings
 from latlib.data.splits import SPLITS, FilePrompt, benign_rows, file_prompts, preference_rows
 from latlib.text.chat import Row, fitted, tokenise
 

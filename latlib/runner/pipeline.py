@@ -32,7 +32,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from latlib.config.profile import ProfileError, find_share, load_profile, run_folder
+from latlib.config.profile import find_share, load_profile, run_folder
+from latlib.config.sections import ProfileError
 from latlib.experiment.layout import Layout
 from latlib.io import progress
 from latlib.io.progress import ExitStatus

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from latlib.batch import Batch, TokenRow, collate
-from latlib.config.profile import ModelSettings, PretrainSettings
+from latlib.config.sections import ModelSettings, PretrainSettings
 from latlib.fused.llama import LeanNetwork
 from latlib.losses import token_losses
 from latlib.text.chat import Row, tokenise

@@ -6,14 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from latlib.config.profile import (
-    Profile,
-    ProfileError,
-    differences,
-    find_share,
-    load_profile,
-    run_folder,
-)
+from latlib.config.profile import Profile, differences, find_share, load_profile, run_folder
+from latlib.config.sections import ProfileError
 
 MINIMAL = {
     "description": "a test",

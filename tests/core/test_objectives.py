@@ -7,8 +7,8 @@ import torch
 from tiny_models import LAYERS, language_model, token_rows
 
 from latlib.batch import collate
-from latlib.config.profile import ProfileError, validated
-from latlib.config.sections import TrainSettings
+from latlib.config.profile import validated
+from latlib.config.sections import ProfileError, TrainSettings
 from latlib.errors import SettingError
 from latlib.objectives import OBJECTIVES, RepresentationRerouting
 from latlib.train import Trainer

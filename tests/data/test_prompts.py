@@ -12,8 +12,8 @@ from rows_in_files import THINGS, VERBS, texts
 from saved_families import saved_model
 
 from latlib.batch import TokenRow
-from latlib.config.profile import ProfileError, load_profile, validated
-from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings
+from latlib.config.profile import load_profile, validated
+from latlib.config.sections import DataSettings, EvaluationSettings, ModelSettings, ProfileError
 from latlib.data.prompts import WORLD_KINDS, Question, prompt_source
 from latlib.evaluation import ask
 from latlib.evaluation import examine as examining

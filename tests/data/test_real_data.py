@@ -19,7 +19,8 @@ import yaml
 from rows_in_files import texts
 from saved_families import FAMILIES, saved_model
 
-from latlib.config.profile import ProfileError, load_profile
+from latlib.config.profile import load_profile
+from latlib.config.sections import ProfileError
 from latlib.data.splits import check_overlap
 from latlib.experiment.run import Run
 from latlib.report.evidence import Evidence

@@ -23,12 +23,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import LAYERS, language_model, noise_like, token_rows
 
-from latlib.config.profile import ProfileError, load_profile
+from latlib.config.profile import load_profile
 from latlib.config.sections import (
     AttackSettings,
     DefenceSettings,
     ModelSettings,
     ParallelSettings,
+    ProfileError,
     TrainSettings,
 )
 from latlib.distributed import ranks

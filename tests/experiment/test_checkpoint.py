@@ -10,8 +10,7 @@ import pytest
 import torch
 from tiny_models import language_model, token_rows
 
-from latlib.config.profile import ProfileError
-from latlib.config.sections import AttackSettings, TrainSettings
+from latlib.config.sections import AttackSettings, ProfileError, TrainSettings
 from latlib.experiment import checkpoint
 from latlib.experiment.checkpoint import (
     Due,

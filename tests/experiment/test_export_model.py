@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import latlib
 from latlib.config.paths import portable
-from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.config.profile import Profile, load_profile, validated
+from latlib.config.sections import ProfileError
 from latlib.experiment import export_model
 from latlib.models import load_model
 

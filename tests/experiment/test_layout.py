@@ -2,7 +2,8 @@
 
 import pytest
 
-from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.config.profile import Profile, load_profile, validated
+from latlib.config.sections import ProfileError
 from latlib.experiment.layout import Layout
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latlib.config.profile import ProfileError, load_profile
+from latlib.config.profile import load_profile
+from latlib.config.sections import ProfileError
 from latlib.experiment.run import Run
 from latlib.redteam.latent import AttackCell, replace_settings
 

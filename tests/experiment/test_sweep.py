@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from latlib.config.profile import ProfileError, load_profile
+from latlib.config.profile import load_profile
+from latlib.config.sections import ProfileError
 from latlib.experiment import sweep as sweeping
 from latlib.experiment.run import Run
 from latlib.experiment.sweep import SweepError, points, sweep

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from latlib.config.profile import TrackingSettings
+from latlib.config.sections import TrackingSettings
 from latlib.experiment import tracking
 from latlib.experiment.tracking import (
     Tracker,
@@ -98,7 +98,7 @@ def test_online_only_with_a_key_and_an_answering_server(monkeypatch):
 SILENT_SERVER = """
 import os, socket, sys, time
 from pathlib import Path
-from latlib.config.profile import TrackingSettings
+from latlib.config.sections import TrackingSettings
 from latlib.experiment.tracking import Tracker
 server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers one
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"

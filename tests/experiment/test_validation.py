@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from latlib.batch import collate
-from latlib.config.profile import Profile, ProfileError, load_profile, validated
+from latlib.config.profile import Profile, load_profile, validated
+from latlib.config.sections import ProfileError
 from latlib.data.prompts import PromptSource, prompt_source
 from latlib.evaluation.examine import WorldExaminer
 from latlib.experiment import build, validation

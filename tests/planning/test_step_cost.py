@@ -14,8 +14,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from latlib.config.profile import ProfileError
-from latlib.config.sections import AttackSettings, DefenceSettings, LoraSettings, TrainSettings
+from latlib.config.sections import (
+    AttackSettings,
+    DefenceSettings,
+    LoraSettings,
+    ProfileError,
+    TrainSettings,
+)
 from latlib.planning import step_cost
 from latlib.planning.counters import StepCounter, bytes_of, flop_counter
 from latlib.planning.estimate import random_model, random_trainer

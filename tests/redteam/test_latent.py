@@ -11,8 +11,8 @@ from learned_models import COMPLIES, IS_LOST, KNOWS, learned, small_profile, sub
 
 from latlib.attack import attack_losses, perturbed_positions, pgd
 from latlib.batch import collate
-from latlib.config.profile import ProfileError, load_profile
-from latlib.config.sections import AttackSettings
+from latlib.config.profile import load_profile
+from latlib.config.sections import AttackSettings, ProfileError
 from latlib.evaluation.ask import prompt_set, token_rows
 from latlib.evaluation.examine import WorldExaminer
 from latlib.evaluation.outcomes import COLUMNS, Cell, Examined, outcome_rows
