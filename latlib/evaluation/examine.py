@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from latlib.attack import greedy_matches
 from latlib.batch import TokenRow
@@ -79,15 +80,16 @@ class Examiner(ABC):
         prompts need one for it."""
 
     def rows(
-        self, lm: LanguageModel, prompts: Sequence[Prompt], wording: Wording = PLAINLY
+        self,
+        lm: LanguageModel,
+        prompts: Sequence[Prompt],
+        wording: Wording = PLAINLY,
+        prefill: str = "",
     ) -> list[TokenRow]:
         """`token_rows` behind the profile's system prompt, where the wording has none."""
-        return token_rows(lm, prompts, self._worded(wording))
-
-    def _worded(self, wording: Wording) -> Wording:
-        if wording.system_prompt is not None:
-            return wording
-        return replace(wording, system_prompt=self.profile.data.system_prompt)
+        if wording.system_prompt is None:
+            wording = replace(wording, system_prompt=self.profile.data.system_prompt)
+        return token_rows(lm, prompts, wording, prefill)
 
 
 class WorldExaminer(Examiner):
@@ -119,19 +121,17 @@ class WorldExaminer(Examiner):
     ) -> tuple[Examined, Examined]:
         """See `Examiner`. A harmful prompt was understood if its twin was: the same words, but for
         the target."""
-        network = network or lm.network()
         first = affirmation_tokens(lm, wording)
-        answered, finished = grade_rows(
-            network, self.rows(lm, twins, wording), size=self.size, prefilled=first
-        )
+        rows = self.rows(lm, [*twins, *harmful], wording)
+        network = network or lm.network()
+        n = len(twins)
+        answered, finished = grade_rows(network, rows[:n], None, self.size, first)
+        outcomes, would_finish = grade_rows(network, rows[n:], None, self.size, first)
         pairs = zip(answered, finished, strict=True)
         understood = [outcome == Outcome.COMPLIED or rest for outcome, rest in pairs]
-        outcomes, begun = grade_rows(
-            network, self.rows(lm, harmful, wording), size=self.size, prefilled=first
-        )
         prefilled = None
         if prefilling and first:
-            prefilled = [Outcome.COMPLIED if rest else Outcome.NEITHER for rest in begun]
+            prefilled = [Outcome.COMPLIED if yes else Outcome.NEITHER for yes in would_finish]
         of_twins = Examined(answered, True, understood)
         return of_twins, Examined(outcomes, True, understood, prefilled)
 
@@ -150,8 +150,12 @@ class RealExaminer(Examiner):
         perturb: Perturb | None = None,
     ) -> Examined:
         """See `Examiner`."""
+        directions = network.directions if network else None
         rows = self.rows(lm, prompts, wording)
-        return self._graded(lm, network or lm.network(), prompts, rows, wording, perturb)
+        size, tokens = self.size, self.profile.evaluation.max_new_tokens
+        texts = write(lm, rows, perturb, directions, size, tokens)
+        outcomes = self._graded(prompts, texts, wording.reply_encoding)
+        return Examined(outcomes, exact=False, texts=texts)
 
     def examine_pairs(
         self,
@@ -165,44 +169,50 @@ class RealExaminer(Examiner):
         """See `Examiner`. There are no twins: each prompt says itself whether it was
         understood."""
         network = network or lm.network()
-        of_twins = self._understood(lm, network, twins, wording)
-        of_harmful = self._understood(lm, network, harmful, wording)
+        found = []
+        for prompts in (twins, harmful):
+            rows = self.rows(lm, prompts, wording)
+            understood = understood_by_likelihood(network, rows, prompts, self.size)
+            examined = self.examine(lm, prompts, wording, network)
+            found.append(replace(examined, understood=understood))
+        of_twins, of_harmful = found
         if prefilling:
-            rows = [_prefilled(lm, prompt, self._worded(wording)) for prompt in harmful]
-            begun = self._graded(lm, network, harmful, rows, wording)
-            of_harmful = replace(of_harmful, prefilled=begun.outcomes)
+            prefilled = self._prefilled(lm, harmful, wording, network.directions)
+            of_harmful = replace(of_harmful, prefilled=prefilled)
         return of_twins, of_harmful
 
-    def _understood(
-        self, lm: LanguageModel, network: Network, prompts: Sequence[Prompt], wording: Wording
-    ) -> Examined:
-        rows = self.rows(lm, prompts, wording)
-        understood = understood_by_likelihood(network, rows, prompts, self.size)
-        found = self._graded(lm, network, prompts, rows, wording)
-        return replace(found, understood=understood)
-
-    def _graded(
+    def _prefilled(
         self,
         lm: LanguageModel,
-        network: Network,
         prompts: Sequence[Prompt],
-        rows: Sequence[TokenRow],
         wording: Wording,
-        perturb: Perturb | None = None,
-    ) -> Examined:
-        """Replies to rows and their outcomes. Where an encoded reply was asked for, it is read as
-        it stands and decoded: refused if either is, else as decoded."""
+        directions: Tensor | None,
+    ) -> list[Outcome]:
+        """Outcomes with the first words of every answer in the model's mouth; one word at least is
+        left to it."""
+        rows = []
+        for prompt in prompts:
+            words = wording.answer(prompt).split(" ")
+            first = " ".join(words[: min(PREFILL_WORDS, len(words) - 1)])
+            rows += self.rows(lm, [prompt], wording, first)
         tokens = self.profile.evaluation.max_new_tokens
-        texts = write(lm, network, rows, perturb, self.size, tokens)
+        texts = write(lm, rows, None, directions, self.size, tokens)
+        return self._graded(prompts, texts, wording.reply_encoding)
+
+    def _graded(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], reply_encoding: str
+    ) -> list[Outcome]:
+        """Outcomes of replies. Where an encoded one was asked for, it is read as it stands and
+        decoded: refused if either is, else as decoded."""
         grader = grader_of(self.profile, prompts)
         asked = [prompt.text for prompt in prompts]
         outcomes = [verdict.outcome for verdict in grader.grade(asked, texts)]
-        if wording.reply_encoding != PLAIN:
-            read = [_decoded(text, wording.reply_encoding) for text in texts]
+        if reply_encoding != PLAIN:
+            read = [_decoded(text, reply_encoding) for text in texts]
             for i, verdict in enumerate(grader.grade(asked, read)):
                 if outcomes[i] != Outcome.REFUSED:
                     outcomes[i] = verdict.outcome
-        return Examined(outcomes, exact=False, texts=texts)
+        return outcomes
 
 
 def _decoded(text: str, encoding: str) -> str:
@@ -281,15 +291,6 @@ def affirmation_tokens(lm: LanguageModel, wording: Wording = PLAINLY) -> int:
     full = token_rows(lm, [prompt], bare)[0].completions[0]
     rest = token_rows(lm, [prompt], bare, first)[0].completions[0]
     return len(full) - shared_end(full, rest)
-
-
-def _prefilled(lm: LanguageModel, prompt: Prompt, wording: Wording) -> TokenRow:
-    """The prompt with the first words of its answer behind it; one word at least is left to the
-    model.
-    """
-    words = wording.answer(prompt).split(" ")
-    first = " ".join(words[: min(PREFILL_WORDS, len(words) - 1)])
-    return token_rows(lm, [prompt], wording, first)[0]
 
 
 @torch.no_grad()

@@ -13,12 +13,12 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from latlib.batch import Batch, TokenRow, collate
 from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
-from latlib.network_protocol import Network
-from latlib.text.chat import Row, token_ids, tokenise
+from latlib.text.chat import Row, tokenise
 from latlib.threat import Site
 
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
@@ -28,16 +28,21 @@ def batches(
     rows: Sequence[TokenRow], size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[list[int], Batch]]:
     """(row indices, batch) of up to `size` rows of similar length."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].length)
-    for at in range(0, len(order), size):
-        index = order[at : at + size]
+    for index in of_similar_length([row.length for row in rows], size):
         yield index, collate([rows[i] for i in index], device=device)
+
+
+def of_similar_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of up to `size` rows at a time, the shortest first."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for at in range(0, len(order), size):
+        yield order[at : at + size]
 
 
 def generate(
     lm: LanguageModel,
     prompts: Sequence[str],
-    deltas: Mapping[Site, Tensor] | None = None,
+    perturb: Perturb | None = None,
     max_new_tokens: int = 24,
     system_prompt: str | None = None,
     directions: Tensor | None = None,
@@ -46,39 +51,29 @@ def generate(
     """Greedy replies to prompts as text, through the chat template, `size` prompts at a time with a
     key-value cache.
 
-    deltas: site -> [batch, longest prompt, d_model], for the **left**-padded batch of all prompts
-    (see `left_padded`); they act on the prompt only, never again while decoding. directions:
-    [d_model] or [k, d_model], ablated throughout.
+    perturb: makes the perturbation of a batch of prompts, which acts on them only, never again
+    while decoding. directions: [d_model] or [k, d_model], ablated throughout.
     """
     asked = [Row(str(i), prompt, ()) for i, prompt in enumerate(prompts)]
     rows = tokenise(asked, lm.tokenizer, lm.context, system_prompt)
-    inputs = left_padded_ids(lm, [row.prompt for row in rows])
-    replies = []
-    for at in range(0, len(prompts), size):
-        part = {name: tensor[at : at + size] for name, tensor in inputs.items()}
-        own = {site: delta[at : at + size] for site, delta in (deltas or {}).items()}
-        replies += _decode(lm, part, own, directions, max_new_tokens)
-    return replies
+    return write(lm, rows, perturb, directions, size, max_new_tokens)
 
 
 def write(
     lm: LanguageModel,
-    network: Network,
     rows: Sequence[TokenRow],
     perturb: Perturb | None = None,
+    directions: Tensor | None = None,
     size: int = 32,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy replies to the prompts of rows, in their order. perturb: makes the perturbation of a
-    packed batch. network: of `lm`; what it ablates is ablated here."""
+    """`generate` for the prompts of rows, in their order."""
     replies: dict[int, str] = {}
     for index, batch in batches(rows, size, lm.device):
-        deltas = {}
-        if perturb:
-            packed = perturb(batch)
-            deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
-        inputs = left_padded_ids(lm, [rows[i].prompt for i in index])
-        written = _decode(lm, inputs, deltas, network.directions, max_new_tokens)
+        packed = perturb(batch) if perturb else {}
+        deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
+        inputs = left_padded(lm, [rows[i].prompt for i in index])
+        written = _decode(lm, inputs, deltas, directions, max_new_tokens)
         replies |= dict(zip(index, written, strict=True))
     return [replies[i] for i in range(len(rows))]
 
@@ -108,22 +103,15 @@ def _decode(
     return [reply.strip() for reply in lm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def left_padded(lm: LanguageModel, texts: Sequence[str]) -> dict[str, Tensor]:
-    """input_ids and attention_mask [batch, longest], padded on the left as batched generation
-    needs.
+def left_padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """input_ids and attention_mask [batch, longest] of rows of token ids, padded on the left as
+    batched generation needs.
     """
-    return left_padded_ids(lm, token_ids(lm.tokenizer, texts))
-
-
-def left_padded_ids(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """`left_padded` of rows of token ids."""
-    longest = max(len(row) for row in rows)
-    pad = lm.tokenizer.pad_token_id or 0
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+    tensors = [torch.tensor(row) for row in rows]
+    pad = lm.tokenizer.pad_token_id or 0  # masked, so any token does
+    ids = pad_sequence(tensors, True, pad, padding_side="left")
+    ones = [torch.ones_like(row) for row in tensors]
+    mask = pad_sequence(ones, True, 0, padding_side="left")
     return {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from latlib.config.sections import ModelSettings, ProfileError
-from latlib.evaluation.generate import left_padded_ids
+from latlib.evaluation.generate import left_padded, of_similar_length
 from latlib.evaluation.outcomes import Outcome
 from latlib.evaluation.phrases import OPENING
 from latlib.evaluation.rule_graders import Grader, PhraseGrader, Verdict, checked_pairs
@@ -158,22 +158,23 @@ class ModelGrader:
         """Expected score in [0, 1] of each row of token ids; rows of similar length share a
         forward.
         """
-        values = torch.linspace(0, 1, len(self.labels))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         scores: dict[int, float] = {}
-        for at in range(0, len(order), self.batch):
-            index = order[at : at + self.batch]
-            logits = self.next_logits([rows[i] for i in index])
-            each = [logits[:, ids].logsumexp(1) for ids in self.label_ids]
-            shares = torch.stack(each, dim=1).softmax(1)  # [batch, labels]
-            expected = (shares @ values).clamp(0, 1).tolist()
+        for index in of_similar_length([len(row) for row in rows], self.batch):
+            expected = self._expected(self.next_logits([rows[i] for i in index]))
             scores |= dict(zip(index, expected, strict=True))
         return [scores[i] for i in range(len(rows))]
+
+    def _expected(self, logits: Tensor) -> list[float]:
+        """Score by the softmax of the labels, of logits [batch, vocabulary]."""
+        each = [logits[:, ids].logsumexp(1) for ids in self.label_ids]
+        shares = torch.stack(each, dim=1).softmax(1)  # [batch, labels]
+        values = torch.linspace(0, 1, len(each))
+        return (shares @ values).clamp(0, 1).tolist()
 
     @torch.no_grad()
     def next_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """[batch, vocabulary] float32 on the CPU: what the judge expects after each row."""
-        inputs = left_padded_ids(self.lm, rows)
+        inputs = left_padded(self.lm, rows)
         # the library counts padding unless it is told
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         output = self.lm.model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latlib.data.prompts import in_the_world
 from latlib.evaluation.ask import prompt_set
-from latlib.evaluation.generate import generate, left_padded
+from latlib.evaluation.generate import generate
 from latlib.evaluation.outcomes import OWN_RULES, Rule
 from latlib.evaluation.phrases import redacted
 from latlib.experiment.run import Run
 from latlib.io.progress import in_batch
 from latlib.refusal.directions import sources
-from latlib.refusal.interventions import added
-from latlib.text.chat import chat_text
+from latlib.refusal.interventions import adding
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -54,9 +53,8 @@ def reply(run: Run, target: str, seed: int, prompt: str, steering: Steering) -> 
         raise ValueError(
             f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added"
         )
-    ids = left_padded(lm, [chat_text(lm.tokenizer, prompt, system)])["input_ids"]
-    deltas = added(direction.vector, direction.site, ids, steering.strength)
-    return generate(lm, [prompt], deltas, system_prompt=system)[0]
+    perturb = adding(direction.vector, direction.site, steering.strength)
+    return generate(lm, [prompt], perturb, system_prompt=system)[0]
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:

@@ -2,7 +2,7 @@
 
 1. `orthogonalised`: a copy of the model whose weights cannot write it. The same function as
    ablation by hooks, and a standard model: it can be saved, merged, generated from.
-2. `added`: the perturbation that adds a vector at a site, at every position; on harmless prompts a
+2. `adding`: the perturbation that adds a vector at a site, at every position; on harmless prompts a
    refusal direction makes the model refuse.
 
 Source: Arditi et al. 2024, section 2.4 and appendix E.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from latlib.batch import Batch
 from latlib.evaluation.generate import Perturb
 from latlib.hooks import blocks_of, decoder_of, orthonormal, project_out, writers_of
 from latlib.models import LanguageModel
@@ -34,15 +35,14 @@ class Direction:
     note: str = ""
 
 
-def added(vector: Tensor, site: Site, ids: Tensor, strength: float = 1.0) -> dict[Site, Tensor]:
-    """site -> [batch, seq, d_model]: `strength` times `vector` ([d_model], units of the stream) at
-    every position of `ids` ([batch, seq])."""
-    return {site: (strength * vector).to(ids.device).expand(*ids.shape, -1)}
+def adding(vector: Tensor, site: Site, strength: float = 1.0) -> Perturb:
+    """The perturbation of a batch that adds `strength` times `vector` ([d_model], units of the
+    stream) at a site, at every position."""
 
+    def perturb(batch: Batch) -> dict[Site, Tensor]:
+        return {site: (strength * vector).to(batch.ids.device).expand(*batch.shape, -1)}
 
-def adding(vector: Tensor, site: Site) -> Perturb:
-    """The perturbation of a batch that `added` makes."""
-    return lambda batch: added(vector, site, batch.ids)
+    return perturb
 
 
 @torch.no_grad()

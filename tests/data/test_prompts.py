@@ -142,9 +142,9 @@ def test_replies_of_packed_rows_are_those_of_the_prompts(lm, profile):
     prompts = prompt_set("harmful", profile)
     rows = token_rows(lm, prompts)
     plain = generate(lm, [p.text for p in prompts], max_new_tokens=5)
-    assert write(lm, lm.network(), rows, size=4, max_new_tokens=5) == plain
+    assert write(lm, rows, size=4, max_new_tokens=5) == plain
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    ablated = write(lm, lm.network().ablated(direction), rows, size=4, max_new_tokens=5)
+    ablated = write(lm, rows, None, direction, size=4, max_new_tokens=5)
     assert ablated == generate(
         lm, [p.text for p in prompts], max_new_tokens=5, directions=direction
     )
@@ -154,8 +154,8 @@ def test_replies_of_packed_rows_are_those_of_the_prompts(lm, profile):
         asked = [tuple(ids[part == 0].tolist()) for ids, part in zip(batch.ids, batch.segments)]
         return {EMBEDDING: torch.stack([noise[prompt][: batch.shape[1]] for prompt in asked])}
 
-    one_by_one = [write(lm, lm.network(), [row], perturb, max_new_tokens=5)[0] for row in rows]
-    assert write(lm, lm.network(), rows, perturb, size=4, max_new_tokens=5) == one_by_one != plain
+    one_by_one = [write(lm, [row], perturb, max_new_tokens=5)[0] for row in rows]
+    assert write(lm, rows, perturb, size=4, max_new_tokens=5) == one_by_one != plain
 
 
 class Scripted:
@@ -178,7 +178,7 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
     monkeypatch.setattr(
         examining,
         "write",
-        lambda lm, network, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))],
+        lambda lm, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))],
     )
     found = examiner_of(profile).examine(lm, prompts)
     assert found.outcomes == ["refused", "complied", "neither"] * 2
@@ -209,7 +209,7 @@ def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypa
 def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        examining, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+        examining, "write", lambda lm, rows, *_: asked.append(rows) or ["x"] * len(rows)
     )
     prompts = prompt_set("harmful", profile)
     wording = Wording(system_prompt="be good .")
@@ -302,7 +302,7 @@ def test_a_run_says_how_to_read_it(profile):
 def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, profile, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        examining, "write", lambda lm, network, rows, *_: asked.append(rows) or ["x"] * len(rows)
+        examining, "write", lambda lm, rows, *_: asked.append(rows) or ["x"] * len(rows)
     )
     own = profile.model_copy(
         update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})}
@@ -325,7 +325,7 @@ def flagged(monkeypatch):
         seen.append(prompts)
         return [i % 2 == (0 if prompt.harmful else 1) for i, prompt in enumerate(prompts)]
 
-    monkeypatch.setattr(examining, "write", lambda lm, network, rows, *_: ["yes"] * len(rows))
+    monkeypatch.setattr(examining, "write", lambda lm, rows, *_: ["yes"] * len(rows))
     monkeypatch.setattr(examining, "understood_by_likelihood", understood_by_likelihood)
     return seen
 

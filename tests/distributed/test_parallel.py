@@ -102,7 +102,7 @@ def replies_of(trainer) -> list[str]:
     def perturb(batch):
         return noise_like(batch, (1,), size=3.0)
 
-    return write(lm, lm.network(), token_rows(4, 1), perturb, size=4, max_new_tokens=3)
+    return write(lm, token_rows(4, 1), perturb, size=4, max_new_tokens=3)
 
 
 def smoke(mode="ddp", count=1):

@@ -7,10 +7,10 @@ import torch
 from tiny_models import plain_model, world_tokenizer
 
 from latlib.batch import collate
-from latlib.evaluation.generate import generate, left_padded, shift_left_padded
+from latlib.evaluation.generate import generate, left_padded
 from latlib.losses import at_labels
 from latlib.network import StockNetwork
-from latlib.text.chat import Row, chat_text, tokenise
+from latlib.text.chat import Row, chat_text, token_ids, tokenise
 from latlib.world import organism
 
 PROMPTS = [
@@ -48,6 +48,17 @@ def noise(lm, batch, size=2.0):
     }
 
 
+def as_asked(batch, deltas):
+    """The perturbation of any batch of the prompts: each row its own, wherever it stands."""
+    rows = [tuple(ids[part == 0].tolist()) for ids, part in zip(batch.ids, batch.segments)]
+
+    def perturb(asked):
+        index = [rows.index(tuple(i[p == 0].tolist())) for i, p in zip(asked.ids, asked.segments)]
+        return {site: delta[index, : asked.shape[1]] for site, delta in deltas.items()}
+
+    return perturb
+
+
 def greedy(lm, network, deltas, index, n):
     """Token by token without a cache: each step runs the whole row, the perturbation on its
     prompt.
@@ -80,8 +91,7 @@ def test_replies_do_not_depend_on_the_batch(lm, size):
 def test_a_perturbation_acts_on_the_prompt_and_never_while_decoding(lm, size):
     batch = prompt_batch(lm)
     deltas = noise(lm, batch)
-    shifted = {site: shift_left_padded(delta, batch) for site, delta in deltas.items()}
-    found = generate(lm, PROMPTS, shifted, max_new_tokens=6, size=size)
+    found = generate(lm, PROMPTS, as_asked(batch, deltas), max_new_tokens=6, size=size)
     assert found == [greedy(lm, StockNetwork(lm.model), deltas, i, 6) for i in range(len(PROMPTS))]
     assert found != generate(lm, PROMPTS, max_new_tokens=6)
 
@@ -93,15 +103,16 @@ def test_generation_under_ablation(lm, perturbed):
         torch.randn(2, 16, generator=torch.Generator().manual_seed(1)),
     )
     deltas = noise(lm, batch) if perturbed else {}
-    shifted = {site: shift_left_padded(delta, batch) for site, delta in deltas.items()}
-    found = generate(lm, PROMPTS, shifted, max_new_tokens=6, directions=directions)
+    perturb = as_asked(batch, deltas) if perturbed else None
+    found = generate(lm, PROMPTS, perturb, max_new_tokens=6, directions=directions)
     network = StockNetwork(lm.model).ablated(directions)
     assert found == [greedy(lm, network, deltas, i, 6) for i in range(len(PROMPTS))]
-    assert found != generate(lm, PROMPTS, shifted, max_new_tokens=6)
+    assert found != generate(lm, PROMPTS, perturb, max_new_tokens=6)
 
 
 def test_prompts_are_padded_on_the_left(lm):
-    encoded = left_padded(lm, PROMPTS)
+    chats = [chat_text(lm.tokenizer, prompt) for prompt in PROMPTS]
+    encoded = left_padded(lm, token_ids(lm.tokenizer, chats))
     assert (encoded["attention_mask"][:, -1] == 1).all() and encoded[
         "attention_mask"
     ].sum() < encoded["input_ids"].numel()

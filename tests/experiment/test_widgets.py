@@ -4,6 +4,7 @@ out.
 
 import pytest
 
+from latlib.batch import TokenRow, collate
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate
 from latlib.experiment import widgets
@@ -18,9 +19,9 @@ def run(smoke_run):
 def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
     prompt, asked = prompt_set("harmful", run.profile)[0].text, []
 
-    def spy(lm, prompts, deltas=None, **options):
-        asked.append((deltas, options["directions"] if "directions" in options else None))
-        return generate(lm, prompts, deltas, max_new_tokens=3, **options)
+    def spy(lm, prompts, perturb=None, **options):
+        asked.append((perturb, options["directions"] if "directions" in options else None))
+        return generate(lm, prompts, perturb, max_new_tokens=3, **options)
 
     monkeypatch.setattr(widgets, "generate", spy)
     direction = run.directions("ssft")["best"]
@@ -28,8 +29,9 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
         assert isinstance(
             widgets.reply(run, "lat", 0, prompt, Steering(mode, "ssft", "best", 0.5)), str
         )
-    (none, _), (_, ablated), (deltas, _) = asked
+    (none, _), (_, ablated), (perturb, _) = asked
     assert none is None and (ablated == direction.vector).all()
+    deltas = perturb(collate([TokenRow((1, 2), ())]))
     assert (
         list(deltas) == [direction.site]
         and (deltas[direction.site] == 0.5 * direction.vector).all()

@@ -64,7 +64,7 @@ def graded(monkeypatch, lm):
     """
     calls = []
 
-    def grade(network, rows, size, prefilled):
+    def grade(network, rows, perturb, size, prefilled):
         assert prefilled == affirmation_tokens(lm)
         calls.append([lm.tokenizer.decode(list(row.prompt)) for row in rows])
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]

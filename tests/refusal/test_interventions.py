@@ -9,7 +9,7 @@ import torch
 from latlib.hooks import EMBEDDING, Capture, LATHook
 from latlib.losses import at_labels
 from latlib.models import LanguageModel
-from latlib.refusal.interventions import added, orthogonalised
+from latlib.refusal.interventions import adding, orthogonalised
 
 DTYPES = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -80,12 +80,12 @@ def test_an_added_vector_moves_its_site_by_its_length(family, site):
         lm.model(batch.ids)
     with (
         torch.no_grad(),
-        LATHook(lm.model, added(vector, site, batch.ids, 0.5)),
+        LATHook(lm.model, adding(vector, site, 0.5)(batch)),
         Capture(lm.model, [site]) as moved,
     ):
         lm.model(batch.ids)
     torch.testing.assert_close(moved[site] - clean[site], (0.5 * vector).expand_as(clean[site]))
     network = lm.network()
     assert not torch.allclose(
-        network.hidden(batch, added(vector, site, batch.ids)), network.hidden(batch)
+        network.hidden(batch, adding(vector, site)(batch)), network.hidden(batch)
     )
