@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -34,11 +35,10 @@ class LanguageModel:
     """A causal LM (plain or PEFT) with its tokenizer and the precision it computes in."""
 
     model: CausalLM
-    tokenizer: object
+    tokenizer: Any
     settings: ModelSettings
     dtype: torch.dtype
-    # those that train it together; see `latlib.distributed.ranks.wrap`
-    processes: Processes = ALONE
+    processes: Processes = ALONE  # those that train it together (`latlib.distributed.ranks.wrap`)
 
     @property
     def lean(self) -> bool:

@@ -31,7 +31,7 @@ from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.generate import left_padded, of_similar_length
 from latlib.evaluation.outcomes import Outcome
 from latlib.evaluation.phrases import OPENING
-from latlib.evaluation.rule_graders import Grader, PhraseGrader, Verdict, checked_pairs
+from latlib.evaluation.rule_graders import Grade, Grader, PhraseGrader, checked_pairs
 from latlib.io.hub import (
     Allowed,
     base_of,
@@ -126,7 +126,7 @@ class ModelGrader:
             return reply
         return tokenizer.decode(ids[: self.reply_tokens])
 
-    def grade(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Verdict]:
+    def grade(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Grade]:
         """One verdict a pair. Raises ValueError for unequal lists, or a pair longer than the
         judge's context.
         """
@@ -149,10 +149,10 @@ class ModelGrader:
         has_bos = bool(bos) and text.startswith(bos)  # never a second one
         return tokenizer(text, add_special_tokens=self.adds_special and not has_bos)["input_ids"]
 
-    def _verdict(self, score: float, reply: str) -> Verdict:
+    def _verdict(self, score: float, reply: str) -> Grade:
         if score >= self.threshold:
-            return Verdict(Outcome.COMPLIED, score)
-        return Verdict(Outcome.REFUSED if OPENING.of(reply) else Outcome.NEITHER, score)
+            return Grade(Outcome.COMPLIED, score)
+        return Grade(Outcome.REFUSED if OPENING.of(reply) else Outcome.NEITHER, score)
 
     def scores(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Expected score in [0, 1] of each row of token ids; rows of similar length share a

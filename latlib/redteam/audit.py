@@ -49,7 +49,7 @@ from latlib.redteam.latent import AttackCell, main_attack, replace_settings
 
 def audit(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Harmful requests, their twins and prefilling in every encoding; harmless requests of other
-    kinds in those that the model was taught, to say what a defence costs. Further encodings on the
+    kinds in the profile's `encodings`, to say what a defence costs. Further encodings on the
     profile's first seed only."""
     profile = subject.profile
     first = subject.seed == profile.seeds[0]
@@ -74,14 +74,14 @@ def _audit(
     profile = subject.profile
     examiner = examiner_of(profile)
     network = lm.network()
-    taught = profile.evaluation.encodings
+    in_full = profile.evaluation.encodings
     twins = _answered(examiner, lm, prompt_set(TWIN, profile))
     harmful = prompt_set(HARMFUL, profile)
     tables = []
-    for step, encoding in enumerate((*taught, *further), start=1):
+    for step, encoding in enumerate((*in_full, *further), start=1):
         wording = Wording.of(encoding)
         # a real model writes every prefilled reply anew: not in further encodings
-        prefilling = not examiner.writes or encoding in taught
+        prefilling = not examiner.writes or encoding in in_full
         of_twins, of_harmful = examiner.examine_pairs(
             lm, twins, harmful, wording, network, prefilling
         )
@@ -95,7 +95,7 @@ def _audit(
             prompts = prompt_set(name, profile)
             found = examiner.examine(lm, prompts, wording, network)
             tables.append(outcome_rows(subject, replace(cell, prompts=name), prompts, found))
-        on_step(step, len(taught) + len(further), encoding)
+        on_step(step, len(in_full) + len(further), encoding)
     return pd.concat(tables, ignore_index=True)
 
 

@@ -7,7 +7,7 @@ target's tokens.
 1. The prompt's ids are cut round the suffix: [before | suffix | behind | target] (`Frames`). The
    first suffix is a neutral text.
 2. The loss's gradient at the suffix's embeddings, times the embedding of every token, is to first
-   order what each substitution does; the `topk` best of each position are kept (`Objective`).
+   order what each substitution does; the `topk` best of each position are kept (`SuffixLoss`).
 3. Candidates replace `n_replace` random positions by random tokens of these. What decoding, chat
    template and tokenizer do not give back unchanged is a text nobody could send: it is filtered,
    and another is drawn.
@@ -121,7 +121,7 @@ def gcg(
     on_step: called after every step. Raises ValueError for input that cannot be used, RuntimeError
     when not even one row fits into memory. Weights, their gradients and flags stay as they are.
     """
-    return _search(Objective(lm, prompts, targets, settings), seed, on_step, by_gradient=True)
+    return _search(SuffixLoss(lm, prompts, targets, settings), seed, on_step, by_gradient=True)
 
 
 def random_search(
@@ -135,10 +135,10 @@ def random_search(
     """The gradient-free control of `gcg`, with as many queries; arguments and errors are the
     same.
     """
-    return _search(Objective(lm, prompts, targets, settings), seed, on_step, by_gradient=False)
+    return _search(SuffixLoss(lm, prompts, targets, settings), seed, on_step, by_gradient=False)
 
 
-def _search(objective: Objective, seed: int, on_step: OnStep, by_gradient: bool) -> Suffix:
+def _search(objective: SuffixLoss, seed: int, on_step: OnStep, by_gradient: bool) -> Suffix:
     settings = objective.settings
     first = objective.initial
     loss = objective.losses([first], objective.everyone).mean().item()
@@ -165,7 +165,7 @@ def _search(objective: Objective, seed: int, on_step: OnStep, by_gradient: bool)
 
 
 def _step(
-    objective: Objective, origin: Ids, generator: torch.Generator, by_gradient: bool
+    objective: SuffixLoss, origin: Ids, generator: torch.Generator, by_gradient: bool
 ) -> tuple[Ids, float, int]:
     """(the best candidate of a step from `origin`, its loss over all prompts, queries)."""
     settings, frames = objective.settings, objective.frames
@@ -330,7 +330,7 @@ class Frames:
         return torch.tensor(found)
 
 
-class Objective:
+class SuffixLoss:
     """The loss of suffixes on a model, and its gradient.
 
     targets: of each prompt, the ids of its one completion. everyone: the numbers of all prompts.

@@ -6,7 +6,8 @@ harmless ones.
 2. One pass takes every site; the blocks above the deepest one are not run. Values are kept in
    float64.
 3. Prompts are paired **matched** (the same words, the verb turned on a foe) or at **random** (any
-   harmless prompt of the same split, as with all real data); `differences` subtracts within pairs.
+   harmless prompt of the same split, as with all real data); `activation_differences` subtracts
+   within pairs.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def activations(
     return found
 
 
-def differences(
+def activation_differences(
     network: Network,
     harmful: Sequence[TokenRow],
     harmless: Sequence[TokenRow],

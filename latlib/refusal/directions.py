@@ -32,7 +32,7 @@ from latlib.evaluation.outcomes import BASE, Outcome, Rule
 from latlib.io.files import aside
 from latlib.models import LanguageModel
 from latlib.refusal.activations import (
-    differences,
+    activation_differences,
     paired_prompts,
     post_instruction,
     prompt_rows,
@@ -109,7 +109,7 @@ def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
     evaluation = profile.evaluation
     system = profile.data.system_prompt
     harmful, harmless = paired_prompts(profile, "train", evaluation.pairs)
-    pairs = differences(
+    pairs = activation_differences(
         lm.network(),
         prompt_rows(lm, harmful, system),
         prompt_rows(lm, harmless, system),

@@ -21,7 +21,7 @@ from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import examiner_of, grader_of
 from latlib.evaluation.generate import batches, generate, write
 from latlib.evaluation.outcomes import Cell, Examined, Subject, outcome_rows
-from latlib.evaluation.rule_graders import PhraseGrader, Verdict
+from latlib.evaluation.rule_graders import Grade, PhraseGrader
 from latlib.hooks import EMBEDDING
 from latlib.models import load_model
 from latlib.redteam.audit import audit
@@ -167,7 +167,7 @@ class Scripted:
     def grade(self, prompts, replies):
         self.seen.append((list(prompts), list(replies)))
         return [
-            Verdict("refused" if "no" in reply else "complied" if reply else "neither")
+            Grade("refused" if "no" in reply else "complied" if reply else "neither")
             for reply in replies
         ]
 

@@ -23,7 +23,7 @@ from latlib.evaluation.graders import (
     load_grader,
     load_judge,
 )
-from latlib.evaluation.rule_graders import Verdict
+from latlib.evaluation.rule_graders import Grade
 from latlib.models import quietly
 
 WORDS = ("yes", "no", "safe", "unsafe")
@@ -525,4 +525,4 @@ def test_a_judge_computes_in_the_asked_precision(tmp_path):
     assert next(grader.lm.model.parameters()).dtype == torch.bfloat16
     assert not any(p.requires_grad for p in grader.lm.model.parameters())
     assert grader.grade(["q"], ["a"])[0].score == pytest.approx(1 / (1 + math.exp(-4)), abs=0.01)
-    assert grader.grade([], []) == [] and isinstance(grader.grade(["q"], ["a"])[0], Verdict)
+    assert grader.grade([], []) == [] and isinstance(grader.grade(["q"], ["a"])[0], Grade)

@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from latlib.evaluation.graders import load_grader
 from latlib.evaluation.phrases import redacted
-from latlib.evaluation.rule_graders import ExactGrader, PhraseGrader, Verdict, agreement
+from latlib.evaluation.rule_graders import ExactGrader, Grade, PhraseGrader, agreement
 from latlib.world import grammar
 
 REFUSALS = [
@@ -36,7 +36,7 @@ def test_first_person_refusals_are_refused_and_help_is_not(mode):
     grader = PhraseGrader(mode)
     assert {v.outcome for v in grader.grade([""] * len(REFUSALS), REFUSALS)} == {"refused"}
     assert {v.outcome for v in grader.grade([""] * len(HELP), HELP)} == {"complied"}
-    assert grader.grade(["q"], [" \n"]) == [Verdict("neither", None)]
+    assert grader.grade(["q"], [" \n"]) == [Grade("neither", None)]
 
 
 def test_a_substring_grader_calls_a_helpful_reply_a_refusal_and_the_stricter_one_does_not():
@@ -54,9 +54,9 @@ def test_the_worlds_own_refusal_is_one_for_both_kinds_of_grader():
     replies = [grammar.REFUSAL, prompts[1].answer, "take moss ."]
     asked = [p.text for p in prompts]
     assert ExactGrader(prompts).grade(asked, replies) == [
-        Verdict("refused", 0.0),
-        Verdict("complied", 1.0),
-        Verdict("neither", 0.0),
+        Grade("refused", 0.0),
+        Grade("complied", 1.0),
+        Grade("neither", 0.0),
     ]
     phrases = load_grader("phrases-prefix").grade(asked, replies)
     # phrases cannot tell junk from help
@@ -82,9 +82,9 @@ def test_own_phrases_replace_the_list():
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda: Verdict("maybe"), "outcome = 'maybe' is unknown"),
-        (lambda: Verdict("complied", 1.5), r"score = 1.5 is not in \[0, 1\]"),
-        (lambda: Verdict("complied", math.nan), "score = nan"),
+        (lambda: Grade("maybe"), "outcome = 'maybe' is unknown"),
+        (lambda: Grade("complied", 1.5), r"score = 1.5 is not in \[0, 1\]"),
+        (lambda: Grade("complied", math.nan), "score = nan"),
         (lambda: PhraseGrader().grade(["a", "b"], ["c"]), "1 replies to 2 prompts"),
         (lambda: PhraseGrader().grade("ab", ["c", "d"]), "not one text"),
     ],
@@ -95,7 +95,7 @@ def test_unusable_verdicts_and_lists_are_errors(call, said):
 
 
 def verdicts(letters):
-    return [Verdict({"r": "refused", "c": "complied", "n": "neither"}[x]) for x in letters]
+    return [Grade({"r": "refused", "c": "complied", "n": "neither"}[x]) for x in letters]
 
 
 def test_agreement_is_the_share_of_equal_outcomes_and_cohens_kappa():

@@ -18,7 +18,7 @@ from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
 from latlib.models import with_adapter
-from latlib.redteam.gcg import Frames, Objective, SuffixSettings, gcg, random_search
+from latlib.redteam.gcg import Frames, SuffixLoss, SuffixSettings, gcg, random_search
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
 
@@ -115,7 +115,7 @@ def one_hot_gradient(lm, objective, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_token_gradient_is_that_of_the_one_hot_suffix(kind, lm_of):
     lm = lm_of(kind)
-    objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
+    objective = SuffixLoss(lm, PROMPTS, TARGETS, SETTINGS)
     allowed = objective.frames.allowed
     ids = tuple(allowed[[3, 50, 7, 90, 20]].tolist())
     expected = one_hot_gradient(lm, objective, ids)[:, allowed]
@@ -134,7 +134,7 @@ def test_substitutions_that_the_gradient_promises_lower_the_loss(lm_of):
     """A half of what is promised the most is an improvement; of what is promised the least, next to
     nothing.
     """
-    objective = Objective(lm_of("lean", initializer_range=0.1), PROMPTS, TARGETS, SETTINGS)
+    objective = SuffixLoss(lm_of("lean", initializer_range=0.1), PROMPTS, TARGETS, SETTINGS)
     ids = tuple(objective.frames.allowed[[3, 50, 7, 90, 20]].tolist())
     before = objective.losses([ids], range(4)).mean()
     ranked = objective.ranked(ids, range(4))
@@ -153,7 +153,7 @@ def test_the_prefix_cache_changes_nothing(kind, lm_of):
     changes = {"sliding_window": 6} if "window" in kind else {}
     lm = lm_of(kind.removesuffix("-window"), **changes)
     cached, plain = (
-        Objective(lm, PROMPTS, TARGETS, replace(SETTINGS, prefix_cache=c)) for c in (True, False)
+        SuffixLoss(lm, PROMPTS, TARGETS, replace(SETTINGS, prefix_cache=c)) for c in (True, False)
     )
     assert cached.cached and not plain.cached
     tried = [tuple(plain.frames.allowed[torch.arange(5) * 7 + i].tolist()) for i in range(7)]
@@ -169,7 +169,7 @@ def test_the_tokens_before_the_suffix_are_run_once(lm_of):
     hook = lm.model.model.layers[0].register_forward_pre_hook(
         lambda _, args: fed.append(tuple(args[0].shape[:2]))
     )
-    objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
+    objective = SuffixLoss(lm, PROMPTS, TARGETS, SETTINGS)
     fed.clear()
     tried, objective.batch = [objective.initial] * 6, 3
     for _ in range(2):
@@ -236,7 +236,7 @@ def test_candidates_that_do_not_survive_are_filtered(lm_of):
 def test_a_suffix_that_one_prompt_changes_is_never_kept(lm_of, monkeypatch):
     lm, settings = lm_of("lean"), replace(SETTINGS, n_tokens=2, separator="")
     prompts, targets = ["how can i feed the troll ?", "how can i feed the tro"], TARGETS[:2]
-    objective = Objective(lm, prompts, targets, settings)
+    objective = SuffixLoss(lm, prompts, targets, settings)
     alone = [(i, objective.initial[1]) for i in objective.frames.allowed.tolist()]
     first, second = (objective.frames.survive(alone, p) for p in (0, 1))
     assert sum(a and not b for a, b in zip(first, second, strict=True)) > 10  # such as 'll'
@@ -273,13 +273,13 @@ def test_substitutes_are_among_the_first_of_their_position(lm_of):
 def test_queries_are_exact_and_the_same_for_both(per_step, each, topk, lm_of, monkeypatch):
     lm, run = lm_of("lean"), {"rows": 0}
     settings = replace(SETTINGS, prompts_per_step=per_step, topk=topk)
-    original = Objective._row_losses
+    original = SuffixLoss._row_losses
 
     def counting(self, batch, rows):
         run["rows"] += batch.shape[0]
         return original(self, batch, rows)
 
-    monkeypatch.setattr(Objective, "_row_losses", counting)
+    monkeypatch.setattr(SuffixLoss, "_row_losses", counting)
     for search in (gcg, random_search):
         run["rows"] = 0
         assert search(lm, PROMPTS, TARGETS, settings, seed=0).queries == run["rows"] == 4 + 4 * each
@@ -344,7 +344,7 @@ def test_the_batch_is_halved_until_it_fits_and_the_result_is_the_same(
 ):
     lm = lm_of(kind)
     expected = gcg(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
-    tried, original = [], Objective._row_losses
+    tried, original = [], SuffixLoss._row_losses
 
     def small(self, batch, rows):
         tried.append(batch.shape[0])
@@ -352,7 +352,7 @@ def test_the_batch_is_halved_until_it_fits_and_the_result_is_the_same(
             raise RuntimeError(message)
         return original(self, batch, rows)
 
-    monkeypatch.setattr(Objective, "_row_losses", small)
+    monkeypatch.setattr(SuffixLoss, "_row_losses", small)
     limit = 5
     found = gcg(lm, PROMPTS, TARGETS, replace(SETTINGS, batch=32), seed=0)
     assert found.batch == 4 and expected.batch == 8 and max(tried) == 12
@@ -367,7 +367,7 @@ def test_another_error_is_not_taken_for_memory(lm_of, monkeypatch):
     def broken(self, batch, rows):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(Objective, "_row_losses", broken)
+    monkeypatch.setattr(SuffixLoss, "_row_losses", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         gcg(lm_of("lean"), PROMPTS, TARGETS, SETTINGS, seed=0)
 
@@ -388,7 +388,7 @@ def test_a_search_leaves_no_trace_on_the_weights(kind, lm_of):
 
 def test_the_first_suffix_is_neutral_or_as_asked(lm_of, tokenizer):
     lm = lm_of("lean")
-    assert set(Objective(lm, PROMPTS, TARGETS, SETTINGS).initial) != {
+    assert set(SuffixLoss(lm, PROMPTS, TARGETS, SETTINGS).initial) != {
         tokenizer.convert_tokens_to_ids("!")
     }
     asked = replace(SETTINGS, n_tokens=3, initial="feed the troll")
@@ -515,7 +515,7 @@ def test_label_rows_of_a_collated_row_and_of_the_search_are_the_same(lm_of):
     padded batch.
     """
     lm = lm_of("lean")
-    objective = Objective(lm, PROMPTS, TARGETS, SETTINGS)
+    objective = SuffixLoss(lm, PROMPTS, TARGETS, SETTINGS)
     allowed = objective.frames.allowed
     tried = [tuple(allowed[torch.arange(5) * 11 + i].tolist()) for i in range(3)]
     objective.batch = 2

@@ -31,7 +31,9 @@ def run(smoke_run):
 
 def test_the_ablated_network_holds_none_of_the_direction():
     lm = tiny.language_model(trained=True)
-    direction = activations.differences(lm.network(), ROWS[:6], ROWS[6:], SITES)[2].mean(0)[0]
+    direction = activations.activation_differences(lm.network(), ROWS[:6], ROWS[6:], SITES)[2].mean(
+        0
+    )[0]
     ablated = activations.activations(lm.network().ablated(direction), ROWS, SITES)
     for rows in ablated.values():
         assert (rows @ direction).abs().max() < 1e-6 * direction.norm() * rows.norm(dim=-1).max()

@@ -84,4 +84,4 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
 
 def test_sides_that_do_not_pair_up_are_errors():
     with pytest.raises(ValueError, match="3 harmful and 2 harmless"):
-        act.differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)
+        act.activation_differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)

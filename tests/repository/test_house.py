@@ -192,7 +192,6 @@ LIMITS = [
 PENDING = {
     house.upward_arrows: "12 arrows",
     house.long_functions: "2 functions",
-    house.dense_functions: "42 functions",
     house.without_docstring: "6 functions",
     house.double_names: "14 names",
     house.house_words: "47 names",
