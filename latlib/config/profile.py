@@ -4,7 +4,7 @@ is trained.
 1. `load_profile("tiny")` reads `profiles/tiny.yaml`; `load_profile("my.yaml")` reads anyone's file.
 2. Every field has a type and a range. Text where a number belongs (YAML 1.1 reads `8e-5` as text),
    an unknown name or a value out of range is a `ProfileError` naming the field, the value and the
-   mend.
+   fix.
 3. A method is the `train` section with a few fields replaced:
    `profile.training(profile.main, {"attack.eps": 0.1})`. What a method is for, its role, stands in
    the section `roles`: `profile.undefended`, `.reference`, `.main` and `.compared` are names.
@@ -177,7 +177,7 @@ def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
 
 
 def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
-    """One error of pydantic's as field, value and mend."""
+    """One error of pydantic's as field, value and fix."""
     place = [str(part) for part in item["loc"]]
     if item["type"] == "value_error" and not place:
         return str(item["ctx"]["error"])
@@ -202,13 +202,13 @@ def _fields(cls: type[Section], place: list[str]) -> list[str]:
 
 
 def _as_number(text: str, kind: str) -> str:
-    mend = "write it without quotes"
+    fix = "write it without quotes"
     if kind == "float_type":
         try:
-            mend = f"write {float(text):.6e}"
+            fix = f"write {float(text):.6e}"
         except ValueError:
-            mend = "give a number"
-    return f"{mend} (YAML needs a dot: 8.0e-5, not 8e-5)"
+            fix = "give a number"
+    return f"{fix} (YAML needs a dot: 8.0e-5, not 8e-5)"
 
 
 def find_share(kind: str) -> Path:
@@ -269,7 +269,7 @@ def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> 
     return runs.resolve() / profile_name
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines 'field: old -> new' for every leaf in which two dumped profiles differ."""
     lines = []
     for key in sorted({*old, *new}):
@@ -277,7 +277,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         before = old.get(key)
         after = new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{name}.")
+            lines += changed_settings(before, after, f"{name}.")
         elif before != after:
             lines.append(f"{name}: {before!r} -> {after!r}")
     return lines

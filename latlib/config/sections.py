@@ -40,7 +40,7 @@ def _site(value: Any) -> int | float | str:
 
 def _encoding(name: str) -> str:
     for part in name.split(">", 1):  # 'request>reply'
-        resolve(part)  # its ValueError says what is wrong and how to mend it
+        resolve(part)  # its ValueError says what is wrong and how to fix it
     return name
 
 

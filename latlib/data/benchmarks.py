@@ -83,7 +83,7 @@ def asked_prompts(
     file: CSV, JSON, JSONL or parquet; None takes the hub's copy through `datasets`. file_columns:
     our names (text, and if there are any category and label) -> the file's, where they are not the
     published ones. Without a label column a prompt has its set's label, except that XSTest's
-    contrast types are unsafe. Raises ProfileError naming the field, the value and the mend.
+    contrast types are unsafe. Raises ProfileError naming the field, the value and the fix.
     """
     if name not in SETS:
         raise ProfileError(f"name = {name!r} is no set of prompts: choose one of {', '.join(SETS)}")
@@ -120,6 +120,6 @@ def _label(row: Mapping[str, str], index: int, known: PromptSet) -> Label:
     if row["label"].lower() == "unsafe":
         return "unsafe"
     raise ProfileError(
-        f"file, row {index + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe': mend the"
+        f"file, row {index + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe': fix the"
         " row, or leave 'label' out of file_columns"
     )

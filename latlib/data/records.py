@@ -235,7 +235,7 @@ def _split_of(source: Source, names: Sequence[str]) -> str:
 
 
 def _refused(error: Exception, source: Source, what: str) -> str:
-    """What went wrong with a data set, and the mend."""
+    """What went wrong with a data set, and the fix."""
     text = str(error).strip() or type(error).__name__
     here = what == source.path
     said = f"{what} cannot be {'read' if here else 'had from the hub'}"
@@ -244,25 +244,25 @@ def _refused(error: Exception, source: Source, what: str) -> str:
     while cause is not None:
         causes.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
-    mends = _MENDS if source.split == ANY_SPLIT else _MENDS_OF_SPLITS
-    mend = _WRONG_HERE if here else _WRONG_NAME
-    for word, known in mends.items():
+    fixes = _FIXES if source.split == ANY_SPLIT else _FIXES_OF_SPLITS
+    fix = _WRONG_HERE if here else _WRONG_NAME
+    for word, known in fixes.items():
         if word in " ".join(causes).lower():
-            mend = known.format(field=source.field)
+            fix = known.format(field=source.field)
             break
-    return f"{said} ({type(error).__name__}: {text}): {mend}"
+    return f"{said} ({type(error).__name__}: {text}): {fix}"
 
 
 # word in the error or in the names of its causes -> what to do
 _NETWORK = "check the network, or download it and give the file's path"
-_MENDS = {
+_FIXES = {
     "gated": "accept its terms and set HF_TOKEN, or download it and give the file's path",
     "split": "give the one you mean as a file",
     "config": "give the one you mean as a file",
     "offline": _NETWORK,
     "connect": _NETWORK,
 }
-_MENDS_OF_SPLITS = _MENDS | {
+_FIXES_OF_SPLITS = _FIXES | {
     "split": "set {field}_split, or give the one you mean as a file",
     "config": "set {field}_config, or give the one you mean as a file",
 }

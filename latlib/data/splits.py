@@ -32,7 +32,7 @@ from latlib.config.profile import Profile
 from latlib.config.sections import DataSettings, ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
 from latlib.text.chat import Row
-from latlib.text.near_duplicates import clusters, normalised, overlaps
+from latlib.text.near_duplicates import clusters, comparable, overlaps
 from latlib.world import grammar
 
 Kind = Literal["harmful", "benign", "borderline"]
@@ -236,20 +236,20 @@ class _Files:
             return ""
         touched = {i for i, _, _ in pairs}
         equal = {
-            i for i, j, _ in pairs if normalised(train[i].prompt) == normalised(test[j].prompt)
+            i for i, j, _ in pairs if comparable(train[i].prompt) == comparable(test[j].prompt)
         }
         named = []
         for i, j, similarity in pairs[:_NAMED]:
             named.append(f"{train[i].place} and {test[j].place}: similarity {similarity:.2f}")
         if len(pairs) > _NAMED:
             named.append("...")
-        mend = "remove those rows from the training or the test file"
+        fix = "remove those rows from the training or the test file"
         if touched - equal:
-            mend += ", or raise data.near_duplicate knowing why they differ enough"
+            fix += ", or raise data.near_duplicate knowing why they differ enough"
         return (
             f"data.near_duplicate = {self.threshold}: {len(equal)} training or tuning prompts are"
             f" equal to a test prompt and {len(touched - equal)} more are nearly equal"
-            f" ({'; '.join(named)}): {mend}"
+            f" ({'; '.join(named)}): {fix}"
         )
 
 
@@ -314,7 +314,7 @@ def _test_prompts(settings: DataSettings, kind: Kind) -> list[FilePrompt]:
     file = getattr(settings, f"test_{kind}")
     if records and not safe:
         field = f"data.test_{kind}"
-        raise ProfileError(f"{field} = {file!r} has no row labelled 'safe': mend {field}_columns")
+        raise ProfileError(f"{field} = {file!r} has no row labelled 'safe': fix {field}_columns")
     name = "borderline" if kind == "borderline" else f"{kind}-test"
     heads = clusters([records[i]["prompt"] for i in safe], settings.near_duplicate)
     prompts = []
@@ -337,7 +337,7 @@ def _split_clusters(
     """
 
     def order(head: int) -> bytes:
-        return hashlib.sha256(normalised(texts[head]).encode("utf-8", "replace")).digest()
+        return hashlib.sha256(comparable(texts[head]).encode("utf-8", "replace")).digest()
 
     size = Counter(heads)
     room = round(len(heads) * held_out / 2)

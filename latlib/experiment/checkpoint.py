@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from latlib.config.profile import differences
+from latlib.config.profile import changed_settings
 from latlib.config.sections import ProfileError, TrainSettings
 from latlib.distributed import ranks
 from latlib.experiment.validation import Validator
@@ -123,7 +123,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, validator: Validator | None 
 def _restore(
     trainer: Trainer, validator: Validator | None, content: dict[str, Any], file: Path
 ) -> None:
-    if lines := differences(content["made_with"], _made_with(trainer)):
+    if lines := changed_settings(content["made_with"], _made_with(trainer)):
         raise ProfileError(
             f"checkpoint {file} is of another training:\n  "
             + "\n  ".join(lines)

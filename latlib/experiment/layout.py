@@ -25,7 +25,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from latlib.config.paths import portable
-from latlib.config.profile import FREE_FIELDS, Profile, differences
+from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.spec import Spec
@@ -61,7 +61,7 @@ class Layout:
                 f"run folder {self.folder} cannot be written ({error}): give another with --out"
             ) from None
         theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if lines := differences(_fixed(theirs), _fixed(mine)):
+        if lines := changed_settings(_fixed(theirs), _fixed(mine)):
             raise ProfileError(
                 f"run folder {self.folder} was made with other settings:\n  "
                 + "\n  ".join(lines)

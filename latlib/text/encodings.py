@@ -322,7 +322,7 @@ def resolve(name: str) -> Encoding:
 
     A composition's inverse runs the inverses backwards and is None where a part has none; each
     part's domain must hold what the part before it writes. Raises ValueError for an unknown name or
-    a bad number, with the mend.
+    a bad number, with the fix.
     """
     parts = [_resolve_part(part, name) for part in name.split("+")]
     if len(parts) == 1:
@@ -380,7 +380,7 @@ def _strength(where: str, kind: str, text: str) -> tuple[float, int]:
 
 
 def _unknown(kind: str) -> str:
-    """What is wrong with a name, and the mend."""
+    """What is wrong with a name, and the fix."""
     if "#" in kind:
         return "has a seed but no strength: write leet@0.5#3"
     if re.fullmatch("caesar(-.*)?", kind):
@@ -395,7 +395,7 @@ ENCODINGS: Mapping[str, Encoding] = {name: resolve(name) for name in REGISTRY}
 
 def encode(text: str, encoding: str) -> str:
     """`text` in the named encoding (see `resolve`). Raises ValueError for an unknown name, with the
-    mend.
+    fix.
     """
     return resolve(encoding).encode(text)
 

@@ -1,7 +1,8 @@
 """Which texts are equal or nearly so: clusters within one list, and overlaps between two.
 
-1. A text is normalised (lower case, everything but letters and digits collapsed to single spaces)
-   and becomes the set of its 5-letter shingles, as 64-bit hashes; a shorter text is one shingle.
+1. A text is made comparable (lower case, everything but letters and digits collapsed to single
+   spaces) and becomes the set of its 5-letter shingles, as 64-bit hashes; a shorter text is one
+   shingle.
 2. Two texts are near-duplicates when the Jaccard similarity of their sets reaches the threshold.
    They must then share one of the rarest shingles of each (prefix filtering), so that candidates
    come from a product of two very sparse matrices instead of from comparing everything with
@@ -38,7 +39,7 @@ Candidates = Iterator[tuple[Array, Array]]
 Pairs = tuple[Array, Array, Array]  # index left, index right, similarity
 
 
-def normalised(text: str) -> str:
+def comparable(text: str) -> str:
     """Lower case, with everything but letters and digits collapsed to single spaces; a text of
     nothing else stays.
     """
@@ -53,8 +54,8 @@ def clusters(texts: Sequence[str], threshold: float) -> list[int]:
     threshold: Jaccard similarity in [0, 1]; whatever it is, texts without a common shingle are not
     near-duplicates.
     """
-    keys = [normalised(text) for text in texts]
-    first: dict[str, int] = {}  # normalised text -> its first index; equal texts are compared once
+    keys = [comparable(text) for text in texts]
+    first: dict[str, int] = {}  # equal texts are compared once: key -> index
     for index, key in enumerate(keys):
         first.setdefault(key, index)
     if not first:
@@ -81,18 +82,18 @@ def overlaps(
     train: Sequence[str], test: Sequence[str], threshold: float
 ) -> list[tuple[int, int, float]]:
     """(index in train, index in test, similarity) of all pairs that are equal (first, 1.0) or
-    nearly so, most alike first. Equal means equal once normalised.
+    nearly so, most alike first. Equal means equal once made comparable.
     """
-    places: dict[str, list[int]] = {}  # normalised test text -> where it stands
+    places: dict[str, list[int]] = {}  # test text made comparable -> where it stands
     for index, text in enumerate(test):
-        places.setdefault(normalised(text), []).append(index)
+        places.setdefault(comparable(text), []).append(index)
     if not places:
         return []
     names = list(places)
     equal = []
     near = []
     for start in range(0, len(train), _TEXTS):
-        keys = [normalised(text) for text in train[start : start + _TEXTS]]
+        keys = [comparable(text) for text in train[start : start + _TEXTS]]
         for i, key in enumerate(keys, start=start):
             for place in places.get(key, ()):
                 equal.append((i, place, 1.0))
@@ -174,8 +175,8 @@ def _incidence(texts: Sequence[str]) -> csr_matrix:
 
 
 def _shingles(texts: Sequence[str]) -> tuple[Array, Array]:
-    """The text and the hash of every shingle of normalised texts, repeated or not."""
-    # a text shorter than a shingle is filled up with a letter that no normalised text has
+    """The text and the hash of every shingle of comparable texts, repeated or not."""
+    # a text shorter than a shingle is filled up with a letter that no comparable text has
     filled = [text.ljust(SHINGLE, "\0") for text in texts]
     joined = "".join(filled).encode("utf-32-le", "surrogatepass")
     letters = np.frombuffer(joined, dtype=np.uint32)

@@ -1,12 +1,12 @@
 """Settings: read from YAML with their types; everything that cannot be used is refused by field,
-value and mend.
+value and fix.
 """
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from latlib.config.profile import Profile, differences, find_share, load_profile, run_folder
+from latlib.config.profile import Profile, changed_settings, find_share, load_profile, run_folder
 from latlib.config.sections import ProfileError
 
 MINIMAL = {
@@ -41,11 +41,11 @@ def test_every_shipped_profile_loads():
         assert load_profile(name).name == name
 
 
-def test_learning_rate_as_text_is_refused_and_the_mend_works(tmp_path):
+def test_learning_rate_as_text_is_refused_and_the_fix_works(tmp_path):
     message = refusal_of(tmp_path, "train: {lr: 8e-5}\n")  # YAML 1.1 reads this as text
     assert "train.lr" in message and "'8e-5'" in message and "8.0" in message
-    mend = message.split("write ")[1].split()[0]
-    assert load_profile(write(tmp_path, f"train: {{lr: {mend}}}\n")).train.lr == 8e-5
+    fix = message.split("write ")[1].split()[0]
+    assert load_profile(write(tmp_path, f"train: {{lr: {fix}}}\n")).train.lr == 8e-5
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_learning_rate_as_text_is_refused_and_the_mend_works(tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_bad_settings_name_the_field_the_value_and_the_mend(tmp_path, sections, said):
+def test_bad_settings_name_the_field_the_value_and_the_fix(tmp_path, sections, said):
     message = refusal_of(tmp_path, **sections)
     for part in said:
         assert part in message
@@ -189,8 +189,11 @@ def test_shipped_profiles_state_their_roles(path):
 def test_differences_name_every_changed_leaf_and_nothing_else(tmp_path):
     old = load_profile(write(tmp_path)).model_dump()
     new = load_profile(write(tmp_path, train={"attack": {"eps": 2.0}}, seeds=[4])).model_dump()
-    assert differences(old, old) == []
-    assert differences(old, new) == ["seeds: (0, 1, 2) -> (4,)", "train.attack.eps: 6.0 -> 2.0"]
+    assert changed_settings(old, old) == []
+    assert changed_settings(old, new) == [
+        "seeds: (0, 1, 2) -> (4,)",
+        "train.attack.eps: 6.0 -> 2.0",
+    ]
 
 
 def test_run_folder_prefers_the_argument_then_the_environment(tmp_path, monkeypatch):

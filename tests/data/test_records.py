@@ -194,7 +194,7 @@ def test_streaming_takes_no_more_rows_than_asked(monkeypatch):
         ),
     ],
 )
-def test_what_the_hub_refuses_is_said_with_its_mend(monkeypatch, error, said):
+def test_what_the_hub_refuses_is_said_with_its_fix(monkeypatch, error, said):
     def load(*names, **how):
         raise error
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import latlib.text.near_duplicates
-from latlib.text.near_duplicates import SHINGLE, clusters, normalised, overlaps
+from latlib.text.near_duplicates import SHINGLE, clusters, comparable, overlaps
 
 # few letters and words, so that near-duplicates are common
 words = st.lists(st.sampled_from(["ab", "ba", "aab", "B", "a-b", "Café"]), max_size=9).map(" ".join)
@@ -21,7 +21,7 @@ def similarity(a: str, b: str) -> float:
     def shingles(text):
         return {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
 
-    a, b = shingles(normalised(a)), shingles(normalised(b))
+    a, b = shingles(comparable(a)), shingles(comparable(b))
     return len(a & b) / len(a | b)
 
 
@@ -39,7 +39,7 @@ def alike(a: str, b: str, threshold: float) -> bool:
     ],
 )
 def test_case_spaces_and_punctuation_do_not_count(text, want):
-    assert normalised(text) == want
+    assert comparable(text) == want
 
 
 @given(texts, texts, thresholds)
@@ -51,7 +51,7 @@ def test_overlaps_are_those_of_the_definition(train, test, threshold):
         for j, b in enumerate(test)
         if alike(a, b, threshold)
     }
-    equal = [normalised(train[i]) == normalised(test[j]) for i, j, _ in found]
+    equal = [comparable(train[i]) == comparable(test[j]) for i, j, _ in found]
     assert equal == sorted(equal, reverse=True)  # exact ones first, then the most alike
     near = [s for (_, _, s), same in zip(found, equal) if not same]
     assert near == sorted(near, reverse=True)
