@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
+from latlib.errors import SettingError
 from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
 from latlib.hooks import CausalLM
 from latlib.io.hub import (
@@ -29,6 +29,8 @@ from latlib.network import StockNetwork
 from latlib.network_protocol import Network
 from latlib.processes import ALONE, Processes
 
+Options = Any  # a section of `config.sections`, or anything with its fields
+
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
@@ -36,7 +38,7 @@ class LanguageModel:
 
     model: CausalLM
     tokenizer: Any
-    settings: ModelSettings
+    settings: Options
     dtype: torch.dtype
     processes: Processes = ALONE  # those that train it together (`latlib.distributed.ranks.wrap`)
 
@@ -44,7 +46,7 @@ class LanguageModel:
     def lean(self) -> bool:
         """Whether networks run the lean forward: asked for, or small and of the Llama family."""
         if self.settings.forward == "lean" and not fits(self.model):
-            raise ProfileError(
+            raise SettingError(
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this"
                 " adapter: set it to 'auto'"
             )
@@ -80,7 +82,7 @@ class LanguageModel:
 
 def load_model(
     folder: str | os.PathLike[str],
-    settings: ModelSettings,
+    settings: Options,
     adapter: str | os.PathLike[str] | None = None,
     field: str = "model.source",
 ) -> LanguageModel:
@@ -88,9 +90,8 @@ def load_model(
 
     A model small enough for the lean forward keeps float32 weights and computes in
     `settings.dtype`; a large one is loaded in that dtype. model.revision is that of model.source
-    and of no other folder or id. Raises ProfileError naming `field` (or 'adapter') for what is
-    missing, gated or broken, and for pickles and foreign code that model.allow_pickle and
-    model.trust_remote_code do not allow."""
+    alone. Raises SettingError naming `field` (or 'adapter') for what is missing, gated or broken,
+    and for pickles and foreign code that the settings do not allow."""
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
@@ -115,11 +116,11 @@ def _cast(model: CausalLM, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageModel:
+def with_adapter(lm: LanguageModel, lora: Options, seed: int) -> LanguageModel:
     """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is
     trained.
 
-    Raises ProfileError when a target module does not exist."""
+    Raises SettingError when a target module does not exist."""
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -132,5 +133,5 @@ def with_adapter(lm: LanguageModel, lora: LoraSettings, seed: int) -> LanguageMo
         try:
             model = get_peft_model(lm.model, config)
         except ValueError as error:
-            raise ProfileError(f"lora.targets = {list(lora.targets)}: {error}") from None
+            raise SettingError(f"lora.targets = {list(lora.targets)}: {error}") from None
     return LanguageModel(model.eval(), lm.tokenizer, lm.settings, lm.dtype)

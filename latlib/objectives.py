@@ -7,8 +7,7 @@ To add one, subclass `Objective` and name it in `OBJECTIVES`; settings of its ow
 3. `losses` gives weighted terms, one dictionary a forward. Each is a sum over a micro-batch divided
    by a count over the whole batch (`counts`), so that micro-batches change nothing.
 
-Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted); Zou et al. 2024 (circuit
-breakers)."""
+Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024; Zou et al. 2024, algorithm 1."""
 
 from __future__ import annotations
 
@@ -136,14 +135,14 @@ class SafetyTraining(Objective):
             return parts
         network = lm.network(adapter=False)
         unembed = network.unembedding()
-        taught = []
+        ready = []
         with torch.no_grad():
             for part in parts:
                 if part.benign is not None:
                     teacher = Teacher(unembed, network.label_rows(part.benign))
                     part = replace(part, teacher=teacher)
-                taught.append(part)
-        return taught
+                ready.append(part)
+        return ready
 
     def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
         """See `Objective`: label tokens."""
@@ -230,7 +229,7 @@ class RepresentationRerouting(Objective):
     rerouting: relu(cosine(student, teacher)) at the positions of rejected completions; retain:
     ||student - teacher|| at all positions of benign rows, both a mean over positions and sites. At
     step t of T their weights are alpha (1 - t / 2T) and alpha * retain * t / 2T. Both gradients are
-    zero where training begins, and rounding leads away from there. Nobody is taught to refuse.
+    zero where training begins, and rounding leads away from there. Nobody learns to refuse.
     Source: Zou et al. 2024 (arXiv 2406.04313), algorithm 1.
     """
 

@@ -1,8 +1,8 @@
 """Several processes train one model, a GPU each: who they are, how forwards run, and what is summed
 over all of them.
 
-1. `join` makes this process one of a group, if torchrun or `accelerate launch` started it as one
-   (gloo on a CPU, NCCL on GPUs).
+1. `join_group` makes this process one of a group, if torchrun or `accelerate launch` started it
+   as one (gloo on a CPU, NCCL on GPUs).
 2. `wrap` puts the model under DDP, or spreads it over the processes by FSDP2, block by block. Both
    look at the forward of one module, a `Root`, whose forward is whatever it is asked to call: so
    the engine keeps calling blocks its own way, and `StockNetwork` hands every call to
@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.hooks import CausalLM, blocks_of
 from latlib.io.hub import quietly
-from latlib.models import LanguageModel, resolve_device, resolve_dtype
+from latlib.io.machine import resolve_device, resolve_dtype
+from latlib.models import LanguageModel
 from latlib.processes import Processes, Result, full
 
 Mode = Literal["ddp", "fsdp2"]
@@ -51,7 +52,7 @@ def started_as_one_of_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def join(settings: ModelSettings) -> None:
+def join_group(settings: ModelSettings) -> None:
     """Become one of the processes that the environment tells of; on GPUs, use the one of this
     process's number.
 

@@ -137,7 +137,7 @@ def _leave_with_parent() -> None:
 def _train(layout: Layout, spec: Spec, progress_file: Path) -> None:
     """Make the model as one of the processes of the environment."""
     if ranks.started_as_one_of_many():
-        ranks.join(layout.profile.model)
+        ranks.join_group(layout.profile.model)
     if ranks.is_main():
         layout.claim()  # makes the folder, before the others look
     ranks.wait()

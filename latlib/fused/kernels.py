@@ -48,12 +48,14 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        """See the class."""
         y, scale = _normed(x, eps)
         ctx.save_for_backward(y, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """See the class."""
         return _normed_backward(grad, *ctx.saved_tensors), None
 
 
@@ -127,6 +129,7 @@ class Attention(torch.autograd.Function):
         eps: float,
         rows: Tensor | None = None,
     ) -> Tensor:
+        """See the class."""
         n, seq, d = x.shape
         flat = x.view(-1, d)
         y, scale = _normed(flat, eps)
@@ -145,6 +148,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See the class."""
         y, scale, q, k, v, p, bias, read, qkv, out, cos, sin, rows = ctx.saved_tensors
         n, seq, d = ctx.shape
         flat = grad.reshape(-1, d)
@@ -237,6 +241,7 @@ class MLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, trained: slice
     ) -> Tensor:
+        """See the class."""
         flat = x.view(-1, x.shape[-1])
         y, scale = _normed(flat, eps)
         both = y @ gate_up.T
@@ -247,6 +252,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See the class."""
         y, scale, both, gate_up, down = ctx.saved_tensors
         gate, up = both.chunk(2, -1)
         active = F.silu(gate)

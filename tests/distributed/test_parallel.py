@@ -246,7 +246,7 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
     try:
-        ranks.join(ModelSettings(device="cpu"))
+        ranks.join_group(ModelSettings(device="cpu"))
         for mode in MODES:
             torch.save(findings(mode, folder), folder / f"{mode}-{rank}.pt")
         ranks.leave()
@@ -674,4 +674,4 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch):
     with pytest.raises(
         ProfileError, match="model.device = 'cuda:1' is one GPU for all processes: set it to 'auto'"
     ):
-        ranks.join(ModelSettings(device="cuda:1"))
+        ranks.join_group(ModelSettings(device="cuda:1"))

@@ -190,10 +190,7 @@ LIMITS = [
 ]
 # What is not yet so. A limit that is reached fails here until its line is taken out.
 PENDING = {
-    house.upward_arrows: "12 arrows",
     house.long_functions: "2 functions",
-    house.without_docstring: "6 functions",
-    house.double_names: "14 names",
     house.house_words: "47 names",
 }
 
