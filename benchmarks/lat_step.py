@@ -26,7 +26,6 @@ from measure import (
     Counts,
     MatrixRate,
     Measurement,
-    bytes_of,
     count,
     environment,
     is_out_of_memory,
@@ -37,8 +36,8 @@ from predicted import predict
 from shapes import SHAPES, of_config
 from variants import ENGINE, NAIVE, Bench, Variant, choose, with_changes
 
-from latlib.io.machine import keep_freed_memory
-from latlib.models import resolve_device
+from latlib.io.machine import keep_freed_memory, resolve_device
+from latlib.planning.step_cost import bytes_of
 
 
 @dataclass

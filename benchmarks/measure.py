@@ -4,9 +4,8 @@ minute.
 1. `MatrixRate` times matrix products: those of the model's blocks at the micro-batch's token count,
    and a large square one. A shared machine's speed drifts by up to 2x, so the rate is taken just
    before and just after every timed run and a run is compared with the mean of its two neighbours.
-2. `count` runs once under torch's FLOP counter and under `StorageTracker`, which follows every
-   storage an operator allocates until it is freed: peak bytes above what was there before, on a CPU
-   and on the meta device too.
+2. `count` runs once under `StepCounter`: FLOPs, and on a CPU the peak bytes above what was there
+   before.
 3. `Measurement` keeps all samples; what is reported are medians.
 """
 
@@ -27,8 +26,7 @@ from statistics import median
 import torch
 
 from latlib.io.machine import available_cores
-from latlib.planning.counters import StorageTracker, flop_counter
-from latlib.planning.counters import bytes_of as bytes_of  # with the others it was here before
+from latlib.planning.step_cost import StepCounter
 
 # large enough for the best rate, short enough to be timed between runs
 SQUARE = {"cpu": 1024, "cuda": 8192}
@@ -103,17 +101,17 @@ class Counts:
 
 def count(function: Callable[[], object], device: torch.device) -> Counts:
     """Run once, counting; much slower than without."""
-    flops = flop_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with flops:
+    if device.type != "cuda":
+        with StepCounter() as counter:
             function()
-        peak, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-        return Counts(flops.get_total_flops(), peak - before, held - before, None)
-    with flops, StorageTracker() as memory:
+        return Counts(counter.flop, counter.peak, counter.live, counter.largest)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with StepCounter() as counter:
         function()
-    return Counts(flops.get_total_flops(), memory.peak, memory.live, memory.largest)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    held = torch.cuda.memory_allocated(device) - before
+    return Counts(counter.flop, peak, held, None)
 
 
 @dataclass

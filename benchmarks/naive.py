@@ -33,7 +33,7 @@ class NaiveTrainer:
     seed.
     """
 
-    micro_batch = 2  # FACTS: the authors' micro-batch
+    micro_batch = 2  # the authors' notebooks (docs/sources.md#sheshadri-2024)
 
     def __init__(
         self,
@@ -137,12 +137,14 @@ class NaiveTrainer:
     def _logits(model: nn.Module, rows: list[TokenRow], which: int) -> Tensor:
         """[batch, seq, vocabulary] of right-padded rows."""
         device = model.get_input_embeddings().weight.device
-        ids = [torch.tensor(r.prompt + r.completions[which][:-1]) for r in rows]
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).to(
-            device
-        )
-        return model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        ids = []
+        for row in rows:
+            ids.append(torch.tensor(row.prompt + row.completions[which][:-1]))
+        ones = [torch.ones_like(own) for own in ids]
+        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+        inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+        return model(**inputs, use_cache=False).logits
 
     def _harmful_backward(
         self, rows: list[TokenRow], deltas: dict[Site, Tensor], tokens: dict[str, int]
@@ -198,12 +200,15 @@ def _move(delta: Tensor, attack, eps: float) -> None:
     ball.
     """
     length = (attack.lr or 2 / attack.steps) * eps
+    gradient = delta.grad
     if attack.rule == "sign":
-        delta -= length * delta.grad.sign() / delta.shape[-1] ** 0.5
+        delta -= length * gradient.sign() / delta.shape[-1] ** 0.5
     if attack.rule == "l2":
-        delta -= length * delta.grad / delta.grad.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        norm = gradient.norm(dim=-1, keepdim=True)
+        delta -= length * gradient / norm.clamp(min=1e-30)
     norm = delta.norm(dim=-1, keepdim=True)
-    delta.mul_(torch.where(norm > eps, eps / norm, torch.ones_like(norm)))
+    scale = torch.where(norm > eps, eps / norm, torch.ones_like(norm))
+    delta.mul_(scale)
 
 
 @contextmanager

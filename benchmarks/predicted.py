@@ -8,43 +8,45 @@ import torch
 from naive import NaiveTrainer, label_tokens, micro_batches
 from shapes import Shape, build, computing_in, rows, train_settings
 
-from latlib.planning.step_cost import Prediction, counted, whole_step
+from latlib.planning.step_cost import StepCounter, memory_of, whole_step, without_data
+from latlib.train import Trainer
 
 
 def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, float]:
     """Bytes of the weights, the adapter, its optimiser, the peak beyond them, their sum; and the
     FLOPs of a step.
     """
-    lm = computing_in(build(shape, dtype, "meta"), dtype, "stock")
-    data, settings = (
-        (rows(shape, shape.batch, 2), rows(shape, shape.batch, 1)),
-        train_settings(shape),
-    )
-    found = _naive_step(lm, *data, settings) if naive else whole_step(lm, *data, settings)
+    lm = computing_in(without_data(build(shape, dtype, "meta")), dtype, "stock")
+    settings = train_settings(shape)
+    harmful = rows(shape, shape.batch, 2)
+    benign = rows(shape, shape.batch, 1)
+    if naive:
+        radius = settings.attack.threat_model(lm.n_layers).radius
+        trainer = NaiveTrainer(lm.model, harmful, benign, settings, 0, radius)
+        found = naive_step(trainer)
+        memory = memory_of(lm, found.peak, copies=trainer.teacher.parameters())
+    else:
+        found = whole_step(Trainer(lm, harmful, benign, settings, 0))
+        memory = memory_of(lm, found.peak)
     return {
-        "weights_bytes": found.weights,
-        "adapter_bytes": found.adapter,
-        "optimiser_bytes": found.optimiser,
-        "peak_bytes": found.peak,  # activations, perturbations and the adapter's gradients
-        "total_bytes": found.total,
+        "weights_bytes": memory.weights,
+        "adapter_bytes": memory.adapter,
+        "optimiser_bytes": memory.optimiser,
+        "peak_bytes": memory.peak,  # activations, perturbations and the adapter's gradients
+        "total_bytes": memory.total,
         "flop": found.flop,
-        "largest_elements": found.largest[0],
-        "largest_operator": found.largest[1],
     }
 
 
-def _naive_step(lm, harmful, benign, settings) -> Prediction:
-    trainer = NaiveTrainer(
-        lm.model, harmful, benign, settings, 0, settings.attack.threat_model(lm.n_layers).radius
-    )
+def naive_step(trainer: NaiveTrainer) -> StepCounter:
+    """What a naive step takes, without its optimiser."""
+    harmful, benign = trainer.harmful, trainer.benign
     tokens = label_tokens(harmful, benign)
-
-    def step() -> None:
+    with StepCounter() as counter:
         parts = list(micro_batches(harmful, trainer.micro_batch))
         deltas = [trainer._attack(part) for part in parts]
         for part, delta in zip(parts, deltas, strict=True):
             trainer._harmful_backward(part, delta, tokens)
         for part in micro_batches(benign, trainer.micro_batch):
             trainer._benign_backward(part, tokens)
-
-    return counted(lm, step, trainer.teacher.parameters())
+    return counter

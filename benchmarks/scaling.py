@@ -146,10 +146,14 @@ def fits(points: Sequence[Point]) -> dict[str, dict[str, float]]:
     """variable -> the straight line through its medians."""
     out = {}
     for variable in FITTED:
-        line = [p for p in points if p.variable == variable]
-        found = linregress([p.value for p in line], [median(p.samples) for p in line])
-        numbers = {"slope": found.slope, "intercept": found.intercept, "r_squared": found.rvalue**2}
-        out[variable] = {name: float(number) for name, number in numbers.items()}
+        own = [point for point in points if point.variable == variable]
+        seconds = [median(point.samples) for point in own]
+        line = linregress([point.value for point in own], seconds)
+        out[variable] = {
+            "slope": float(line.slope),
+            "intercept": float(line.intercept),
+            "r_squared": float(line.rvalue**2),
+        }
     return out
 
 

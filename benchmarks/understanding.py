@@ -41,17 +41,22 @@ def measure(run: Run, encodings: list[str]) -> list[dict]:
         outcomes, finished = grade_rows(network, rows_of, size=examiner.size, prefilled=first)
         exact = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
         found = understood_by_likelihood(network, rows_of, prompts, examiner.size)
-        sides = {
-            side: [f for f, e in zip(found, exact, strict=True) if e == side]
-            for side in (True, False)
+        pairs = list(zip(found, exact, strict=True))
+        row = {
+            "encoding": encoding,
+            "n": len(prompts),
+            "exact": _share(exact),
+            "likelihood": _share(found),
+            "likelihood where exact": _share([by for by, exactly in pairs if exactly]),
+            "likelihood where not": _share([by for by, exactly in pairs if not exactly]),
         }
-        row = {"encoding": encoding, "n": len(prompts), "exact": sum(exact) / len(prompts)}
-        row |= {"likelihood": sum(found) / len(prompts)}
-        for name, side in (("likelihood where exact", True), ("likelihood where not", False)):
-            row[name] = sum(sides[side]) / len(sides[side]) if sides[side] else None
         rows.append(row)
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        print(row, flush=True)
     return rows
+
+
+def _share(marks: list[bool]) -> float | None:
+    return sum(marks) / len(marks) if marks else None
 
 
 def main() -> None:

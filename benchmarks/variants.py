@@ -67,12 +67,14 @@ def choose(names: str, lean: bool) -> list[Variant]:
     Raises ValueError for a name there is not.
     """
     groups = {"equal": [EQUAL], "alone": alone(lean), "path": path(lean)}
-    known = {v.name: [v] for v in (NAIVE, ENGINE, *groups["alone"], *groups["path"])} | groups
-    known["all"] = [NAIVE, ENGINE, EQUAL, *groups["alone"], *groups["path"]]
-    unknown = [name for name in names.split(",") if name not in known]
-    if unknown:
-        raise ValueError(f"no variant {unknown[0]!r}: choose from {', '.join(known)}")
-    return list(dict.fromkeys(variant for name in names.split(",") for variant in known[name]))
+    groups["all"] = [NAIVE, ENGINE, EQUAL, *groups["alone"], *groups["path"]]
+    known = {variant.name: [variant] for variant in groups["all"]} | groups
+    chosen: dict[Variant, None] = {}  # each once, in order
+    for name in names.split(","):
+        if name not in known:
+            raise ValueError(f"no variant {name!r}: choose from {', '.join(known)}")
+        chosen.update(dict.fromkeys(known[name]))
+    return list(chosen)
 
 
 @dataclass

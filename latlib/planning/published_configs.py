@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from latlib.config.sections import ModelSettings, ProfileError
+from latlib.world.organism import build_model, build_tokenizer
 
 _LLAMA_3_8B = dict(
     vocab_size=128_256,
@@ -47,15 +50,14 @@ _QWEN2_5_HALF_B = dict(
 
 @dataclass(frozen=True)
 class Published:
-    """A model on the hub. parameters: how many its card says there are, the output matrix once
-    where it is tied (the download is two bytes each); gated: whether its licence must be accepted
-    on its page first; source: of all these."""
+    """A model on the hub, as its config.json and its card have it. parameters: the output matrix
+    once where it is tied; gated: whether its licence must be accepted on its page first.
+    """
 
     config: type[PretrainedConfig]
     numbers: dict[str, Any]
     parameters: int
     gated: bool
-    source: str
 
     @property
     def download(self) -> int:
@@ -63,34 +65,28 @@ class Published:
         return 2 * self.parameters
 
 
-_CARD = "config.json and model card on the hub [recall: not read again without a network]"
+# See docs/sources.md#published-models
 PUBLISHED: dict[str, Published] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": Published(
-        LlamaConfig, _LLAMA_3_8B, 8_030_261_248, True, _CARD
-    ),
-    "meta-llama/Llama-2-7b-chat-hf": Published(
-        LlamaConfig, _LLAMA_2_7B, 6_738_415_616, True, _CARD
-    ),
-    "Qwen/Qwen2.5-0.5B-Instruct": Published(
-        Qwen2Config, _QWEN2_5_HALF_B, 494_032_768, False, _CARD
-    ),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, True),
+    "meta-llama/Llama-2-7b-chat-hf": Published(LlamaConfig, _LLAMA_2_7B, 6_738_415_616, True),
+    "Qwen/Qwen2.5-0.5B-Instruct": Published(Qwen2Config, _QWEN2_5_HALF_B, 494_032_768, False),
     # the authors' release keeps the shape of the model it was trained from
-    "LLM-LAT/robust-llama3-8b-instruct": Published(
-        LlamaConfig, _LLAMA_3_8B, 8_030_261_248, False, _CARD
-    ),
+    "LLM-LAT/robust-llama3-8b-instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, False),
 }
 
 
-def cached_file(source: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of a hub repository if it is in this machine's cache; asks nobody."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
+def local_folder(source: str, revision: str | None = None, kind: str = "model") -> Path | None:
+    """Where a model or data set is on this machine: the folder `source`, or what the hub cache has
+    of it; asks nobody. kind: 'model' or 'dataset'.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
     try:
-        found = try_to_load_from_cache(source, name, revision=revision)
-    except HFValidationError:  # neither a folder nor a hub id
+        cached = snapshot_download(source, repo_type=kind, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):  # no hub id, or not here
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached)
 
 
 def config_of(settings: ModelSettings) -> PretrainedConfig | None:
@@ -98,22 +94,18 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
 
     Raises ProfileError for a config.json that cannot be read.
     """
-    if settings.source == "world":
-        from latlib.world.organism import build_model, build_tokenizer
-
+    source = settings.source
+    if source == "world":
         return build_model(settings, build_tokenizer(settings.vocabulary), 0).config
-    folder = Path(settings.source).expanduser()
-    file = (
-        folder / "config.json"
-        if folder.is_dir()
-        else cached_file(settings.source, "config.json", settings.revision)
-    )
-    if file is not None and file.is_file():
+    folder = local_folder(source, settings.revision)
+    if folder is not None and (folder / "config.json").is_file():
         try:
-            return AutoConfig.from_pretrained(file.parent, local_files_only=True)
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ProfileError(
-                f"model.source = {settings.source!r}: {file} cannot be read: {error}"
+                f"model.source = {source!r}: {folder} cannot be read: {error}"
             ) from None
-    known = PUBLISHED.get(settings.source)
-    return None if known is None else known.config(**known.numbers)
+    if source in PUBLISHED:
+        known = PUBLISHED[source]
+        return known.config(**known.numbers)
+    return None

@@ -1,61 +1,170 @@
-"""What a training step takes in bytes and FLOPs, before there are weights: the step itself on the
-meta device, where tensors have shapes and no data.
+"""What a training step takes in bytes and FLOPs, before there are weights: the trainer's own step
+on tensors that have shapes and no data.
 
-1. `meta_model(config, ...)` builds any Hugging Face decoder under its adapter, in no memory.
-2. `whole_step` runs `Trainer.train_step` on it under `counters.StepCounter`: what the trainer does
-   is what is counted. Three things differ from a GPU's step: attention is the GPU's kernel that
-   keeps no scores (PyTorch would write them out on meta), questions about values are answered with
-   1 or yes, and the optimiser does not step: its two moments are added by their size. The stock
-   modules run, as for every model too large for `lean`.
-3. `predicted_step` runs as little of it as says everything, on twins of two and three blocks. All
-   micro-batches have one shape, so FLOPs are linear in their number, in the PGD steps, in the
-   updates and in the blocks below and above the lowest site; the peak is linear in the blocks, the
-   sites and the micro-batches (each keeps its perturbations and the teacher's rows).
-4. `on_each_gpu` says what one of several processes holds.
+1. `fake_model(config, ...)` builds any Hugging Face decoder under its adapter from torch's
+   FakeTensors, in no memory. Tokens, masks and indices stay real, so that all that depends on them
+   is as in a real step.
+2. `whole_step` runs `Trainer.train_step` on it under `StepCounter`: what the trainer does is what
+   is counted. The stock modules run, as for every model too large for `latlib.fused`, and
+   attention is the CPU's fused kernel, which keeps no scores, as the GPU's keeps none.
+3. `predicted_memory` runs one micro-batch through all blocks, with one PGD step and one update.
+   Every further micro-batch adds what is kept until the updates (perturbations, the teacher's
+   rows), and the gradients of the adapter are there when the second one needs most. Blocks are not
+   extrapolated: with few of them the peak is in the attack, with many in the defence, and twins of
+   two and three blocks gave 28 % too little for Llama-3-8B.
+4. `predicted_flop` also runs one micro-batch, for a step takes so many times what one takes.
+   Without an attack it goes through all blocks, and every update takes what the first one takes.
+   With one, whose many steps would take minutes, it goes through twins of one and two blocks:
+   a. every further PGD step adds what the second one adds before the first update;
+   b. every further update takes what the second one takes (the first also judges the attack);
+   c. a second block above the lowest site adds what each further one adds;
+   d. a second block below it, where the attack does not go, adds what each such block adds.
+5. `on_each_gpu` says what one of several processes holds.
+
+The counter is ours and its formulas are torch's, because (torch 2.13; docs/lab-log.md) torch's
+`FlopCounterMode` ends in an error where a forward takes gradients of its own, as losses over a
+large vocabulary do, and torch's `MemTracker` in one where weights are frozen for a while. Without
+its module hooks, which it has no switch for, `MemTracker` finds .6 % more than a CPU allocates.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from latlib import attack
-from latlib.batch import Batch, TokenRow
+from latlib.batch import TokenRow
 from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
-from latlib.hooks import EMBEDDING, blocks_of, resolve_sites
-from latlib.models import LanguageModel, quietly, with_adapter
-from latlib.planning.counters import StepCounter, bytes_of
-from latlib.threat import depth
+from latlib.hooks import blocks_of
+from latlib.io.hub import quietly
+from latlib.models import LanguageModel, with_adapter
+from latlib.objectives import OBJECTIVES
+from latlib.threat import EMBEDDING, Site, depth, resolve_sites
 from latlib.train import Trainer
+
+aten = torch.ops.aten
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts what operators inside the context take, on real tensors and on fake ones.
+
+    flop: of matrix products and attention, by the formulas of `torch.utils.flop_counter`. live,
+    peak: bytes of the storages that operators allocated, now and at most. largest: (elements,
+    operator) of the largest single allocation. What operators allocate and free within themselves
+    is not seen. Questions about the values of a fake tensor are answered with 1.
+    """
+
+    # torch has no formula for the CPU's fused attention, whose arguments are the GPU's
+    _formulas = {
+        **flop_registry,
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+            aten._scaled_dot_product_flash_attention
+        ],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = 0
+        self.live = 0
+        self.peak = 0
+        self.largest: tuple[int, str] = (0, "nothing")
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.prim.device.default:
+                return args[0].fake_device
+            if func is aten._local_scalar_dense.default:
+                return 1.0
+            if func is aten.index.Tensor:
+                args = (args[0], [_without_mask(index) for index in args[1]])
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flop += formula(*args, **kwargs, out_val=out)
+        for tensor in _tensors(out):
+            self._note(tensor, (args, kwargs), func)
+        return out
+
+    def _note(self, tensor: Tensor, arguments: Any, operator: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        # a view or in-place change of something older than the context
+        if any(given.untyped_storage()._cdata == key for given in _tensors(arguments)):
+            return
+        size = storage.nbytes()
+        elements = size // tensor.element_size()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        if elements > self.largest[0]:
+            self.largest = (elements, str(operator))
+        weakref.finalize(storage, self._freed, key, size).atexit = False
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _without_mask(index: Tensor | None) -> Tensor | None:
+    """The positions of a real mask: a fake tensor cannot be indexed by one."""
+    if index is None or index.dtype != torch.bool:
+        return index
+    return index.nonzero().squeeze(1)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A training step in numbers. weights: bytes of the frozen model (and of further copies of it);
-    adapter, optimiser: bytes; peak: bytes beyond these at the step's worst moment (activations,
-    perturbations, gradients of the adapter); flop: of matrix products and attention, padding
-    included; largest: (elements, operator) of the largest allocation.
-    """
+class Memory:
+    """What a training step holds, in bytes. weights: of the frozen model (and of further copies of
+    it); optimiser: its moments; peak: beyond these at the step's worst moment (activations,
+    perturbations, gradients of the adapter)."""
 
     weights: int
     adapter: int
     optimiser: int
     peak: int
-    flop: float
-    largest: tuple[int, str]
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """All of it."""
         return self.weights + self.adapter + self.optimiser + self.peak
+
+
+def memory_of(lm: LanguageModel, peak: int, copies: Iterable[Tensor] = ()) -> Memory:
+    """Of a model whose step has this peak. copies: further weights that are kept beside it."""
+    adapter = bytes_of(adapter_of(lm))
+    weights = bytes_of([*lm.model.parameters(), *copies]) - adapter
+    return Memory(weights, adapter, 2 * adapter, peak)
 
 
 @dataclass(frozen=True)
@@ -65,257 +174,233 @@ class Lengths:
     prompt: int
     completion: int
 
-    def rows(self, n: int, completions: int) -> list[TokenRow]:
-        """`n` rows of this length; which tokens they hold plays no part."""
-        completion = tuple(range(1, self.completion + 1))
-        return [TokenRow(tuple(range(1, self.prompt + 1)), (completion,) * completions)] * n
+    def rows(self, n: int, completions: int, vocabulary: int) -> list[TokenRow]:
+        """`n` rows of this length, of random tokens."""
+        generator = torch.Generator().manual_seed(0)
+
+        def tokens(count: int) -> tuple[int, ...]:
+            return tuple(torch.randint(vocabulary, (count,), generator=generator).tolist())
+
+        rows = []
+        for _ in range(n):
+            replies = tuple(tokens(self.completion) for _ in range(completions))
+            rows.append(TokenRow(tokens(self.prompt), replies))
+        return rows
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, lora: LoraSettings) -> LanguageModel:
-    """The model of a config under its adapter, on the meta device. dtype: of the frozen weights;
-    the adapter's is peft's choice. Raises ProfileError when a target of the adapter does not
-    exist."""
-    with torch.device("meta"), quietly():
+def random_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    lora: LoraSettings,
+    device: torch.device | str,
+    forward: Literal["auto", "stock", "lean"] = "stock",
+) -> LanguageModel:
+    """The model of a config with random weights under a new adapter, made where it stays.
+
+    dtype: of the frozen weights; the adapter's is peft's choice. forward: as in `ModelSettings`.
+    Raises SettingError when a target of the adapter does not exist.
+    """
+    with torch.random.fork_rng(), torch.device(device), quietly():
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
-        return with_adapter(
-            LanguageModel(model, None, ModelSettings(forward="stock"), dtype), lora, 0
-        )
+        lm = LanguageModel(model, None, ModelSettings(forward=forward), dtype)
+        return with_adapter(lm, lora, 0)
 
 
-def whole_step(
-    lm: LanguageModel,
-    harmful: list[TokenRow],
-    benign: list[TokenRow],
-    settings: TrainSettings,
-    attacked: bool = True,
-) -> Prediction:
-    """One whole step of `settings.batch` rows on a meta model. attacked=False: a step before
-    `attack_after`.
+def fake_model(config: PretrainedConfig, dtype: torch.dtype, lora: LoraSettings) -> LanguageModel:
+    """`random_model` without data. Raises SettingError as it does."""
+    return without_data(random_model(config, dtype, lora, "meta"))
+
+
+def without_data(lm: LanguageModel) -> LanguageModel:
+    """A model on the meta device, its weights changed to fake ones that say they are on the CPU;
+    tied matrices stay tied.
     """
-    settings = settings.model_copy(update={"attack_after": 0 if attacked else 1, "eps_ramp": 0})
-    # for a relative eps, whose size plays no part
+    model: Any = lm.model
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.get_base_model().tie_weights()
+    return lm
+
+
+def adapter_of(lm: LanguageModel) -> list[Tensor]:
+    """The weights that are trained."""
+    return [weight for name, weight in lm.model.named_parameters() if "lora_" in name]
+
+
+def random_trainer(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> Trainer:
+    """A trainer at `settings` on rows of these lengths and random tokens."""
+    config: Any = lm.model.config
+    vocabulary = config.vocab_size
+    harmful = lengths.rows(settings.batch, 2, vocabulary)
+    benign = lengths.rows(settings.benign_batch, 1, vocabulary)
+    # of a relative eps: its size plays no part
     norms = dict.fromkeys((EMBEDDING, *range(lm.n_layers)), 1.0)
-    with patch("torch.optim.AdamW", _NoOptimiser):
-        trainer = Trainer(lm, harmful, benign, settings, 0, norms)
-    return counted(lm, trainer.train_step)
+    return Trainer(lm, harmful, benign, settings, 0, norms)
 
 
-def counted(
-    lm: LanguageModel, step: Callable[[], object], copies: Iterable[Tensor] = ()
-) -> Prediction:
-    """Run one `step` on a meta model, counting. copies: further weights that it keeps beside the
-    model.
+@dataclass(frozen=True)
+class StepCounts:
+    """Of a step: peak bytes and FLOPs; FLOPs before its first update, and of its last; the bytes
+    that it keeps for the updates."""
+
+    peak: int
+    flop: int
+    flop_before: int
+    flop_last: int
+    kept: int
+
+
+def whole_step(trainer: Trainer) -> StepCounts:
+    """Counts one step of a trainer whose model has no data."""
+    optimiser = trainer.optimiser
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()  # the moments are there
+    optimiser.zero_grad()
+    counter = StepCounter()
+    begun = []
+
+    def zero_grad() -> None:
+        begun.append((counter.flop, counter.live))
+        type(optimiser).zero_grad(optimiser)
+
+    with patch.object(optimiser, "zero_grad", zero_grad), counter:  # with it an update begins
+        trainer.train_step()
+    (before, kept), (last, _) = begun[0], begun[-1]
+    return StepCounts(counter.peak, counter.flop, before, counter.flop - last, kept)
+
+
+def attacks(settings: TrainSettings) -> bool:
+    """Whether the first step of a training does."""
+    return settings.attack.steps > 0 and settings.attack_after == 0
+
+
+def micro_batches(settings: TrainSettings, processes: int = 1) -> tuple[int, int, int]:
+    """(micro-batches of a first step, harmful rows in the largest, benign rows in the largest), as
+    `Trainer` cuts them; benign rows that an attack perturbs are not counted as harmful.
     """
-    adapter = [p for n, p in lm.model.named_parameters() if "lora_" in n]
-    for parameter in adapter:
-        parameter.grad = None
-    with on_meta(), StepCounter() as found:
-        step()
-    own = bytes_of(adapter)
-    weights = bytes_of([*lm.model.parameters(), *copies]) - own
-    return Prediction(weights, own, 2 * own, found.peak, found.flop, found.largest)
+    attacked, benign = _rows_of(settings, settings.batch, settings.benign_batch)
+    count = min(_quotient(max(attacked, benign), settings.micro_batch), attacked)
+    count = _quotient(count, processes) * processes
+    return count, _quotient(settings.batch, count), _quotient(settings.benign_batch, count)
 
 
-def predicted_step(
+def _rows_of(settings: TrainSettings, harmful: int, benign: int) -> tuple[int, int]:
+    """How many of a first step's rows carry the perturbation, and how many are benign."""
+    preference, response = TokenRow((1,), ((1,), (1,))), TokenRow((1,), ((1,),))
+    rows = OBJECTIVES[settings.objective](settings).rows
+    attacked, others = rows([preference] * harmful, [response] * benign, attacks(settings))
+    return len(attacked), len(others)
+
+
+def _quotient(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def predicted_memory(
+    lm: LanguageModel, settings: TrainSettings, lengths: Lengths, processes: int = 1
+) -> Memory:
+    """What a first step holds on rows that are all of these lengths; see point 3 of the module's
+    docstring. Of several processes: one, which runs its share of the micro-batches.
+    """
+    one = _one_micro_batch(lm, settings, lengths, settings.attack.sites)
+    found = memory_of(lm, one.peak)
+    further = micro_batches(settings, processes)[0] // processes - 1
+    if not further:
+        return found
+    gradients = found.adapter
+    return replace(found, peak=found.peak + gradients + further * one.kept)
+
+
+def predicted_flop(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> float:
+    """FLOPs of a first step, of all processes, on rows that are all of these lengths; see point 4
+    of the module's docstring."""
+    if attacks(settings):
+        flop = _attacked_flop(lm, settings, lengths)
+    else:
+        one = _one_micro_batch(lm, settings, lengths, settings.attack.sites)
+        flop = one.flop + (settings.iterations - 1) * one.flop_last
+    _, harmful, benign = micro_batches(settings)
+    # rows, not micro-batches: the last may be smaller
+    return flop * max(settings.batch / harmful, settings.benign_batch / benign)
+
+
+def _attacked_flop(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> float:
+    """Of one micro-batch."""
+    updates = min(2, settings.iterations)
+
+    def run(blocks: int, below: int = 0) -> float:
+        twin = _with_blocks(lm, blocks)
+        sites: list[Site] = [below - 1] if below else [EMBEDDING]
+        one = _one_micro_batch(twin, settings, lengths, sites, updates=updates)
+        flop = one.flop + (settings.iterations - updates) * one.flop_last
+        further = settings.attack.steps - 1
+        if further:
+            two = _one_micro_batch(twin, settings, lengths, sites, steps=2)
+            flop += further * (two.flop_before - one.flop_before)
+        return flop
+
+    below = depth(resolve_sites(settings.attack.sites, lm.n_layers)[0])
+    one_block = run(blocks=1)
+    flop = one_block + (lm.n_layers - below - 1) * (run(blocks=2) - one_block)
+    if below:
+        flop += below * (run(blocks=2, below=1) - one_block)
+    return flop
+
+
+def _one_micro_batch(
     lm: LanguageModel,
     settings: TrainSettings,
     lengths: Lengths,
-    attacked: bool = True,
-    processes: int = 1,
-    peak: bool = True,
-) -> Prediction:
-    """What `whole_step` finds on rows that are all of these lengths, in seconds for a model of any
-    depth.
-
-    Of several processes: the peak of one, which runs its share of the micro-batches, and the FLOPs
-    of all. attacked: see `whole_step`. peak=False leaves the peak out (0), for the FLOPs alone.
-    """
-    steps, updates = settings.attack.steps if attacked else 0, settings.iterations
-    n, rows, calm = micro_batches(settings, bool(steps), processes)
-    sites = resolve_sites(settings.attack.sites, lm.n_layers) if steps else (EMBEDDING,)
-    extra = calm if steps and not settings.attack.targeted else 0
-    base, taller, own_n = _twin(lm, 2), _twin(lm, 3), n // processes
-
-    def run(
-        twin: LanguageModel,
-        n: int = 1,
-        steps: int = 1,
-        updates: int = 1,
-        lowest: int = 0,
-        sites: int = 1,
-    ):
-        at = tuple(EMBEDDING if not d else d - 1 for d in range(lowest, lowest + sites))
-        pgd = settings.attack.model_copy(
-            update={"steps": min(steps, settings.attack.steps), "sites": at}
-        )
-        changes = {
-            "batch": rows * n,
-            "benign_batch": calm * n,
-            "micro_batch": max(rows + extra, calm),
-        }
-        few = settings.model_copy(update={**changes, "iterations": updates, "attack": pgd})
-        return whole_step(twin, lengths.rows(rows * n, 2), lengths.rows(calm * n, 1), few, attacked)
-
-    def parts(twin: LanguageModel) -> tuple[Prediction, float, float, float]:
-        """(a step of a few micro-batches; FLOPs of one micro-batch, of a further update, of a
-        further PGD step)
-        """
-        count = min(own_n, 2) if peak else 1
-        few = run(twin, count)
-        one = few.flop / count
-        again = run(twin, updates=2).flop - one if updates > 1 else 0.0
-        return few, one, again, run(twin, steps=2).flop - one if steps > 1 else 0.0
-
-    def of_all(one: float, again: float, further: float) -> float:
-        return one + (updates - 1) * again + max(0, steps - 1) * further
-
-    (low, *low_flop), (high, *high_flop) = parts(base), parts(taller)
-    below, m = depth(sites[0]), len(sites)
-    above = of_all(*high_flop) - of_all(*low_flop)  # FLOPs of one block above the lowest site
-    flop = of_all(*low_flop) + (lm.n_layers - below - 2) * above
-    if below:  # such a block runs once before the attack, and not in it
-        flop += below * (
-            run(taller, lowest=1).flop - low_flop[0] + (updates - 1) * (high_flop[1] - low_flop[1])
-        )
-    most, further = low.peak + (lm.n_layers - 2) * (high.peak - low.peak), max(0, own_n - 2)
-    if peak:
-        kept = run(base, 3).peak - low.peak if further else 0
-        if m > 1:
-            two = run(base, min(own_n, 2), sites=2).peak
-            most += (m - 1) * (two - low.peak)
-            kept += (m - 1) * (run(base, 3, sites=2).peak - two - kept) if further else 0
-        most += further * kept
-    adapter = [p for name, p in lm.model.named_parameters() if "lora_" in name]
-    own = bytes_of(adapter)
-    # rows, not micro-batches: the last may be smaller
-    flop *= max(settings.batch / rows, settings.benign_batch / calm)
-    weights = bytes_of(lm.model.parameters()) - own
-    return Prediction(weights, own, 2 * own, most if peak else 0, flop, low.largest)
+    sites: Sequence[Site | float],
+    steps: int = 1,
+    updates: int = 1,
+) -> StepCounts:
+    """A first step of one micro-batch, with at most so many PGD steps."""
+    _, harmful, benign = micro_batches(settings)
+    attack = {"steps": min(steps, settings.attack.steps), "sites": tuple(sites)}
+    changes = {
+        "batch": harmful,
+        "benign_batch": benign,
+        "micro_batch": max(_rows_of(settings, harmful, benign)),
+        "iterations": updates,
+        "attack": settings.attack.model_copy(update=attack),
+    }
+    few = settings.model_copy(update=changes)
+    return whole_step(random_trainer(lm, few, lengths))
 
 
-def micro_batches(
-    settings: TrainSettings, attacked: bool = True, processes: int = 1
-) -> tuple[int, int, int]:
-    """(micro-batches of a step, harmful rows in the largest, benign rows in the largest), as
-    `Trainer` cuts them; the benign rows that an untargeted attack perturbs are not counted as
-    harmful."""
-    harmful = settings.batch + (
-        settings.benign_batch if attacked and not settings.attack.targeted else 0
-    )
-    n = min(-(-max(harmful, settings.benign_batch) // settings.micro_batch), harmful)
-    n = -(-n // processes) * processes
-    return n, -(-settings.batch // n), -(-settings.benign_batch // n)
-
-
-def _twin(lm: LanguageModel, blocks: int) -> LanguageModel:
-    """The model with fewer blocks."""
-    config = copy.deepcopy(lm.model.config)
+@lru_cache(maxsize=2)
+def _with_blocks(lm: LanguageModel, blocks: int) -> LanguageModel:
+    """The model with another number of blocks."""
+    model: Any = lm.model
+    config = copy.deepcopy(model.config)
     config.num_hidden_layers = blocks
     # Gemma 2, Qwen 2: which kind of attention each block has
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:blocks]
-    own = next(iter(lm.model.peft_config.values()))
+        config.layer_types = (config.layer_types * blocks)[:blocks]
+    own = next(iter(model.peft_config.values()))
     lora = LoraSettings(r=own.r, alpha=float(own.lora_alpha), targets=tuple(own.target_modules))
-    return meta_model(config, lm.dtype, lora)
+    return fake_model(config, lm.dtype, lora)
 
 
-def on_each_gpu(found: Prediction, lm: LanguageModel, processes: int, mode: str) -> Prediction:
-    """What one of `processes` holds, from the prediction of its share of the rows. ddp: everything.
-    fsdp2: weights, adapter and moments are divided; whole stay the activations and perturbations of
-    its own rows, and, gathered while they run, the embedding and output matrices and two blocks
-    (one computes, the next is fetched)."""
+def on_each_gpu(found: Memory, lm: LanguageModel, processes: int, mode: str) -> Memory:
+    """What one of `processes` holds, from the prediction of its share of the rows.
+
+    ddp: everything. fsdp2: weights, adapter and moments are divided; full stay the activations and
+    perturbations of its own rows, and, gathered while they run, the embedding and output matrices
+    and two blocks (one computes, the next is fetched).
+    """
     if mode != "fsdp2" or processes == 1:
         return found
-    blocks = blocks_of(lm.model)
-    block = bytes_of(blocks[0].parameters())
-    outside = found.weights + found.adapter - sum(bytes_of(b.parameters()) for b in blocks)
-    whole = outside + min(2, len(blocks)) * block
-    divided = {
-        name: -(-getattr(found, name) // processes) for name in ("weights", "adapter", "optimiser")
-    }
-    return replace(found, **divided, peak=found.peak + whole - whole // processes)
-
-
-class _NoOptimiser:
-    """In place of AdamW, whose fused kernels know no meta device."""
-
-    def __init__(self, parameters, lr: float, **_) -> None:
-        self.parameters, self.param_groups = list(parameters), [{"lr": lr}]
-
-    def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def step(self) -> None:
-        pass
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """What lets a step run without data."""
-    tensor, batch_to, bincount, free = (
-        torch.Tensor,
-        Batch.to,
-        torch.bincount,
-        attack.perturbed_positions,
+    blocks = [bytes_of(block.parameters()) for block in blocks_of(lm.model)]
+    outside = found.weights + found.adapter - sum(blocks)
+    gathered = outside + sum(blocks[:2])
+    return Memory(
+        weights=_quotient(found.weights, processes),
+        adapter=_quotient(found.adapter, processes),
+        optimiser=_quotient(found.optimiser, processes),
+        peak=found.peak + gathered - gathered // processes,
     )
-    truth, item, tensor_to = tensor.__bool__, tensor.item, tensor.to
-
-    def moved(batch: Batch, device: torch.device | str) -> Batch:
-        # how many positions may be perturbed is only known while there is data
-        out = batch_to(batch, device)
-        out.__dict__["_free"] = {
-            p: int(free(batch, p).sum()) for p in ("prompt", "prompt+completion")
-        }
-        return out
-
-    def stay(value: Tensor, *args, **kwargs) -> Tensor:
-        fetched = value.is_meta and "cpu" in map(str, args)  # there is nothing to fetch
-        return value if fetched else tensor_to(value, *args, **kwargs)
-
-    def positions(batch: Batch, which: str) -> Tensor:
-        return (
-            torch.ones(batch.__dict__["_free"][which], device="meta")
-            if batch.ids.is_meta
-            else free(batch, which)
-        )
-
-    def counts(values: Tensor, *args, minlength: int = 0) -> Tensor:
-        if values.is_meta:
-            return torch.ones(minlength, dtype=torch.long, device="meta")
-        return bincount(values, *args, minlength=minlength)
-
-    with ExitStack() as changes:
-        enter = changes.enter_context
-        enter(patch.object(tensor, "__bool__", lambda t: True if t.is_meta else truth(t)))
-        enter(patch.object(tensor, "item", lambda t: 1.0 if t.is_meta else item(t)))
-        enter(patch.object(tensor, "to", stay))
-        enter(patch.object(torch, "bincount", counts))
-        enter(patch.object(F, "scaled_dot_product_attention", _efficient_attention))
-        enter(patch("torch.fx.experimental._config.meta_nonzero_assume_all_nonzero", True))
-        enter(patch.object(attack, "perturbed_positions", positions))
-        enter(patch.object(Batch, "to", moved))
-        yield
-
-
-def _efficient_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The GPU's kernel that keeps no scores; q [batch, heads, seq, head_dim], keys repeated where
-    they are fewer.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
-    bias = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    return kernel(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[
-        0
-    ]

@@ -3,6 +3,7 @@ token.
 """
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from tiny_models import world_tokenizer
 from transformers import LlamaConfig
 
 from latlib.config.profile import find_share, load_profile
-from latlib.planning import check as preflight
+from latlib.planning import check as planning
 from latlib.planning import estimate, published_configs, requirements
 from latlib.planning.estimate import phases, timed_hours
 from latlib.planning.requirements import Machine
-from latlib.planning.step_cost import Lengths
+from latlib.planning.step_cost import Lengths, Memory
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
@@ -35,7 +37,6 @@ BIG = Machine(
     one_disk=True,
     token=True,
     offline=False,
-    datasets=True,
 )
 CPU = replace(BIG, gpus=(), gpu="", bf16=False)
 
@@ -48,12 +49,18 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     # whatever this machine's user has downloaded
-    monkeypatch.setattr(published_configs, "cached_file", lambda *_: None)
-    monkeypatch.setattr(requirements, "cached_file", lambda *_: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
         estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)}
     )
     monkeypatch.chdir(tmp_path)
+
+
+def cheap_steps(monkeypatch):
+    """A step's size is made up."""
+    monkeypatch.setattr(estimate, "predicted_flop", lambda *_: 1e15)
+    memory = Memory(10**9, 10**7, 10**7, 10**9)
+    monkeypatch.setattr(estimate, "predicted_memory", lambda *_: memory)
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def small(tmp_path, monkeypatch):
     """A function: the lines of a small local model's profile with changes, by subject; a step's
     size is made up.
     """
-    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    cheap_steps(monkeypatch)
     LlamaConfig(
         vocab_size=97,
         hidden_size=16,
@@ -94,7 +101,7 @@ def small(tmp_path, monkeypatch):
             tree[section] = {**tree.get(section, {}), **values}
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
         profile = load_profile(tmp_path / "small.yaml")
-        return {line.subject: line for line in preflight.check(profile, tmp_path / "run", machine)}
+        return {line.subject: line for line in planning.check(profile, tmp_path / "run", machine)}
 
     return check
 
@@ -104,44 +111,37 @@ def missing(lines):
 
 
 def status_of(name, machine, capsys):
-    status = preflight.main(load_profile(name), Path("run"), as_json=True, machine=machine)
+    status = planning.main(load_profile(name), Path("run"), as_json=True, machine=machine)
     found = json.loads(capsys.readouterr().out)
     assert found["status"] == status and found["profile"] == name
     assert (status == 3) == any(line["state"] == "missing" for line in found["lines"])
-    assert all(bool(line["mend"]) for line in found["lines"] if line["state"] == "missing")
+    assert all(bool(line["fix"]) for line in found["lines"] if line["state"] == "missing")
     return status, {line["subject"]: line for line in found["lines"]}
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, monkeypatch):
-    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    cheap_steps(monkeypatch)
     status, lines = status_of(name, replace(BIG, token=False), capsys)
     assert status == (3 if name in GATED else 0)
     assert lines["memory"]["state"] == "ok" and {"rows", "disk", "LoRA targets", "time"} <= set(
         lines
     )
     if name in GATED:
-        assert (
-            "HF_TOKEN" in lines["licence"]["mend"] and "hf auth login" in lines["licence"]["mend"]
-        )
-        assert "https://huggingface.co/meta-llama/" in lines["licence"]["mend"]
+        assert "HF_TOKEN" in lines["licence"]["fix"] and "hf auth login" in lines["licence"]["fix"]
+        assert "https://huggingface.co/meta-llama/" in lines["licence"]["fix"]
 
 
-def _cheap(lm):
-    from latlib.planning.step_cost import Prediction
-
-    return Prediction(10**9, 10**7, 10**7, 10**9, 1e15, (1, "x"))
-
-
-def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_path):
+def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_path, monkeypatch):
     """The real prediction; that there is no file is the only thing missing."""
     status, lines = status_of("llama3-8b-seed", BIG, capsys)
     assert status == 3 and lines["data.harmful"]["state"] == "missing"
-    assert "weights 16.1" in lines["memory"]["text"] and lines["memory"]["state"] == "ok"
+    assert "24.1 GB predicted: weights 16.1" in lines["memory"]["text"]
+    assert lines["memory"]["state"] == "ok"
     assert lines["time"]["text"].startswith("3.0 h")
-    assert (
-        preflight.main(load_profile("llama3-8b-seed"), tmp_path, machine=replace(BIG, gpus=())) == 3
-    )
+    cheap_steps(monkeypatch)
+    profile, machine = load_profile("llama3-8b-seed"), replace(BIG, gpus=())
+    assert planning.main(profile, tmp_path, machine=machine) == 3
     said = capsys.readouterr().out
     assert "estimate, not measured here" in said and "FLOP counted" in said and "missing: 2" in said
 
@@ -149,10 +149,10 @@ def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_token_is_never_shown(as_json, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    cheap_steps(monkeypatch)
     machine = requirements.look(tmp_path / "not" / "there")
     assert machine.token and machine.disk > 0 and machine.ram > 0
-    preflight.main(
+    planning.main(
         load_profile("llama3-8b-paper"), tmp_path, as_json, replace(machine, offline=False)
     )
     said = capsys.readouterr().out
@@ -164,9 +164,9 @@ def test_what_is_lacking_is_said_without_timing_anything(small, tmp_path, monkey
     for changes in ({"data": {"benign": "nowhere/x.csv"}}, {}):
         small(**changes)
         with monkeypatch.context() as patched:
-            patched.setattr(preflight, "_time", lambda *_: pytest.fail("timed"))
+            patched.setattr(planning, "_time", lambda *_: pytest.fail("timed"))
             said.append(
-                preflight.lacking(load_profile(tmp_path / "small.yaml"), tmp_path / "run", CPU)
+                planning.lacking(load_profile(tmp_path / "small.yaml"), tmp_path / "run", CPU)
             )
     assert said[0].startswith("missing: data.benign: nowhere/x.csv: no such file") and said[1] == ""
     assert "\n  download it there, or set data.benign to where it is" in said[0]
@@ -187,22 +187,47 @@ def test_a_prompt_that_is_trained_and_tested_on_is_missing_its_mend(small):
     Path("test.csv").write_text("goal,target\nDO 7 !,Sure\nsomething else entirely,Sure\n")
     line = small(data={"test_harmful": "test.csv"})["overlap"]
     assert line.state == "missing" and "equal to a test prompt" in line.text
-    assert line.mend.startswith("remove those rows from the training or the test file")
+    assert line.fix.startswith("remove those rows from the training or the test file")
     assert "overlap" not in small(data={"benign": "someone/prompts"})  # not before it is here
 
 
-def test_a_missing_file_and_a_missing_package(small):
+def test_a_missing_file_and_a_data_set_to_be_downloaded(small):
     lines = small(data={"harmful": "nowhere/x.csv"})
-    assert missing(lines) == ["data.harmful"] and "nowhere/x.csv" in lines["data.harmful"].text
-    lines = small(replace(CPU, datasets=False), data={"benign": "someone/prompts"})
-    assert (
-        missing(lines) == ["package datasets"]
-        and lines["package datasets"].mend == "pip install datasets"
-    )
+    assert missing(lines) == ["data.harmful"]
+    assert "nowhere/x.csv" in lines["data.harmful"].text
+    lines = small(data={"benign": "someone/prompts"})
+    assert missing(lines) == []
     assert "to be downloaded" in lines["data.benign"].text
     assert missing(small(replace(CPU, offline=True), data={"benign": "someone/prompts"})) == [
         "data.benign"
     ]
+
+
+def test_what_is_in_the_hub_cache_is_not_downloaded(small, tmp_path):
+    cached(tmp_path / "hub" / "datasets--someone--prompts")
+    model = cached(tmp_path / "hub" / "models--someone--model")
+    shutil.copytree(tmp_path / "model", model, dirs_exist_ok=True)
+    changes = {"model": {"source": "someone/model"}, "data": {"benign": "someone/prompts"}}
+    lines = small(replace(CPU, offline=True), **changes)
+    assert missing(lines) == ["model"]  # its weights are not there
+    assert lines["data.benign"].text == "someone/prompts: in the cache"
+    (model / "model.safetensors").touch()
+    lines = small(replace(CPU, offline=True), **changes)
+    assert missing(lines) == [] and lines["model"].text == "someone/model: in the hub cache"
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "1.safetensors").touch()
+    assert missing(small(replace(CPU, offline=True), **changes)) == ["model"]
+    (model / "2.safetensors").touch()
+    assert missing(small(replace(CPU, offline=True), **changes)) == []
+
+
+def cached(repository: Path) -> Path:
+    """The folder of the only revision of a repository in the hub cache."""
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    return repository / "snapshots" / "abc"
 
 
 def test_a_wrong_site_and_a_wrong_target(small):
@@ -239,15 +264,15 @@ def test_models_that_are_not_there(small):
 
 
 def test_a_large_model_without_a_gpu_is_missing_one(capsys, monkeypatch):
-    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    cheap_steps(monkeypatch)
     _, lines = status_of("evaluate-only", CPU, capsys)
-    assert lines["device"]["state"] == "missing" and "GPU" in lines["device"]["mend"]
+    assert lines["device"]["state"] == "missing" and "GPU" in lines["device"]["fix"]
     _, lines = status_of("small-gpu", CPU, capsys)
     assert lines["device"]["state"] == "note"
 
 
 def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
-    monkeypatch.setattr(estimate, "predicted_step", lambda lm, *_, **__: _cheap(lm))
+    cheap_steps(monkeypatch)
     rate = estimate.MEASURED_RATE * estimate.SHARE
     steps = round(rate * 3600 * 8 / 1e15)  # eight hours at the stated rate
     lines = small(train={"steps": steps}, budget={"usd_per_hour": 2.0})
@@ -289,8 +314,10 @@ def test_published_shapes_have_the_published_size():
 
 def test_a_config_that_is_here_is_the_truth(tmp_path, monkeypatch):
     LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
-    monkeypatch.setattr(published_configs, "cached_file", lambda *_: tmp_path / "config.json")
-    assert published_configs.config_of(load_profile("llama3-8b-seed").model).num_hidden_layers == 3
+    settings = load_profile("llama3-8b-seed").model
+    assert published_configs.config_of(settings).num_hidden_layers == 32
+    here = settings.model_copy(update={"source": str(tmp_path)})
+    assert published_configs.config_of(here).num_hidden_layers == 3
 
 
 def test_the_command_line_runs_nothing_and_imports_no_jupyter(tmp_path):

@@ -43,7 +43,7 @@ def test_a_run_is_killed_resumed_and_written_down(gpu_profile, tmp_path, capsys)
     ]
     found = gpu_profile.main(arguments)
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(found))
-    assert [(s["step"], s["begun"]) for s in found["steps"]] == [(1, 0), (2, 0), (3, 2), (4, 2)]
+    assert [(s["step"], s["resumed"]) for s in found["steps"]] == [(1, 0), (2, 0), (3, 2), (4, 2)]
     assert found["resumed_at"] == 2 and found["predicted"]["total"] > 0
     assert found["measured"]["peak_bytes"] is None and found["measured"]["seconds_per_step"] > 0
     assert found["hours_of_the_run"] == pytest.approx(

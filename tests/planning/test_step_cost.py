@@ -1,10 +1,11 @@
-"""A step on the meta device takes what the same step takes on a CPU, and the short way says what
-the long way says.
+"""A step without data takes what the same step takes on a CPU, and the short way says what the long
+way says.
 """
 
 import pytest
 import torch
-from tiny_models import language_model, preference_batch, token_rows
+from tiny_models import language_model, token_rows
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,15 +22,18 @@ from latlib.config.sections import (
     ProfileError,
     TrainSettings,
 )
-from latlib.planning import step_cost
-from latlib.planning.counters import StepCounter, bytes_of, flop_counter
-from latlib.planning.estimate import random_model, random_trainer
 from latlib.planning.step_cost import (
     Lengths,
-    meta_model,
+    StepCounter,
+    bytes_of,
+    fake_model,
+    memory_of,
     micro_batches,
     on_each_gpu,
-    predicted_step,
+    predicted_flop,
+    predicted_memory,
+    random_model,
+    random_trainer,
     whole_step,
 )
 from latlib.train import Trainer
@@ -38,7 +42,7 @@ SHAPE = dict(
     vocab_size=301,
     hidden_size=64,
     intermediate_size=160,
-    num_hidden_layers=5,
+    num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,
@@ -64,7 +68,7 @@ def lora_of(family: str) -> LoraSettings:
 
 
 def settings_of(
-    batch=4, micro_batch=2, iterations=1, sites=(1, 3), steps=2, **attack
+    batch=4, micro_batch=2, iterations=1, sites=(0, 2), steps=2, **attack
 ) -> TrainSettings:
     return TrainSettings(
         batch=batch,
@@ -76,107 +80,127 @@ def settings_of(
     )
 
 
-def long_way(lm, settings, lengths=LENGTHS, attacked=True):
-    return whole_step(
-        lm, lengths.rows(settings.batch, 2), lengths.rows(settings.batch, 1), settings, attacked
-    )
+@pytest.fixture(scope="module")
+def llama():
+    return fake_model(FAMILIES["llama"], torch.bfloat16, lora_of("llama"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_meta_device_predicts_what_a_step_holds_on_a_cpu(family):
-    """Within 10 %: all that differs is attention, which on a CPU keeps other buffers."""
-    settings = settings_of()
-    predicted = long_way(meta_model(FAMILIES[family], torch.float32, lora_of(family)), settings)
-    lm = random_model(FAMILIES[family], torch.float32, lora_of(family), "cpu")
+def test_a_step_without_data_takes_what_it_takes_on_a_cpu(family):
+    config, lora, settings = FAMILIES[family], lora_of(family), settings_of(micro_batch=4, steps=1)
+    fake = fake_model(config, torch.float32, lora)
+    counts = whole_step(random_trainer(fake, settings, LENGTHS))
+    lm = random_model(config, torch.float32, lora, "cpu")
     trainer = random_trainer(lm, settings, LENGTHS)
     trainer.train_step()  # the moments are there
     trainer.optimiser.zero_grad()
     with StepCounter() as real:
         trainer.train_step()
-    assert predicted.peak == pytest.approx(real.peak, rel=0.1)
-    assert predicted.flop == pytest.approx(real.flop, rel=0.02)
+    assert counts.peak == pytest.approx(real.peak, rel=0.001)
+    assert counts.flop == real.flop
+    memory = memory_of(fake, counts.peak)
     adapter = bytes_of(trainer.parameters)
-    assert (predicted.adapter, predicted.optimiser) == (adapter, 2 * adapter)
-    plain = AutoModelForCausalLM.from_config(FAMILIES[family])
-    assert (
-        predicted.weights
-        == bytes_of(plain.parameters())
-        == 4 * sum(p.numel() for p in plain.parameters())
-    )
+    assert (memory.adapter, memory.optimiser) == (adapter, 2 * adapter)
+    plain = AutoModelForCausalLM.from_config(config)
+    assert memory.weights == 4 * sum(p.numel() for p in plain.parameters())
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        settings_of(8, 2, 3, ("embedding", 2, 3), 4, rule="adamw"),
-        settings_of(2, 2, 1, (2,), 3),
-        settings_of(4, 2, 2, (0.5,), 2, targeted=False),
-        settings_of(4, 2, 2, steps=0),
+        settings_of(3, 1, 3, ("embedding", 1, 2), 1, rule="adamw"),
+        settings_of(2, 2, 1, (1,), 3),
+        settings_of(2, 2, 2, (0.5,), 2, targeted=False),
+        settings_of(2, 1, 2, steps=0),
+        settings_of(2, 1).model_copy(update={"attack_after": 5}),
+        settings_of(2, 1, 2, steps=0).model_copy(update={"objective": "rerouting"}),
     ],
-    ids=["embedding", "one", "untargeted", "plain"],
+    ids=["embedding", "one", "untargeted", "plain", "before the attack", "rerouting"],
 )
-def test_the_short_way_says_what_the_long_way_says(settings):
-    lm = meta_model(FAMILIES["llama"], torch.bfloat16, lora_of("llama"))
-    short, long = predicted_step(lm, settings, LENGTHS), long_way(lm, settings)
-    assert short.flop == pytest.approx(long.flop, rel=1e-9)
-    assert short.peak == pytest.approx(long.peak, rel=0.04)
-    assert (short.weights, short.adapter, short.optimiser) == (
-        long.weights,
-        long.adapter,
-        long.optimiser,
-    )
-    flop = predicted_step(lm, settings, LENGTHS, peak=False)
-    assert (flop.flop, flop.peak) == (pytest.approx(long.flop, rel=1e-9), 0)
-
-
-def test_a_step_before_the_attack_begins_costs_less():
-    lm, settings = meta_model(FAMILIES["llama"], torch.bfloat16, lora_of("llama")), settings_of()
-    plain = predicted_step(lm, settings, LENGTHS, attacked=False)
-    assert plain.flop == pytest.approx(long_way(lm, settings, attacked=False).flop, rel=1e-9)
-    assert plain.flop < 0.7 * long_way(lm, settings).flop
+def test_the_short_way_says_what_the_long_way_says(settings, llama):
+    long = whole_step(random_trainer(llama, settings, LENGTHS))
+    assert predicted_flop(llama, settings, LENGTHS) == pytest.approx(long.flop, rel=1e-9)
+    memory = predicted_memory(llama, settings, LENGTHS)
+    assert memory == memory_of(llama, memory.peak)
+    # gradients may be there already when a single micro-batch needs most
+    assert 0.96 * long.peak <= memory.peak <= 1.01 * long.peak + memory.adapter
 
 
 def test_micro_batches_are_the_trainers():
     for settings in (settings_of(5, 2), settings_of(3, 8), settings_of(6, 4, targeted=False)):
         trainer = Trainer(language_model("stock"), token_rows(8, 2), token_rows(8, 1), settings, 0)
         parts = trainer._micro_batches(True, torch.Generator().manual_seed(0))
-        n, rows, calm = micro_batches(settings)
-        assert (n, calm) == (len(parts), max(part.benign.shape[0] for part in parts))
+        count, harmful, benign = micro_batches(settings)
+        assert count == len(parts)
+        assert benign == max(part.benign.shape[0] for part in parts)
         if settings.attack.targeted:
-            assert rows == max(part.attacked.shape[0] for part in parts)
+            assert harmful == max(part.attacked.shape[0] for part in parts)
     assert micro_batches(settings_of(6, 2), processes=2) == (4, 2, 2)
 
 
-def test_the_step_counter_counts_what_torch_counts():
-    lm, batch = language_model("stock", trained=True), preference_batch(4)
-    found = []
-    for counter in (flop_counter(), StepCounter()):
+def test_allocations_are_followed_until_they_are_freed():
+    weight = torch.zeros(10, 10)
+    with StepCounter() as memory:
+        a = torch.ones(1000, dtype=torch.float32)  # 4,000 bytes
+        view = a[10:].view(2, -1)  # no storage of its own
+        weight.add_(1)  # nor this
+        b = a.double()  # 8,000
+        assert memory.live == 12_000
+        del a
+        assert memory.live == 12_000  # the view holds it
+        del view
+        assert memory.live == 8_000
+        c = torch.empty(2_500, dtype=torch.float32)
+        assert (memory.live, memory.peak) == (18_000, 18_000)
+        del b, c
+    assert (memory.live, memory.peak) == (0, 18_000)
+    assert memory.largest == (2_500, "aten.empty.memory_format")
+
+
+def test_flops_are_those_that_torch_counts():
+    weight = torch.randn(8, 8, requires_grad=True)
+    theirs, ours = FlopCounterMode(display=False), StepCounter()
+    for counter in (theirs, ours):
         with counter:
-            lm.network(train=True).label_rows(batch).sum().backward()
-        found.append(
-            counter.flop if isinstance(counter, StepCounter) else counter.get_total_flops()
-        )
-    assert found[0] == found[1] > 0
+            ((torch.randn(5, 8) @ weight).relu() @ weight.T).sum().backward()
+    assert ours.flop == theirs.get_total_flops() > 0
+    assert ours.live >= 8 * 8 * 4  # the gradient is still there
 
 
-def test_what_several_processes_hold():
-    lm = meta_model(FAMILIES["llama"], torch.bfloat16, lora_of("llama"))
-    one = predicted_step(lm, settings_of(8, 2), LENGTHS)
-    share = predicted_step(lm, settings_of(8, 2), LENGTHS, processes=2)
-    assert share.peak < one.peak and share.flop == pytest.approx(one.flop)
-    assert on_each_gpu(share, lm, 2, "ddp") == share and on_each_gpu(share, lm, 1, "fsdp2") == share
-    spread = on_each_gpu(share, lm, 4, "fsdp2")
-    assert (spread.weights, spread.optimiser) == (-(-share.weights // 4), -(-share.optimiser // 4))
-    assert share.peak < spread.peak and spread.total < share.total  # some of the weights stay whole
+@pytest.mark.parametrize("causal", [True, False])
+def test_fused_attention_on_a_cpu_is_counted_as_its_products(causal):
+    q, k, v = (torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3))
+    with StepCounter() as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        forward = counter.flop
+        out.sum().backward()
+    product = 2 * 2 * 3 * 7 * 7 * 4
+    assert forward == 2 * product
+    assert counter.flop == (2 + 5) * product
 
 
-def test_nothing_of_the_meta_device_is_left_behind():
-    before = (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.to, torch.bincount)
-    with pytest.raises(ZeroDivisionError), step_cost.on_meta():
-        raise ZeroDivisionError
-    assert before == (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.to, torch.bincount)
+def test_what_several_processes_hold(llama):
+    settings = settings_of(8, 2)
+    one = predicted_memory(llama, settings, LENGTHS)
+    share = predicted_memory(llama, settings, LENGTHS, processes=2)
+    assert share.peak < one.peak
+    assert on_each_gpu(share, llama, 2, "ddp") == share
+    assert on_each_gpu(share, llama, 1, "fsdp2") == share
+    spread = on_each_gpu(share, llama, 4, "fsdp2")
+    quarters = (-(-share.weights // 4), -(-share.optimiser // 4))
+    assert (spread.weights, spread.optimiser) == quarters
+    # some of the weights stay full
+    assert share.peak < spread.peak
+    assert spread.total < share.total
+
+
+def test_nothing_is_left_behind(llama):
+    trainer = random_trainer(llama, settings_of(2, 2, steps=1), LENGTHS)
+    whole_step(trainer)
+    assert "zero_grad" not in vars(trainer.optimiser)
+    assert torch.ones(2, 3)[torch.tensor([True, False])].sum().item() == 3
 
 
 def test_a_target_that_the_model_lacks_is_named():
     with pytest.raises(ProfileError, match="c_attn"):
-        meta_model(FAMILIES["llama"], torch.bfloat16, LoraSettings(targets=("c_attn",)))
+        fake_model(FAMILIES["llama"], torch.bfloat16, LoraSettings(targets=("c_attn",)))
