@@ -12,37 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latlib.batch import Batch
 from latlib.hooks import check_delta
 from latlib.losses import Unembed
-from latlib.processes import Processes
 from latlib.threat import Site, depth
 
 Start = tuple[Site, Tensor] | None  # where a forward begins; None: at the embedding
 Perturbation = Mapping[Site, Tensor] | None  # site -> [batch, seq, d_model]
 
 
-class Model(Protocol):
-    """What training asks of a model, as `models.LanguageModel` has it."""
-
-    model: nn.Module
-    processes: Processes
-
-    @property
-    def n_layers(self) -> int:
-        """Number of decoder blocks."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    def network(self, adapter: bool = True, train: bool = False) -> Network:
-        """A view of the weights as they are now; adapter=False is the frozen teacher."""
+# what training asks for its weights and for networks over them: a `models.LanguageModel`
+Model = Any
 
 
 class Network(Protocol):

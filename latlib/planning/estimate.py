@@ -26,7 +26,7 @@ from latlib.models import LanguageModel
 from latlib.planning.step_cost import (
     Lengths,
     Memory,
-    attacks,
+    has_attack,
     on_each_gpu,
     predicted_flop,
     predicted_memory,
@@ -122,7 +122,7 @@ def heaviest(found: Sequence[Phase], n_layers: int) -> Phase:
     def weight(phase: Phase) -> tuple[int, bool, int]:
         settings = phase.settings
         sites = resolve_sites(settings.attack.sites, n_layers)
-        return settings.micro_batch, attacks(settings), len(sites)
+        return settings.micro_batch, has_attack(settings), len(sites)
 
     return max(found, key=weight)
 

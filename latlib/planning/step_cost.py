@@ -259,19 +259,19 @@ def whole_step(trainer: Trainer) -> StepCounts:
     optimiser.step()  # the moments are there
     optimiser.zero_grad()
     counter = StepCounter()
-    begun = []
+    at_start = []
 
     def zero_grad() -> None:
-        begun.append((counter.flop, counter.live))
+        at_start.append((counter.flop, counter.live))
         type(optimiser).zero_grad(optimiser)
 
     with patch.object(optimiser, "zero_grad", zero_grad), counter:  # with it an update begins
         trainer.train_step()
-    (before, kept), (last, _) = begun[0], begun[-1]
+    (before, kept), (last, _) = at_start[0], at_start[-1]
     return StepCounts(counter.peak, counter.flop, before, counter.flop - last, kept)
 
 
-def attacks(settings: TrainSettings) -> bool:
+def has_attack(settings: TrainSettings) -> bool:
     """Whether the first step of a training does."""
     return settings.attack.steps > 0 and settings.attack_after == 0
 
@@ -290,7 +290,7 @@ def _rows_of(settings: TrainSettings, harmful: int, benign: int) -> tuple[int, i
     """How many of a first step's rows carry the perturbation, and how many are benign."""
     preference, response = TokenRow((1,), ((1,), (1,))), TokenRow((1,), ((1,),))
     rows = OBJECTIVES[settings.objective](settings).rows
-    attacked, others = rows([preference] * harmful, [response] * benign, attacks(settings))
+    attacked, others = rows([preference] * harmful, [response] * benign, has_attack(settings))
     return len(attacked), len(others)
 
 
@@ -317,7 +317,7 @@ def predicted_memory(
 def predicted_flop(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> float:
     """FLOPs of a first step, of all processes, on rows that are all of these lengths; see point 4
     of the module's docstring."""
-    if attacks(settings):
+    if has_attack(settings):
         flop = _attacked_flop(lm, settings, lengths)
     else:
         one = _one_micro_batch(lm, settings, lengths, settings.attack.sites)

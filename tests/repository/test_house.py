@@ -189,10 +189,7 @@ LIMITS = [
     house.house_words,
 ]
 # What is not yet so. A limit that is reached fails here until its line is taken out.
-PENDING = {
-    house.long_functions: "2 functions",
-    house.house_words: "47 names",
-}
+PENDING = {}
 
 
 def pending(reason: str):
