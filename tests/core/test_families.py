@@ -64,7 +64,8 @@ def test_audit_and_attacks_run_on_a_saved_model_without_anything_optional(
     )
     found = run.outcomes()
     assert set(found["encoding"]) == set(run.profile.evaluation.encodings)
-    assert {"pgd", "one-step", "pgd-restarts", "transfer:ssft", "many-shot"} <= set(found["attack"])
+    assert {"pgd", "one-step", "pgd-restarts", "transfer", "many-shot"} <= set(found["attack"])
+    assert "ssft" in set(found[found["attack"] == "transfer"]["source"])
     assert (
         not set(found["attack"]) & {"suffix-gcg", "pgd-sign"} and run.result("robustness")["panel"]
     )

@@ -135,7 +135,7 @@ def test_every_suite_was_measured_on_held_out_prompts(finished):
         "many-shot",
         "system",
         "suffix-gcg",
-        "transfer:lat",
+        "transfer",
     } <= set(outcomes["attack"])
     assert set(outcomes["prompts"]) == {"harmful", "harmless", "twin"}
     assert (

@@ -204,9 +204,9 @@ def test_a_sweep_gives_what_the_same_trials_give_here(swept, local):
         assert list(curves[1]["step"]) == list(range(1, STEPS + 1)) and curves[0]["total"].equals(
             curves[1]["total"]
         )
-    assert {"lat[attack.eps=0.05+defence.kl=1.0]", "lat[attack.eps=0.1+defence.kl=1.0]"} == set(
-        swept.run.outcomes()["method"]
-    )
+    table = swept.run.outcomes()
+    variants = {"attack.eps=0.05+defence.kl=1.0", "attack.eps=0.1+defence.kl=1.0"}
+    assert set(table["method"]) == {"lat"} and set(table["variant"]) == variants
 
 
 def test_a_killed_worker_and_a_killed_node_are_survived(swept):
@@ -298,8 +298,11 @@ def test_numbers_of_a_sweep_are_a_table(swept):
     assert list(table["eps"]) == [0.05, 0.05, 0.1, 0.1] and list(table["seed"]) == [0, 1, 0, 1]
     rows = swept.run.outcomes()
     rows = rows[
-        (rows["method"] == table["label"][2]) & (rows["seed"] == 0) & (rows["attack"] == "pgd")
+        (rows["method"] + "[" + rows["variant"] + "]" == table["label"][2])
+        & (rows["seed"] == 0)
+        & (rows["attack"] == "pgd")
     ]
+    assert len(rows)
     assert table["asr"][2] == pytest.approx((rows["outcome"] == "complied").mean())
     assert (table["asr_low"] <= table["asr"]).all() and (table["asr"] <= table["asr_high"]).all()
 

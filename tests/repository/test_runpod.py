@@ -48,7 +48,7 @@ def test_every_option_exists(page, root):
     }
     assert {"--profile", "--check"} <= options
     assert not {o for o in options if not re.search(rf"{o}\b", usage)}
-    calls = re.findall(r"latlib\.sweep([^\n]*)", commands)
+    calls = re.findall(r"latlib\.experiment\.sweep([^\n]*)", commands)
     options = {o for call in calls for o in re.findall(r"--[a-z-]+", call)} | {
         "--gpus-per-trial",
         "--adapters",
@@ -59,11 +59,13 @@ def test_every_option_exists(page, root):
 
 
 def test_every_module_and_file_exists(page, root):
-    for module in re.findall(r"-m (latlib\.\w+)", page):
+    for module in re.findall(r"-m (latlib[\w.]+)", page):
         assert (root / f"{module.replace('.', '/')}.py").is_file(), module
-    for module, name in re.findall(r"`(post_mortem)\.(\w+)`", page):
+    for name in re.findall(r"`eps_grid\.(\w+)`", page):
         assert re.search(
-            rf"^def {name}\(", (root / "latlib" / f"{module}.py").read_text(), re.MULTILINE
+            rf"^def {name}\(",
+            (root / "latlib" / "report" / "eps_grid.py").read_text(),
+            re.MULTILINE,
         )
     for name in {"run_all.sh", "constraints.txt"} | set(
         re.findall(r"`((?:docs|profiles|latlib|notebooks)/[^`]*)`", page)
