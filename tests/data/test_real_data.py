@@ -143,7 +143,9 @@ def test_every_suite_was_measured_on_held_out_prompts(finished):
         and outcomes["exact"].isna().all()
     )
     asked = outcomes[
-        outcomes["attack"].isin(["none", "prefill"]) & outcomes["prompts"].isin(["harmful", "twin"])
+        outcomes["attack"].isin(["none", "prefill"])
+        & (outcomes["intervention"] == "none")
+        & outcomes["prompts"].isin(["harmful", "twin"])
     ]
     assert not asked["understood"].isna().any()
     assert not Evidence.load(run.folder / "results").outcomes.empty
