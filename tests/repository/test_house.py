@@ -266,13 +266,15 @@ def test_a_source_inside_the_repository_is_fine(line):
     assert not house.marks(house.OUTSIDE, {"a.yaml": line})
 
 
-@pytest.mark.parametrize("line", ["/home/jo/runs", "'/Users/me'", "(/work/main)", "C:\\Users\\me"])
+@pytest.mark.parametrize(
+    "line", ["/home/jo/runs", "'/Users/me'", "(/home/jo/main)", "C:\\Users\\me"]
+)
 def test_a_path_of_a_machine_is_seen(line):
     assert house.marks(house.MACHINE, {"a.py": line})
 
 
 @pytest.mark.parametrize(
-    "line", ["/workspace/runs", "/home/me/runs", "https://a.org/home/page", "docs/work/me"]
+    "line", ["/workspace/runs", "/home/me/runs", "https://a.org/home/page", "docs/home-work/me"]
 )
 def test_a_path_of_any_machine_is_fine(line):
     assert not house.marks(house.MACHINE, {"a.py": line})
