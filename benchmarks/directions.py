@@ -22,7 +22,7 @@ from latlib.evaluation.generate import batches
 from latlib.io.machine import keep_freed_memory
 from latlib.refusal.activations import activations, sites_of
 
-POSITIONS = 5  # FACTS: Llama-3's template puts five tokens behind the request
+POSITIONS = 5  # Llama-3's template puts five tokens behind the request
 
 
 def measure(bench: Bench, dtype: torch.dtype, prompts: int, size: int, repeats: int) -> dict:

@@ -33,7 +33,7 @@ class NaiveTrainer:
     seed.
     """
 
-    micro_batch = 2  # FACTS: the authors' micro-batch
+    micro_batch = 2  # the authors' (docs/sources.md#sheshadri-2024)
 
     def __init__(
         self,

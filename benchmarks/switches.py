@@ -1,8 +1,8 @@
 """The engine with single points turned off, so that what each buys can be measured.
 
-The points are those of "What makes it fast" in DESIGN.md. A wrapper takes one away from a
-`latlib.network.Network` by doing the slower thing with the same result; `SwitchedTrainer` trains
-through any of them:
+The points are those of "What each point buys" in docs/performance.md. A wrapper takes one away
+from a `latlib.network.Network` by doing the slower thing with the same result; `SwitchedTrainer`
+trains through any of them:
 * packing: prompt and completions in one row (off: `SeparateRows`);
 * start: PGD steps run from the lowest perturbed site (off: `FromTheStart`);
 * labels: logits at label positions only (off: `AllLogits`);

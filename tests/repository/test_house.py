@@ -190,12 +190,12 @@ LIMITS = [
 ]
 # What is not yet so. A limit that is reached fails here until its line is taken out.
 PENDING = {
-    house.upward_arrows: "12 arrows",
-    house.long_functions: "2 functions",
-    house.dense_functions: "42 functions",
-    house.without_docstring: "6 functions",
-    house.double_names: "14 names",
-    house.house_words: "47 names",
+    house.upward_arrows: "1 arrow",
+    house.long_functions: "1 function",
+    house.dense_functions: "2 functions",
+    house.without_docstring: "4 methods",
+    house.double_names: "5 names",
+    house.house_words: "22 names",
 }
 
 
@@ -222,7 +222,7 @@ def test_a_line_says_one_thing():
     assert house.nodes_a_line(LATLIB) <= house.NODES_A_LINE
 
 
-@pending("123,214 nodes")
+@pending("128,495 nodes")
 def test_latlib_is_small():
     assert house.total_nodes(LATLIB) <= house.NODES
 
@@ -285,7 +285,6 @@ def test_a_path_of_any_machine_is_fine(line):
     assert not house.marks(house.MACHINE, {"a.py": line})
 
 
-@pending("89 marks")
 def test_no_document_outside_the_repository_is_cited(texts):
     found = house.marks(house.OUTSIDE, texts)
     assert not found, listed(found)
