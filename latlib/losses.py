@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 Unembed = Callable[[Tensor], Tensor]  # [n, d_model] -> [n, vocabulary]
 CHUNK_ELEMENTS = 1 << 25  # logits that exist at once: 128 MiB in float32
-AWAY_LOG_P_FLOOR = -5.0  # FACTS: the authors ignore tokens that are already this unlikely
+AWAY_LOG_P_FLOOR = -5.0  # the authors ignore tokens this unlikely (docs/sources.md)
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:

@@ -46,7 +46,7 @@ def unmarked(text: str) -> list[str]:
         ("name: x\ndescription: y", []),
         ("a: [1]  # our choice", ["a"]),
         ("a:  # [LAT]\n  b: 1\n  c: {d: 2}", []),
-        ("a:\n  b: 1\n  c: {d: 2}  # [LAT]\n  e: 3  # [F1]", ["a.b", "a.e"]),
+        ("a:\n  b: 1\n  c: {d: 2}  # [LAT]\n  e: 3  # [X1]", ["a.b", "a.e"]),
         ("a:\n  - 1\n  - 2\nb: 1  # [LAT]", ["a"]),
         ("# [our choice] all of it\na: 1", ["a"]),
     ],

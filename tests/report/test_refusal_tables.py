@@ -73,8 +73,8 @@ def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
     assert table["p"].tolist() == pytest.approx([2 / 2001, 2 / 2001, 2 / 2001, 1, 1])
     assert table["p, Holm"].tolist() == pytest.approx([10 / 2001, 10 / 2001, 10 / 2001, 1, 1])
     assert table["paper"].tolist() == pytest.approx([9.61, 10.39, 5.39, 3.46, 21.16])
-    assert table["paper p"].iloc[3] == pytest.approx(0.152, abs=0.001)  # FACTS: p = .15
-    assert table["paper p"].iloc[2] == pytest.approx(0.04, abs=0.005)  # FACTS: p = .04
+    assert table["paper p"].iloc[3] == pytest.approx(0.152, abs=0.001)  # p = .15 in the paper
+    assert table["paper p"].iloc[2] == pytest.approx(0.04, abs=0.005)  # p = .04 in the paper
     text = refusal_tables.comparisons_markdown(table.reset_index())
     assert "+3.5 (0.15)" in text and "+60.0 [" in text and text.count("\n") == 6
 

@@ -280,7 +280,6 @@ def test_a_path_of_any_machine_is_fine(line):
     assert not house.marks(house.MACHINE, {"a.py": line})
 
 
-@pending("89 marks")
 def test_no_document_outside_the_repository_is_cited(texts):
     found = house.marks(house.OUTSIDE, texts)
     assert not found, listed(found)
