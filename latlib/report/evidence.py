@@ -208,12 +208,20 @@ class Evidence:
         absent = set(wanted["method"]) - set(rows["method"])
         absent |= set(wanted["attack"] or ()) - set(rows["attack"])
         if rows.empty or (absent and not partial):
-            what = "; ".join(f"{name} {value}" for name, value in wanted.items() if value)
-            notebook = _notebook(wanted)
             raise MissingError(
-                f"no outcome of {', '.join(sorted(absent))} ({what}): run notebook {notebook}"
+                f"no outcome of {', '.join(sorted(absent))} where {_described(wanted)}:"
+                f" run notebook {_notebook(wanted)}"
             )
         return rows
+
+
+def _described(wanted: Mapping[str, Any]) -> str:
+    """What is unusual about a cell, in words."""
+    words = []
+    for name, values in wanted.items():
+        if values and values != [USUAL.get(name)]:
+            words.append(f"{name} is {' or '.join(map(str, values))}")
+    return ", ".join(words)
 
 
 def _notebook(wanted: Mapping[str, Any]) -> str:
