@@ -176,6 +176,15 @@ class Evidence:
         names = {seed: Spec(method, seed).folder for seed in self.profile.seeds}
         return {seed: self.metrics[name] for seed, name in names.items() if name in self.metrics}
 
+    def variance_tables(self) -> dict[str, list[dict]]:
+        """Method, the base first -> its explained-variance tables, one a seed. Raises MissingError
+        for none.
+        """
+        names = [name for name in (BASE, *self.profile.methods) if name in self.variance]
+        if not names:
+            raise MissingError("no explained variance: run notebook 04")
+        return {name: list(self.variance[name].values()) for name in names}
+
     @cached_property
     def rows(self) -> pd.DataFrame:
         """The outcome table as `cell` sees it: `encoding` as a profile names it ('leet',

@@ -249,14 +249,10 @@ def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
     crosses.
     """
     shares = {}
-    for name in (BASE, *e.profile.methods):
-        tables = list(e.variance.get(name, {}).values())
-        if tables:
-            numbers = range(len(SHADES))
-            shares[name] = {f"component {k + 1}": _component(tables, kind, k) for k in numbers}
-    if not shares:
-        raise MissingError("no explained variance: run notebook 04")
-    grid = pd.DataFrame.from_dict(shares, orient="index")
+    for name, tables in e.variance_tables().items():
+        components = [_component(tables, kind, number) for number in range(len(SHADES))]
+        shares[name] = dict(enumerate(components, start=1))
+    grid = pd.DataFrame.from_dict(shares, orient="index").add_prefix("component ")
     figure, axes = axes_of(width=1.6 + 1.5 * len(grid))
     ax = axes[0, 0]
     draw_bars(ax, grid, SHADES, hatches=("",))
