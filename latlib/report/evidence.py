@@ -444,7 +444,7 @@ def spike_steps(e: Evidence, method: str) -> pd.DataFrame:
     Raises MissingError when none of them has steps under full attack.
     """
     tables = []
-    reason = f"no training curve of {method}"
+    reason = f"no training curve of {method}: run notebook 03"
     for seed, curve in e.curves(method).items():
         try:
             tables.append(spikes(curve).assign(seed=seed))
