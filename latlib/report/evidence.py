@@ -176,6 +176,15 @@ class Evidence:
         names = {seed: Spec(method, seed).folder for seed in self.profile.seeds}
         return {seed: self.metrics[name] for seed, name in names.items() if name in self.metrics}
 
+    def variance_tables(self) -> dict[str, list[dict]]:
+        """Method, the base first -> its explained-variance tables, one a seed. Raises MissingError
+        for none.
+        """
+        names = [name for name in (BASE, *self.profile.methods) if name in self.variance]
+        if not names:
+            raise MissingError("no explained variance: run notebook 04")
+        return {name: list(self.variance[name].values()) for name in names}
+
     @cached_property
     def rows(self) -> pd.DataFrame:
         """The outcome table as `cell` sees it: `encoding` as a profile names it ('leet',
@@ -208,12 +217,20 @@ class Evidence:
         absent = set(wanted["method"]) - set(rows["method"])
         absent |= set(wanted["attack"] or ()) - set(rows["attack"])
         if rows.empty or (absent and not partial):
-            what = "; ".join(f"{name} {value}" for name, value in wanted.items() if value)
-            notebook = _notebook(wanted)
             raise MissingError(
-                f"no outcome of {', '.join(sorted(absent))} ({what}): run notebook {notebook}"
+                f"no outcome of {', '.join(sorted(absent))} where {_described(wanted)}:"
+                f" run notebook {_notebook(wanted)}"
             )
         return rows
+
+
+def _described(wanted: Mapping[str, Any]) -> str:
+    """What is unusual about a cell, in words."""
+    words = []
+    for name, values in wanted.items():
+        if values and values != [USUAL.get(name)]:
+            words.append(f"{name} is {' or '.join(map(str, values))}")
+    return ", ".join(words)
 
 
 def _notebook(wanted: Mapping[str, Any]) -> str:
@@ -427,7 +444,7 @@ def spike_steps(e: Evidence, method: str) -> pd.DataFrame:
     Raises MissingError when none of them has steps under full attack.
     """
     tables = []
-    reason = f"no training curve of {method}"
+    reason = f"no training curve of {method}: run notebook 03"
     for seed, curve in e.curves(method).items():
         try:
             tables.append(spikes(curve).assign(seed=seed))

@@ -236,13 +236,11 @@ def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
     """Share of the first two SVD components of the paired differences at every site, mean and range
     over seeds.
     """
+    by_method = e.variance_tables()
     figure, axes = axes_of()
     ax = axes[0, 0]
     ends = []
-    for method in (BASE, *e.profile.methods):
-        tables = list(e.variance.get(method, {}).values())
-        if not tables:
-            continue
+    for method, tables in by_method.items():
         sites = tables[0]["sites"]
         fixed = str(tables[0]["fixed_site"])
         first_two = [np.array(table[kind])[:, :2].sum(1) for table in tables]
@@ -251,8 +249,6 @@ def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
         spread = [mean - shares.loc["min"], shares.loc["max"] - mean]
         ax.errorbar(sites, mean, spread, capsize=2, label=method.upper(), **_looks(e)[method])
         ends.append(f"{method.upper()} {mean[fixed]:.0f} %")
-    if not ends:
-        raise MissingError("no explained variance: run notebook 04")
     ax.axvline(sites.index(fixed), color="black", linewidth=0.8, linestyle=":")
     ax.set(
         title=f"Explained variance, {kind}; dotted: the papers' relative depth",

@@ -249,27 +249,32 @@ def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
     crosses.
     """
     shares = {}
-    for name in (BASE, *e.profile.methods):
-        tables = list(e.variance.get(name, {}).values())
-        if tables:
-            numbers = range(len(SHADES))
-            shares[name] = {f"component {k + 1}": _component(tables, kind, k) for k in numbers}
-    if not shares:
-        raise MissingError("no explained variance: run notebook 04")
-    grid = pd.DataFrame.from_dict(shares, orient="index")
+    for name, tables in e.variance_tables().items():
+        components = [_component(tables, kind, number) for number in range(len(SHADES))]
+        shares[name] = dict(enumerate(components, start=1))
+    grid = pd.DataFrame.from_dict(shares, orient="index").add_prefix("component ")
     figure, axes = axes_of(width=1.6 + 1.5 * len(grid))
     ax = axes[0, 0]
     draw_bars(ax, grid, SHADES, hatches=("",))
-    called = paper_names(e)
-    papers = [PAPER_VARIANCE.get(called.get(name, ""), (np.nan, np.nan)) for name in grid.index]
     if kind == "uncentred":
-        for component, label in ((0, "paper"), (1, None)):
-            x = np.arange(len(grid)) + (component - 1.5) * 0.8 / len(SHADES)
-            ax.plot(x, [paper[component] for paper in papers], "kx", markersize=7, label=label)
+        _draw_papers_variance(ax, e, list(grid.index))
     ax.set(xlabel="model", ylabel="share of the squared singular values (%)", ylim=(0, 104))
     ax.set_title(f"Explained variance, {kind}")
     ax.legend(fontsize=7)
     return figure, f"Explained variance at the papers' relative depth, {kind}: {words(grid)}."
+
+
+def _draw_papers_variance(ax: Axes, e: Evidence, names: list[str]) -> None:
+    """Crosses at the paper's first two components, for the models that it has."""
+    called = paper_names(e)
+    width = 0.8 / len(SHADES)
+    label = "paper"
+    for place, name in enumerate(names):
+        shares = PAPER_VARIANCE.get(called.get(name, ""), ())
+        x = [place + (number - 1.5) * width for number in range(len(shares))]
+        if shares:
+            ax.plot(x, shares, "kx", markersize=7, label=label)
+            label = "_"  # one entry in the legend
 
 
 def scatter(

@@ -6,7 +6,7 @@ A table's cells are `stats.Interval`s, numbers, words, or None for what was not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -33,18 +33,13 @@ def printed(table: pd.DataFrame, sign: bool = False) -> pd.DataFrame:
 
 def plain(value: Any) -> Any:
     """An interval as a dictionary; every other value as it is."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return asdict(value) if isinstance(value, Interval) else value
 
 
 def records(table: pd.DataFrame) -> list[dict]:
     """A table as plain values for a results file, a dictionary a row; a named index is kept."""
     named = table.reset_index() if table.index.names != [None] else table
     return named.astype(object).map(plain).to_dict("records")
-
-
-def indexed(rows: Sequence[dict], *keys: str) -> pd.DataFrame:
-    """A table of rows, indexed by some of its columns. Intervals and None stay what they are."""
-    return pd.DataFrame(rows, dtype=object).set_index(list(keys))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -220,7 +220,6 @@ def test_latlib_is_small():
     assert house.total_nodes(LATLIB) <= house.NODES
 
 
-@pending("1 name")
 def test_nothing_public_is_there_for_tests_alone():
     users = [text for text in tracked(".py").items() if text[0].startswith("benchmarks/")]
     users = [text for _, text in users] + [tracked("run_all.sh")["run_all.sh"]]
