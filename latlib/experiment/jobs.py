@@ -17,7 +17,6 @@ imports take as long as a notebook's own, so the kernel starts the server before
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -145,15 +144,8 @@ def _raise_error(future: Future[None], job: Job) -> None:
 def _perform(folder: Path, job: Job) -> None:
     """Do a job in a worker, with a progress file of its own."""
     file = _job_file(folder, job)
-    last = 0.0
-
-    def on_step(step: int, total: int, detail: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > progress.MIN_INTERVAL_S or step == total:
-            last = time.monotonic()
-            progress.report(file, job.name, step, total, detail)
-
-    job.perform(on_step)
+    with progress.Progress(file, job.name, 1) as bar:
+        job.perform(bar.on_step)
     file.unlink(missing_ok=True)
 
 

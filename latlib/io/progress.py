@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from latlib.io.files import aside
+from latlib.io.files import aside, read_json
 
 OnStep = Callable[[int, int, str], None]  # progress: (step, of how many, what was done)
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
@@ -41,70 +41,31 @@ class Stopped(RuntimeError):
     """The run was asked to stop and has saved its state; the same command continues it."""
 
 
+def stop_requested(run_folder: Path) -> bool:
+    """Whether someone put a file `STOP` into the run folder."""
+    return (run_folder / "STOP").exists()
+
+
+def in_batch() -> bool:
+    """Whether nobody is there to see: under the pipeline or nbval."""
+    return os.environ.get("LATLIB_BATCH") == "1"
+
+
 def unseen(step: int, total: int, detail: str) -> None:
     """Progress that nobody follows."""
 
 
-def in_batch() -> bool:
-    """Whether nobody is looking: under the pipeline or nbval."""
-    return os.environ.get("LATLIB_BATCH") == "1"
-
-
-def stop_requested(run_folder: str | os.PathLike[str]) -> bool:
-    """Whether someone put a file `STOP` into the run folder."""
-    return os.path.exists(os.path.join(run_folder, "STOP"))
-
-
-def report(
-    path: str | os.PathLike[str], label: str, step: int, total: int, detail: str = ""
-) -> None:
-    """Replace the progress file at `path` (or in the run folder `path`) with one record.
-
-    A full or unwritable disk is not an error here: progress is for the eye, and whatever matters is
-    saved elsewhere.
-    """
-    target = Path(path)
-    if target.is_dir():
-        target = target / "progress.json"
-    record = {
-        "label": label,
-        "step": int(step),
-        "total": int(total),
-        "detail": detail,
-        "time": time.time(),
-    }
-    with suppress(OSError), aside(target, durable=False) as partial:
-        partial.write_text(json.dumps(record), encoding="utf-8")
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The record at `path` (a file or a run folder), or None where there is none that can be
     read.
     """
-    target = Path(path)
-    if target.is_dir():
-        target = target / "progress.json"
-    try:
-        record = json.loads(target.read_text(encoding="utf-8"))
-        return {
-            "label": str(record["label"]),
-            "step": int(record["step"]),
-            "total": int(record["total"]),
-        } | {
-            "detail": str(record.get("detail", "")),
-            "time": float(record["time"]),
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with suppress(OSError, ValueError):
+        return read_json(_file(path))
+    return None
 
 
-def _interactive() -> bool:
-    """Whether a person watches this process in a notebook."""
-    if in_batch() or "ipykernel" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    return get_ipython() is not None
+def _file(path: Path) -> Path:
+    return path / "progress.json" if path.is_dir() else path
 
 
 class Progress:
@@ -118,13 +79,14 @@ class Progress:
                 progress.update(step + 1, f"loss {loss:.3f}")
     """
 
-    def __init__(self, path: str | os.PathLike[str], label: str, total: int) -> None:
-        self.path, self.label, self.total = Path(path), label, int(total)
+    def __init__(self, path: Path, label: str, total: int) -> None:
+        self.file, self.label, self.total = _file(path), label, total
         self._last_write = float("-inf")  # seconds of time.monotonic
-        self._step, self._detail, self._bar = 0, "", None
+        self._step, self._detail = 0, ""
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        if _interactive():
+        if "ipykernel" in sys.modules and not in_batch():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=self.total, desc=self.label, leave=False)
@@ -135,13 +97,14 @@ class Progress:
         """Say that `step` steps are done. The first and the last are always written, others at most
         5 a second.
         """
-        self._step, self._detail = int(step), detail
+        self._step, self._detail = step, detail
         now = time.monotonic()
         if step < self.total and now - self._last_write < MIN_INTERVAL_S:
             return
         self._last_write = now
-        report(self.path, self.label, step, self.total, detail)
+        self._write()
         if self._bar is not None:
+            self._bar.total = self.total
             self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(step - self._bar.n)
 
@@ -150,7 +113,21 @@ class Progress:
         self.total = total
         self.update(step, detail)
 
+    def _write(self) -> None:
+        """A full or unwritable disk is no error here: progress is for the eye, and whatever matters
+        is saved elsewhere.
+        """
+        record = {
+            "label": self.label,
+            "step": self._step,
+            "total": self.total,
+            "detail": self._detail,
+            "time": time.time(),
+        }
+        with suppress(OSError), aside(self.file, durable=False) as partial:
+            partial.write_text(json.dumps(record), encoding="utf-8")
+
     def __exit__(self, *_: object) -> None:
-        report(self.path, self.label, self._step, self.total, self._detail)
+        self._write()
         if self._bar is not None:
             self._bar.close()

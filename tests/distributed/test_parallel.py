@@ -38,7 +38,7 @@ from latlib.evaluation.generate import write
 from latlib.experiment import build, jobs
 from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
-from latlib.io.progress import Stopped, report
+from latlib.io.progress import Progress, Stopped
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -618,7 +618,7 @@ def test_what_a_killed_launch_left_is_not_heard(folder, monkeypatch):
 def says_who_it_is(rank, task):
     threading.Thread(target=parallel._leave_with_parent, daemon=True).start()
     if rank == 0:
-        report(task.progress_file, "", 1, 2, str(os.getpid()))
+        Progress(task.progress_file, "", 2).update(1, str(os.getpid()))
     time.sleep(600)
 
 

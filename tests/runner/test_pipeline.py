@@ -152,11 +152,11 @@ LOOP = """
 import os, pathlib, time
 from latlib.io.progress import Progress, Stopped, stop_requested
 pathlib.Path(out, 'pid').write_text(str(os.getpid()))
-with Progress(out, 'lat seed 0', 1000) as bar:
+with Progress(pathlib.Path(out), 'lat seed 0', 1000) as bar:
     for step in range(1000):
         bar.update(step, 'loss 0.5')
         time.sleep(0.05)
-        if OBEYS and stop_requested(out):
+        if OBEYS and stop_requested(pathlib.Path(out)):
             pathlib.Path(out, 'saved').touch()
             raise Stopped('asked to stop')
 """
@@ -280,7 +280,7 @@ def test_bad_profile_and_bad_option_end_with_status_2(place):
 
 
 def test_progress_line_shows_label_steps_and_detail(tmp_path):
-    progress.report(tmp_path, "lat seed 0", 30, 120, "loss 0.71")
+    progress.Progress(tmp_path, "lat seed 0", 120).update(30, "loss 0.71")
     kernel = pipeline.Kernel(tmp_path, cell=3, cells=9)
     text = pipeline._line("03_lat_training", time.monotonic() - 65, kernel, progress.read(tmp_path))
     assert text.split() == ["03_lat_training", "1:05", "cell", "3/9", "lat", "seed", "0"] + [
@@ -295,7 +295,7 @@ def test_progress_line_shows_label_steps_and_detail(tmp_path):
 
 def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(progress, "report", lambda *record: written.append(record[2]))
+    monkeypatch.setattr(progress.Progress, "_write", lambda self: written.append(self._step))
     with progress.Progress(tmp_path, "work", 1000) as bar:
         for step in range(1000):
             bar.update(step + 1)
