@@ -85,14 +85,13 @@ def test_equal_texts_are_always_together(texts, threshold):
     assert found[: len(texts)] == found[len(texts) :]
 
 
-@pytest.mark.parametrize("piece, part", [(1, 3), (50, 1), (4_000_000, 20_000)])
-def test_pieces_change_nothing(monkeypatch, piece, part):
+@pytest.mark.parametrize("piece", [1, 50, 100_000])
+def test_pieces_change_nothing(monkeypatch, piece):
     rng = random.Random(0)
     made = [
         " ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)
     ]
     want = clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)
     monkeypatch.setattr(latlib.text.near_duplicates, "_PIECE", piece)
-    monkeypatch.setattr(latlib.text.near_duplicates, "_TEXTS", part)
     assert (clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)) == want
     assert 1 < len(set(want[0])) < 200 and want[1]
