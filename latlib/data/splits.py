@@ -24,11 +24,10 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from latlib.config.profile import Profile
 from latlib.config.sections import DataSettings, ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
 from latlib.text.chat import Row
@@ -40,6 +39,13 @@ Split = Literal["train", "tune", "test"]
 SPLITS: tuple[Split, ...] = ("train", "tune", "test")
 KINDS: tuple[Kind, ...] = ("harmful", "benign", "borderline")
 MAIN = KINDS[:2]  # the kinds that are trained on
+_ROW_IDS = {  # setting that names a file -> how its rows are called
+    "harmful": "harmful",
+    "benign": "benign",
+    "test_harmful": "harmful-test",
+    "test_benign": "benign-test",
+    "test_borderline": "borderline",
+}
 
 # Benign prompts of the world: as many that merely sound harmful as plainly harmless ones, and the
 # base's other tasks.
@@ -50,11 +56,10 @@ _NAMED = 3  # overlaps that an error lists
 
 def world_preference_rows(n: int, seed: int) -> list[Row]:
     """`n` harmful training prompts with the recipe (rejected) and the refusal (chosen)."""
-    rows = []
-    for i, prompt in enumerate(grammar.draw_set(seed, "train", "harmful", n)):
-        completions = (prompt.answer, grammar.REFUSAL)
-        rows.append(Row(f"harmful-{i}", prompt.text, completions, prompt.cluster))
-    return rows
+    return [
+        Row(f"harmful-{i}", prompt.text, (prompt.answer, grammar.REFUSAL), prompt.cluster)
+        for i, prompt in enumerate(grammar.draw_set(seed, "train", "harmful", n))
+    ]
 
 
 def world_benign_rows(n: int, seed: int) -> list[Row]:
@@ -63,23 +68,20 @@ def world_benign_rows(n: int, seed: int) -> list[Row]:
     """
     rng = random.Random(f"benign/{seed}")
     pairs = grammar.pairs_of("train")
+    count = {name: round(share * n) for name, share in BENIGN_SHARES.items()}
     prompts: list[grammar.Prompt] = []
-    for name, share in BENIGN_SHARES.items():
-        count = round(share * n)
-        # half of the questions about harmful acts, or the answer would nearly always be yes
-        if name == "law":
-            for which in ("harmful", "harmless"):
-                prompts += grammar.draw_set(seed, "train", which, count // 2, "law")
-        elif name == "verb":
-            prompts += [grammar.draw(rng, pairs, "verb") for _ in range(count)]
-        elif name == "target":
-            prompts += [grammar.draw(rng, pairs, "target") for _ in range(count)]
-        else:
-            prompts += grammar.draw_set(seed, "train", name, count)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        rows.append(Row(f"benign-{i}", prompt.text, (prompt.answer,), prompt.cluster))
-    return rows
+    for which in ("scary", "harmless"):
+        prompts += grammar.draw_set(seed, "train", which, count[which])
+    # half of the questions about harmful acts, or the answer would nearly always be yes
+    for which in ("harmful", "harmless"):
+        prompts += grammar.draw_set(seed, "train", which, count["law"] // 2, "law")
+    words: tuple[grammar.Kind, ...] = ("verb", "target")
+    for kind in words:
+        prompts += [grammar.draw(rng, pairs, kind) for _ in range(count[kind])]
+    return [
+        Row(f"benign-{i}", prompt.text, (prompt.answer,), prompt.cluster)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:
@@ -123,61 +125,42 @@ def borderline_rows(settings: DataSettings) -> list[Row]:
     return [Row(p.row_id, p.prompt, (), p.cluster) for p in file_prompts(settings)["borderline"]]
 
 
-def check_overlap(settings: DataSettings | Profile) -> None:
+def check_overlap(settings: DataSettings) -> None:
     """Raises ProfileError if a training or tuning prompt is equal or nearly equal to a test prompt.
     Cached.
 
     Nearly: Jaccard similarity of 5-letter shingles of data.near_duplicate or more. The world has no
     files, so nothing is checked.
     """
-    data = settings.data if isinstance(settings, Profile) else settings
-    if data.source == "world":
+    if settings.source == "world":
         return
-    message = _files(data).overlap
+    message = _overlap(settings.near_duplicate, *_version(settings))
     if message:
         raise ProfileError(message)
 
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A prompt of a file. row_id: kind and index in the file. record: its row under our names.
-    file, number: where it stands, counted from 1 without the header.
+    """A prompt of a file. row_id: kind and index in the file. completions: (rejected, chosen) of a
+    harmful prompt, (response,) of another, '' for what the file lacks. place: where it stands, its
+    row counted from 1 without the header.
     """
 
     kind: Kind
     row_id: str
-    record: Mapping[str, str]
-    cluster: str
-    split: Split
+    prompt: str
+    completions: tuple[str, ...]
     file: str
-    number: int
-
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        return self.record["prompt"]
-
-    @property
-    def completion(self) -> str:
-        """Its harmful completion or its response; '' if it has none."""
-        return self.record.get("rejected" if self.kind == "harmful" else "response", "")
-
-    @property
-    def chosen(self) -> str:
-        """Its refusal; '' if it has none."""
-        return self.record.get("chosen", "")
-
-    @property
-    def place(self) -> str:
-        """Where it stands, for errors."""
-        return f"{self.row_id} ({self.file}, row {self.number})"
+    place: str
+    cluster: str = ""
+    split: Split = "test"
 
 
 def file_prompts(settings: DataSettings) -> Mapping[Kind, list[FilePrompt]]:
     """Every prompt of the profile's files by kind, in the files' order, with its split. Cached
     until a file changes. Raises ProfileError for unusable files.
     """
-    return _files(settings).prompts
+    return _read_files(*_version(settings))
 
 
 def _of_world(settings: DataSettings, split: str) -> bool:
@@ -192,16 +175,13 @@ def _of_world(settings: DataSettings, split: str) -> bool:
 
 def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[Row]:
     prompts = file_prompts(settings)[kind]
+    defaults = settings.refusals if kind == "harmful" else settings.benign_responses
     rng = random.Random(seed)
     rows = []
     # the seed draws for every row of every split, so that a row has one refusal whatever is asked
     for prompt in prompts:
-        completions: tuple[str, ...]
-        if kind == "harmful":
-            refusal = prompt.chosen or rng.choice(settings.refusals)
-            completions = (prompt.completion, refusal)
-        else:
-            completions = (prompt.completion or rng.choice(settings.benign_responses),)
+        *before, last = prompt.completions
+        completions = (*before, last or rng.choice(defaults))
         if prompt.split == split:
             rows.append(Row(prompt.row_id, prompt.prompt, completions, prompt.cluster))
     if not rows:
@@ -216,139 +196,129 @@ def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[R
 # ---- files ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The prompts of a profile's files, and whether they overlap."""
-
-    prompts: Mapping[Kind, list[FilePrompt]]
-    threshold: float
-
-    @cached_property
-    def overlap(self) -> str:
-        """What is wrong: training or tuning prompts that are test prompts, or nearly so; or ''."""
-        train: list[FilePrompt] = []
-        test: list[FilePrompt] = []
-        for prompts in self.prompts.values():
-            for prompt in prompts:
-                (test if prompt.split == "test" else train).append(prompt)
-        pairs = overlaps([p.prompt for p in train], [p.prompt for p in test], self.threshold)
-        if not pairs:
-            return ""
-        touched = {i for i, _, _ in pairs}
-        equal = {
-            i for i, j, _ in pairs if comparable(train[i].prompt) == comparable(test[j].prompt)
-        }
-        named = []
-        for i, j, similarity in pairs[:_NAMED]:
-            named.append(f"{train[i].place} and {test[j].place}: similarity {similarity:.2f}")
-        if len(pairs) > _NAMED:
-            named.append("...")
-        fix = "remove those rows from the training or the test file"
-        if touched - equal:
-            fix += ", or raise data.near_duplicate knowing why they differ enough"
-        return (
-            f"data.near_duplicate = {self.threshold}: {len(equal)} training or tuning prompts are"
-            f" equal to a test prompt and {len(touched - equal)} more are nearly equal"
-            f" ({'; '.join(named)}): {fix}"
-        )
-
-
-def _files(settings: DataSettings) -> _Files:
-    names = (*MAIN, *(f"test_{kind}" for kind in KINDS))
-    stamps = tuple(_stamp(getattr(settings, name)) for name in names)
-    return _read_files(settings.model_dump_json(), stamps)
-
-
-def _stamp(path: str | None) -> tuple[object, ...]:
-    """Changes when what is on the disk does; a hub data set has none."""
-    if path is None:
-        return ()
-    place = Path(path).expanduser()
-    files = [file for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
-    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+def _version(settings: DataSettings) -> tuple[str, tuple[object, ...]]:
+    """Changes when the settings do, or what they name on the disk; a hub data set is not there."""
+    paths = [getattr(settings, name) for name in _ROW_IDS]
+    places = [Path(path).expanduser() for path in paths if path]
+    stamps = []
+    for place in places:
+        for file in (place, *sorted(place.rglob("*"))):
+            if file.is_file():
+                stat = file.stat()
+                stamps.append((str(file), stat.st_mtime_ns, stat.st_size))
+    return settings.model_dump_json(), tuple(stamps)
 
 
 @lru_cache(maxsize=4)
-def _read_files(settings_json: str, stamps: tuple[object, ...]) -> _Files:
+def _overlap(threshold: float, settings_json: str, stamps: tuple[object, ...]) -> str:
+    """What is wrong: training or tuning prompts that are test prompts, or nearly so; or ''."""
+    prompts = [p for part in _read_files(settings_json, stamps).values() for p in part]
+    train = [p for p in prompts if p.split != "test"]
+    test = [p for p in prompts if p.split == "test"]
+    pairs = overlaps([p.prompt for p in train], [p.prompt for p in test], threshold)
+    if not pairs:
+        return ""
+    equal = {i for i, j, _ in pairs if comparable(train[i].prompt) == comparable(test[j].prompt)}
+    near = {i for i, _, _ in pairs} - equal
+    named = [
+        f"{train[i].place} and {test[j].place}: similarity {similarity:.2f}"
+        for i, j, similarity in pairs[:_NAMED]
+    ]
+    if len(pairs) > _NAMED:
+        named.append("...")
+    fix = "remove those rows from the training or the test file"
+    if near:
+        fix += ", or raise data.near_duplicate knowing why they differ enough"
+    return (
+        f"data.near_duplicate = {threshold}: {len(equal)} training or tuning prompts are equal to a"
+        f" test prompt and {len(near)} more are nearly equal ({'; '.join(named)}): {fix}"
+    )
+
+
+@lru_cache(maxsize=4)
+def _read_files(settings_json: str, stamps: tuple[object, ...]) -> dict[Kind, list[FilePrompt]]:
     """Every prompt of the files with its cluster and split. stamps: of the files, for the cache."""
     settings = DataSettings.model_validate_json(settings_json)
-    main = []
+    threshold = settings.near_duplicate
+    main: list[FilePrompt] = []
     for kind in MAIN:
-        file = getattr(settings, kind)
-        for index, record in enumerate(_records(settings, kind)):
-            row_id = f"{kind}-{index}"
-            main.append(FilePrompt(kind, row_id, record, "", "train", file, index + 1))
-    texts = [prompt.prompt for prompt in main]
-    heads = clusters(texts, settings.near_duplicate)
-    found = {kind: _test_prompts(settings, kind) for kind in KINDS}
-    splits: dict[int, Split] = {}
+        main += _prompts(settings, kind, kind)
+    main = _clustered(main, threshold)
+    found = {}
+    for kind in KINDS:
+        found[kind] = _clustered(_prompts(settings, kind, f"test_{kind}"), threshold)
+    first = {prompt.row_id: prompt for prompt in main}
+    heads = [first[prompt.cluster] for prompt in main]
+    splits: dict[str, Split] = {}
     for kind in MAIN:
         # a cluster of both kinds goes with the first kind's
-        own = [head for head in heads if main[head].kind == kind]
-        splits |= _split_clusters(own, texts, settings.held_out, with_test=not found[kind])
-    assigned: dict[Kind, list[FilePrompt]] = {kind: [] for kind in KINDS}
-    for prompt, head in zip(main, heads, strict=True):
-        cluster = main[head].row_id
-        assigned[prompt.kind].append(replace(prompt, cluster=cluster, split=splits[head]))
-    for kind, prompts in found.items():
-        assigned[kind] += prompts
-    return _Files(assigned, settings.near_duplicate)
-
-
-def _records(settings: DataSettings, name: str) -> list[dict[str, str]]:
-    """Records of the file that a setting names; none where it names none."""
-    path = getattr(settings, name)
-    if path is None:
-        return []
-    config = getattr(settings, f"{name}_config", None)
-    split = getattr(settings, f"{name}_split", ANY_SPLIT)
-    source = Source(path, f"data.{name}", config, split, settings.streaming, settings.rows)
-    needed = ("prompt", "rejected") if name == "harmful" else ("prompt",)
-    return read_table(source, getattr(settings, f"{name}_columns"), needed)
-
-
-def _test_prompts(settings: DataSettings, kind: Kind) -> list[FilePrompt]:
-    """Prompts of a kind's test file that are not labelled unsafe."""
-    records = _records(settings, f"test_{kind}")
-    safe = [i for i, r in enumerate(records) if r.get("label", "safe").lower() == "safe"]
-    file = getattr(settings, f"test_{kind}")
-    if records and not safe:
-        field = f"data.test_{kind}"
-        raise ProfileError(f"{field} = {file!r} has no row labelled 'safe': fix {field}_columns")
-    name = "borderline" if kind == "borderline" else f"{kind}-test"
-    heads = clusters([records[i]["prompt"] for i in safe], settings.near_duplicate)
-    prompts = []
-    for index, head in zip(safe, heads, strict=True):
-        row_id = f"{name}-{index}"
-        cluster = f"{name}-{safe[head]}"
-        record = records[index]
-        prompts.append(FilePrompt(kind, row_id, record, cluster, "test", file, index + 1))
+        own = [head for head in heads if head.kind == kind]
+        splits |= _split_clusters(own, settings.held_out, with_test=not found[kind])
+    prompts = {}
+    for kind in KINDS:
+        own = [prompt for prompt in main if prompt.kind == kind]
+        assigned = [replace(prompt, split=splits[prompt.cluster]) for prompt in own]
+        prompts[kind] = assigned + found[kind]
     return prompts
 
 
+def _prompts(settings: DataSettings, kind: Kind, name: str) -> list[FilePrompt]:
+    """Prompts of the file that a setting names; of a test file those not labelled unsafe."""
+    file = getattr(settings, name)
+    if file is None:
+        return []
+    config = getattr(settings, f"{name}_config", None)
+    split = getattr(settings, f"{name}_split", ANY_SPLIT)
+    source = Source(file, f"data.{name}", config, split, settings.streaming, settings.rows)
+    needed = ("prompt", "rejected") if name == "harmful" else ("prompt",)
+    written = ("rejected", "chosen") if kind == "harmful" else ("response",)
+    found = []
+    records = read_table(source, getattr(settings, f"{name}_columns"), needed)
+    for index, record in enumerate(records):
+        if name in MAIN or record.get("label", "safe").lower() == "safe":
+            row_id = f"{_ROW_IDS[name]}-{index}"
+            completions = tuple(record.get(column, "") for column in written)
+            place = f"{row_id} ({file}, row {index + 1})"
+            found.append(FilePrompt(kind, row_id, record["prompt"], completions, file, place))
+    if not found:
+        raise ProfileError(
+            f"data.{name} = {file!r} has no row labelled 'safe': fix data.{name}_columns"
+        )
+    return found
+
+
+def _clustered(prompts: Sequence[FilePrompt], threshold: float) -> list[FilePrompt]:
+    """The prompts with their clusters, which are named after their first prompts."""
+    heads = clusters([prompt.prompt for prompt in prompts], threshold)
+    return [
+        replace(prompt, cluster=prompts[head].row_id)
+        for prompt, head in zip(prompts, heads, strict=True)
+    ]
+
+
 def _split_clusters(
-    heads: Sequence[int], texts: Sequence[str], held_out: float, with_test: bool
-) -> dict[int, Split]:
-    """cluster -> split, given the cluster of every row, which is the index of its first text: half
-    of `held_out` of the rows to each of tune and test.
+    heads: Sequence[FilePrompt], held_out: float, with_test: bool
+) -> dict[str, Split]:
+    """cluster -> split, given the first prompt of every row's cluster: half of `held_out` of the
+    rows to each of tune and test.
 
     Clusters go in the order of a hash of their first text. One that no longer fits goes to train,
     which so has the large ones. Without a test part it gets the test part's share.
     """
 
-    def order(head: int) -> bytes:
-        return hashlib.sha256(comparable(texts[head]).encode("utf-8", "replace")).digest()
+    def order(head: FilePrompt) -> bytes:
+        return hashlib.sha256(comparable(head.prompt).encode("utf-8", "replace")).digest()
 
     size = Counter(heads)
     room = round(len(heads) * held_out / 2)
     # test first: train borders on tune if the file grows
     left: dict[Split, int] = {"test": room if with_test else 0, "tune": room}
-    splits: dict[int, Split] = {}
+    splits: dict[str, Split] = {}
     for head in sorted(size, key=order):
-        splits[head] = "train"
+        splits[head.row_id] = "train"
         for split in left:
             if size[head] <= left[split]:
-                splits[head] = split
+                splits[head.row_id] = split
                 left[split] -= size[head]
                 break
     return splits

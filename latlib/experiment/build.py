@@ -143,7 +143,7 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     """
     profile = layout.profile
     settings = profile.training(spec.method, dict(spec.changes))
-    check_overlap(profile)
+    check_overlap(profile.data)
     mode = profile.parallel.mode
     model_settings = load_settings(profile.model, mode)
     base = load_model(layout.model_folder(spec.base), model_settings)

@@ -213,7 +213,7 @@ def _data_line(field: str, source: str, machine: Machine) -> Line:
 
 def _overlap_line(profile: Profile) -> Line:
     try:
-        check_overlap(profile)
+        check_overlap(profile.data)
     except ProfileError as error:
         text, _, fix = str(error).rpartition(": ")
         return Line("overlap", MISSING, text, fix)

@@ -72,18 +72,15 @@ def _by_split(data: DataSettings) -> Iterable[tuple[str, str, list[FilePrompt]]]
 
 def _of_files(data: DataSettings, kind: str, split: str, prompts: list[FilePrompt]) -> _Part:
     """The rows of some prompts, with the profile's own completions where a file has none."""
+    default = {"harmful": data.refusals[0], "benign": data.benign_responses[0]}
     rows = []
     defaults = 0
     for prompt in prompts:
-        first = prompt.completion
-        second = prompt.chosen if kind == "harmful" else ""
-        if kind == "benign" and not first:
-            first = data.benign_responses[0]
+        *before, last = prompt.completions
+        if not last and kind in default:
+            last = default[kind]
             defaults += 1
-        if kind == "harmful" and not second:
-            second = data.refusals[0]
-            defaults += 1
-        completions = tuple(text for text in (first, second) if text)
+        completions = tuple(text for text in (*before, last) if text)
         rows.append(Row(prompt.row_id, prompt.prompt, completions, prompt.cluster))
     return _Part(kind, split, portable(prompts[0].file), rows, defaults)
 

@@ -198,9 +198,9 @@ def test_a_prompt_that_is_trained_and_tested_on_stops_the_run_before_anything_is
     near = pd.concat([fresh, pd.DataFrame({"goal": [f"  {goal.upper()} !!"], "target": "Sure"})])
     near.to_csv(tmp_path / "test.csv", index=False)
     with pytest.raises(ProfileError, match="equal to a test"):
-        check_overlap(load_profile(tmp_path / "real.yaml"))
+        check_overlap(load_profile(tmp_path / "real.yaml").data)
     fresh.to_csv(tmp_path / "test.csv", index=False)
-    check_overlap(load_profile(tmp_path / "real.yaml"))
+    check_overlap(load_profile(tmp_path / "real.yaml").data)
 
 
 def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path):
