@@ -21,7 +21,6 @@ from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import (
     DISTRACTORS,
     affirmation_tokens,
-    examiner_of,
     grade_rows,
     understood_by_likelihood,
 )
@@ -33,14 +32,14 @@ def measure(run: Run, encodings: list[str]) -> list[dict]:
     were and were not.
     """
     lm, prompts, rows = run.model("base"), prompt_set("harmful", run.profile), []
-    network, examiner = lm.network(), examiner_of(run.profile)
+    network, size = lm.network(), run.profile.evaluation.batch
     for encoding in encodings:
         wording = Wording.of(encoding)
         rows_of = token_rows(lm, prompts, wording)
         first = affirmation_tokens(lm, wording)
-        outcomes, finished = grade_rows(network, rows_of, size=examiner.size, prefilled=first)
+        outcomes, finished = grade_rows(network, rows_of, size=size, prefilled=first)
         exact = [o == "complied" or rest for o, rest in zip(outcomes, finished, strict=True)]
-        found = understood_by_likelihood(network, rows_of, prompts, examiner.size)
+        found = understood_by_likelihood(network, rows_of, prompts, size)
         pairs = list(zip(found, exact, strict=True))
         row = {
             "encoding": encoding,

@@ -44,8 +44,6 @@ import pandas as pd
 
 from latlib.config.profile import Profile
 from latlib.evaluation.phrases import redacted
-from latlib.io.progress import OnStep as OnStep
-from latlib.io.progress import unseen as unseen
 from latlib.threat import Site, ThreatModel
 
 if TYPE_CHECKING:

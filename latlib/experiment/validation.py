@@ -181,8 +181,8 @@ class Validator:
     def _outcomes(
         self, network: Network, prompts: Sequence[Prompt], perturb: Perturb | None = None
     ) -> Sequence[Outcome]:
-        examiner = examiner_of(self.profile)
-        return examiner.examine(self.lm, prompts, network=network, perturb=perturb).outcomes
+        examiner = examiner_of(self.profile, self.lm, network)
+        return examiner.examine(prompts, perturb=perturb).outcomes
 
     def _attack(self, network: Network, step: int) -> Perturb:
         """The training attack, targeted, at its full radius."""

@@ -15,14 +15,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from latlib.io.files import aside, read_json
 
+T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # progress: (step, of how many, what was done)
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
 
@@ -53,6 +54,15 @@ def in_batch() -> bool:
 
 def unseen(step: int, total: int, detail: str) -> None:
     """Progress that nobody follows."""
+
+
+def with_progress(
+    items: Sequence[T], on_step: OnStep, name: Callable[[T], str] = str
+) -> Iterator[T]:
+    """The items, one after the other; each is told by its name once it is done with."""
+    for step, item in enumerate(items, start=1):
+        yield item
+        on_step(step, len(items), name(item))
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -28,23 +28,23 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, Question, prompt_source
+from latlib.data.prompts import Prompt, Question, in_the_world, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
 from latlib.evaluation.outcomes import (
     HARMFUL,
     HARMLESS,
+    NO_ATTACK,
     PLAIN,
     PREFILL,
     TWIN,
     Cell,
-    OnStep,
     Subject,
     outcome_rows,
-    unseen,
 )
+from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
-from latlib.redteam.latent import AttackCell, main_attack, replace_settings
+from latlib.redteam.latent import AttackCell, replace_settings
 
 
 def audit(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
@@ -62,8 +62,8 @@ def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd
     defence's own radius.
     """
     profile = subject.profile
-    steps = profile.evaluation.pgd_steps
-    attack = AttackCell(replace_settings(main_attack(profile), steps=steps))
+    main = profile.training(profile.main).attack
+    attack = AttackCell(replace_settings(main, steps=profile.evaluation.pgd_steps))
     asked = _audit(lm, subject, (), on_step)
     return pd.concat([asked, attack.measure(lm, subject)], ignore_index=True)
 
@@ -72,30 +72,42 @@ def _audit(
     lm: LanguageModel, subject: Subject, further: Sequence[str], on_step: OnStep
 ) -> pd.DataFrame:
     profile = subject.profile
-    examiner = examiner_of(profile)
-    network = lm.network()
+    examiner = examiner_of(profile, lm)
     in_full = profile.evaluation.encodings
-    twins = _answered(examiner, lm, prompt_set(TWIN, profile))
-    harmful = prompt_set(HARMFUL, profile)
+    pairs = _answered(examiner, prompt_set(TWIN, profile)), prompt_set(HARMFUL, profile)
     tables = []
-    for step, encoding in enumerate((*in_full, *further), start=1):
+    for encoding in with_progress((*in_full, *further), on_step):
         wording = Wording.of(encoding)
         # a real model writes every prefilled reply anew: not in further encodings
-        prefilling = not examiner.writes or encoding in in_full
-        of_twins, of_harmful = examiner.examine_pairs(
-            lm, twins, harmful, wording, network, prefilling
-        )
-        cell = Cell(encoding=wording.encoding, reply_encoding=wording.reply_encoding)
-        tables.append(outcome_rows(subject, replace(cell, prompts=TWIN), twins, of_twins))
-        tables.append(outcome_rows(subject, cell, harmful, of_harmful))
-        if of_harmful.prefilled:
-            prefilled = replace(of_harmful, outcomes=of_harmful.prefilled, texts=None)
-            tables.append(outcome_rows(subject, replace(cell, attack=PREFILL), harmful, prefilled))
+        prefilling = in_the_world(profile) or encoding in in_full
+        tables.append(ask_pairs(examiner, subject, pairs, wording, prefilling=prefilling))
         for name in _further_sets(profile, encoding):
             prompts = prompt_set(name, profile)
-            found = examiner.examine(lm, prompts, wording, network)
-            tables.append(outcome_rows(subject, replace(cell, prompts=name), prompts, found))
-        on_step(step, len(in_full) + len(further), encoding)
+            cell = Cell(name, wording.encoding, wording.reply_encoding)
+            found = examiner.examine(prompts, wording)
+            tables.append(outcome_rows(subject, cell, prompts, found))
+    return pd.concat(tables, ignore_index=True)
+
+
+def ask_pairs(
+    examiner: Examiner,
+    subject: Subject,
+    pairs: tuple[Sequence[Prompt], Sequence[Prompt]],
+    wording: Wording,
+    attack: str = NO_ATTACK,
+    prefilling: bool = False,
+) -> pd.DataFrame:
+    """Outcome rows of (twins, harmful prompts) in a wording, which is what the attack is."""
+    twins, harmful = pairs
+    of_twins, of_harmful = examiner.examine_pairs(twins, harmful, wording, prefilling)
+    cell = Cell(HARMFUL, wording.encoding, wording.reply_encoding, attack)
+    tables = [
+        outcome_rows(subject, replace(cell, prompts=TWIN), twins, of_twins),
+        outcome_rows(subject, cell, harmful, of_harmful),
+    ]
+    if of_harmful.prefilled:
+        prefilled = replace(of_harmful, outcomes=of_harmful.prefilled, texts=None)
+        tables.append(outcome_rows(subject, replace(cell, attack=PREFILL), harmful, prefilled))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -108,13 +120,13 @@ def _further_sets(profile: Profile, encoding: str) -> list[str]:
     return names
 
 
-def _answered(examiner: Examiner, lm: LanguageModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+def _answered(examiner: Examiner, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts with an answer each: where data has no responses, what the model says in plain
     words is the answer.
     """
     if all(prompt.answer for prompt in prompts):
         return list(prompts)
-    replies = examiner.examine(lm, prompts).texts or ()
+    replies = examiner.examine(prompts).texts or ()
     answered: list[Prompt] = []
     for prompt, reply in zip(prompts, replies, strict=True):
         assert isinstance(prompt, Question)  # of the made-up world every answer is known

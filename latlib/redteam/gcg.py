@@ -38,7 +38,7 @@ from transformers import DynamicCache
 
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import Count, Natural
-from latlib.evaluation.outcomes import OnStep, unseen
+from latlib.io.progress import OnStep, unseen
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
 from latlib.network import StockNetwork

@@ -14,8 +14,6 @@ All in plain words; `audit` has encodings and prefilling. A new one is a `Wordin
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pandas as pd
 
 from latlib.config.profile import Profile
@@ -29,13 +27,11 @@ from latlib.evaluation.outcomes import (
     SUFFIX_RANDOM,
     SYSTEM,
     TWIN,
-    Cell,
-    OnStep,
     Subject,
-    outcome_rows,
-    unseen,
 )
+from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
+from latlib.redteam.audit import ask_pairs
 from latlib.redteam.gcg import Suffix, SuffixSettings, gcg, random_search
 from latlib.text.chat import Turn
 
@@ -54,16 +50,9 @@ def many_shots(profile: Profile, n: int) -> list[Turn]:
 def suffix_settings(profile: Profile) -> SuffixSettings:
     """How suffixes are sought in this profile: its own numbers, behind its system prompt as they
     are then tried; the rest as in Zou et al."""
-    own = profile.evaluation.suffix
-    return SuffixSettings(
-        n_tokens=own.tokens,
-        steps=own.steps,
-        candidates=own.candidates,
-        topk=own.topk,
-        prompts_per_step=own.prompts_per_step,
-        batch=own.batch,
-        system_prompt=profile.data.system_prompt,
-    )
+    own = profile.evaluation.suffix.model_dump(exclude={"prompts"})
+    system = profile.data.system_prompt
+    return SuffixSettings(n_tokens=own.pop("tokens"), system_prompt=system, **own)
 
 
 def find_suffixes(lm: LanguageModel, profile: Profile, seed: int) -> dict[str, Suffix]:
@@ -90,22 +79,16 @@ def jailbreaks(
     suffix that was found for it).
     """
     profile = subject.profile
-    examiner = examiner_of(profile)
     wordings = {
         MANY_SHOT: Wording(shots=many_shots(profile, profile.evaluation.shots)),
         SYSTEM: Wording(system_prompt=SYSTEM_OVERRIDE),
     }
-    network = lm.network()
     suffixes = find_suffixes(lm, profile, subject.seed)
     for attack, suffix in suffixes.items():
         wordings[attack] = Wording(suffix=suffix.text)
-    twins = prompt_set(TWIN, profile)
-    harmful = prompt_set(HARMFUL, profile)
+    examiner = examiner_of(profile, lm)
+    pairs = prompt_set(TWIN, profile), prompt_set(HARMFUL, profile)
     tables = []
-    for step, (attack, wording) in enumerate(wordings.items(), start=1):
-        of_twins, of_harmful = examiner.examine_pairs(lm, twins, harmful, wording, network)
-        cell = Cell(attack=attack)
-        tables.append(outcome_rows(subject, replace(cell, prompts=TWIN), twins, of_twins))
-        tables.append(outcome_rows(subject, cell, harmful, of_harmful))
-        on_step(step, len(wordings), attack)
+    for attack in with_progress(list(wordings), on_step):
+        tables.append(ask_pairs(examiner, subject, pairs, wordings[attack], attack))
     return pd.concat(tables, ignore_index=True), suffixes

@@ -47,12 +47,11 @@ from latlib.evaluation.outcomes import (
     PGD_STRONG,
     TRANSFER,
     Cell,
-    OnStep,
     Subject,
     outcome_rows,
     pgd_by,
-    unseen,
 )
+from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.threat import EMBEDDING, Site, ThreatModel, resolve_sites
@@ -91,21 +90,13 @@ class AttackCell:
 
         def perturb(batch: Batch) -> Deltas:
             if self.name == NOISE:
-                return _noise(network, batch, threat, generator)
-            return pgd(
-                network, batch, threat, search, generator, judged=False, stop_when_won=True
-            ).deltas
+                mask, radii = perturbed_positions(batch, threat.positions), threat.radius.items()
+                return {site: random_noise(network, mask, r, generator) for site, r in radii}
+            options = {"judged": False, "stop_when_won": True}
+            return pgd(network, batch, threat, search, generator, **options).deltas
 
-        found = examiner_of(profile).examine(lm, prompts, network=network, perturb=perturb)
+        found = examiner_of(profile, lm, network).examine(prompts, perturb=perturb)
         return outcome_rows(subject, Cell(attack=self.name, threat=threat), prompts, found)
-
-
-def _noise(
-    network: Network, batch: Batch, threat: ThreatModel, generator: torch.Generator
-) -> Deltas:
-    mask = perturbed_positions(batch, threat.positions)
-    radii = threat.radius.items()
-    return {site: random_noise(network, mask, radius, generator) for site, radius in radii}
 
 
 def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings:
@@ -113,15 +104,11 @@ def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings
     return validated(AttackSettings, {**settings.model_dump(), **changes}, "attack")
 
 
-def main_attack(profile: Profile) -> AttackSettings:
-    """The main defence's attack: the threat model of every evaluation."""
-    return profile.training(profile.main).attack
-
-
 def base_attack(profile: Profile) -> AttackSettings:
-    """The main attack with the steps of an evaluation: what all cells vary. A rate that is a share
-    of eps and fits the steps of training is too short or too long for others."""
-    attack = main_attack(profile)
+    """The main defence's attack, the threat model of every evaluation, with the steps of one: what
+    all cells vary. A rate that is a share of eps and fits the steps of training is too short or too
+    long for others."""
+    attack = profile.training(profile.main).attack
     lr = attack.lr if attack.rule == "adamw" else None
     return replace_settings(attack, steps=profile.evaluation.pgd_steps, lr=lr)
 
@@ -202,22 +189,22 @@ def transfer(
     travels worse.
     """
     profile = subject.profile
-    examiner = examiner_of(profile)
     prompts = prompt_set(HARMFUL, profile, profile.evaluation.pgd_prompts)
     models = {**targets, subject.label: lm}
-    networks = {name: model.network() for name, model in models.items()}
+    examiners = {name: examiner_of(profile, model) for name, model in models.items()}
+    network = examiners[subject.label].network
+    usual, radii = base_attack(profile), profile.evaluation.strong_eps
+    cells = [AttackCell(replace_settings(usual, eps=eps), TRANSFER) for eps in radii]
     tables = []
-    for number, eps in enumerate(profile.evaluation.strong_eps, start=1):
-        settings = replace_settings(base_attack(profile), eps=eps)
-        threat = settings.threat_model(lm.n_layers, subject.norms)
+    for attack in with_progress(cells, on_step):
+        threat = attack.settings.threat_model(lm.n_layers, subject.norms)
         cell = Cell(attack=TRANSFER, source=subject.label, threat=threat)
-        perturb = _found_once(networks[subject.label], threat, settings.search(), subject.seed)
-        for name, model in models.items():
+        perturb = _found_once(network, threat, attack.settings.search(), subject.seed)
+        for name, examiner in examiners.items():
             own = name == subject.label
             target = subject if own else replace(subject, method=name, variant="")
-            found = examiner.examine(model, prompts, network=networks[name], perturb=perturb)
+            found = examiner.examine(prompts, perturb=perturb)
             tables.append(outcome_rows(target, cell, prompts, found))
-        on_step(number, len(profile.evaluation.strong_eps), f"{TRANSFER} at eps {eps:g}")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -245,9 +232,10 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
     profile = subject.profile
     attack = base_attack(profile)
     sites = resolve_sites(attack.sites, lm.n_layers)
-    network = lm.network()
-    smallest = dict.fromkeys(sites, float("inf"))
-    rows = examiner_of(profile).rows(lm, prompt_set(HARMFUL, profile, n))
+    examiner = examiner_of(profile, lm)
+    network = examiner.network
+    found = []
+    rows = examiner.rows(prompt_set(HARMFUL, profile, n))
     for _, batch in batches(rows, profile.evaluation.batch, lm.device):
         shape = (*batch.shape, network.d_model)
         nothing = torch.zeros(shape, dtype=network.dtype, device=network.device)
@@ -256,22 +244,17 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
             states = network.label_rows(batch, deltas)
             loss = attack_losses(network, batch, attack.search(), states).sum()
             # a site that nothing depends on has gradient 0
-            for delta in deltas.values():
-                loss = loss + 0.0 * delta.sum()
+            loss = loss + 0.0 * sum(delta.sum() for delta in deltas.values())
             gradients = torch.autograd.grad(loss, list(deltas.values()))
         mask = perturbed_positions(batch, attack.positions)
-        for site, gradient in zip(sites, gradients, strict=True):
-            norms = (gradient.float() * mask).flatten(1).norm(dim=1)
-            smallest[site] = min(smallest[site], norms.min().item())
-    return smallest
+        found.append(torch.stack([(g.float() * mask).flatten(1).norm(dim=1) for g in gradients]))
+    smallest = torch.cat(found, dim=1).amin(1).tolist()
+    return dict(zip(sites, smallest, strict=True))
 
 
 def _measured(
     lm: LanguageModel, subject: Subject, cells: Sequence[AttackCell], on_step: OnStep
 ) -> pd.DataFrame:
     """The cells' rows, with progress."""
-    tables = []
-    for step, cell in enumerate(cells, start=1):
-        tables.append(cell.measure(lm, subject))
-        on_step(step, len(cells), str(cell))
+    tables = [cell.measure(lm, subject) for cell in with_progress(cells, on_step)]
     return pd.concat(tables, ignore_index=True)

@@ -29,12 +29,11 @@ from latlib.evaluation.outcomes import (
     SHUFFLED,
     Cell,
     Intervention,
-    OnStep,
     Rule,
     Subject,
     outcome_rows,
-    unseen,
 )
+from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.refusal.directions import Differences, random_directions
@@ -55,13 +54,10 @@ def ablation(
     target's own `best` and one random direction are added on harmless prompts.
     """
     profile = subject.profile
-    examiner = examiner_of(profile)
     network = lm.network()
-    own = directions[subject.label]
-    best = own[Rule.BEST]
-    norm = best.vector.norm()
+    best = directions[subject.label][Rule.BEST]
     count = profile.evaluation.random_directions
-    randoms = random_directions(network.d_model, count, norm, subject.seed)
+    randoms = random_directions(network.d_model, count, best.vector.norm(), subject.seed)
     cells = _directed(subject.label, directions, differences)
     for draw, vector in enumerate(randoms):
         cells.append((Cell(source=RANDOM, draw=draw), vector))
@@ -71,24 +67,25 @@ def ablation(
 
     def ask(cell: Cell, network: Network, perturb: Perturb | None = None) -> None:
         prompts = prompt_set(cell.prompts, profile, profile.evaluation.ablation_prompts)
-        found = examiner.examine(lm, prompts, network=network, perturb=perturb)
+        found = examiner_of(profile, lm, network).examine(prompts, perturb=perturb)
         tables.append(outcome_rows(subject, cell, prompts, found))
 
-    for step, (cell, vector) in enumerate(cells, start=1):
+    for cell, vector in with_progress(cells, on_step, _name):
         cell = replace(cell, intervention=Intervention.ABLATE)
         ablated = network if vector is None else network.ablated(vector)
         ask(cell, ablated)
         if cell.source == NOTHING or cell.rule == Rule.BEST:
             ask(replace(cell, prompts=HARMLESS), ablated)
-        on_step(step, len(cells), f"{cell.source} {cell.rule}")
     added = Cell(HARMLESS, intervention=Intervention.ADD, site=str(best.site))
-    ask(
-        replace(added, source=subject.label, rule=Rule.BEST),
-        network,
-        adding(best.vector, best.site),
-    )
+    own = replace(added, source=subject.label, rule=Rule.BEST)
+    ask(own, network, adding(best.vector, best.site))
     ask(replace(added, source=RANDOM, draw=0), network, adding(randoms[0], best.site))
     return pd.concat(tables, ignore_index=True)
+
+
+def _name(directed: tuple[Cell, Tensor | None]) -> str:
+    cell, _ = directed
+    return f"{cell.source} {cell.rule}"
 
 
 def _directed(

@@ -187,12 +187,11 @@ def best_site(
     """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go
     to fewer refusals, then to the earlier site. Sites without a difference are left out. Raises
     ValueError when none has one."""
-    examiner = examiner_of(profile)
     scores = {}
     for site, mean in means.items():
         if mean.norm() > 0:
             ablated = lm.network().ablated(mean)
-            outcomes = examiner.examine(lm, tune, network=ablated).outcomes
+            outcomes = examiner_of(profile, lm, ablated).examine(tune).outcomes
             scores[site] = (outcomes.count(Outcome.COMPLIED), -outcomes.count(Outcome.REFUSED))
     if not scores:
         raise ValueError(

@@ -180,7 +180,7 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
         "write",
         lambda lm, rows, *_: [("no", "yes", "")[i % 3] for i in range(len(rows))],
     )
-    found = examiner_of(profile).examine(lm, prompts)
+    found = examiner_of(profile, lm).examine(prompts)
     assert found.outcomes == ["refused", "complied", "neither"] * 2
     assert (
         found.texts == ["no", "yes", ""] * 2
@@ -188,21 +188,21 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
         and found.prefilled is None
     )
     assert grader.seen == [([p.text for p in prompts], found.texts)]
-    twins, deep = examiner_of(profile).examine_pairs(lm, prompts[:2], prompts, prefilling=True)
+    twins, deep = examiner_of(profile, lm).examine_pairs(prompts[:2], prompts, prefilling=True)
     assert len(twins.understood) == 2 and twins.prefilled is None
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
-    assert examiner_of(profile).examine_pairs(lm, prompts, prompts)[1].prefilled is None
+    assert examiner_of(profile, lm).examine_pairs(prompts, prompts)[1].prefilled is None
 
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
-    examiner = examiner_of(profile)
+    examiner = examiner_of(profile, lm)
     replies = ["ab", "lrf", "no", ""]  # 'ab' is 'no' in rot13, 'lrf' is 'yes'
     monkeypatch.setattr(examining, "_grader", lambda settings: Scripted())
     monkeypatch.setattr(examining, "write", lambda *_: replies)
-    found = examiner.examine(lm, prompt_set("harmful", profile)[:4], Wording.of("plain>rot13"))
+    found = examiner.examine(prompt_set("harmful", profile)[:4], Wording.of("plain>rot13"))
     assert found.outcomes == ["refused", "complied", "refused", "neither"]
     monkeypatch.setattr(examining, "write", lambda *_: ["not base64 at all!", "yes", "no", ""])
-    found = examiner.examine(lm, prompt_set("harmful", profile)[:4], Wording.of("plain>base64"))
+    found = examiner.examine(prompt_set("harmful", profile)[:4], Wording.of("plain>base64"))
     assert found.outcomes[0] == "refused" and found.outcomes[2:] == ["refused", "neither"]
 
 
@@ -213,7 +213,7 @@ def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeyp
     )
     prompts = prompt_set("harmful", profile)
     wording = Wording(system_prompt="be good .")
-    examiner_of(profile).examine_pairs(lm, prompts, prompts, wording, prefilling=True)
+    examiner_of(profile, lm).examine_pairs(prompts, prompts, wording, prefilling=True)
     _, plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
@@ -308,8 +308,8 @@ def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, prof
         update={"data": profile.data.model_copy(update={"system_prompt": "be kind ."})}
     )
     prompts = prompt_set("harmful", profile)[:2]
-    examiner_of(own).examine(lm, prompts)
-    examiner_of(own).examine(lm, prompts, Wording(system_prompt="obey ."))
+    examiner_of(own, lm).examine(prompts)
+    examiner_of(own, lm).examine(prompts, Wording(system_prompt="obey ."))
     said = [lm.tokenizer.decode(rows[0].prompt) for rows in asked]
     assert "be kind ." in said[0] and "obey ." in said[1] and "be kind ." not in said[1]
 

@@ -131,7 +131,7 @@ def test_shares_are_of_the_outcomes_and_the_attack_has_its_full_radius(run, trai
     """Two steps into the ramp, at half the radius in training, a result attacks at the whole."""
     observer, norms = Validator(trainer, run.profile), {}
 
-    def examine(self, lm, prompts, network=None, perturb=None):
+    def examine(self, prompts, perturb=None):
         if perturb:
             batch = collate(observer.answers)
             norms.update({site: d.norm(dim=-1).max().item() for site, d in perturb(batch).items()})

@@ -14,7 +14,7 @@ from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.config.sections import AttackSettings, ProfileError
 from latlib.evaluation.ask import prompt_set, token_rows
-from latlib.evaluation.examine import WorldExaminer
+from latlib.evaluation.examine import WorldExaminer, examiner_of
 from latlib.evaluation.outcomes import COLUMNS, Cell, Examined, outcome_rows
 from latlib.experiment.build import measure_norms
 from latlib.hooks import EMBEDDING, resolve_sites
@@ -262,7 +262,7 @@ def test_an_attack_is_counted_where_its_perturbation_is_found(lm, subject):
 
 
 def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
-    plain = WorldExaminer(PROFILE).examine(lm, prompt_set("harmful", PROFILE)).outcomes
+    plain = examiner_of(PROFILE, lm).examine(prompt_set("harmful", PROFILE)).outcomes
     assert [o == "complied" for o in plain] == [i % 3 == COMPLIES for i in range(8)]
     model, calls = counted(lm)
     strong = AttackCell(replace_settings(LAT, eps=0.4, steps=10)).measure(model, subject)
@@ -276,8 +276,8 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
 def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, subject, monkeypatch):
     kept = []
 
-    def grade(self, lm, prompts, network, perturb):
-        batch = collate(token_rows(lm, prompts))
+    def grade(self, prompts, perturb):
+        batch = collate(token_rows(self.lm, prompts))
         kept.append((batch, perturb(batch)))
         return Examined(["neither"] * len(prompts), True)
 
@@ -340,7 +340,7 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
         return pgd(network, batch, threat, settings.search()).deltas
 
     for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
-        expected = WorldExaminer(PROFILE).examine(target, prompts, perturb=perturb)
+        expected = examiner_of(PROFILE, target).examine(prompts, perturb=perturb)
         own = table[table["method"] == method]
         assert own.reset_index(drop=True).equals(
             outcome_rows(replace(subject, method=method), cell, prompts, expected)
