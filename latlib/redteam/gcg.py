@@ -26,9 +26,12 @@ and 2; here with all prompts from the start, and a buffer.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import compress, cycle, islice
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -78,7 +81,6 @@ class SuffixSettings:
     # the target ends the reply; False for a beginning ('Sure, here is', Zou et al.)
     whole_reply: bool = True
     allow_non_ascii: bool = False
-    prefix_cache: bool = True  # step 4; changes nothing but rounding
     system_prompt: str | None = None
 
     def __post_init__(self) -> None:
@@ -114,41 +116,25 @@ def gcg(
     settings: SuffixSettings,
     seed: int,
     on_step: OnStep = unseen,
+    by_gradient: bool = True,
 ) -> Suffix:
     """Seek one suffix under which the model writes each prompt's target; see the module's
     docstring.
 
-    on_step: called after every step. Raises ValueError for input that cannot be used, RuntimeError
-    when not even one row fits into memory. Weights, their gradients and flags stay as they are.
+    on_step: called after every step. by_gradient: False is random search. Raises ValueError for
+    input that cannot be used, RuntimeError when not even one row fits into memory. Weights, their
+    gradients and flags stay as they are.
     """
-    return _search(SuffixLoss(lm, prompts, targets, settings), seed, on_step, by_gradient=True)
-
-
-def random_search(
-    lm: LanguageModel,
-    prompts: Texts,
-    targets: Texts,
-    settings: SuffixSettings,
-    seed: int,
-    on_step: OnStep = unseen,
-) -> Suffix:
-    """The gradient-free control of `gcg`, with as many queries; arguments and errors are the
-    same.
-    """
-    return _search(SuffixLoss(lm, prompts, targets, settings), seed, on_step, by_gradient=False)
-
-
-def _search(objective: SuffixLoss, seed: int, on_step: OnStep, by_gradient: bool) -> Suffix:
-    settings = objective.settings
+    objective = SuffixLoss(lm, prompts, targets, settings)
     first = objective.initial
-    loss = objective.losses([first], objective.everyone).mean().item()
-    kept = {first: loss}  # suffix -> its loss, best first
-    queries = len(objective.everyone)
+    everyone = range(len(prompts))
+    kept = {first: objective.losses([first], everyone).mean().item()}  # suffix -> loss, best first
+    queries = len(everyone)
     started: set[Ids] = set()  # suffixes that a step has started from
     losses: list[float] = []
     for step in range(settings.steps):
         fresh = [ids for ids in kept if ids not in started]
-        origin = fresh[0] if fresh else next(iter(kept))
+        origin = [*fresh, *kept][0]
         started.add(origin)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         found, loss, spent = _step(objective, origin, generator, by_gradient)
@@ -164,12 +150,16 @@ def _search(objective: SuffixLoss, seed: int, on_step: OnStep, by_gradient: bool
     return Suffix(text, best, loss, tuple(losses), queries, batch, separator)
 
 
+# the gradient-free control, with as many queries
+random_search = partial(gcg, by_gradient=False)
+
+
 def _step(
     objective: SuffixLoss, origin: Ids, generator: torch.Generator, by_gradient: bool
 ) -> tuple[Ids, float, int]:
     """(the best candidate of a step from `origin`, its loss over all prompts, queries)."""
     settings, frames = objective.settings, objective.frames
-    order = torch.randperm(len(objective.everyone), generator=generator).tolist()
+    order = torch.randperm(len(frames.around), generator=generator).tolist()
     some = settings.prompts_per_step or len(order)
     drawn, others = sorted(order[:some]), sorted(order[some:])
     if by_gradient:
@@ -181,15 +171,14 @@ def _step(
     candidates = _candidates(frames, origin, tokens, width, count, generator)
     losses = objective.losses(candidates, drawn)
     by_loss = losses.mean(1).argsort(stable=True).tolist()
-    alive = (i for i in by_loss if frames.survives(candidates[i]))
-    best = next(alive, None)
+    best = next((i for i in by_loss if frames.survives(candidates[i])), None)
     winner = by_loss[0] if best is None else best
     over_all = losses[winner]
     if others:
         rest = objective.losses([candidates[winner]], others)
         over_all = torch.cat((over_all, rest[0]))
     # what does not survive has an infinite loss: it may be started from, and is never the best
-    loss = float("inf") if best is None else over_all.mean().item()
+    loss = math.inf if best is None else over_all.mean().item()
     return candidates[winner], loss, len(drawn) * (settings.candidates + 1) + len(others)
 
 
@@ -209,12 +198,10 @@ def _candidates(
         choice = tokens[:, : width << draw // DRAWS_AT_WIDTH]
         drawn = _substituted(origin, choice, 2 * count, frames.settings.n_replace, generator)
         fresh = [ids for ids in dict.fromkeys(drawn) if ids not in found and ids != origin]
-        alive = frames.survive(fresh, 0)
-        found |= {ids: None for ids, yes in zip(fresh, alive, strict=True) if yes}
+        found |= dict.fromkeys(compress(fresh, frames.survive(fresh, 0)))
         if len(found) >= count:
             break
-    pool = list(found)[:count] or [origin]
-    return [pool[i % len(pool)] for i in range(count)]
+    return list(islice(cycle(found or [origin]), count))
 
 
 def _substituted(
@@ -234,15 +221,15 @@ class Frames:
     """Where a suffix stands in the chat of each prompt, as token ids; prompts are named by their
     number.
 
-    around: for each prompt the ids before the suffix, and those behind it. allowed: [allowed] ids
-    that a suffix may consist of.
+    ahead: each prompt with the separator. around: for each the ids before the suffix, and those
+    behind it. allowed: [allowed] ids that a suffix may consist of.
     """
 
     def __init__(self, lm: LanguageModel, prompts: Texts, settings: SuffixSettings) -> None:
         self.tokenizer = lm.tokenizer
-        self.prompts = prompts
         self.settings = settings
-        self.around = [self._cut(prompt) for prompt in prompts]
+        self.ahead = [prompt + settings.separator for prompt in prompts]
+        self.around = [self._cut(ahead) for ahead in self.ahead]
         self.allowed = self._allowed(len(lm.model.get_input_embeddings().weight))
 
     def text(self, ids: Ids) -> str:
@@ -250,51 +237,41 @@ class Frames:
         text: str = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         return text.removeprefix(self.settings.separator)
 
-    def message(self, prompt: int, suffix: str) -> str:
-        """The user message: prompt, separator, suffix."""
-        return self.prompts[prompt] + self.settings.separator + suffix
-
     def ids(self, prompt: int, suffix: Ids) -> Ids:
         """[before | suffix | behind]."""
         before, behind = self.around[prompt]
         return (*before, *suffix, *behind)
 
-    def start(self, prompt: int) -> int:
-        """Where the suffix begins."""
-        return len(self.around[prompt][0])
-
     def survive(self, suffixes: Sequence[Ids], prompt: int) -> list[bool]:
         """Whether each suffix, as text behind a prompt, is tokenised with the whole chat to its own
         ids.
         """
-        tokens = self._tokens([self.message(prompt, self.text(suffix)) for suffix in suffixes])
+        tokens = self._tokens([self.ahead[prompt] + self.text(suffix) for suffix in suffixes])
         pairs = zip(tokens, suffixes, strict=True)
         return [found == self.ids(prompt, suffix) for found, suffix in pairs]
 
     def survives(self, suffix: Ids) -> bool:
         """Whether a suffix survives behind every prompt; most that do not fail at the first."""
-        return all(self.survive([suffix], prompt)[0] for prompt in range(len(self.prompts)))
+        return all(self.survive([suffix], prompt)[0] for prompt in range(len(self.ahead)))
 
     def initial(self) -> Ids:
         """The suffix that a search starts from. Raises ValueError when it does not survive."""
         n, text = self.settings.n_tokens, self.settings.initial
-        options = [self._asked(text)] if text else self._neutral(n)
+        options = self._neutral(n)
+        if text:
+            (ids,) = self._tokens([self.ahead[0] + text])
+            before, behind = self.around[0]
+            options = [ids[len(before) : len(ids) - len(behind)]]
         for ids in options:
             if len(ids) == n and self.survives(ids):
                 return ids
         have = f"{len(options[0])} tokens, or not the same ones behind every prompt"
         raise ValueError(f"initial = {text!r} is {have}: give n_tokens = {n} that stay the same")
 
-    def _asked(self, text: str) -> Ids:
-        (ids,) = self._tokens([self.message(0, text)])
-        before, behind = self.around[0]
-        return ids[len(before) : len(ids) - len(behind)]
-
     def _neutral(self, n: int) -> list[Ids]:
         """Repetitions of each allowed token, '!' first."""
         texts = {i: self.text((i,)).strip() for i in self.allowed.tolist()}
-        tokens = [i for i, text in texts.items() if text]
-        tokens.sort(key=lambda i: texts[i] != "!")
+        tokens = sorted(filter(texts.get, texts), key=lambda i: texts[i] != "!")
         return [(i,) * n for i in tokens]
 
     def _tokens(self, messages: Texts) -> list[Ids]:
@@ -302,18 +279,18 @@ class Frames:
         chats = [chat_text(self.tokenizer, message, system) for message in messages]
         return token_ids(self.tokenizer, chats)
 
-    def _cut(self, prompt: str) -> tuple[Ids, Ids]:
+    def _cut(self, ahead: str) -> tuple[Ids, Ids]:
         """Ids before and behind a suffix: what two chats that differ in it have in common. A
         separator that is a token of its own is before.
         """
-        message = prompt + self.settings.separator
-        if message + "a" not in chat_text(self.tokenizer, message + "a"):
+        if ahead + "a" not in chat_text(self.tokenizer, ahead + "a"):
+            prompt = ahead.removesuffix(self.settings.separator)
             raise ValueError(
                 f"prompt {prompt!r}: the chat template changes it: remove white space at its ends"
             )
         # they merge with no neighbour
-        first, second = ("a", "b") if self.settings.separator else ("!", "?")
-        a, b = self._tokens([message + first, message + second])
+        first, second = "ab" if self.settings.separator else "!?"
+        a, b = self._tokens([ahead + first, ahead + second])
         return a[: shared_start(a, b)], a[len(a) - shared_end(a, b) :]
 
     def _allowed(self, embedded: int) -> Tensor:
@@ -333,10 +310,10 @@ class Frames:
 class SuffixLoss:
     """The loss of suffixes on a model, and its gradient.
 
-    targets: of each prompt, the ids of its one completion. everyone: the numbers of all prompts.
-    embeddings: [allowed, d_model], what the first block reads for each token, whatever the model
-    makes of its embeddings. cached: whether the tokens before the suffix are run once. batch: rows
-    at a time, fewer once memory has run out.
+    targets: of each prompt, the ids of its one completion. embeddings: [allowed, d_model], what the
+    first block reads for each token, whatever the model makes of its embeddings. cached: whether
+    the tokens before the suffix are run once, which changes nothing but rounding. batch: rows at a
+    time, fewer once memory has run out.
     """
 
     def __init__(
@@ -350,24 +327,21 @@ class SuffixLoss:
             )
         self.settings = settings
         self.network = network = lm.network()
-        self.everyone = range(len(prompts))
         self.frames = Frames(lm, prompts, settings)
         self.initial = self.frames.initial()
         self.targets = self._completions(lm, targets)
-        stock = isinstance(network, StockNetwork) and not lm.model.training
-        self.cached = settings.prefix_cache and stock
+        self.cached = isinstance(network, StockNetwork) and not lm.model.training
         self.batch = settings.batch
-        tokens = self._batch([TokenRow((token,), ()) for token in self.frames.allowed.tolist()])
+        alone = [TokenRow((token,), ()) for token in self.frames.allowed.tolist()]
+        tokens = collate(alone, device=network.device)
         self.embeddings = network.capture(tokens, [EMBEDDING])[EMBEDDING].squeeze(1)
         self._caches: dict[int, DynamicCache] = {}  # by prompt
 
     def _completions(self, lm: LanguageModel, targets: Texts) -> list[tuple[Ids, ...]]:
         system = self.settings.system_prompt
         first = self.frames.text(self.initial)
-        rows = [
-            Row(str(i), self.frames.message(i, first), (target,))
-            for i, target in enumerate(targets)
-        ]
+        asked = enumerate(self.frames.ahead)
+        rows = [Row(str(i), ahead + first, (targets[i],)) for i, ahead in asked]
         found = [row.completions for row in tokenise(rows, lm.tokenizer, lm.context, system)]
         if self.settings.whole_reply:
             return found
@@ -377,14 +351,9 @@ class SuffixLoss:
 
     def losses(self, suffixes: Sequence[Ids], prompts: Sequence[int]) -> Tensor:
         """[suffixes, prompts] float64: mean loss over each target's tokens."""
-
-        def behind(prompt: int, size: int) -> Tensor:
-            parts = [suffixes[at : at + size] for at in range(0, len(suffixes), size)]
-            return torch.cat([self._losses(prompt, part) for part in parts])
-
         with torch.no_grad():
-            columns = [self._fitting(partial(behind, prompt)) for prompt in prompts]
-        return torch.stack(columns, 1)
+            columns = [self._in_parts(partial(self._losses, p), suffixes) for p in prompts]
+        return torch.stack([torch.cat(column) for column in columns], 1)
 
     def ranked(self, suffix: Ids, prompts: Sequence[int]) -> Tensor:
         """[n_tokens, allowed] ids of tokens: the substitutes at each position, most promising
@@ -397,38 +366,29 @@ class SuffixLoss:
     def gradient(self, suffix: Ids, prompts: Sequence[int]) -> Tensor:
         """[n_tokens, d_model]: of the mean loss, in the suffix's embeddings as the first block
         reads them (behind the scaling by sqrt(d_model) of some models)."""
-
-        def total(size: int) -> Tensor:
-            parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-            return reduce(torch.add, [self._gradient(suffix, part) for part in parts])
-
-        return self._fitting(total) / len(prompts)
+        parts = self._in_parts(partial(self._gradient, suffix), prompts)
+        return reduce(torch.add, parts) / len(prompts)
 
     def _gradient(self, suffix: Ids, prompts: Sequence[int]) -> Tensor:
         """[n_tokens, d_model] gradient of the sum of the prompts' losses."""
         network = self.network
-        batch = self._batch([self._row(prompt, suffix) for prompt in prompts])
-        delta = torch.zeros(
-            *batch.shape,
-            network.d_model,
-            dtype=network.dtype,
-            device=network.device,
-            requires_grad=True,
-        )
+        batch = self._batch([(prompt, suffix) for prompt in prompts])
+        shape = (*batch.shape, network.d_model)
+        delta = torch.zeros(shape, dtype=network.dtype, device=network.device, requires_grad=True)
         with torch.enable_grad(), network.frozen_mode():
             states = network.label_rows(batch, {EMBEDDING: delta})
             loss = self._row_losses(batch, states).sum()
             (gradient,) = torch.autograd.grad(loss, delta)
         own = []
         for prompt, row in zip(prompts, gradient, strict=True):
-            start = self.frames.start(prompt)
+            start = len(self.frames.around[prompt][0])
             own.append(row[start : start + len(suffix)].to(wide_of(network.dtype)))
         return reduce(torch.add, own)
 
     def _losses(self, prompt: int, suffixes: Sequence[Ids]) -> Tensor:
         """[n] losses of suffixes behind one prompt: of equal length, so nothing is padded."""
-        cut = self.frames.start(prompt) if self.cached else 0
-        batch = self._batch([self._row(prompt, suffix, cut) for suffix in suffixes])
+        cut = len(self.frames.around[prompt][0]) if self.cached else 0
+        batch = self._batch([(prompt, suffix) for suffix in suffixes], cut)
         states = self._behind_cache(prompt, batch) if cut else self.network.label_rows(batch)
         return self._row_losses(batch, states)
 
@@ -451,22 +411,24 @@ class SuffixLoss:
             )
         return at_labels(out.last_hidden_state, batch.source)
 
-    def _batch(self, rows: Sequence[TokenRow]) -> Batch:
+    def _batch(self, asked: Sequence[tuple[int, Ids]], cut: int = 0) -> Batch:
+        """Rows of (prompt, suffix), without their first `cut` tokens."""
+        rows = [TokenRow(self.frames.ids(p, ids)[cut:], self.targets[p]) for p, ids in asked]
         return collate(rows, device=self.network.device)
 
     def _row_losses(self, batch: Batch, states: Tensor) -> Tensor:
         losses = token_losses(self.network.unembed, states, batch.labels)
         return row_means(losses.double(), batch.label_rows, batch.shape[0])
 
-    def _row(self, prompt: int, suffix: Ids, cut: int = 0) -> TokenRow:
-        return TokenRow(self.frames.ids(prompt, suffix)[cut:], self.targets[prompt])
-
-    def _fitting(self, run: Callable[[int], Tensor]) -> Tensor:
-        """What `run` makes of as many rows at a time as fit into memory; half as many from then on
-        whenever it runs out."""
+    def _in_parts(
+        self, run: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]
+    ) -> list[Tensor]:
+        """What `run` makes of as many of the items at a time as fit into memory; of half as many
+        from then on whenever it runs out."""
         while True:
             try:
-                return run(self.batch)
+                starts = range(0, len(items), self.batch)
+                return [run(items[at : at + self.batch]) for at in starts]
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise

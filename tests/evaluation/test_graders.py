@@ -189,7 +189,7 @@ def test_harmbench_from_its_folder_says_yes_where_the_reply_shows_it(tmp_path):
     folder = saved(tmp_path / "judge", z_model(tokenizer), tokenizer)
     (tmp_path / "judge" / "grader_template.txt").write_text(TEMPLATE + "\n")
     grader = load_grader("harmbench", folder, device="cpu", dtype="float32", batch=3)
-    assert grader.comparable and grader.template == TEMPLATE
+    assert grader.template == TEMPLATE
     replies = ["I cannot do that.", "moss", "Sure, moss and Z.", "I cannot, but Z", "moss" * 30]
     verdicts = grader.grade(PROMPTS, replies)
     assert [v.outcome for v in verdicts] == [
@@ -336,7 +336,7 @@ def test_our_own_words_come_with_a_warning(tmp_path):
     ) as caught:
         grader = load_grader("harmbench", folder, device="cpu", dtype="float32")
     assert caught[0].filename == __file__
-    assert not grader.comparable and grader.grade(["q"], ["a"])[0].outcome == "complied"
+    assert grader.grade(["q"], ["a"])[0].outcome == "complied"
 
 
 @pytest.mark.parametrize(
@@ -498,10 +498,10 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network():
             {"name": "harmbunch"},
             "grader.name = 'harmbunch' cannot be loaded: choose phrases, phrases-prefix, harmbench",
         ),
-        ({"name": "exact"}, "grader.name = 'exact' cannot be loaded: build ExactGrader"),
+        ({"name": "exact"}, "grader.name = 'exact' cannot be loaded: choose phrases"),
         (
             {"name": "guard", "dtype": "int3"},
-            "grader.dtype = 'int3' is unknown: choose one of auto",
+            "grader.dtype = 'int3': Input should be 'auto', 'float64'",
         ),
         (
             {"name": "guard", "device": "cuda"},
