@@ -53,6 +53,7 @@ class Question:
 
 
 Prompt = Question | grammar.Prompt
+Prompts = Sequence[Prompt]
 
 
 class PromptSource(ABC):

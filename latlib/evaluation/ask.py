@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, prompt_source
+from latlib.data.prompts import Prompt, Prompts, prompt_source
 from latlib.evaluation.outcomes import HARMFUL, PLAIN, TWIN, split_encoding
 from latlib.models import LanguageModel
 from latlib.text.chat import Row, Turn, tokenise
@@ -84,7 +84,7 @@ def target(prompt: Prompt) -> str:
 
 def token_rows(
     lm: LanguageModel,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     wording: Wording = PLAINLY,
     prefill: str = "",
 ) -> list[TokenRow]:

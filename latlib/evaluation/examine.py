@@ -26,9 +26,9 @@ from latlib.attack import greedy_matches
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import GraderSettings
-from latlib.data.prompts import Prompt, in_the_world
+from latlib.data.prompts import Prompts, in_the_world
 from latlib.evaluation.ask import PLAINLY, Wording, token_rows
-from latlib.evaluation.generate import Perturb, batches, write
+from latlib.evaluation.generate import Perturb, TokenRows, batches, write
 from latlib.evaluation.graders import load_grader
 from latlib.evaluation.outcomes import PLAIN, Examined, Outcome
 from latlib.evaluation.rule_graders import ExactGrader, Grader
@@ -55,7 +55,7 @@ class Examiner(ABC):
     @abstractmethod
     def examine(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         wording: Wording = PLAINLY,
         perturb: Perturb | None = None,
     ) -> Examined:
@@ -64,8 +64,8 @@ class Examiner(ABC):
     @abstractmethod
     def examine_pairs(
         self,
-        twins: Sequence[Prompt],
-        harmful: Sequence[Prompt],
+        twins: Prompts,
+        harmful: Prompts,
         wording: Wording = PLAINLY,
         prefilling: bool = False,
     ) -> tuple[Examined, Examined]:
@@ -74,7 +74,7 @@ class Examiner(ABC):
         prompts need one for it."""
 
     def rows(
-        self, prompts: Sequence[Prompt], wording: Wording = PLAINLY, prefill: str = ""
+        self, prompts: Prompts, wording: Wording = PLAINLY, prefill: str = ""
     ) -> list[TokenRow]:
         """`token_rows` behind the profile's system prompt, where the wording has none."""
         if wording.system_prompt is None:
@@ -87,7 +87,7 @@ class WorldExaminer(Examiner):
 
     def examine(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         wording: Wording = PLAINLY,
         perturb: Perturb | None = None,
     ) -> Examined:
@@ -97,8 +97,8 @@ class WorldExaminer(Examiner):
 
     def examine_pairs(
         self,
-        twins: Sequence[Prompt],
-        harmful: Sequence[Prompt],
+        twins: Prompts,
+        harmful: Prompts,
         wording: Wording = PLAINLY,
         prefilling: bool = False,
     ) -> tuple[Examined, Examined]:
@@ -117,7 +117,7 @@ class WorldExaminer(Examiner):
 
     def _graded(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         wording: Wording,
         perturb: Perturb | None = None,
         prefilled: int = 0,
@@ -131,7 +131,7 @@ class RealExaminer(Examiner):
 
     def examine(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         wording: Wording = PLAINLY,
         perturb: Perturb | None = None,
     ) -> Examined:
@@ -140,8 +140,8 @@ class RealExaminer(Examiner):
 
     def examine_pairs(
         self,
-        twins: Sequence[Prompt],
-        harmful: Sequence[Prompt],
+        twins: Prompts,
+        harmful: Prompts,
         wording: Wording = PLAINLY,
         prefilling: bool = False,
     ) -> tuple[Examined, Examined]:
@@ -159,7 +159,7 @@ class RealExaminer(Examiner):
             of_harmful = replace(of_harmful, prefilled=self._prefilled(harmful, wording))
         return of_twins, of_harmful
 
-    def _prefilled(self, prompts: Sequence[Prompt], wording: Wording) -> Sequence[Outcome]:
+    def _prefilled(self, prompts: Prompts, wording: Wording) -> Sequence[Outcome]:
         """Outcomes with the first words of every answer in the model's mouth; one word at least is
         left to it."""
         rows = []
@@ -171,8 +171,8 @@ class RealExaminer(Examiner):
 
     def _graded(
         self,
-        prompts: Sequence[Prompt],
-        rows: Sequence[TokenRow],
+        prompts: Prompts,
+        rows: TokenRows,
         wording: Wording,
         perturb: Perturb | None = None,
     ) -> Examined:
@@ -208,7 +208,7 @@ def examiner_of(profile: Profile, lm: LanguageModel, network: Network | None = N
     return kind(profile, lm, network or lm.network())
 
 
-def grader_of(profile: Profile, prompts: Sequence[Prompt]) -> Grader:
+def grader_of(profile: Profile, prompts: Prompts) -> Grader:
     """What grades written replies to some prompts in this run: exactly in the made-up world, else
     by the profile's.
     """
@@ -224,7 +224,7 @@ def _grader(settings: GraderSettings) -> Grader:
 
 def grade_rows(
     network: Network,
-    rows: Sequence[TokenRow],
+    rows: TokenRows,
     perturb: Perturb | None = None,
     size: int = 128,
     prefilled: int = 0,
@@ -272,7 +272,7 @@ def affirmation_tokens(lm: LanguageModel, wording: Wording = PLAINLY) -> int:
 
 @torch.no_grad()
 def understood_by_likelihood(
-    network: Network, rows: Sequence[TokenRow], prompts: Sequence[Prompt], size: int
+    network: Network, rows: TokenRows, prompts: Prompts, size: int
 ) -> list[bool]:
     """Whether each answer is likelier, per token, after its own request than after every one of
     DISTRACTORS others (not near-duplicates of it); False where there is no answer or no other
@@ -296,7 +296,7 @@ def understood_by_likelihood(
     return understood
 
 
-def _others(prompts: Sequence[Prompt], i: int) -> list[int]:
+def _others(prompts: Prompts, i: int) -> list[int]:
     """Up to DISTRACTORS prompts that come after number i, round the end, and are no near-duplicates
     of it.
     """

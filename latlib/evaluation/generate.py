@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from latlib.batch import Batch, TokenRow, collate
+from latlib.evaluation.phrases import Texts
 from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
 from latlib.text.chat import Row, tokenise
 from latlib.threat import Site
 
+TokenRows = Sequence[TokenRow]
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
 
 
 def batches(
-    rows: Sequence[TokenRow], size: int, device: torch.device | str = "cpu"
+    rows: TokenRows, size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[list[int], Batch]]:
     """(row indices, batch) of up to `size` rows of similar length."""
     for index in of_similar_length([row.length for row in rows], size):
@@ -41,7 +43,7 @@ def of_similar_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def generate(
     lm: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Texts,
     perturb: Perturb | None = None,
     max_new_tokens: int = 24,
     system_prompt: str | None = None,
@@ -61,7 +63,7 @@ def generate(
 
 def write(
     lm: LanguageModel,
-    rows: Sequence[TokenRow],
+    rows: TokenRows,
     perturb: Perturb | None = None,
     directions: Tensor | None = None,
     size: int = 32,

@@ -31,7 +31,7 @@ from latlib.config.profile import validated
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.generate import left_padded, of_similar_length
 from latlib.evaluation.outcomes import Outcome
-from latlib.evaluation.phrases import OPENING
+from latlib.evaluation.phrases import OPENING, Texts
 from latlib.evaluation.rule_graders import Grade, Grader, PhraseGrader, checked_pairs
 from latlib.io.hub import (
     Allowed,
@@ -95,7 +95,7 @@ class ModelGrader:
         self.template = checked_template(self.own_template if template is None else template)
         self.label_ids = [self._ids(words) for words in self.labels]
 
-    def _ids(self, words: Sequence[str]) -> list[int]:
+    def _ids(self, words: Texts) -> list[int]:
         vocabulary = self.lm.tokenizer.get_vocab()
         written = [space + word for space in self.spaces for word in words]
         found = [vocabulary[token] for token in written if token in vocabulary]
@@ -120,7 +120,7 @@ class ModelGrader:
             return reply
         return tokenizer.decode(ids[: self.reply_tokens])
 
-    def grade(self, prompts: Sequence[str], replies: Sequence[str]) -> list[Grade]:
+    def grade(self, prompts: Texts, replies: Texts) -> list[Grade]:
         """One verdict a pair. Raises ValueError for unequal lists, or a pair longer than the
         judge's context.
         """

@@ -35,6 +35,7 @@ What came out:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -47,7 +48,7 @@ from latlib.evaluation.phrases import redacted
 from latlib.threat import Site, ThreatModel
 
 if TYPE_CHECKING:
-    from latlib.data.prompts import Prompt
+    from latlib.data.prompts import Prompts
 
 COLUMNS = (
     "method",
@@ -209,9 +210,7 @@ class Examined:
     texts: Sequence[str] | None = None
 
 
-def outcome_rows(
-    subject: Subject, cell: Cell, prompts: Sequence[Prompt], found: Examined
-) -> pd.DataFrame:
+def outcome_rows(subject: Subject, cell: Cell, prompts: Prompts, found: Examined) -> pd.DataFrame:
     """Rows of the outcome table of one cell. Texts are redacted here: no other way leads into the
     table.
     """
@@ -221,22 +220,17 @@ def outcome_rows(
     complied = [outcome is Outcome.COMPLIED for outcome in outcomes]
     understood = found.understood
     columns = {
+        **vars(cell),
+        **_threat_columns(cell.threat, n),
         "method": subject.method,
         "variant": subject.variant,
         "seed": subject.seed,
-        "prompts": cell.prompts,
         "prompt_id": [f"{cell.prompts}-{i:04d}" for i in range(n)],
         "pair_id": range(n),
         "cluster": [prompt.cluster for prompt in prompts],
-        "encoding": cell.encoding,
-        "reply_encoding": cell.reply_encoding,
-        "attack": cell.attack,
         "intervention": str(cell.intervention),
-        "source": cell.source,
         "rule": str(cell.rule),
-        "site": cell.site,
         "draw": pd.array([cell.draw] * n, dtype="Int64"),
-        **_threat_columns(cell.threat, n),
         "outcome": [outcome.value for outcome in outcomes],
         "exact": complied if found.exact else unknown,
         "understood": unknown if understood is None else pd.array(understood, dtype="boolean"),
@@ -245,22 +239,11 @@ def outcome_rows(
     return pd.DataFrame(columns)[list(COLUMNS)]
 
 
-def _threat_columns(threat: ThreatModel | None, n: int) -> dict[str, object]:
-    if threat is None:
-        nothing = [None] * n
-        return {
-            "eps": float("nan"),
-            "eps_unit": "",
-            "sites": "",
-            "radii": nothing,
-            "norms": nothing,
-            "positions": "",
-        }
-    return {
-        "eps": threat.eps,
-        "eps_unit": threat.unit,
-        "sites": ",".join(map(str, threat.sites)),
-        "radii": [list(threat.radii)] * n,
-        "norms": [None if threat.norms is None else list(threat.norms)] * n,
-        "positions": threat.positions,
-    }
+def _threat_columns(threat: ThreatModel | None, n: int) -> dict[str, list[object]]:
+    values: tuple[object, ...] = (math.nan, "", "", None, None, "")
+    if threat is not None:
+        sites = ",".join(map(str, threat.sites))
+        norms = threat.norms and list(threat.norms)
+        values = (threat.eps, threat.unit, sites, list(threat.radii), norms, threat.positions)
+    names = ("eps", "eps_unit", "sites", "radii", "norms", "positions")
+    return {name: [value] * n for name, value in zip(names, values, strict=True)}

@@ -67,6 +67,7 @@ _TURN = re.compile(
 )
 
 Mode = Literal["substring", "prefix"]
+Texts = Sequence[str]
 
 
 def normalised_reply(text: str) -> str:
@@ -88,7 +89,7 @@ class RefusalPhrases:
     here is a safer idea" is no refusal. Raises ValueError for another mode, or an empty phrase.
     """
 
-    def __init__(self, mode: Mode = "substring", phrases: Sequence[str] = REFUSAL_OPENINGS) -> None:
+    def __init__(self, mode: Mode = "substring", phrases: Texts = REFUSAL_OPENINGS) -> None:
         if mode not in ("substring", "prefix"):
             raise ValueError(f"mode = {mode!r} is unknown: choose 'substring' or 'prefix'")
         if not phrases or not all(map(normalised_reply, phrases)):

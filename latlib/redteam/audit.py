@@ -28,7 +28,7 @@ from dataclasses import replace
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, Question, in_the_world, prompt_source
+from latlib.data.prompts import Prompt, Prompts, Question, in_the_world, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
 from latlib.evaluation.outcomes import (
@@ -92,7 +92,7 @@ def _audit(
 def ask_pairs(
     examiner: Examiner,
     subject: Subject,
-    pairs: tuple[Sequence[Prompt], Sequence[Prompt]],
+    pairs: tuple[Prompts, Prompts],
     wording: Wording,
     attack: str = NO_ATTACK,
     prefilling: bool = False,
@@ -120,7 +120,7 @@ def _further_sets(profile: Profile, encoding: str) -> list[str]:
     return names
 
 
-def _answered(examiner: Examiner, prompts: Sequence[Prompt]) -> list[Prompt]:
+def _answered(examiner: Examiner, prompts: Prompts) -> list[Prompt]:
     """The prompts with an answer each: where data has no responses, what the model says in plain
     words is the answer.
     """

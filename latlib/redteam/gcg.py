@@ -41,6 +41,7 @@ from transformers import DynamicCache
 
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import Count, Natural
+from latlib.evaluation.phrases import Texts
 from latlib.io.progress import OnStep, unseen
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
@@ -48,7 +49,6 @@ from latlib.network import StockNetwork
 from latlib.text.chat import Row, chat_text, shared_end, shared_start, token_ids, tokenise
 from latlib.threat import EMBEDDING
 
-Texts = Sequence[str]
 Ids = tuple[int, ...]
 
 DRAWS = 12  # until enough candidates survive

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, prompt_source
+from latlib.data.prompts import Prompt, Prompts, prompt_source
 from latlib.data.splits import Split
-from latlib.evaluation.generate import batches
+from latlib.evaluation.generate import TokenRows, batches
 from latlib.evaluation.outcomes import HARMFUL
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
+from latlib.refusal.geometry import Streams
 from latlib.text.chat import Row, chat_text, shared_end, token_ids, tokenise
 from latlib.threat import EMBEDDING, Site
 
@@ -78,7 +79,7 @@ def residual_norms(
 
 
 def prompt_rows(
-    lm: LanguageModel, prompts: Sequence[Prompt], system_prompt: str | None = None
+    lm: LanguageModel, prompts: Prompts, system_prompt: str | None = None
 ) -> list[TokenRow]:
     """Templated prompts without a completion."""
     rows = [Row(str(i), prompt.text, ()) for i, prompt in enumerate(prompts)]
@@ -87,15 +88,15 @@ def prompt_rows(
 
 def activations(
     network: Network,
-    rows: Sequence[TokenRow],
+    rows: TokenRows,
     sites: Sequence[Site],
     count: int = 1,
     size: int = 128,
-) -> dict[Site, Tensor]:
+) -> Streams:
     """site -> [rows, count, d_model] float64 residual stream at each row's last `count` prompt
     tokens, in the order of `rows`. size: rows of similar length that run together."""
     shape = (len(rows), count, network.d_model)
-    found: dict[Site, Tensor] = {site: torch.empty(shape, dtype=torch.float64) for site in sites}
+    found: Streams = {site: torch.empty(shape, dtype=torch.float64) for site in sites}
     for index, batch in batches(rows, size, network.device):
         ends = prompt_ends(batch, count)
         for site, stream in network.capture(batch, sites, ends.flatten()).items():
@@ -105,12 +106,12 @@ def activations(
 
 def activation_differences(
     network: Network,
-    harmful: Sequence[TokenRow],
-    harmless: Sequence[TokenRow],
+    harmful: TokenRows,
+    harmless: TokenRows,
     sites: Sequence[Site],
     count: int = 1,
     size: int = 128,
-) -> dict[Site, Tensor]:
+) -> Streams:
     """site -> [pairs, count, d_model] float64, harmful minus harmless.
 
     Raises ValueError unless they pair up, two at least.

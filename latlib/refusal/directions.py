@@ -14,7 +14,7 @@ Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt
+from latlib.data.prompts import Prompts
 from latlib.evaluation.ask import Wording, token_rows
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import BASE, Outcome, Rule
@@ -38,7 +38,7 @@ from latlib.refusal.activations import (
     prompt_rows,
     sites_of,
 )
-from latlib.refusal.geometry import top_subspace
+from latlib.refusal.geometry import Streams, top_subspace
 from latlib.refusal.interventions import Direction
 from latlib.refusal.selection import candidate_sites, select
 from latlib.threat import Site
@@ -54,7 +54,7 @@ class Differences:
     """What directions are found from. pairs: site -> [pairs, positions, d_model] harmful minus
     harmless, float64; clusters, prompts: [pairs] what a pair is about, and its id."""
 
-    pairs: Mapping[Site, Tensor]
+    pairs: Streams
     clusters: list[str]
     prompts: list[str]
 
@@ -70,11 +70,11 @@ class Differences:
         pairs = {site: tensors[str(site)].double() for site in about["sites"]}
         return cls(pairs, about["clusters"], about["prompts"])
 
-    def last(self) -> dict[Site, Tensor]:
+    def last(self) -> Streams:
         """site -> [pairs, d_model] at the last prompt token."""
         return {site: rows[:, -1] for site, rows in self.pairs.items()}
 
-    def means(self) -> dict[Site, Tensor]:
+    def means(self) -> Streams:
         """site -> [positions, d_model] differences of means (for equal numbers, the mean of paired
         differences).
         """
@@ -163,9 +163,9 @@ def find_directions(
 def _selected(
     lm: LanguageModel,
     profile: Profile,
-    means: Mapping[Site, Tensor],
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
+    means: Streams,
+    harmful: Prompts,
+    harmless: Prompts,
 ) -> Direction:
     system = profile.data.system_prompt
     candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
@@ -181,9 +181,7 @@ def _selected(
     return chosen
 
 
-def best_site(
-    lm: LanguageModel, profile: Profile, means: Mapping[Site, Tensor], tune: Sequence[Prompt]
-) -> Site:
+def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts) -> Site:
     """The site whose direction ([d_model]), ablated, makes the model comply most on `tune`; ties go
     to fewer refusals, then to the earlier site. Sites without a difference are left out. Raises
     ValueError when none has one."""

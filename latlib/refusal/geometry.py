@@ -11,7 +11,7 @@ between them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from latlib.hooks import orthonormal
 from latlib.threat import Site
 
+Streams = dict[Site, Tensor]  # site -> a tensor of the residual stream there
 COMPONENTS = 8  # explained variance is stored for this many components; our choice
 RESAMPLES = 400  # of pairs; our choice
 
@@ -96,9 +97,7 @@ def share_draws(
     return shares
 
 
-def variance_table(
-    found: Mapping[Site, Tensor], clusters: Sequence[str], site: Site
-) -> dict[str, Any]:
+def variance_table(found: Streams, clusters: Sequence[str], site: Site) -> dict[str, Any]:
     """JSON-ready: shares of the first components per site, uncentred and centred, participation
     ratios, and at `site` draws of the first two components' share and intervals of every one's.
 

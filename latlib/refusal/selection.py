@@ -17,18 +17,18 @@ section 2.3 and appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from latlib.batch import TokenRow
-from latlib.evaluation.generate import Perturb, batches
+from latlib.evaluation.generate import Perturb, TokenRows, batches
 from latlib.losses import at_labels
 from latlib.network_protocol import Network
 from latlib.refusal.activations import prompt_ends
+from latlib.refusal.geometry import Streams
 from latlib.refusal.interventions import Direction, adding
 from latlib.threat import EMBEDDING, Site, depth
 
@@ -38,7 +38,7 @@ LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
 
 @torch.no_grad()
 def last_log_probabilities(
-    network: Network, rows: Sequence[TokenRow], perturb: Perturb | None = None, size: int = 64
+    network: Network, rows: TokenRows, perturb: Perturb | None = None, size: int = 64
 ) -> Tensor:
     """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch ->
     perturbation.
@@ -62,9 +62,9 @@ def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
 
 def select(
     network: Network,
-    means: Mapping[Site, Tensor],
-    harmful: Sequence[TokenRow],
-    harmless: Sequence[TokenRow],
+    means: Streams,
+    harmful: TokenRows,
+    harmless: TokenRows,
     tokens: Sequence[int],
 ) -> tuple[Direction, pd.DataFrame]:
     """(the chosen direction, every candidate's scores) among `means`: site -> [positions, d_model]
