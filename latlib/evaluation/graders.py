@@ -154,11 +154,13 @@ class ModelGrader:
         """
         scores = torch.zeros(len(rows))
         values = torch.linspace(0, 1, len(self.label_ids))
-        for index in of_similar_length([len(row) for row in rows], self.batch):
+        lengths = [len(row) for row in rows]
+        for index in of_similar_length(lengths, self.batch):
             logits = self.next_logits([rows[i] for i in index])
             each = [logits[:, ids].logsumexp(1) for ids in self.label_ids]
             shares = torch.stack(each, dim=1).softmax(1)  # [rows, labels]
-            scores[index] = (shares @ values).clamp(0, 1)
+            expected = shares @ values
+            scores[index] = expected.clamp(0, 1)
         return scores.tolist()
 
     @torch.no_grad()

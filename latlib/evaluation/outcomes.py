@@ -239,11 +239,16 @@ def outcome_rows(subject: Subject, cell: Cell, prompts: Prompts, found: Examined
     return pd.DataFrame(columns)[list(COLUMNS)]
 
 
-def _threat_columns(threat: ThreatModel | None, n: int) -> dict[str, list[object]]:
-    values: tuple[object, ...] = (math.nan, "", "", None, None, "")
-    if threat is not None:
-        sites = ",".join(map(str, threat.sites))
-        norms = threat.norms and list(threat.norms)
-        values = (threat.eps, threat.unit, sites, list(threat.radii), norms, threat.positions)
-    names = ("eps", "eps_unit", "sites", "radii", "norms", "positions")
-    return {name: [value] * n for name, value in zip(names, values, strict=True)}
+def _threat_columns(threat: ThreatModel | None, n: int) -> dict[str, object]:
+    if threat is None:
+        nothing = [None] * n
+        texts = dict.fromkeys(("eps_unit", "sites", "positions"), "")
+        return {"eps": math.nan, "radii": nothing, "norms": nothing, **texts}
+    return {
+        "eps": threat.eps,
+        "eps_unit": threat.unit,
+        "sites": ",".join(map(str, threat.sites)),
+        "radii": [list(threat.radii)] * n,
+        "norms": [threat.norms and list(threat.norms)] * n,
+        "positions": threat.positions,
+    }

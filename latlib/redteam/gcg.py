@@ -338,14 +338,16 @@ class SuffixLoss:
         self._caches: dict[int, DynamicCache] = {}  # by prompt
 
     def _completions(self, lm: LanguageModel, targets: Texts) -> list[tuple[Ids, ...]]:
-        system = self.settings.system_prompt
+        options = (lm.tokenizer, lm.context, self.settings.system_prompt)
         first = self.frames.text(self.initial)
-        asked = enumerate(self.frames.ahead)
-        rows = [Row(str(i), ahead + first, (targets[i],)) for i, ahead in asked]
-        found = [row.completions for row in tokenise(rows, lm.tokenizer, lm.context, system)]
+        rows = []
+        for i, target in enumerate(targets):
+            message = self.frames.ahead[i] + first
+            rows.append(Row(str(i), message, (target,)))
+        found = [row.completions for row in tokenise(rows, *options)]
         if self.settings.whole_reply:
             return found
-        (probe,) = tokenise([Row("", "a", ("a", "b"))], lm.tokenizer, lm.context, system)
+        (probe,) = tokenise([Row("", "a", ("a", "b"))], *options)
         end = shared_end(*probe.completions)
         return [(ids[: len(ids) - end],) for (ids,) in found]
 

@@ -247,8 +247,9 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
             loss = loss + 0.0 * sum(delta.sum() for delta in deltas.values())
             gradients = torch.autograd.grad(loss, list(deltas.values()))
         mask = perturbed_positions(batch, attack.positions)
-        found.append(torch.stack([(g.float() * mask).flatten(1).norm(dim=1) for g in gradients]))
-    smallest = torch.cat(found, dim=1).amin(1).tolist()
+        own = [gradient.float() * mask for gradient in gradients]
+        found.append(torch.stack(own).flatten(2).norm(dim=2))
+    smallest = torch.cat(found, dim=1).amin(1).tolist()  # [sites]
     return dict(zip(sites, smallest, strict=True))
 
 
