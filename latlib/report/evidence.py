@@ -19,21 +19,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
+from pandas import DataFrame, Series
 
 from latlib.config.profile import Profile, load_profile
 from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
+from latlib.io.files import read_json
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 
 Names = str | Sequence[str]
@@ -78,8 +79,8 @@ class Evidence:
     `geometry.variance_table`."""
 
     profile: Profile
-    outcomes: pd.DataFrame
-    metrics: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    outcomes: DataFrame
+    metrics: Mapping[str, DataFrame] = field(default_factory=dict)
     variance: Mapping[str, Mapping[str, dict]] = field(default_factory=dict)
 
     @classmethod
@@ -90,16 +91,23 @@ class Evidence:
         folder = Path(folder)
         if (folder / "results" / "outcomes").is_dir():  # a whole run's folder
             folder = folder / "results"
-        settings = [where / "profile.yaml" for where in (folder, folder.parent)]
-        settings = [path for path in settings if path.is_file()]
+        both = (folder, folder.parent)
+        settings = [path for place in both for path in place.glob("profile.yaml")]
         if not settings:
             raise MissingError(f"{folder} has no profile.yaml: give the results folder of a run")
-        profile = load_profile(settings[0])
-        tables = [_read_outcomes(path) for path in sorted(folder.glob("outcomes/*.parquet"))]
-        outcomes = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+        outcomes = [_read_outcomes(path) for path in sorted(folder.glob("outcomes/*.parquet"))]
         geometry = folder / "refusal_svd.json"
-        variance = json.loads(geometry.read_text("utf-8"))["models"] if geometry.is_file() else {}
-        return cls(profile, outcomes, _read_metrics(folder), variance)
+        return cls(
+            profile=load_profile(settings[0]),
+            outcomes=pd.concat(outcomes or [DataFrame(columns=COLUMNS)], ignore_index=True),
+            metrics=dict(_curves(path) for place in both for path in place.glob("metrics/*.jsonl")),
+            variance=read_json(geometry)["models"] if geometry.is_file() else {},
+        )
+
+    @property
+    def main(self) -> str:
+        """The method that claims are about."""
+        return self.profile.main
 
     @property
     def main_eps(self) -> float:
@@ -113,11 +121,6 @@ class Evidence:
         return self.profile.training(self.main).attack.eps_mode
 
     @property
-    def main(self) -> str:
-        """The method that claims are about."""
-        return self.profile.main
-
-    @property
     def rivals(self) -> list[str]:
         """What the main method is set beside. Raises MissingError where there is nothing."""
         others = [method for method in self.profile.compared if method != self.main]
@@ -128,16 +131,17 @@ class Evidence:
     @property
     def undefended(self) -> str:
         """The twin with the same data and no attack. Raises MissingError where there is none."""
-        if self.profile.undefended in (None, self.main):
-            raise MissingError("this profile has no undefended twin")
-        return self.profile.undefended
+        return self._other(self.profile.undefended, "undefended twin")
 
     @property
     def reference(self) -> str:
         """Whose refusal direction is the reference. Raises MissingError where there is none."""
-        if self.profile.reference in (None, self.main):
-            raise MissingError("this profile has no reference model")
-        return self.profile.reference
+        return self._other(self.profile.reference, "reference model")
+
+    def _other(self, method: str | None, role: str) -> str:
+        if method is None or method == self.main:
+            raise MissingError(f"this profile has no {role}")
+        return method
 
     @property
     def names(self) -> dict[str, str]:
@@ -146,8 +150,8 @@ class Evidence:
         rivals = [method for method in profile.compared if method != profile.main]
         return {
             "main": profile.main.upper(),
-            "undefended": _name(profile.undefended, "the undefended twin"),
-            "reference": _name(profile.reference, "the reference model"),
+            "undefended": (profile.undefended or "").upper() or "the undefended twin",
+            "reference": (profile.reference or "").upper() or "the reference model",
             "compared": " / ".join(profile.compared).upper(),
             "rivals": " / ".join(rivals).upper() or "the others",
         }
@@ -161,17 +165,17 @@ class Evidence:
         """A radius for a reader, with its unit."""
         return f"eps {eps:g} {self.unit}"
 
-    def eps_variants(self) -> dict[str, float]:
-        """variant -> radius of the main method ('') and of every sweep variant that changes the
-        radius only, smallest first.
+    def eps_variants(self) -> Series:
+        """By variant, the radius of the main method ('') and of every sweep variant that changes
+        the radius only, smallest first.
         """
         radii = {"": self.main_eps}
         for name, changes in self.profile.sweep.variants.items():
             if set(changes) == {"attack.eps"}:
                 radii[name] = changes["attack.eps"]
-        return dict(sorted(radii.items(), key=lambda item: item[1]))
+        return Series(radii).sort_values(kind="stable")
 
-    def curves(self, method: str) -> dict[int, pd.DataFrame]:
+    def curves(self, method: str) -> dict[int, DataFrame]:
         """seed -> training curve of a method."""
         names = {seed: Spec(method, seed).folder for seed in self.profile.seeds}
         return {seed: self.metrics[name] for seed, name in names.items() if name in self.metrics}
@@ -186,7 +190,7 @@ class Evidence:
         return {name: list(self.variance[name].values()) for name in names}
 
     @cached_property
-    def rows(self) -> pd.DataFrame:
+    def rows(self) -> DataFrame:
         """The outcome table as `cell` sees it: `encoding` as a profile names it ('leet',
         'plain>leet'), and `where` an attack acts, 'embedding' or 'latent'.
         """
@@ -197,7 +201,7 @@ class Evidence:
 
     def cell(
         self, method: Names, attack: Names | None = "none", partial: bool = False, **columns: Any
-    ) -> pd.DataFrame:
+    ) -> DataFrame:
         """Rows of the outcome table; by default of harmful prompts in plain words, no direction
         removed, and of no variant.
 
@@ -208,45 +212,32 @@ class Evidence:
         wanted = USUAL | {"method": method, "attack": attack} | columns
         if wanted["eps"] is not None:
             wanted["eps_unit"] = self.unit
-        kept = pd.Series(True, index=self.rows.index)
+        lists: dict[str, Any] = {}
         for column, values in wanted.items():
             if values is not None:
-                wanted[column] = [values] if isinstance(values, str | float | int) else list(values)
-                kept &= self.rows[column].isin(wanted[column])
-        rows = self.rows[kept]
-        absent = set(wanted["method"]) - set(rows["method"])
-        absent |= set(wanted["attack"] or ()) - set(rows["attack"])
+                lists[column] = [values] if isinstance(values, str | float | int) else list(values)
+        rows = self.rows[self.rows[list(lists)].isin(lists).all(axis=1)]
+        absent = set(lists["method"]) - set(rows["method"])
+        absent |= set(lists.get("attack", ())) - set(rows["attack"])
         if rows.empty or (absent and not partial):
-            raise MissingError(
-                f"no outcome of {', '.join(sorted(absent))} where {_described(wanted)}:"
-                f" run notebook {_notebook(wanted)}"
-            )
+            names = ", ".join(sorted(absent))
+            raise MissingError(f"no outcome of {names} where {_described(lists)}")
         return rows
 
 
 def _described(wanted: Mapping[str, Any]) -> str:
-    """What is unusual about a cell, in words."""
-    words = []
-    for name, values in wanted.items():
-        if values and values != [USUAL.get(name)]:
-            words.append(f"{name} is {' or '.join(map(str, values))}")
-    return ", ".join(words)
+    """What is unusual about a cell, and which notebook measures it."""
+    unusual = {name: of for name, of in wanted.items() if of and of != [USUAL.get(name)]}
+    words = [f"{name} is {' or '.join(map(str, of))}" for name, of in unusual.items()]
+    notebook = "05" if wanted.get("attack") == ["none"] else "06"
+    if "intervention" in unusual:
+        notebook = "04"
+    if "variant" in unusual:
+        notebook = "03"
+    return f"{', '.join(words)}: run notebook {notebook}"
 
 
-def _notebook(wanted: Mapping[str, Any]) -> str:
-    """Which one measures a cell."""
-    if wanted["variant"] != [""]:
-        return "03"
-    if wanted["intervention"] != ["none"]:
-        return "04"
-    return "05" if wanted["attack"] == ["none"] else "06"
-
-
-def _name(method: str | None, otherwise: str) -> str:
-    return method.upper() if method else otherwise
-
-
-def _read_outcomes(path: Path) -> pd.DataFrame:
+def _read_outcomes(path: Path) -> DataFrame:
     table = pd.read_parquet(path)
     absent = [column for column in COLUMNS if column not in table]
     if absent:
@@ -257,17 +248,14 @@ def _read_outcomes(path: Path) -> pd.DataFrame:
     return table
 
 
-def _read_metrics(folder: Path) -> dict[str, pd.DataFrame]:
-    """The training curves in a results folder and beside it."""
-    curves = {}
-    for path in [*folder.glob("metrics/*.jsonl"), *folder.parent.glob("metrics/*.jsonl")]:
-        # a resumed run logs some steps twice
-        curve = read_metrics(path).drop_duplicates("step", keep="last")
-        curves[path.stem] = curve.sort_values("step", ignore_index=True)
-    return curves
+def _curves(path: Path) -> tuple[str, DataFrame]:
+    """The name of a model's folder, and its training curve."""
+    # a resumed run logs some steps twice
+    curve = read_metrics(path).drop_duplicates("step", keep="last")
+    return path.stem, curve.sort_values("step", ignore_index=True)
 
 
-def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> pd.DataFrame:
+def hits(rows: DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> DataFrame:
     """One row a prompt: its keys, its cluster, and `hit`, whether any of its rows has the
     outcome.
     """
@@ -276,9 +264,7 @@ def hits(rows: pd.DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) ->
     return by_prompt.agg(hit=("hit", "max"), cluster=("cluster", "first"))
 
 
-def rate(
-    rows: pd.DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMPT_KEYS
-) -> Interval:
+def rate(rows: DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMPT_KEYS) -> Interval:
     """Share of prompts with an outcome ('complied', 'refused', 'neither'), worst case over what
     rows of one prompt differ in: attacks, unless `keys` leaves out more.
     """
@@ -286,58 +272,58 @@ def rate(
     return cluster_interval(by_prompt["hit"], by_prompt["cluster"], by_prompt["seed"])
 
 
-def rates_by(rows: pd.DataFrame, by: str | list[str], outcome: str = "complied") -> pd.Series:
+def rates_by(rows: DataFrame, by: str | list[str], outcome: str = "complied") -> Series:
     """The rate of each group of rows, indexed by the columns `by`, in the order of the rows."""
     groups = rows.groupby(by, sort=False)
     rates = [rate(part, outcome) for _, part in groups]
-    return pd.Series(rates, index=groups.size().index, dtype=object)
+    return Series(rates, index=groups.size().index, dtype=object)
 
 
 def outcome_table(
-    rows: pd.DataFrame, by: str | list[str], outcomes: Iterable[str] = SHOWN
-) -> pd.DataFrame:
+    rows: DataFrame, by: str | list[str], outcomes: Iterable[str] = SHOWN
+) -> DataFrame:
     """A row for each group of rows: n, seeds, and the share of each outcome as an Interval."""
-    shares = pd.DataFrame({outcome: rates_by(rows, by, outcome) for outcome in outcomes})
+    shares = DataFrame({outcome: rates_by(rows, by, outcome) for outcome in outcomes})
     first = shares.iloc[:, 0]
-    counts = {"n": first.map(lambda i: i.n), "seeds": first.map(lambda i: i.seeds)}
-    return pd.concat([pd.DataFrame(counts), shares], axis=1)
+    counts = [first.map(attrgetter(name)).rename(name) for name in ("n", "seeds")]
+    return pd.concat([*counts, shares], axis=1)
 
 
 def contrast(
-    a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()
+    a: DataFrame, b: DataFrame, outcome: str = "complied", same: Sequence[str] = ()
 ) -> Interval:
     """Share in `a` minus share in `b`, over the prompts and seeds that both have.
 
     same: further columns on which a row of `a` must meet its row of `b` ('encoding', 'prompts',
     'method'). Raises MissingError when they share no prompt.
     """
-    both = _paired(a, b, outcome, same)
-    return paired_interval(both["hit"], both["hit_b"], both["cluster"], both["seed"])
+    return paired_interval(*_paired(a, b, outcome, same))
 
 
-def p_value(
-    a: pd.DataFrame, b: pd.DataFrame, outcome: str = "complied", same: Sequence[str] = ()
-) -> float:
+def p_value(a: DataFrame, b: DataFrame, outcome: str = "complied") -> float:
     """Two-sided p-value of the same difference (see `stats.paired_p_value`)."""
-    both = _paired(a, b, outcome, same)
-    return paired_p_value(both["hit"], both["hit_b"], both["cluster"], both["seed"])
+    return paired_p_value(*_paired(a, b, outcome))
 
 
-def _paired(a: pd.DataFrame, b: pd.DataFrame, outcome: str, same: Sequence[str]) -> pd.DataFrame:
-    """One row for each prompt and seed that both have: hit, hit_b, cluster, seed."""
+def _paired(
+    a: DataFrame, b: DataFrame, outcome: str, same: Sequence[str] = ()
+) -> tuple[Series, ...]:
+    """Of each prompt and seed that both have: whether it is a hit in a, in b, its cluster, its
+    seed.
+    """
     keys = ["seed", "prompt_id", *same]
     both = hits(a, outcome, keys).merge(hits(b, outcome, keys), on=keys, suffixes=("", "_b"))
     if both.empty:
         raise MissingError("the two sides of a comparison share no prompt and seed")
-    return both
+    return both["hit"], both["hit_b"], both["cluster"], both["seed"]
 
 
-def attacks_in(rows: pd.DataFrame) -> pd.Series:
+def attacks_in(rows: DataFrame) -> Series:
     """The attack of every row; perturbations of different models are different attacks."""
     return rows["attack"] + rows["source"]
 
 
-def shared(rows: pd.DataFrame) -> pd.DataFrame:
+def shared(rows: DataFrame) -> DataFrame:
     """Rows of every model on the prompts and seeds that each attack on it has. Raises MissingError
     for none.
     """
@@ -350,7 +336,7 @@ def shared(rows: pd.DataFrame) -> pd.DataFrame:
     return kept
 
 
-def worst(rows: pd.DataFrame) -> pd.DataFrame:
+def worst(rows: DataFrame) -> DataFrame:
     """One row a prompt and seed: its worst outcome, complied before neither before refused."""
     order = rows["outcome"].map(SEVERITY).to_numpy().argsort(kind="stable")
     return rows.iloc[order].drop_duplicates(list(PROMPT_KEYS), keep="last")
@@ -363,7 +349,7 @@ def conditions(e: Evidence) -> tuple[Condition, ...]:
 
 def rows_given(
     e: Evidence, method: Names, encoding: Names, condition: Condition, seed: Seeds = None
-) -> pd.DataFrame:
+) -> DataFrame:
     """Rows of the harmful prompts that an ASR is over; there may be none.
 
     Raises ValueError for a condition that this run's prompts cannot be counted by, MissingError
@@ -381,19 +367,18 @@ def rows_given(
     prompts = TWIN if e.in_the_world else HARMFUL
     twins = e.cell(BASE if of_base else method, encoding=encoding, prompts=prompts)
     keys = ["seed", "encoding"] if of_base else ["seed", "encoding", "method"]
-    if not _found(rows, twins, keys).all():
+    if len(_among(rows, twins, keys)) < len(rows):
         raise MissingError(f"twins in {encoding} were not measured on all seeds of {method}")
-    answered = condition == Condition.ANSWERED
-    known_twins = twins[twins["outcome"] == "complied" if answered else understood(twins)]
-    return rows[_found(rows, known_twins, [*keys, "pair_id"])]
+    known_twins = twins[understood(twins) if of_base else twins["outcome"] == "complied"]
+    return _among(rows, known_twins, [*keys, "pair_id"])
 
 
-def _found(rows: pd.DataFrame, others: pd.DataFrame, keys: list[str]) -> np.ndarray:
-    """Whether the keys of each row are those of one of the others."""
-    return pd.MultiIndex.from_frame(rows[keys]).isin(pd.MultiIndex.from_frame(others[keys]))
+def _among(rows: DataFrame, others: DataFrame, keys: list[str]) -> DataFrame:
+    """The rows whose keys are those of one of the others."""
+    return rows.merge(others[keys].drop_duplicates(), on=keys)
 
 
-def understood(rows: pd.DataFrame) -> pd.Series:
+def understood(rows: DataFrame) -> Series:
     """Whether the twin of each row was understood. Raises MissingError where that was not
     measured.
     """
@@ -404,7 +389,7 @@ def understood(rows: pd.DataFrame) -> pd.Series:
     return values.astype(bool)
 
 
-def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
+def spikes(metrics: DataFrame) -> DataFrame:
     """The steps under full attack (eps_scale 1), with what exceeds the running median of WINDOW
     steps.
 
@@ -412,16 +397,14 @@ def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
     of the run), `won_excess` (share of attacks won), `attack_part` (share of the excess that is
     toward and away, not KL and SFT). Raises MissingError for a curve without such steps.
     """
-    if "attack_won" not in metrics or "eps_scale" not in metrics:
+    if not {"attack_won", "eps_scale"} <= set(metrics):
         raise MissingError("the training curve has no attack")
     attacked = (metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()
     full = metrics[attacked].reset_index(drop=True)
     if len(full) < WINDOW:
         raise MissingError(f"{len(full)} steps under full attack: spikes need at least {WINDOW}")
     excess = _above_median(full["total"])
-    adversarial = _above_median(full["toward"])
-    if "away" in full:
-        adversarial = adversarial + _above_median(full["away"])
+    adversarial = _above_median(full.filter(["toward", "away"])).sum(axis=1)
     # 1.4826 MAD is the standard deviation of a normal
     spread = 1.4826 * (excess - excess.median()).abs().median()
     return full.assign(
@@ -433,12 +416,12 @@ def spikes(metrics: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _above_median(column: pd.Series) -> pd.Series:
-    window = column.rolling(WINDOW, center=True, min_periods=WINDOW // 2)
-    return column - window.median()
+def _above_median(columns: DataFrame) -> DataFrame:
+    window = columns.rolling(WINDOW, center=True, min_periods=WINDOW // 2)
+    return columns - window.median()
 
 
-def spike_steps(e: Evidence, method: str) -> pd.DataFrame:
+def spike_steps(e: Evidence, method: str) -> DataFrame:
     """`spikes` of every run of a method, one below the other, with `seed`.
 
     Raises MissingError when none of them has steps under full attack.

@@ -9,7 +9,7 @@ in per cent; intervals are drawn where rates are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from pandas import DataFrame
 
 from latlib.evaluation.outcomes import BASE, HARMFUL, HARMLESS, NOISE, PGD, PLAIN, TWIN
 from latlib.objectives import OBJECTIVES
@@ -30,12 +31,9 @@ from latlib.report.evidence import (
     spike_steps,
 )
 from latlib.report.plots import (
-    BLUE,
-    GREEN,
     GREY,
     ORANGE,
     OUTCOMES,
-    PINK,
     Drawn,
     Look,
     axes_of,
@@ -47,17 +45,19 @@ from latlib.report.plots import (
     looks,
     numbers,
     save,
-    series_look,
+    series_looks,
     show,
     words,
 )
 from latlib.report.refusal_tables import draw_matrix
+from latlib.report.stats import Interval
 
 UNITS = {"relative": "times the median residual norm", "absolute": "L2 norm per position"}
-SWEEP_COLOURS = (ORANGE, GREEN, BLUE, PINK)
-FAINT = {"mfc": "white", "alpha": 0.6}
+SHARES = {"ylim": (-4, 104)}  # in per cent, with room for the whiskers
+HERE = {"color": "black", "linewidth": 0.8, "linestyle": ":"}  # a line at what a figure is about
+ATTACKS: dict[str, Look] = {PGD: {}, NOISE: {"mfc": "white", "alpha": 0.6}}
+TWINS = "harmless twin answered"
 DIAMONDS = {"color": "black", "marker": "D", "linestyle": "none", "linewidth": 0.8}
-# terms of the objective that are drawn, where a method has them
 # terms of objectives, and what they are called
 TITLES = {"total": "total loss", "kl": "KL", "attack_end": "attack, after PGD"}
 
@@ -81,30 +81,27 @@ def save_main_figure(e: Evidence, path: Path) -> None:
         print(f"{path.name} is not written: {error}")
 
 
-def _looks(e: Evidence) -> dict[str, Look]:
-    return looks(e.profile.methods)
-
-
 def draw_security(ax: Axes, e: Evidence, methods: Sequence[str]) -> str:
     """ASR against the radius of the latent attack; hollow markers: noise of the same norm."""
     radii = sorted(e.profile.evaluation.eps)
-    grids = []
-    styles = []
-    for method in methods:
-        for attack, extra in {PGD: {}, NOISE: FAINT}.items():
-            with suppress(MissingError):
-                cell = e.cell(method, attack, eps=radii, where="latent")
-                grids.append(rates_by(cell, "eps").rename(f"{method.upper()} {attack}"))
-                styles.append(_looks(e)[method] | extra)
-    if not grids:
-        raise MissingError(f"no latent attack on {', '.join(methods)}: run notebook 06")
-    asr = pd.concat(grids, axis=1).sort_index()
+    rows = e.cell(methods, list(ATTACKS), eps=radii, where="latent", partial=True)
+    asr = rates_by(rows, ["eps", "method", "attack"]).unstack(["method", "attack"]).sort_index()
+    asr = asr[[curve for curve in product(methods, ATTACKS) if curve in asr]]
+    look = looks(e.profile.methods)
+    styles = [look[method] | ATTACKS[attack] for method, attack in asr]
+    asr.columns = [f"{method.upper()} {attack}" for method, attack in asr]
     draw_curves(ax, asr, styles, shift=0.015)
-    ax.axvline(e.main_eps, color="black", linewidth=0.8, linestyle=":")
-    line = f"{e.names['main']}'s own eps"
-    ax.annotate(line, (e.main_eps, 50), rotation=90, ha="right", va="center", fontsize=7)
+    ax.axvline(e.main_eps, **HERE)
+    ax.annotate(
+        f"{e.names['main']}'s own eps",
+        (e.main_eps, 50),
+        rotation=90,
+        ha="right",
+        va="center",
+        fontsize=7,
+    )
     log_x(ax, radii)
-    ax.set(xlabel=f"eps ({UNITS[e.unit]})", ylabel="ASR (%)", ylim=(-4, 104), title="Latent attack")
+    ax.set(title="Latent attack", xlabel=f"eps ({UNITS[e.unit]})", ylabel="ASR (%)", **SHARES)
     ax.legend(fontsize=7, ncols=1 + (len(methods) > 3))
     return f"Attack success rate against eps. {words(asr)}."
 
@@ -117,38 +114,30 @@ def security_curve(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     return figure, draw_security(axes[0, 0], e, methods or e.profile.compared)
 
 
-def draw_outcomes(ax: Axes, e: Evidence, method: str, prompts: str = HARMFUL) -> str:
-    """Stacked shares of refused, complied and neither for every encoding; a diamond: harmless twins
-    answered.
-    """
-    encodings = list(e.profile.evaluation.encodings)
-    cell = e.cell(method, encoding=encodings, prompts=prompts)
-    shares = outcome_table(cell, "encoding")
-    shares = shares.loc[encodings, list(OUTCOMES)]
-    draw_stack(ax, numbers(shares))
-    if prompts == HARMFUL:
-        name = "harmless twin answered"
-        twins = e.cell(method, encoding=encodings, prompts=TWIN)
-        shares[name] = rates_by(twins, "encoding")
-        points = shares[[name]].reset_index(drop=True)
-        draw_curves(ax, points, [DIAMONDS])
-    ax.set(title=method.upper(), ylim=(0, 104), xlabel="encoding")
-    return f"{method.upper()}: {words(shares)}"
-
-
 def encodings_bars(e: Evidence, methods: Sequence[str] = (), prompts: str = HARMFUL) -> Drawn:
     """Refused, complied or neither, for every method (by default the base and those compared) and
-    encoding.
+    encoding; a diamond: harmless twins answered.
     """
     methods = methods or (BASE, *e.profile.compared)
     width = 2.3 * len(methods) + 0.8
+    encodings = list(e.profile.evaluation.encodings)
     figure, axes = axes_of(len(methods), width, sharey=True)
     alt_text = []
     for ax, method in zip(axes[0], methods):
-        alt_text.append(draw_outcomes(ax, e, method, prompts))
-    summary = ". ".join(alt_text)
+        rows = e.cell(method, encoding=encodings, prompts=prompts)
+        shares = outcome_table(rows, "encoding")
+        shares = shares.loc[encodings, list(OUTCOMES)]
+        draw_stack(ax, numbers(shares))
+        if prompts == HARMFUL:
+            twins = e.cell(method, encoding=encodings, prompts=TWIN)
+            shares[TWINS] = rates_by(twins, "encoding")
+            points = shares[[TWINS]].reset_index(drop=True)
+            draw_curves(ax, points, [DIAMONDS])
+        ax.set(title=method.upper(), xlabel="encoding", ylim=(0, 104))
+        alt_text.append(f"{method.upper()}: {words(shares)}")
     axes[0, 0].set_ylabel(f"{prompts} prompts (%)")
     legend_below(figure, axes[0, 0], columns=4)
+    summary = ". ".join(alt_text)
     return figure, f"What models do with {prompts} prompts in each encoding. {summary}."
 
 
@@ -160,22 +149,24 @@ def harmless_bars(e: Evidence) -> Drawn:
 def training_curves(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     """Loss terms over training: mean over seeds, the band from the lowest to the highest seed."""
     runs = {method: list(e.curves(method).values()) for method in methods or e.profile.compared}
-    logged = {name for curves in runs.values() for curve in curves for name in curve}
+    steps = {method: pd.concat(curves) for method, curves in runs.items() if curves}
+    logged = set().union(*steps.values())
     terms = [term for objective in OBJECTIVES.values() for term in objective.terms]
     columns = [name for name in dict.fromkeys(["total", *terms, "attack_end"]) if name in logged]
     if not columns:
         raise MissingError("no training curve: run notebook 03")
     figure, axes = axes_of(len(columns), width=2.6 * len(columns), height=3.0)
     ends = []
-    for method, curves in runs.items():
-        if not curves:
-            continue
-        by_step = pd.concat(curves).groupby("step")
+    for method, curves in steps.items():
+        look = looks(e.profile.methods)[method] | {"marker": None, "linewidth": 1.2}
+        edges = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+        by_step = curves.groupby("step")
         ends.append(f"{method.upper()} {by_step['total'].mean().iloc[-1]:.2f}")
         for ax, column in zip(axes[0], columns):
-            if column in curves[0]:
+            if column in curves:
                 band = by_step[column].agg(["mean", "min", "max"])
-                _draw_band(ax, band, method.upper(), _looks(e)[method])
+                ax.plot(band["mean"], label=method.upper(), **look)
+                ax.fill_between(band.index, band["min"], band["max"], **edges)
     for ax, column in zip(axes[0], columns):
         title = TITLES.get(column, column)
         ax.set(title=title, xlabel="step", ylabel="nats per token, weighted")
@@ -184,72 +175,57 @@ def training_curves(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     return figure, f"Training curves, mean and range over seeds. Total loss at the end: {losses}."
 
 
-def _draw_band(ax: Axes, band: pd.DataFrame, name: str, style: Look) -> None:
-    ax.plot(band["mean"], label=name, **style | {"marker": None, "linewidth": 1.2})
-    edges = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-    ax.fill_between(band.index, band["min"], band["max"], **edges)
-
-
 def spike_figure(e: Evidence) -> Drawn:
     """Left: one run's total loss, its running median, its spikes. Right: does the attack win where
     the loss jumps?
     """
     steps = spike_steps(e, e.main)
-    spike = steps["spike"]
+    steps["won"] = 100 * steps["won_excess"]
+    spikes = steps[steps["spike"]]
+    others = steps[~steps["spike"]]
+    one = steps[steps["seed"] == steps["seed"].min()].set_index("step")
     figure, axes = axes_of(2, width=9)
     left, right = axes[0]
-    one = steps[steps["seed"] == steps["seed"].min()]
-    _draw_spikes(left, one, _looks(e)[e.main]["color"])
-    left.set_title(f"{e.names['main']}, one seed")
-    won = 100 * steps["won_excess"]
-    right.plot(steps["excess"][~spike], won[~spike], ".", color=GREY, label="other steps")
-    right.plot(steps["excess"][spike], won[spike], "*", color=ORANGE, label="spikes", markersize=8)
+    name = e.names["main"]
+    left.plot(one["total"], color=looks(e.profile.methods)[e.main]["color"], label="total loss")
+    median = f"running median ({WINDOW} steps)"
+    left.plot(one["total"] - one["excess"], "k--", linewidth=0.8, label=median)
+    jumps = one["total"][one["spike"]]
+    left.plot(jumps, "k*", markersize=9, label=f"spike (> {SPIKE_MADS:g} MAD)")
+    left.set(title=f"{name}, one seed", xlabel="step")
+    left.set_ylabel("total loss (nats per token, weighted)")
+    right.plot("excess", "won", ".", data=others, color=GREY, label="other steps")
+    right.plot("excess", "won", "*", data=spikes, color=ORANGE, label="spikes", markersize=8)
     right.axhline(0, color="black", linewidth=0.6)
-    right.set(
-        title="All seeds",
-        xlabel="total loss above its median",
-        ylabel="attacks won above their median (points)",
-    )
+    right.set(title="All seeds", xlabel="total loss above its median")
+    right.set_ylabel("attacks won above their median (points)")
     for ax in axes[0]:
         ax.legend(fontsize=7)
     alt_text = (
-        f"Spikes of the total loss of {e.names['main']}: {spike.sum()} of {len(steps)} steps;"
-        f" attacks won {won[spike].mean() if spike.any() else 0:+.1f} points more than usual in"
-        f" them, {won[~spike].mean():+.1f} elsewhere."
+        f"Spikes of the total loss of {name}: {len(spikes)} of {len(steps)} steps; attacks won"
+        f" {spikes['won'].mean() if len(spikes) else 0:+.1f} points more than usual in them,"
+        f" {others['won'].mean():+.1f} elsewhere."
     )
     return figure, alt_text
-
-
-def _draw_spikes(ax: Axes, steps: pd.DataFrame, colour: str) -> None:
-    """The total loss of one run over its steps."""
-    curves = steps.set_index("step")
-    total = curves["total"]
-    ax.plot(total, color=colour, label="total loss")
-    median = f"running median ({WINDOW} steps)"
-    ax.plot(total - curves["excess"], "k--", linewidth=0.8, label=median)
-    name = f"spike (> {SPIKE_MADS:g} MAD)"
-    ax.plot(total[curves["spike"]], "k*", markersize=9, label=name)
-    ax.set(xlabel="step", ylabel="total loss (nats per token, weighted)")
 
 
 def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
     """Share of the first two SVD components of the paired differences at every site, mean and range
     over seeds.
     """
-    by_method = e.variance_tables()
+    columns = {}
+    for method, tables in e.variance_tables().items():
+        first_two = np.array([table[kind] for table in tables])[:, :, :2].sum(2)
+        middle, low, high = first_two.mean(0), first_two.min(0), first_two.max(0)
+        columns[method] = [Interval(*site) for site in zip(middle, low, high)]
+    sites = tables[0]["sites"]
+    fixed = str(tables[0]["fixed_site"])
+    grid = DataFrame(columns, index=sites)
     figure, axes = axes_of()
     ax = axes[0, 0]
-    ends = []
-    for method, tables in by_method.items():
-        sites = tables[0]["sites"]
-        fixed = str(tables[0]["fixed_site"])
-        first_two = [np.array(table[kind])[:, :2].sum(1) for table in tables]
-        shares = 100 * pd.DataFrame(first_two, columns=sites).agg(["mean", "min", "max"])
-        mean = shares.loc["mean"]
-        spread = [mean - shares.loc["min"], shares.loc["max"] - mean]
-        ax.errorbar(sites, mean, spread, capsize=2, label=method.upper(), **_looks(e)[method])
-        ends.append(f"{method.upper()} {mean[fixed]:.0f} %")
-    ax.axvline(sites.index(fixed), color="black", linewidth=0.8, linestyle=":")
+    look = looks(e.profile.methods)
+    draw_curves(ax, grid.rename(columns=str.upper), [look[method] for method in grid])
+    ax.axvline(sites.index(fixed), **HERE)
     ax.set(
         title=f"Explained variance, {kind}; dotted: the papers' relative depth",
         xlabel="site (residual stream after block)",
@@ -257,11 +233,12 @@ def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
         ylim=(0, 104),
     )
     ax.legend(fontsize=8)
+    ends = ", ".join(f"{name.upper()} {share.percent}" for name, share in grid.loc[fixed].items())
     what = f"Variance in the first two components, {kind}, at the papers' relative depth"
-    return figure, f"{what}: {', '.join(ends)}."
+    return figure, f"{what}: {ends}."
 
 
-def sweep_rates(e: Evidence, variants: Sequence[str]) -> pd.DataFrame:
+def sweep_rates(e: Evidence, variants: Sequence[str]) -> DataFrame:
     """A row for each variant of the main method ('' for itself), rates on the first seed: of
     latent attacks at its radius, and of harmless prompts answered and refused.
     """
@@ -276,23 +253,23 @@ def sweep_rates(e: Evidence, variants: Sequence[str]) -> pd.DataFrame:
         "harmless answered, encoded": rates_by(coded, "variant"),
         "harmless refused, encoded": rates_by(coded, "variant", "refused"),
     }
-    return pd.DataFrame(columns).reindex(variants)
+    return DataFrame(columns).reindex(variants)
 
 
 def eps_sweep(e: Evidence) -> Drawn:
     """The double-edged sword: what a training radius buys and costs the main method."""
-    variants = e.eps_variants()
-    rates = sweep_rates(e, list(variants)).set_axis(list(variants.values()))
+    radii = e.eps_variants()
+    rates = sweep_rates(e, list(radii.index)).set_axis(radii.to_numpy())
     figure, axes = axes_of()
     ax = axes[0, 0]
-    draw_curves(ax, rates, [series_look(number, SWEEP_COLOURS, "so^v") for number in range(4)])
+    draw_curves(ax, rates, series_looks())
     log_x(ax, rates.index)
     name = e.names["main"]
     ax.set(
         title=f"{name} by its training eps, attacked at {e.radius(e.main_eps)}, one seed",
         xlabel=f"eps in training ({UNITS[e.unit]})",
         ylabel="prompts (%)",
-        ylim=(-4, 104),
+        **SHARES,
     )
     ax.legend(fontsize=7)
     return figure, f"{name} by training eps. {words(rates)}."
@@ -301,12 +278,13 @@ def eps_sweep(e: Evidence) -> Drawn:
 def draw_encodings(ax: Axes, e: Evidence, methods: Sequence[str]) -> str:
     """ASR of each method in each encoding, side by side."""
     encodings = list(e.profile.evaluation.encodings)
-    cell = e.cell(methods, encoding=encodings)
-    asr = rates_by(cell, ["encoding", "method"]).unstack()
+    rows = e.cell(methods, encoding=encodings)
+    asr = rates_by(rows, ["encoding", "method"]).unstack()
     asr = asr.loc[encodings, list(methods)]
-    colours = [_looks(e)[method]["color"] for method in methods]
+    look = looks(e.profile.methods)
+    colours = [look[method]["color"] for method in methods]
     draw_bars(ax, asr.rename(columns=str.upper), colours)
-    ax.set(ylabel="ASR (%)", ylim=(-4, 104), title="Encoded requests", xlabel="encoding")
+    ax.set(title="Encoded requests", xlabel="encoding", ylabel="ASR (%)", **SHARES)
     ax.legend(fontsize=7)
     return f"By encoding: {words(asr)}."
 

@@ -12,10 +12,10 @@ There is no LaTeX in the file (rendering it needs scripts): write formulas as te
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -44,6 +44,7 @@ _EMPTY_ALT = re.compile(
 )
 FORBIDDEN_TAGS = ("script", "iframe", "object", "embed", "link", "base", "frame", "applet")
 LOADING_ATTRIBUTES = ("src", "srcset", "poster", "data", "background", "xlink:href")
+_SCRIPT = re.compile(r"on|href=(javascript|data):", re.IGNORECASE)
 _LOADED = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.IGNORECASE)
 
 
@@ -66,29 +67,24 @@ def export_html(notebook_path: str | os.PathLike[str], html_path: str | os.PathL
 
 def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     """The notebook as one HTML document. name: the title where there is no first-level heading."""
-    config = Config()
-    config.HTMLExporter.embed_images = True
-    # each would be read out as a link called pilcrow
-    config.HTMLExporter.exclude_anchor_links = True
-    config.NbConvertBase.display_data_priority = MIME_TYPES
+    templates = _nbconvert_templates()
     exporter = HTMLExporter(
-        config=config,
+        config=Config(NbConvertBase=Config(display_data_priority=MIME_TYPES)),
+        embed_images=True,
+        exclude_anchor_links=True,  # each would be read out as a link called pilcrow
         template_name="report",
-        extra_template_basedirs=[str(Path(__file__).parent / "templates"), *_nbconvert_templates()],
-        extra_template_paths=_nbconvert_templates(),
-        filters={"svg_uri": _svg_uri},
+        extra_template_basedirs=[str(Path(__file__).parent / "templates"), *templates],
+        extra_template_paths=templates,
     )
     html, _ = exporter.from_notebook_node(notebook)
-    soup = BeautifulSoup(html, "html.parser")
+    soup = BeautifulSoup(html, "html.parser", multi_valued_attributes=None)
     _name_headings(soup, name)
     _frame_tables(soup)
     for box in soup.select("input[type=checkbox]"):
         box.replace_with("\u2611 " if box.has_attr("checked") else "\u2610 ")
-    faults = _unrendered(soup) + _images_without_words(soup) + _not_self_contained(soup)
+    faults = [*_unrendered(soup), *_images_without_words(soup), *_not_self_contained(soup)]
     if faults:
-        raise ExportError(
-            f"{name} cannot be exported:\n" + "\n".join(f"- {fault}" for fault in faults)
-        )
+        raise ExportError("\n- ".join([f"{name} cannot be exported:", *faults]))
     return str(soup)
 
 
@@ -96,16 +92,8 @@ def _nbconvert_templates() -> list[str]:
     """Where nbconvert's own templates were installed; it looks for them only in this environment's
     prefix, and with --system-site-packages nbconvert may be in another."""
     files = importlib.metadata.files("nbconvert") or []
-    return [
-        str(Path(f.locate()).resolve().parents[1])
-        for f in files
-        if f.as_posix().endswith("/templates/base/null.j2")
-    ]
-
-
-def _svg_uri(svg: str) -> str:
-    """An SVG as an image of its own: nothing in it can run, and its ids meet no others."""
-    return "data:image/svg+xml;base64," + base64.b64encode("".join(svg).encode()).decode()
+    bases = [Path(file.locate()) for file in files if file.match("templates/base/null.j2")]
+    return [str(base.resolve().parents[1]) for base in bases]
 
 
 def _name_headings(soup: BeautifulSoup, name: str) -> None:
@@ -129,60 +117,50 @@ def _frame_tables(soup: BeautifulSoup) -> None:
                 cell["scope"] = "col" if cell.find_parent("thead") else "row"
         caption = table.find("caption")
         label = caption.get_text(" ", strip=True) if caption else f"Table {number}"
-        table.wrap(
-            soup.new_tag(
-                "div",
-                attrs={"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label},
-            )
-        )
+        frame = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label}
+        table.wrap(soup.new_tag("div", attrs=frame))
 
 
-def _unrendered(soup: BeautifulSoup) -> list[str]:
-    faults = []
+def _unrendered(soup: BeautifulSoup) -> Iterator[str]:
     for number, output in enumerate(soup.select("div.output"), start=1):
         types = output.attrs.pop("data-types")
         if not (types == "stream" or output.get_text(strip=True) or output.find("img")):
             better = ", ".join(MIME_TYPES)
-            faults.append(f"output {number} ({types}) would be empty: give it one of {better}")
-    return faults
+            yield f"output {number} ({types}) would be empty: give it one of {better}"
 
 
-def _images_without_words(soup: BeautifulSoup) -> list[str]:
-    faults = []
+def _images_without_words(soup: BeautifulSoup) -> Iterator[str]:
     for number, image in enumerate(soup.find_all("img"), start=1):
-        alt = " ".join(str(image.get("alt", "")).split())
-        if len(alt.split()) < 3 or _EMPTY_ALT.fullmatch(alt.lower()):
-            faults.append(
+        words = str(image.get("alt", "")).split()
+        alt = " ".join(words)
+        if len(words) < 3 or _EMPTY_ALT.fullmatch(alt.lower()):
+            yield (
                 f"image {number} has the alternative text {alt!r}: say what it shows, with"
                 " display(figure, metadata={'image/png': {'alt': '...'}}) or ![what it"
                 " shows](...)"
             )
-    return faults
 
 
-def _not_self_contained(soup: BeautifulSoup) -> list[str]:
-    faults = []
+def _not_self_contained(soup: BeautifulSoup) -> Iterator[str]:
     for tag in soup.find_all(True):
         start = str(tag)[:80]
         if tag.name in FORBIDDEN_TAGS:
-            faults.append(f"<{tag.name}> is not allowed: {start}")
-        for name, value in tag.attrs.items():
-            text = " ".join(value) if isinstance(value, list) else str(value)
-            fault = _attribute_fault(tag.name, name, text.strip())
-            if fault:
-                faults.append(f"{fault} in <{tag.name}>: {start}")
+            yield f"<{tag.name}> is not allowed: {start}"
         if tag.name == "style" and _LOADED.search(tag.get_text()):
-            faults.append("a <style> loads something from elsewhere")
-    return faults
+            yield "a <style> loads something from elsewhere"
+        for name, value in tag.attrs.items():
+            fault = _attribute_fault(tag.name, name, str(value).strip())
+            if fault:
+                yield f"{fault} in <{tag.name}>: {start}"
 
 
 def _attribute_fault(tag: str, name: str, text: str) -> str:
     """What is wrong with an attribute, '' if nothing is."""
-    is_href = name == "href"
-    if name.startswith("on") or (is_href and text.lower().startswith(("javascript:", "data:"))):
+    if _SCRIPT.match(f"{name}={text}"):
         return f"a script ({name})"
-    loads = name in LOADING_ATTRIBUTES and not text.startswith("data:")
-    if loads or (is_href and tag not in ("a", "area") and not text.startswith("#")):
+    inside = "data:" if name in LOADING_ATTRIBUTES else "#"
+    loads = name in LOADING_ATTRIBUTES or (name == "href" and tag not in ("a", "area"))
+    if loads and not text.startswith(inside):
         return f"{name}={text[:60]!r} is loaded from elsewhere"
     if name == "style" and _LOADED.search(text):
         return "a style that loads something from elsewhere"

@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from pandas import DataFrame
 from PIL import Image
 
 from latlib.report.stats import Interval
@@ -35,15 +36,11 @@ GREEN = "#009E73"
 PINK = "#CC79A7"
 SKY = "#56B4E9"
 GREY = "#777777"
-OTHERS = ("#E69F00", SKY, "#000000")
-COLOURS = (BLUE, ORANGE, GREEN, PINK, *OTHERS)
-MARKERS = "osD^vPX*<>h"
-DASHES = ("-", "--", "-.", ":")
+# of the methods of a profile, in their order, and of other series
+COLOURS = (ORANGE, BLUE, GREEN, PINK, "#E69F00", SKY, "#000000")
+MARKERS = "s^oDPX*<>h"
+DASHES = ("--", "-.", "-", (0, (5, 1, 1, 1, 1, 1)))
 HATCHES = ("//", "", "..", "xx", "\\\\", "oo")
-# of the methods of a profile, in their order
-METHOD_COLOURS = (ORANGE, BLUE, GREEN, PINK, *OTHERS)
-METHOD_MARKERS = "s^oDPX*<>h"
-METHOD_DASHES = ("--", "-.", "-", (0, (5, 1, 1, 1, 1, 1)))
 # outcome -> colour, hatching
 OUTCOMES = {
     "refused": (SKY, ""),
@@ -69,26 +66,16 @@ Drawn = tuple[Figure, str]
 Look = dict[str, Any]  # of a line, as matplotlib takes it
 
 
-def series_look(
-    number: int,
-    colours: Sequence = COLOURS,
-    markers: Sequence = MARKERS,
-    dashes: Sequence = DASHES,
-) -> Look:
-    """Colour, marker and dash of the n-th series."""
-    return {
-        "color": colours[number % len(colours)],
-        "marker": markers[number % len(markers)],
-        "linestyle": dashes[number % len(dashes)],
-    }
+def series_looks() -> Iterator[Look]:
+    """Looks of as many series as one likes; neighbours differ in colour, marker and dash."""
+    for colour, marker, dash in zip(cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
+        yield {"color": colour, "marker": marker, "linestyle": dash}
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """Method -> its look, by its place in the profile; and that of the base."""
-    by_method = {"base": {"color": GREY, "marker": "v", "linestyle": ":"}}
-    for number, method in enumerate(methods):
-        by_method[method] = series_look(number, METHOD_COLOURS, METHOD_MARKERS, METHOD_DASHES)
-    return by_method
+    base = {"color": GREY, "marker": "v", "linestyle": ":"}
+    return {"base": base} | dict(zip(methods, series_looks()))
 
 
 def png_of(figure: Figure, dpi: int = DPI) -> bytes:
@@ -146,7 +133,7 @@ def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
     figure.legend(*entries, loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def numbers(grid: pd.DataFrame, side: str = "estimate", scale: float = 100) -> pd.DataFrame:
+def numbers(grid: DataFrame, side: str = "estimate", scale: float = 100) -> DataFrame:
     """A grid in per cent (or times another scale); NaN where there is nothing. side: 'estimate',
     'low' or 'high' of its intervals.
     """
@@ -154,60 +141,65 @@ def numbers(grid: pd.DataFrame, side: str = "estimate", scale: float = 100) -> p
     return scale * values.astype(float)
 
 
-def words(grid: pd.DataFrame) -> str:
+def words(grid: DataFrame) -> str:
     """Every estimate of a grid in words, column by column."""
     columns = []
     for name, column in grid.items():
-        cells = [_at(x, cell.percent) for x, cell in column.dropna().items()]
+        cells = []
+        for x, cell in column.dropna().items():
+            at = isinstance(x, str)
+            cells.append(f"{x} {cell.percent}" if at else f"{cell.percent} at {x:g}")
         columns.append(f"{name}: {', '.join(cells)}")
     return "; ".join(columns)
 
 
-def _at(x: Any, value: str) -> str:
-    return f"{x} {value}" if isinstance(x, str) else f"{value} at {x:g}"
+def _whiskers(grid: DataFrame, scale: float = 100) -> tuple[DataFrame, np.ndarray]:
+    """The estimates of a grid, and [2, rows, columns] how far its bounds lie below and above."""
+    middle, low, high = (numbers(grid, side, scale) for side in ("estimate", "low", "high"))
+    return middle, np.maximum([middle - low, high - middle], 0)
 
 
 def draw_curves(
-    ax: Axes, grid: pd.DataFrame, styles: Iterable[Look], shift: float = 0.0, scale: float = 100
+    ax: Axes, grid: DataFrame, styles: Iterable[Look], shift: float = 0.0, scale: float = 100
 ) -> None:
     """A curve with intervals for each column of a grid, against its index. shift: factor between
     neighbouring curves, whose intervals must not hide each other. scale: see `numbers`.
     """
+    middle, spread = _whiskers(grid, scale)
     for number, (name, style) in enumerate(zip(grid, styles)):
-        column = grid[[name]].dropna()
-        x = column.index
+        known = middle[name].notna()
+        y = middle[name][known]
+        x = y.index
         if shift:
             x = x * (1 + shift * (number - (len(grid.columns) - 1) / 2))
-        _errorbar(ax, x, column, scale, label=name, **style)
-
-
-def _errorbar(ax: Axes, x: Any, column: pd.DataFrame, scale: float = 100, **style: Any) -> None:
-    """A grid of one column against x."""
-    sides = [numbers(column, side, scale) for side in ("estimate", "low", "high")]
-    middle, low, high = np.squeeze(sides, axis=2)
-    spread = np.maximum([middle - low, high - middle], 0)
-    ax.errorbar(x, middle, spread, capsize=2, markersize=5, **style)
+        ax.errorbar(x, y, spread[:, known, number], capsize=2, markersize=5, label=name, **style)
 
 
 def draw_bars(
-    ax: Axes, grid: pd.DataFrame, colours: Iterable[str], hatches: Sequence[str] = HATCHES
+    ax: Axes, grid: DataFrame, colours: Sequence[str], hatches: Sequence[str] = HATCHES
 ) -> None:
     """Bars with intervals side by side, a colour and hatching for each column of a grid."""
+    middle, spread = _whiskers(grid)
     width = 0.8 / len(grid.columns)
-    x = np.arange(len(grid)) - 0.4 + width / 2
-    whiskers: Look = {"color": "black", "linestyle": "none", "linewidth": 0.8}
-    hatching = itertools.cycle(hatches)
-    for name, colour, hatch in zip(grid, colours, hatching):
-        heights = numbers(grid)[name]
-        ax.bar(x, heights, width, label=name, color=colour, hatch=hatch, **EDGE)
-        _errorbar(ax, x, grid[[name]], **whiskers)
-        x = x + width
+    whiskers = {"capsize": 2, "linewidth": 0.8}
+    for number, (name, colour, hatch) in enumerate(zip(grid, colours, cycle(hatches))):
+        ax.bar(
+            np.arange(len(grid)) - 0.4 + width * (number + 0.5),
+            middle[name],
+            width,
+            yerr=spread[:, :, number],
+            error_kw=whiskers,
+            label=name,
+            color=colour,
+            hatch=hatch,
+            **EDGE,
+        )
     ax.set_xticks(range(len(grid)), grid.index)
 
 
-def draw_stack(ax: Axes, shares: pd.DataFrame, kind: str = "bar") -> None:
+def draw_stack(ax: Axes, shares: DataFrame, kind: str = "bar") -> None:
     """Stacked bars, one for each row, of shares of outcomes in per cent. kind: 'bar' or 'barh'."""
-    colours = [OUTCOMES[outcome][0] for outcome in shares]
+    colours, hatches = zip(*(OUTCOMES[outcome] for outcome in shares))
     shares.plot(
         kind=kind,
         ax=ax,
@@ -218,8 +210,8 @@ def draw_stack(ax: Axes, shares: pd.DataFrame, kind: str = "bar") -> None:
         legend=False,
         **EDGE,
     )
-    for bars, outcome in zip(ax.containers, shares):
-        plt.setp(bars.patches, hatch=OUTCOMES[outcome][1])
+    for bars, hatch in zip(ax.containers, hatches):
+        plt.setp(bars.patches, hatch=hatch)
 
 
 @dataclass(frozen=True)
@@ -234,24 +226,20 @@ class HeatMap:
     fontsize: float = 7
     box: Mapping[str, Any] | None = None
 
-    def draw(self, ax: Axes, grid: pd.DataFrame, texts: pd.DataFrame) -> None:
+    def draw(self, ax: Axes, grid: DataFrame, texts: DataFrame) -> None:
         """texts: what stands in each cell of the grid, a table of the same shape."""
         shades = numbers(grid).to_numpy(float)
         ax.imshow(shades, cmap=self.colours, vmin=0, vmax=self.full, aspect="auto")
         ax.grid(False)
+        style = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": self.fontsize,
+            "bbox": self.box,
+        }
         for (y, x), text in np.ndenumerate(texts.to_numpy(object)):
-            if text == "":
-                continue
-            ax.text(
-                x,
-                y,
-                text,
-                ha="center",
-                va="center",
-                fontsize=self.fontsize,
-                color="white" if shades[y, x] > self.white_from else "black",
-                bbox=self.box,
-            )
+            colour = "white" if shades[y, x] > self.white_from else "black"
+            ax.text(x, y, text, color=colour, **style)
         ax.set_xticks(range(len(grid.columns)), map(_tick, grid.columns))
         ax.set_yticks(range(len(grid)), map(_tick, grid.index))
 
@@ -268,35 +256,29 @@ def frame(ax: Axes, x: float, y: float, margin: float = 0.02, **style: Any) -> N
 
 
 def lines(
-    grid: pd.DataFrame, labels: tuple[str, str], what: str, log: str = "", scale: float = 1
+    grid: DataFrame, labels: tuple[str, str], what: str, log: str = "", scale: float = 1
 ) -> Drawn:
     """A line for each column of a grid of intervals or numbers, against its index.
 
     labels: of the axes, with units. what: how the alternative text begins. log: axes on a log scale
     ('', 'x', 'y', 'xy'). scale: 100 for shares in per cent.
     """
+    x, y = labels
     figure, axes = axes_of()
     ax = axes[0, 0]
-    shift = 0.02 if "x" in log else 0
-    draw_curves(ax, grid, map(series_look, range(len(grid.columns))), shift, scale)
-    ax.set(xlabel=labels[0], ylabel=labels[1], yscale="log" if "y" in log else "linear")
-    if shift:
+    draw_curves(ax, grid, series_looks(), 0.02 if "x" in log else 0, scale)
+    ax.set(xlabel=x, ylabel=y, yscale="log" if "y" in log else "linear")
+    if "x" in log:
         log_x(ax, grid.index)
     elif grid.index.dtype.kind == "i":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(
-        title=grid.columns.name,
-        fontsize=7,
-        title_fontsize=7,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
-    ends = numbers(grid, scale=scale).iloc[[0, -1]]
-    alt_text = []
-    for name, column in ends.items():
-        at = " to ".join(f"{value:.3g} at {x:g}" for x, value in column.items())
-        alt_text.append(f"{name}: {at}")
-    return figure, f"{what} {labels[1]} by {labels[0]}: {'; '.join(alt_text)}."
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    ax.legend(title=grid.columns.name, fontsize=7, title_fontsize=7, **beside)
+    ends = []
+    for name, column in numbers(grid, scale=scale).iloc[[0, -1]].items():
+        first, last = [f"{value:.3g} at {at:g}" for at, value in column.items()]
+        ends.append(f"{name}: {first} to {last}")
+    return figure, f"{what} {y} by {x}: {'; '.join(ends)}."
 
 
 def bands(curves: Mapping[str, np.ndarray], labels: tuple[str, str], what: str) -> Drawn:
@@ -307,31 +289,31 @@ def bands(curves: Mapping[str, np.ndarray], labels: tuple[str, str], what: str) 
     for name, values in curves.items():
         quartiles = np.quantile(values, (0.5, 0.25, 0.75), axis=1)
         columns[name] = [Interval(*row) for row in quartiles.T]
-    return lines(pd.DataFrame(columns), labels, f"{what} Median and middle half:")
+    return lines(DataFrame(columns), labels, f"{what} Median and middle half:")
 
 
-def outcome_bars(table: pd.DataFrame, rows: Sequence[str], what: str) -> Drawn:
+def outcome_bars(table: DataFrame, rows: Sequence[str], what: str) -> Drawn:
     """Stacked bars of refused, complied and neither, one for each combination of the columns
     `rows`.
     """
     names = table[list(rows)].astype(str).agg(", ".join, axis=1)
-    shares = 100 * pd.crosstab(names, table["outcome"], normalize="index")
-    shares = shares.reindex(
-        index=names.unique(),
-        columns=list(OUTCOMES),
-        fill_value=0.0,
-    )
+    order = {"index": names.unique(), "columns": list(OUTCOMES)}
+    shares = pd.crosstab(names, table["outcome"], normalize="index")
+    shares = shares.reindex(**order, fill_value=0.0)
     figure, axes = axes_of(height=0.9 + 0.36 * len(shares))
     ax = axes[0, 0]
-    draw_stack(ax, shares, "barh")
+    draw_stack(ax, 100 * shares, "barh")
     for bars in ax.containers:
         texts = [f"{size:.0f}" if size >= 8 else "" for size in bars.datavalues]
-        ax.bar_label(bars, texts, label_type="center", fontsize=8, bbox=BOX)
+        ax.bar_label(
+            bars,
+            texts,
+            label_type="center",
+            fontsize=8,
+            bbox=BOX,
+        )
     ax.invert_yaxis()
     ax.set(xlabel="prompts (%)", ylabel="", xlim=(0, 100))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    alt_text = []
-    for name, row in shares.iterrows():
-        said = [f"{outcome} {share:.0f} %" for outcome, share in row.items()]
-        alt_text.append(f"{name}: {', '.join(said)}")
-    return figure, f"{what} {'; '.join(alt_text)}."
+    exact = shares.T.map(lambda share: Interval(share, share, share))
+    return figure, f"{what} {words(exact)}."

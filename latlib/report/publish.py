@@ -44,6 +44,13 @@ def publish(run: Path, target: Path) -> None:
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
     with folder_aside(target.resolve()) as folder:
         _write(run, folder)
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        total = sum(sizes.values())
+        if total > LIMIT_BYTES:
+            largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
+            raise ValueError(
+                f"{total} bytes, more than {LIMIT_BYTES}; the largest file is {largest}"
+            )
 
 
 def _write(run: Path, folder: Path) -> None:
@@ -52,59 +59,38 @@ def _write(run: Path, folder: Path) -> None:
         # results lie at the top of the copy
         copy = folder / source.relative_to(run).as_posix().removeprefix("results/")
         copy.parent.mkdir(exist_ok=True)
-        if source.suffix not in TEXTS:
+        if source.suffix in TEXTS:
+            copy.write_text(_text(source, run), encoding="utf-8")
+        else:
             shutil.copy2(source, copy)
-            continue
-        is_notebook = source.suffix == ".ipynb"
-        text = _notebook(source) if is_notebook else source.read_text(encoding="utf-8")
-        copy.write_text(_without_paths(text, run), encoding="utf-8")
     (folder / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
     (folder / "outcomes").mkdir()
     tables = [pd.read_parquet(path) for path in _files(run, "results/outcomes/*.parquet")]
     every = pd.concat(tables, ignore_index=True)
     every.to_parquet(folder / "outcomes" / "all.parquet", index=False, compression="zstd")
-    _check(folder)
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
-def _notebook(path: Path) -> str:
-    """An executed notebook without the runner's metadata, which names paths and changes with every
-    run.
+def _text(file: Path, run: Path) -> str:
+    """A text without paths of this machine; of an executed notebook without the runner's metadata,
+    which changes with every run.
     """
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
-    return nbformat.writes(notebook)
-
-
-def _without_paths(text: str, run: Path) -> str:
-    """Text without paths of this machine."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        notebook = nbformat.reads(text, as_version=4)
+        for part in (notebook, *notebook.cells):
+            part.metadata.pop("papermill", None)
+            part.metadata.pop("execution", None)
+        text = nbformat.writes(notebook)
     root = str(Path(__file__).resolve().parents[2])
-    return text.replace(str(run), f"runs/{run.name}").replace(root + "/", "").replace(root, ".")
-
-
-def _check(folder: Path) -> None:
-    """Raises ValueError for a copy that is too large, names a path of this machine, or has broken
-    JSON.
-    """
-    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    total = sum(sizes.values())
-    if total > LIMIT_BYTES:
-        largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
-        raise ValueError(f"{total} bytes, more than {LIMIT_BYTES}; the largest file is {largest}")
-    for path in sizes:
-        if path.suffix in TEXTS:
-            text = path.read_text(encoding="utf-8")
-            if f"{Path.home()}/" in text:
-                name = path.relative_to(folder)
-                raise ValueError(f"{name} names a path under {Path.home()}")
-            if path.suffix == ".json":
-                json.loads(text)
+    for path, name in {str(run): f"runs/{run.name}", f"{root}/": "", root: "."}.items():
+        text = text.replace(path, name)
+    if f"{Path.home()}/" in text:
+        raise ValueError(f"{file.relative_to(run)} names a path under {Path.home()}")
+    return text
 
 
 def timing(run: Path) -> dict[str, float]:
@@ -127,8 +113,8 @@ def with_timing(readme: str, seconds: dict[str, float]) -> str:
     return between_markers(readme, "timing", line)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; exits with status 1 and the reason where nothing can be published."""
     parser = argparse.ArgumentParser(
         prog="python -m latlib.report.publish", description="Copy a run's evidence."
     )
@@ -139,14 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         publish(options.run, options.target)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {error}")
     if options.readme:
         write_readme(options.target, options.readme)
         text = with_timing(options.readme.read_text(encoding="utf-8"), timing(options.run))
         options.readme.write_text(text, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,8 +22,7 @@ import numpy.typing as npt
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-Numbers = Sequence[float] | np.ndarray
-Labels = Sequence[Any] | np.ndarray  # of what a row belongs to
+Column = Sequence[Any] | np.ndarray  # of rows: numbers, or what each row belongs to
 
 LEVEL = 0.95
 RESAMPLES = 2000  # they move a 95 % bound by less than half a point
@@ -43,18 +42,22 @@ class Interval:
     seeds: int = 0
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self._text(".3f")
 
     @property
     def signed(self) -> str:
         """A difference with its sign and bounds."""
-        return f"{self.estimate:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self._text("+.3f")
 
     @property
     def points(self) -> str:
         """A difference in points, hundredths of a share, with its sign and bounds."""
-        low, high = 100 * self.low, 100 * self.high
-        return f"{100 * self.estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
+        return self._text("+.1f", 100)
+
+    @property
+    def share(self) -> str:
+        """A share in per cent with its bounds, without the unit."""
+        return self._text(".0f", 100)
 
     @property
     def percent(self) -> str:
@@ -62,98 +65,81 @@ class Interval:
         return f"{100 * self.estimate:.0f} %"
 
     @property
-    def share(self) -> str:
-        """A share in per cent with its bounds, without the unit."""
-        return f"{100 * self.estimate:.0f} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
-
-    @property
     def complement(self) -> Interval:
         """The share that the other rows have."""
         return replace(self, estimate=1 - self.estimate, low=1 - self.high, high=1 - self.low)
 
+    def _text(self, form: str, scale: float = 1) -> str:
+        sides = (self.estimate, self.low, self.high)
+        estimate, low, high = [format(scale * side, form) for side in sides]
+        return f"{estimate} [{low}, {high}]"
 
-@dataclass(frozen=True)
+
 class _Rows:
-    """values: [rows]; cluster_of, seed_of: [rows] number of each row's cluster and seed."""
+    """Rows in cells of seed x cluster, and how often each resample draws them.
 
-    values: np.ndarray
-    cluster_of: np.ndarray
-    seed_of: np.ndarray
+    values: [rows]. cell_of: number of the seed and of the cluster of each row, each [rows]. counts:
+    how many seeds and clusters there are. draws: how often each is drawn, each [RESAMPLES, count].
+    """
 
-    @classmethod
-    def of(cls, values: Numbers, clusters: Labels, seeds: Labels | None) -> _Rows:
+    def __init__(self, values: Column, clusters: Column, seeds: Column | None) -> None:
         """Raises ValueError for no values, a value that is not finite, or columns of different
         lengths.
         """
-        of_one = np.zeros(len(values), int)
-        seeds = of_one if seeds is None else seeds
+        if seeds is None:
+            seeds = np.zeros(len(values))
         lengths = (len(values), len(clusters), len(seeds))
         if lengths[0] == 0 or len(set(lengths)) > 1:
-            counts = "{} values, {} clusters, {} seeds".format(*lengths)
-            raise ValueError(f"{counts}: need one of each a row")
-        numbers = np.asarray(values, float)
-        wrong = np.count_nonzero(~np.isfinite(numbers))
+            found = "{} values, {} clusters, {} seeds".format(*lengths)
+            raise ValueError(f"{found}: need one of each a row")
+        self.values = np.asarray(values, float)
+        wrong = np.count_nonzero(~np.isfinite(self.values))
         if wrong:
             raise ValueError(f"{wrong} of {lengths[0]} values are not finite: leave them out first")
-        return cls(numbers, _numbered(clusters), _numbered(seeds))
+        rng = np.random.default_rng(0)
+        _, seed_of = np.unique(seeds, return_inverse=True)
+        _, cluster_of = np.unique(clusters, return_inverse=True)
+        self.cell_of = (seed_of, cluster_of)
+        self.counts = (seed_of.max() + 1, cluster_of.max() + 1)
+        self.draws = [_drawn(rng, count, RESAMPLES) for count in self.counts]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """How many seeds and clusters there are."""
-        return int(self.seed_of.max()) + 1, int(self.cluster_of.max()) + 1
-
-    def sums(self, values: np.ndarray, draws: Draws) -> np.ndarray:
-        """[resamples] sums of values, each counted as often as its seed times its cluster was
+    def sums(self, values: npt.ArrayLike) -> np.ndarray:
+        """[RESAMPLES] sums of values, each counted as often as its seed times its cluster was
         drawn.
         """
-        cells = np.zeros(self.shape)
-        np.add.at(cells, (self.seed_of, self.cluster_of), values)
-        by_seed, by_cluster = draws
+        cells = np.zeros(self.counts)
+        np.add.at(cells, self.cell_of, values)
+        by_seed, by_cluster = self.draws
         return ((by_seed @ cells) * by_cluster).sum(1)
 
-    def means(self, draws: Draws, kept: np.ndarray) -> np.ndarray:
-        """[resamples] means of the kept values; NaN where a resample drew none of them."""
+    def means(self, kept: npt.ArrayLike = 1.0) -> np.ndarray:
+        """[RESAMPLES] means of the kept values (1: all); NaN where a resample drew none of them."""
         with np.errstate(invalid="ignore"):
-            return self.sums(self.values * kept, draws) / self.sums(kept, draws)
+            return self.sums(self.values * kept) / self.sums(kept)
 
-    def interval(self, estimate: float, low: float, high: float) -> Interval:
+    def interval(self, estimate: float, bounds: Sequence[float]) -> Interval:
         """An interval over these rows."""
-        seeds, clusters = self.shape
-        return Interval(float(estimate), float(low), float(high), len(self.values), clusters, seeds)
+        low, high = bounds
+        seeds, clusters = self.counts
+        return Interval(
+            float(estimate), float(low), float(high), len(self.values), int(clusters), int(seeds)
+        )
 
 
-Draws = tuple[np.ndarray, np.ndarray]  # how often a seed and a cluster are drawn: [resamples, of]
+def _drawn(rng: np.random.Generator, count: int, resamples: int) -> np.ndarray:
+    """[resamples, count]: how often each of some things is drawn."""
+    return rng.multinomial(count, np.full(count, 1 / count), resamples)
 
 
-def _numbered(names: Labels) -> np.ndarray:
-    return np.unique(np.asarray(names), return_inverse=True)[1]
-
-
-def _draws(shape: tuple[int, int], resamples: int = RESAMPLES, rng_seed: int = 0) -> Draws:
-    rng = np.random.default_rng(rng_seed)
-    seeds, clusters = (rng.multinomial(k, np.full(k, 1 / k), resamples) for k in shape)
-    return seeds, clusters
-
-
-def _bounds(statistics: np.ndarray) -> np.ndarray:
+def _bounds(statistics: np.ndarray) -> Sequence[float]:
     """The bounds of the middle LEVEL of resampled statistics; one without a row says nothing."""
     finite = statistics[np.isfinite(statistics)]
     if not len(finite):
         raise ValueError("no resample had a row: seeds and clusters do not meet")
-    return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 
 
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    return proportion_confint(successes, n, alpha=1 - LEVEL, method="wilson")
-
-
-def cluster_interval(
-    values: Numbers,
-    clusters: Labels,
-    seeds: Labels | None = None,
-    resamples: int = RESAMPLES,
-    rng_seed: int = 0,
-) -> Interval:
+def cluster_interval(values: Column, clusters: Column, seeds: Column | None = None) -> Interval:
     """95 % interval of the mean of `values` (finite numbers), resampling seeds and clusters; see
     the module's docstring.
 
@@ -162,23 +148,21 @@ def cluster_interval(
     mirror image of all 1. Any other constant keeps its interval of no width. Raises ValueError for
     no values, a NaN, or columns of different lengths.
     """
-    rows = _Rows.of(values, clusters, seeds)
+    rows = _Rows(values, clusters, seeds)
+    value = rows.values[0]
     if np.ptp(rows.values) > 0:
-        draws = _draws(rows.shape, resamples, rng_seed)
-        means = rows.means(draws, np.ones(len(rows.values)))
-        return rows.interval(rows.values.mean(), *_bounds(means))
-    value = float(rows.values[0])
-    n = rows.shape[1]
-    low = high = value
-    if abs(value) == 1.0:
-        low, high = sorted((value, value * _wilson(n, n)[0]))
-    elif value == 0.0:
-        high = _wilson(0, n)[1]
-    return rows.interval(value, low, high)
+        return rows.interval(rows.values.mean(), _bounds(rows.means()))
+    if abs(value) not in (0, 1):
+        return rows.interval(value, (value, value))
+    n = rows.counts[1]
+    low, high = proportion_confint(abs(value) * n, n, alpha=1 - LEVEL, method="wilson")
+    if value == 0:
+        return rows.interval(0, (0, high))
+    return rows.interval(value, sorted((value, value * low)))
 
 
 def paired_interval(
-    a: Numbers, b: Numbers, clusters: Labels, seeds: Labels | None = None
+    a: Column, b: Column, clusters: Column, seeds: Column | None = None
 ) -> Interval:
     """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed.
 
@@ -191,45 +175,39 @@ def paired_interval(
     return interval if difference.any() else replace(interval, low=-interval.high)
 
 
-def _paired(a: Numbers, b: Numbers) -> np.ndarray:
+def _paired(a: Column, b: Column) -> np.ndarray:
     return np.array([float(x) - float(y) for x, y in zip(a, b, strict=True)])
 
 
-def paired_p_value(a: Numbers, b: Numbers, clusters: Labels, seeds: Labels | None = None) -> float:
+def paired_p_value(a: Column, b: Column, clusters: Column, seeds: Column | None = None) -> float:
     """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 /
     (RESAMPLES + 1).
 
     1 where a and b agree on every row. Raises ValueError for columns of different lengths.
     """
-    difference = _paired(a, b)
-    rows = _Rows.of(difference, clusters, seeds)
-    sums = rows.sums(difference, _draws(rows.shape))
+    rows = _Rows(_paired(a, b), clusters, seeds)
+    sums = rows.sums(rows.values)
     rarer = min((sums <= 0).sum(), (sums >= 0).sum())
     return min(1.0, 2 * (1 + rarer) / (RESAMPLES + 1))
 
 
 def difference_interval(
-    values: Numbers,
-    group: Numbers,
-    clusters: Labels,
-    seeds: Labels | None = None,
+    values: Column, group: Column, clusters: Column, seeds: Column | None = None
 ) -> Interval:
     """Interval of mean(values where group) - mean(values where not group), of unpaired rows
     resampled together.
 
     Raises ValueError when one of the groups is empty.
     """
-    rows = _Rows.of(values, clusters, seeds)
+    rows = _Rows(values, clusters, seeds)
     inside = np.asarray(group, bool)
     if len(set(inside)) < 2:
         raise ValueError("a difference needs rows in both groups")
-    draws = _draws(rows.shape)
-    means = rows.means(draws, inside.astype(float)) - rows.means(draws, (~inside).astype(float))
     estimate = rows.values[inside].mean() - rows.values[~inside].mean()
-    return rows.interval(estimate, *_bounds(means))
+    return rows.interval(estimate, _bounds(rows.means(inside) - rows.means(~inside)))
 
 
-def draws_interval(estimates: Numbers, draws: npt.ArrayLike, n: int, clusters: int) -> Interval:
+def draws_interval(estimates: Column, draws: npt.ArrayLike, n: int, clusters: int) -> Interval:
     """Interval of the mean over seeds of a statistic that is no mean of rows.
 
     estimates: [seeds]. draws: [seeds, resamples], the statistic of resampled clusters, the same
@@ -237,11 +215,11 @@ def draws_interval(estimates: Numbers, draws: npt.ArrayLike, n: int, clusters: i
     """
     statistics = np.asarray(draws, float)
     seeds, resamples = statistics.shape
-    by_seed, _ = _draws((seeds, 1), resamples)
+    by_seed = _drawn(np.random.default_rng(0), seeds, resamples)
     low, high = _bounds((by_seed * statistics.T).sum(1) / seeds)
-    return Interval(float(np.mean(estimates)), float(low), float(high), n, clusters, seeds)
+    return Interval(float(np.mean(estimates)), low, high, n, clusters, seeds)
 
 
-def holm(p_values: Numbers) -> list[float]:
+def holm(p_values: Column) -> list[float]:
     """p-values adjusted for their number by Holm's method, in the order given."""
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
