@@ -280,25 +280,20 @@ def understood_by_likelihood(
     crossed: list[TokenRow] = []  # each answer behind its own request, then behind the others
     behind: dict[int, slice] = {}  # prompt -> its rows of `crossed`
     for i, prompt in enumerate(prompts):
-        others = _others(prompts, i)
+        later = (*range(i + 1, len(prompts)), *range(i))  # round the end
+        others = [j for j in later if prompts[j].cluster != prompt.cluster][:DISTRACTORS]
         if prompt.answer and others:
+            first = len(crossed)
             answer = rows[i].completions[:1]
-            own = [TokenRow(rows[j].prompt, answer) for j in (i, *others)]
-            behind[i] = slice(len(crossed), len(crossed) + len(own))
-            crossed += own
+            for j in (i, *others):
+                crossed.append(TokenRow(rows[j].prompt, answer))
+            behind[i] = slice(first, len(crossed))
     losses = torch.zeros(len(crossed))
     for index, batch in batches(crossed, size, network.device):
         each = token_losses(network.unembed, network.label_rows(batch), batch.labels)
         losses[index] = row_means(each, batch.label_rows, len(index)).float().cpu()
     understood = [False] * len(rows)
     for i, places in behind.items():
-        understood[i] = bool(losses[places][0] < losses[places][1:].min())
+        own, *rest = losses[places].tolist()
+        understood[i] = own < min(rest)
     return understood
-
-
-def _others(prompts: Prompts, i: int) -> list[int]:
-    """Up to DISTRACTORS prompts that come after number i, round the end, and are no near-duplicates
-    of it.
-    """
-    later = [*range(i + 1, len(prompts)), *range(i)]
-    return [j for j in later if prompts[j].cluster != prompts[i].cluster][:DISTRACTORS]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,39 +71,31 @@ def write(
     max_new_tokens: int = 64,
 ) -> list[str]:
     """`generate` for the prompts of rows, in their order."""
-    replies: dict[int, str] = {}
-    for index, batch in batches(rows, size, lm.device):
-        packed = perturb(batch) if perturb else {}
-        deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
-        inputs = left_padded(lm, [rows[i].prompt for i in index])
-        written = _decode(lm, inputs, deltas, directions, max_new_tokens)
-        replies |= dict(zip(index, written, strict=True))
-    return [replies[i] for i in range(len(rows))]
-
-
-@torch.no_grad()
-def _decode(
-    lm: LanguageModel,
-    inputs: Mapping[str, Tensor],
-    deltas: Mapping[Site, Tensor],
-    directions: Tensor | None,
-    max_new_tokens: int,
-) -> list[str]:
-    # in this order, so that what a perturbation writes is ablated too
-    ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
-    pad = lm.tokenizer.pad_token_id
+    tokenizer = lm.tokenizer
+    pad = tokenizer.pad_token_id
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         # a chat model's own would only make a greedy one warn
         **dict.fromkeys(("temperature", "top_p", "top_k")),
-        "pad_token_id": lm.tokenizer.eos_token_id if pad is None else pad,
+        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
-    with LATHook(lm.model, deltas, decoding=True), ablation:
-        # through the processes, if several hold the model between them: each writes all replies
-        out = lm.processes.through(False, lambda: lm.model.generate(**inputs, **options))
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [reply.strip() for reply in lm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    replies = [""] * len(rows)
+    for index, batch in batches(rows, size, lm.device):
+        packed = perturb(batch) if perturb else {}
+        deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
+        inputs = left_padded(lm, [rows[i].prompt for i in index])
+        ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
+        # in this order, so that what a perturbation writes is ablated too
+        with torch.no_grad(), LATHook(lm.model, deltas, decoding=True), ablation:
+            # through the processes, if several hold the model between them: each writes all replies
+            run = partial(lm.model.generate, **inputs, **options)
+            out = lm.processes.through(False, run)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        written = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, reply in zip(index, written, strict=True):
+            replies[i] = reply.strip()
+    return replies
 
 
 def left_padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -122,8 +115,5 @@ def shift_left_padded(delta: Tensor, batch: Batch) -> Tensor:
     left-padded prompt batch.
     """
     lengths = (batch.segments == 0).sum(1).tolist()
-    longest = max(lengths)
-    out = torch.zeros_like(delta[:, :longest])
-    for row, n in enumerate(lengths):
-        out[row, longest - n :] = delta[row, :n]
-    return out
+    prompts = [row[:n] for row, n in zip(delta, lengths, strict=True)]
+    return pad_sequence(prompts, True, padding_side="left")

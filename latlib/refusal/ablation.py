@@ -70,7 +70,9 @@ def ablation(
         found = examiner_of(profile, lm, network).examine(prompts, perturb=perturb)
         tables.append(outcome_rows(subject, cell, prompts, found))
 
-    for cell, vector in with_progress(cells, on_step, _name):
+    for cell, vector in with_progress(
+        cells, on_step, lambda item: f"{item[0].source} {item[0].rule}"
+    ):
         cell = replace(cell, intervention=Intervention.ABLATE)
         ablated = network if vector is None else network.ablated(vector)
         ask(cell, ablated)
@@ -81,11 +83,6 @@ def ablation(
     ask(own, network, adding(best.vector, best.site))
     ask(replace(added, source=RANDOM, draw=0), network, adding(randoms[0], best.site))
     return pd.concat(tables, ignore_index=True)
-
-
-def _name(directed: tuple[Cell, Tensor | None]) -> str:
-    cell, _ = directed
-    return f"{cell.source} {cell.rule}"
 
 
 def _directed(

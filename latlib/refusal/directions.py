@@ -40,7 +40,7 @@ from latlib.refusal.activations import (
 )
 from latlib.refusal.geometry import Streams, top_subspace
 from latlib.refusal.interventions import Direction
-from latlib.refusal.selection import candidate_sites, select
+from latlib.refusal.selection import select
 from latlib.threat import Site
 
 FIXED_DEPTH = 14 / 32  # Abbas et al. 2025, section 3: layer 14 of 32
@@ -52,15 +52,14 @@ SELECTION_PROMPTS = 32  # of each kind: Arditi et al. 2024, section 2.3
 @dataclass(frozen=True, eq=False)
 class Differences:
     """What directions are found from. pairs: site -> [pairs, positions, d_model] harmful minus
-    harmless, float64; clusters, prompts: [pairs] what a pair is about, and its id."""
+    harmless, float64; clusters: [pairs] what a pair is about."""
 
     pairs: Streams
     clusters: list[str]
-    prompts: list[str]
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        about = {"sites": list(self.pairs), "clusters": self.clusters, "prompts": self.prompts}
+        about = {"sites": list(self.pairs), "clusters": self.clusters}
         _save({str(site): rows.float() for site, rows in self.pairs.items()}, about, path)
 
     @classmethod
@@ -68,7 +67,7 @@ class Differences:
         """What `save` wrote, at float32's precision."""
         tensors, about = _load(path)
         pairs = {site: tensors[str(site)].double() for site in about["sites"]}
-        return cls(pairs, about["clusters"], about["prompts"])
+        return cls(pairs, about["clusters"])
 
     def last(self) -> Streams:
         """site -> [pairs, d_model] at the last prompt token."""
@@ -117,8 +116,7 @@ def paired_differences(lm: LanguageModel, profile: Profile) -> Differences:
         post_instruction(lm.tokenizer, system),
         evaluation.batch,
     )
-    ids = [f"{evaluation.pairing}-train-{i:04d}" for i in range(len(harmful))]
-    return Differences(pairs, [prompt.cluster for prompt in harmful], ids)
+    return Differences(pairs, [prompt.cluster for prompt in harmful])
 
 
 def top_direction(difference: Tensor) -> Tensor:
@@ -150,35 +148,22 @@ def find_directions(
     harmful, harmless = paired_prompts(profile, "tune", n)
     best = best_site(lm, profile, ends, harmful)
     fixed = fixed_site(lm.n_layers)
-    few = slice(SELECTION_PROMPTS)
+    system = profile.data.system_prompt
+    (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
+    selected, _ = select(
+        lm.network(),
+        {site: means[site] for site in sites_of(lm.n_layers - 1)},  # the input of every block
+        prompt_rows(lm, harmful[:SELECTION_PROMPTS], system),
+        prompt_rows(lm, harmless[:SELECTION_PROMPTS], system),
+        row.completions[1][:1],  # what a refusal begins with
+    )
     return {
         Rule.FIXED: Direction(ends[fixed], fixed),
         Rule.SVD: Direction(top_direction(last[fixed]), fixed),
-        Rule.SELECTED: _selected(lm, profile, means, harmful[few], harmless[few]),
+        Rule.SELECTED: selected,
         Rule.BEST: Direction(ends[best], best),
         Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
     }
-
-
-def _selected(
-    lm: LanguageModel,
-    profile: Profile,
-    means: Streams,
-    harmful: Prompts,
-    harmless: Prompts,
-) -> Direction:
-    system = profile.data.system_prompt
-    candidates = {site: means[site] for site in candidate_sites(lm.n_layers)}
-    (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
-    refusal = row.completions[1]
-    chosen, _ = select(
-        lm.network(),
-        candidates,
-        prompt_rows(lm, harmful, system),
-        prompt_rows(lm, harmless, system),
-        refusal[:1],
-    )
-    return chosen
 
 
 def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts) -> Site:
@@ -200,14 +185,8 @@ def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts
 
 def save_directions(found: Mapping[str, Direction], path: Path) -> None:
     """Write directions, whole or not at all: workers may find the same ones at the same time."""
-    vectors = {rule: direction.vector for rule, direction in found.items()}
-    about = {}
-    for rule, direction in found.items():
-        about[rule] = {
-            "site": direction.site,
-            "position": direction.position,
-            "note": direction.note,
-        }
+    about = {rule: dict(vars(direction)) for rule, direction in found.items()}
+    vectors = {rule: fields.pop("vector") for rule, fields in about.items()}
     _save(vectors, about, path)
 
 
@@ -218,10 +197,9 @@ def load_directions(path: Path) -> dict[str, Direction]:
 
 
 def _save(tensors: Mapping[str, Tensor], about: Any, path: Path) -> None:
-    own = {}
-    for name, tensor in tensors.items():
-        # copies, because safetensors takes no two that share memory
-        own[name] = tensor.clone(memory_format=torch.contiguous_format)
+    # copies, because safetensors takes no two that share memory
+    layout = torch.contiguous_format
+    own = {name: tensor.clone(memory_format=layout) for name, tensor in tensors.items()}
     with aside(path) as partial:
         save_file(own, partial, {"about": json.dumps(about)})
 

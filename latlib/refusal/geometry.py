@@ -72,27 +72,23 @@ def principal_components(rows: Tensor, k: int = 2) -> tuple[np.ndarray, np.ndarr
     return (coordinates * torch.where(largest < 0, -1.0, 1.0)).numpy(), shares[:k].numpy()
 
 
-def share_draws(
-    difference: Tensor,
-    clusters: Sequence[str],
-    centred: bool,
-    components: int = COMPONENTS,
-    seed: int = 0,
-) -> np.ndarray:
-    """[RESAMPLES, components] shares of the first components, clusters of pairs resampled, the same
+def share_draws(difference: Tensor, clusters: Sequence[str], centred: bool) -> np.ndarray:
+    """[RESAMPLES, COMPONENTS] shares of the first components, clusters of pairs resampled, the same
     ones for every model. difference: [pairs, d_model]; clusters: [pairs]."""
     names = sorted(set(clusters))
-    members = [np.flatnonzero(np.asarray(clusters) == name) for name in names]
-    rng = np.random.default_rng(seed)
-    shares = np.zeros((RESAMPLES, components))
+    of_pair = np.asarray(clusters)
+    members = [np.flatnonzero(of_pair == name) for name in names]
+    pairs = difference.numpy()
+    rng = np.random.default_rng(0)
+    shares = np.zeros((RESAMPLES, COMPONENTS))
     for draw in range(RESAMPLES):
         drawn = rng.integers(len(names), size=len(names))
-        rows = difference.numpy()[np.concatenate([members[i] for i in drawn])]
+        rows = pairs[np.concatenate([members[i] for i in drawn])]
         if centred:
             rows = rows - rows.mean(0)
         # the smaller of the two matrices that have these eigenvalues
         gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
-        largest = np.linalg.eigvalsh(gram)[::-1][:components]
+        largest = np.linalg.eigvalsh(gram)[::-1][:COMPONENTS]
         shares[draw, : len(largest)] = largest / max(np.trace(gram), 1e-300)
     return shares
 

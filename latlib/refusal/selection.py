@@ -18,6 +18,7 @@ section 2.3 and appendix C.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -30,7 +31,7 @@ from latlib.network_protocol import Network
 from latlib.refusal.activations import prompt_ends
 from latlib.refusal.geometry import Streams
 from latlib.refusal.interventions import Direction, adding
-from latlib.threat import EMBEDDING, Site, depth
+from latlib.threat import depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
@@ -43,13 +44,14 @@ def last_log_probabilities(
     """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch ->
     perturbation.
     """
-    found: dict[int, Tensor] = {}
+    order = []
+    found = []
     for index, batch in batches(rows, size, network.device):
         hidden = network.hidden(batch, perturb(batch) if perturb else None)
         ends = at_labels(hidden, prompt_ends(batch).flatten())
-        log_p = network.unembed(ends).float().log_softmax(-1)
-        found |= dict(zip(index, log_p, strict=True))
-    return torch.stack([found[i] for i in range(len(rows))])
+        order += index
+        found.append(network.unembed(ends).float().log_softmax(-1))
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -74,11 +76,11 @@ def select(
     Raises ValueError when no candidate has a finite, non-zero direction.
     """
     plain = last_log_probabilities(network, harmless)
-    places: list[tuple[Site, int]] = []
+    candidates = []
     records = []
     for site, rows in means.items():
         for position, vector in enumerate(rows, start=-len(rows)):
-            if not _usable(vector):
+            if not vector.isfinite().all() or not vector.any():
                 continue
             ablated = network.ablated(vector)
             quiet = last_log_probabilities(ablated, harmless)
@@ -93,7 +95,7 @@ def select(
                 "induce": refusal_score(loud, tokens).mean().item(),
                 "kl": kl.mean().item(),
             }
-            places.append((site, position))
+            candidates.append(Direction(vector, site, position))
             records.append(record)
     if not records:
         raise ValueError(
@@ -104,12 +106,7 @@ def select(
     passed, note = _filtered(table)
     chosen = passed["bypass"].idxmin()
     table["chosen"] = table.index == chosen
-    site, position = places[chosen]
-    return Direction(means[site][position], site, position, note), table
-
-
-def _usable(vector: Tensor) -> bool:
-    return bool(torch.isfinite(vector).all()) and bool(vector.norm() > 0)
+    return replace(candidates[chosen], note=note), table
 
 
 def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -123,8 +120,3 @@ def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     if induces.any():
         return early[induces], f"{said} kl"
     return early, f"{said} kl and induce"
-
-
-def candidate_sites(n_layers: int) -> tuple[Site, ...]:
-    """Candidate sites: the input of every block."""
-    return (EMBEDDING, *range(n_layers - 1))

@@ -59,7 +59,7 @@ def test_means_of_pairs_are_differences_of_means_and_shuffled_labels_leave_littl
     generator = torch.Generator().manual_seed(0)
     harmful, harmless = torch.randn(2, 200, 2, 16, generator=generator, dtype=torch.float64)
     harmful = harmful + 5.0
-    found = Differences({0: harmful - harmless}, ["c"] * 200, ["p"] * 200)
+    found = Differences({0: harmful - harmless}, ["c"] * 200)
     np.testing.assert_allclose(
         found.means()[0], harmful.numpy().mean(0) - harmless.numpy().mean(0), atol=1e-6
     )
@@ -99,12 +99,12 @@ def test_directions_are_kept_exactly(tmp_path):
         )
 
 
-def test_differences_are_kept_with_their_prompts(tmp_path):
+def test_differences_are_kept_with_their_clusters(tmp_path):
     pairs = {"embedding": torch.randn(3, 2, 4).double(), 0: torch.randn(3, 2, 4).double()}
-    Differences(pairs, ["x", "x", "y"], ["a", "b", "c"]).save(tmp_path / "found.safetensors")
+    Differences(pairs, ["x", "x", "y"]).save(tmp_path / "found.safetensors")
     again = Differences.load(tmp_path / "found.safetensors")
     assert list(again.pairs) == ["embedding", 0] and len(list(tmp_path.iterdir())) == 1
-    assert (again.clusters, again.prompts) == (["x", "x", "y"], ["a", "b", "c"])
+    assert again.clusters == ["x", "x", "y"]
     for site, rows in pairs.items():
         assert torch.equal(again.pairs[site], rows.float().double())
 
