@@ -17,7 +17,7 @@ Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024 (untargeted)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,19 +72,18 @@ def pgd(
     if search.steps == 0 and search.start == "zero":
         raise ValueError("steps = 0 from a zero start finds nothing: take steps, or start 'random'")
     every = _Rows.of(network, batch, threat)
-    judged = judged or search.restarts > 1
     best: Any = None
     for restart in range(search.restarts):
-        rows, index = every, torch.arange(batch.shape[0], device=network.device)
+        index = torch.arange(batch.shape[0], device=network.device)
         if stop_when_won and best is not None:
             index = (~best.won).nonzero().squeeze(1)
-            rows = every.select(index)
         if not len(index):
             break
+        rows = every.select(index)
         # a second zero start would find the same thing
         random = search.start == "random" or restart > 0
-        start = _starts(network, rows, threat, generator, random)
-        found = _Descent(network, rows, threat, search, start).run(judged, stop_when_won)
+        descent = _Descent(network, rows, search, rows.starts(network, generator, random))
+        found = descent.run(judged or search.restarts > 1, stop_when_won)
         best = found if best is None else _better(best, found, index)
     return best
 
@@ -97,15 +96,19 @@ def project_l2(delta: Tensor, eps: float) -> Tensor:
     Source: Sheshadri et al. 2024, section 3."""
     if eps <= 0:
         raise ValueError(f"eps = {eps} must be > 0: for no attack take no steps")
+    return _projected(delta, torch.tensor(eps, dtype=torch.float64, device=delta.device))
+
+
+def _projected(delta: Tensor, eps: Tensor) -> Tensor:
+    """`project_l2` for radii that were checked, float64."""
     wide = delta.to(wide_of(delta.dtype))
     norm = wide.norm(dim=-1, keepdim=True)
     # A hair inside the ball: the product is rounded to delta's dtype, and the norm is a rounded sum
     # of d_model terms.
     slack = max(torch.finfo(delta.dtype).eps, 16 * torch.finfo(wide.dtype).eps)
-    inside = eps * (1 - slack)
-    scale = inside / norm.clamp(min=1e-30)
-    projected = torch.where(norm > inside, wide * scale, wide)
-    return projected.to(delta.dtype)
+    inside = (eps * (1 - slack)).to(wide.dtype)
+    scale = norm.clamp(min=1e-30).reciprocal() * inside
+    return torch.where(norm > inside, wide * scale, wide).to(delta.dtype)
 
 
 def perturbed_positions(batch: Batch, positions: Positions) -> Tensor:
@@ -124,18 +127,17 @@ def attack_losses(network: Network, batch: Batch, search: PGD, rows: Tensor) -> 
 
     A packed row's first completion is wanted, its second unwanted; a row with one completion has
     only that."""
-    n = batch.shape[0]
-    if not search.targeted:
-        losses = token_losses(network.unembed, rows, batch.labels)
-        return -row_means(losses, batch.label_rows, n)
-    unwanted = batch.label_segments == 2
+    unwanted = batch.label_segments == 2 if search.targeted else None
     losses = token_losses(network.unembed, rows, batch.labels, away=unwanted)
-    toward = batch.label_index(1)
-    loss = search.toward * row_means(losses[toward], batch.label_rows[toward], n)
-    away = batch.label_index(2)
-    if len(away):
-        loss = loss + search.away * row_means(losses[away], batch.label_rows[away], n)
-    return loss
+
+    def means(segment: int) -> Tensor:
+        index = batch.label_index(segment)
+        return row_means(losses[index], batch.label_rows[index], batch.shape[0])
+
+    if not search.targeted:
+        return -row_means(losses, batch.label_rows, batch.shape[0])
+    loss = search.toward * means(1)
+    return loss + search.away * means(2) if batch.packed else loss
 
 
 @torch.no_grad()
@@ -156,8 +158,7 @@ def greedy_matches(
         place = torch.arange(len(index), device=index.device) - first
         index, of = index[place >= prefilled], of[place >= prefilled]
     right = argmax_matches(network.unembed, rows[index], batch.labels[index])
-    present = torch.bincount(of, minlength=n) > 0
-    return (row_means(right.float(), of, n) == 1) & present
+    return row_means(right.float(), of, n) == 1
 
 
 @torch.no_grad()
@@ -193,43 +194,46 @@ def _noise(
     return project_l2(noise, eps)
 
 
-@dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows that are attacked. start: the lowest site and the stream there, [n, seq, d_model]. free:
-    [m] int64, the perturbed positions among the flattened [n * seq], row after row."""
+    """Rows that are attacked. start: the lowest site and the stream there, [n, seq, d_model].
+    allowed: [n, seq, 1] bool, where they may be perturbed. free: [m] int64, these positions among
+    the flattened [n * seq], row after row.
 
-    batch: Batch
-    start: tuple[Site, Tensor]
-    free: Tensor
-    positions: Positions
+    Perturbations are [sites, m, d_model]: of the free positions alone, float32 or better."""
+
+    def __init__(
+        self, batch: Batch, threat: ThreatModel, start: tuple[Site, Tensor], allowed: Tensor
+    ) -> None:
+        self.batch, self.threat, self.start, self.allowed = batch, threat, start, allowed
+        self.free = allowed.flatten().nonzero().squeeze(1)
 
     @classmethod
     def of(cls, network: Network, batch: Batch, threat: ThreatModel) -> _Rows:
         """All rows of a batch."""
         lowest = threat.sites[0]
         stream = network.capture(batch, [lowest])[lowest]
-        return cls._at(batch, (lowest, stream), threat.positions)
-
-    @classmethod
-    def _at(cls, batch: Batch, start: tuple[Site, Tensor], positions: Positions) -> _Rows:
-        free = perturbed_positions(batch, positions).flatten().nonzero().squeeze(1)
-        return cls(batch, start, free, positions)
+        return cls(batch, threat, (lowest, stream), perturbed_positions(batch, threat.positions))
 
     def select(self, kept: Tensor) -> _Rows:
         """Those at `kept`, [k] ascending int64 into these rows."""
         if len(kept) == self.batch.shape[0]:
             return self
         site, stream = self.start
-        return self._at(self.batch.select(kept), (site, stream[kept]), self.positions)
+        start = (site, stream[kept])
+        return _Rows(self.batch.select(kept), self.threat, start, self.allowed[kept])
 
-    def positions_of(self, marked: Tensor) -> Tensor:
-        """[m] bool: which of the free positions belong to rows that `marked` ([n] bool) marks."""
-        return marked[self.free // self.batch.shape[1]]
+    def starts(self, network: Network, generator: Random, random: bool) -> Tensor:
+        """Where a restart begins."""
+        shape = (len(self.free), network.d_model)
+        if random:
+            radii = self.threat.radii
+            return torch.stack([_noise(shape, network, r, generator, True) for r in radii])
+        wide = wide_of(network.dtype)
+        return torch.zeros(len(self.threat.sites), *shape, device=network.device, dtype=wide)
 
-    def scattered(self, deltas: Deltas, dtype: torch.dtype) -> dict[Site, Tensor]:
-        """site -> [n, seq, d_model] in `dtype`: deltas ([m, d_model]) at the free positions, zero
-        elsewhere."""
-        return {site: self._scatter(delta.to(dtype)) for site, delta in deltas.items()}
+    def scattered(self, deltas: Tensor, dtype: torch.dtype) -> dict[Site, Tensor]:
+        """site -> [n, seq, d_model] in `dtype`, zero where nothing is perturbed."""
+        return dict(zip(self.threat.sites, map(self._scatter, deltas.to(dtype)), strict=True))
 
     def _scatter(self, delta: Tensor) -> Tensor:
         d_model = delta.shape[1]
@@ -237,37 +241,22 @@ class _Rows:
         return flat.index_copy(0, self.free, delta).view(*self.batch.shape, d_model)
 
 
-def _starts(
-    network: Network, rows: _Rows, threat: ThreatModel, generator: Random, random: bool
-) -> dict[Site, Tensor]:
-    """site -> [m, d_model] where a restart begins, float32 or better."""
-    shape, wide = (len(rows.free), network.d_model), wide_of(network.dtype)
-    if random:
-        radius = threat.radius.items()
-        return {site: _noise(shape, network, r, generator, inside=True) for site, r in radius}
-    return {site: torch.zeros(shape, device=network.device, dtype=wide) for site in threat.sites}
-
-
 class _Descent:
     """One restart. rows: those still attacked, at `index` ([n] int64) of the restart's. deltas:
-    site -> [m, d_model], float32 or better. first, second: Adam's moments of these."""
+    their perturbations; moments: Adam's first and second of these. aside: site -> [batch, seq,
+    d_model] of all rows when the last of them were won, None before."""
 
-    def __init__(
-        self,
-        network: Network,
-        rows: _Rows,
-        threat: ThreatModel,
-        search: PGD,
-        deltas: dict[Site, Tensor],
-    ) -> None:
-        self.network, self.threat, self.search = network, threat, search
+    def __init__(self, network: Network, rows: _Rows, search: PGD, deltas: Tensor) -> None:
+        self.network = network
+        self.search = search
         self.all_rows = self.rows = rows
-        self.index = torch.arange(rows.batch.shape[0], device=rows.batch.ids.device)
+        self.index = torch.arange(rows.batch.shape[0], device=deltas.device)
         self.deltas = deltas
-        self.first = {site: torch.zeros_like(delta) for site, delta in deltas.items()}
-        self.second = {site: torch.zeros_like(delta) for site, delta in deltas.items()}
+        self.moments = deltas.new_zeros(2, *deltas.shape)
+        radii = torch.tensor(rows.threat.radii, device=deltas.device, dtype=torch.float64)
+        self.radii = radii.view(-1, 1, 1)  # one a site
         self.losses: list[Tensor] = []
-        self.won: list[tuple[Tensor, dict[Site, Tensor]]] = []  # (index, deltas that won)
+        self.aside: dict[Site, Tensor] | None = None
 
     def run(self, judged: bool, stop_when_won: bool) -> Attack:
         """Take all steps, or as many as there are rows left for."""
@@ -275,99 +264,84 @@ class _Descent:
             if not len(self.index):
                 self.losses.append(self.losses[-1])
                 continue
-            gradients, hidden = self._gradients()
+            gradient, hidden = self._gradient()
             if stop_when_won:
-                gradients = self._set_won_aside(gradients, hidden)
-            self._step(gradients, step)
+                gradient = self._set_won_aside(gradient, hidden)
+            self._step(gradient, step)
         return self._result(judged)
 
-    def _gradients(self) -> tuple[dict[Site, Tensor], Tensor]:
-        """(site -> [m, d_model] gradient of the summed losses, hidden states at the labels)"""
+    def _gradient(self) -> tuple[Tensor, Tensor]:
+        """(the gradient of the summed losses in `deltas`, hidden states at the labels)"""
         network, rows = self.network, self.rows
-        leaves = {site: delta.requires_grad_() for site, delta in self.deltas.items()}
+        leaf = self.deltas.requires_grad_()
         with torch.enable_grad(), network.frozen_mode():
-            deltas = rows.scattered(leaves, network.dtype)
+            deltas = rows.scattered(leaf, network.dtype)
             hidden = network.label_rows(rows.batch, deltas, rows.start)
             losses = attack_losses(network, rows.batch, self.search, hidden)
-            total = losses.sum()
-            inputs = list(leaves.values())
-            gradients = torch.autograd.grad(total, inputs)
-        self._note(losses.detach())
-        self.deltas = {site: delta.detach() for site, delta in leaves.items()}
-        by_site = dict(zip(leaves, gradients, strict=True))
-        return by_site, hidden
-
-    def _note(self, loss: Tensor) -> None:
-        """Keep the losses of a step; a row that is won keeps its last one."""
-        if self.losses:
-            loss = self.losses[-1].index_copy(0, self.index, loss)
-        self.losses.append(loss)
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        self.deltas = leaf.detach()
+        losses = losses.detach()
+        if self.losses:  # a row that is won keeps its last one
+            losses = self.losses[-1].index_copy(0, self.index, losses)
+        self.losses.append(losses)
+        return gradient, hidden
 
     @torch.no_grad()
-    def _set_won_aside(self, gradients: dict[Site, Tensor], hidden: Tensor) -> dict[Site, Tensor]:
+    def _set_won_aside(self, gradient: Tensor, hidden: Tensor) -> Tensor:
         """Keep the perturbations of rows that are won, and go on with the others. Returns the
-        gradients of these."""
+        gradient of these."""
         won = _won(self.network, self.rows.batch, self.search, hidden)
         if not won.any():
-            return gradients
-        deltas = self._scattered()
-        winners = {site: delta[won] for site, delta in deltas.items()}
-        self.won.append((self.index[won], winners))
-        still = self.rows.positions_of(~won)
-        kept = (~won).nonzero().squeeze(1)
-        self.rows = self.rows.select(kept)
-        self.index = self.index[kept]
-        self.deltas = _at(still, self.deltas)
-        self.first = _at(still, self.first)
-        self.second = _at(still, self.second)
-        return _at(still, gradients)
+            return gradient
+        self.aside = self._of_all_rows()
+        still = ~won[self.rows.free // self.rows.batch.shape[1]]
+        self.rows = self.rows.select((~won).nonzero().squeeze(1))
+        self.index = self.index[~won]
+        self.deltas = self.deltas[:, still]
+        self.moments = self.moments[:, :, still]
+        return gradient[:, still]
 
     @torch.no_grad()
-    def _step(self, gradients: dict[Site, Tensor], step: int) -> None:
+    def _step(self, gradient: Tensor, step: int) -> None:
         """One update of every site's delta, and its projection."""
-        share = self.search.lr or 2 / self.search.steps
-        for site, radius in self.threat.radius.items():
-            gradient = gradients[site]
-            if self.search.rule == "adamw":
-                moved = self._adamw(site, gradient, step)
-            else:
-                way = _along(gradient, self.search.rule, share * radius)
-                moved = self.deltas[site] - way
-            self.deltas[site] = project_l2(moved, radius)
+        if self.search.rule == "adamw":
+            moved = self._adamw(gradient, step)
+        else:
+            share = self.search.lr or 2 / self.search.steps
+            length = (share * self.radii).to(gradient.dtype)
+            moved = self.deltas - _along(gradient, self.search.rule, length)
+        self.deltas = _projected(moved, self.radii)
 
-    def _adamw(self, site: Site, gradient: Tensor, step: int) -> Tensor:
+    def _adamw(self, gradient: Tensor, step: int) -> Tensor:
         lr = self.search.lr or ADAM_LR
-        first = self.first[site].lerp_(gradient, 1 - BETA1)
-        second = self.second[site].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        scale = (second / (1 - BETA2 ** (step + 1))).sqrt_().add_(ADAM_EPS)
-        decayed = self.deltas[site] * (1 - lr * WEIGHT_DECAY)
-        return decayed.addcdiv_(first, scale, value=-lr / (1 - BETA1 ** (step + 1)))
+        first, second = self.moments
+        first.lerp_(gradient, 1 - BETA1)
+        second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        scale = second / (1 - BETA2 ** (step + 1))
+        scale.sqrt_().add_(ADAM_EPS)
+        rate = lr / (1 - BETA1 ** (step + 1))
+        decayed = self.deltas * (1 - lr * WEIGHT_DECAY)
+        return decayed.addcdiv_(first, scale, value=-rate)
 
-    def _scattered(self) -> dict[Site, Tensor]:
-        return self.rows.scattered(self.deltas, wide_of(self.network.dtype))
+    def _of_all_rows(self) -> dict[Site, Tensor]:
+        """site -> [batch, seq, d_model]: rows that were set aside as they were then."""
+        deltas = self.rows.scattered(self.deltas, wide_of(self.network.dtype))
+        if self.aside is None:
+            return deltas
+        return {s: self.aside[s].index_copy(0, self.index, delta) for s, delta in deltas.items()}
 
     def _result(self, judged: bool) -> Attack:
-        deltas = self._scattered()
-        if self.won:
-            pieces = [*self.won, (self.index, deltas)]
-            order = torch.cat([index for index, _ in pieces]).argsort()
-            deltas = {site: torch.cat([part[site] for _, part in pieces])[order] for site in deltas}
-        won = None
+        deltas, won, rows = self._of_all_rows(), None, self.all_rows
         if judged:
-            batch = self.all_rows.batch
             with torch.no_grad():
-                hidden = self.network.label_rows(batch, deltas, self.all_rows.start)
-            loss, won = judge(self.network, batch, self.search, hidden)
+                hidden = self.network.label_rows(rows.batch, deltas, rows.start)
+            loss, won = judge(self.network, rows.batch, self.search, hidden)
             self.losses.append(loss)
-        return Attack(deltas, torch.stack(self.losses), won, self.threat)
+        return Attack(deltas, torch.stack(self.losses), won, rows.threat)
 
 
-def _at(positions: Tensor, values: Deltas) -> dict[Site, Tensor]:
-    return {site: value[positions] for site, value in values.items()}
-
-
-def _along(gradient: Tensor, rule: Rule, length: float) -> Tensor:
-    """[m, d_model] vectors of a length along the gradient ('l2') or its signs ('sign')."""
+def _along(gradient: Tensor, rule: Rule, length: Tensor) -> Tensor:
+    """Vectors of a length along the gradient ('l2') or its signs ('sign')."""
     if rule == "sign":  # a sign vector of d coordinates has norm sqrt(d)
         return length * gradient.sign() / gradient.shape[-1] ** 0.5
     return length * gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=1e-30)
@@ -379,7 +353,7 @@ def _better(a: Attack, b: Attack, rows: Tensor) -> Attack:
     assert a.won is not None and b.won is not None, "restarts are judged"
     before = a.losses[-1]
     lower = b.losses[-1] < before[rows]
-    same = b.won.eq(a.won[rows])
+    same = b.won == a.won[rows]
     better = torch.where(same, lower, b.won)
     index = rows[better]
     deltas = {}
@@ -388,4 +362,4 @@ def _better(a: Attack, b: Attack, rows: Tensor) -> Attack:
         deltas[site] = delta.index_copy(0, index, found[better])
     losses = a.losses.index_copy(1, index, b.losses[:, better])
     won = a.won.index_copy(0, index, b.won[better])
-    return Attack(deltas, losses, won, a.threat)
+    return replace(a, deltas=deltas, losses=losses, won=won)

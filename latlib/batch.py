@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -69,19 +70,22 @@ class Batch:
         """[batch, seq, seq] bool: query i sees key j. Padding sees itself only, so that no softmax
         row is empty."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
-        causal = torch.ones(
-            self.shape[1], self.shape[1], dtype=torch.bool, device=self.ids.device
-        ).tril()
-        seen = ((key == 0) | (key == query)) & (key != PADDING) & (query != PADDING)
-        return (seen & causal) | torch.eye(self.shape[1], dtype=torch.bool, device=self.ids.device)
+        place = torch.arange(self.shape[1], device=self.ids.device)
+        seen = ((key == 0) | (key == query)) & (query != PADDING)
+        return (seen & (place[:, None] >= place)) | (place[:, None] == place)
 
     def label_index(self, segment: int) -> Tensor:
         """Indices into the label tensors of one completion; found once, for looking makes a GPU
         wait."""
-        found = self.__dict__.setdefault("_label_index", {})
-        if segment not in found:
-            found[segment] = (self.label_segments == segment).nonzero().squeeze(1)
-        return found[segment]
+        return self._label_indices[segment - 1]
+
+    @cached_property
+    def _label_indices(self) -> list[Tensor]:
+        return [(self.label_segments == segment).nonzero().squeeze(1) for segment in (1, 2)]
+
+    def tensors(self) -> dict[str, Any]:
+        """Its fields but `packed`."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows: Tensor) -> Batch:
         """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as
@@ -95,15 +99,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors: dict[str, Any] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        moved = replace(self, **tensors)
-        moved.__dict__["_label_index"] = {
-            segment: self.label_index(segment).to(device) for segment in (1, 2)
-        }
+        moved = replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        vars(moved)["_label_indices"] = [index.to(device) for index in self._label_indices]
         return moved
 
 
@@ -112,55 +109,44 @@ def collate(
 ) -> Batch:
     """Pack rows into one right-padded batch whose length is a multiple of `pad_to`."""
     seq = -(-max(row.length for row in rows) // pad_to) * pad_to
-    ids, positions, segments = [], [], []
-    source: list[int] = []
-    labels: list[int] = []
-    label_segments: list[int] = []
-    label_rows: list[int] = []
+    columns: dict[str, list[Any]] = {
+        field.name: [] for field in fields(Batch) if field.name != "packed"
+    }
     for index, row in enumerate(rows):
         begin = len(row.prompt)
-        tokens, places, parts = list(row.prompt), list(range(begin)), [0] * begin
+        tokens = list(row.prompt)
+        places = list(range(begin))
+        parts = [0] * begin
         for segment, completion in enumerate(row.completions, start=1):
-            first, n = len(tokens), len(completion)
+            first = len(tokens)
+            n = len(completion)
             tokens += completion[:-1]
             places += range(begin, begin + n - 1)
             parts += [segment] * (n - 1)
             # the prompt's last token predicts the first label, each token the one behind it
             predicting = (begin - 1, *range(first, first + n - 1))
-            source += [index * seq + at for at in predicting]
-            labels += completion
-            label_segments += [segment] * n
-            label_rows += [index] * n
+            columns["source"] += [index * seq + at for at in predicting]
+            columns["labels"] += completion
+            columns["label_segments"] += [segment] * n
+            columns["label_rows"] += [index] * n
         fill = seq - len(tokens)
-        ids.append(tokens + [pad_id] * fill)
-        positions.append(places + [0] * fill)
-        segments.append(parts + [PADDING] * fill)
-    batch = Batch(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(segments),
-        torch.tensor(source),
-        torch.tensor(labels),
-        torch.tensor(label_segments),
-        torch.tensor(label_rows),
-        packed=any(2 in row for row in segments),
-    )
-    return batch if torch.device(device) == batch.ids.device else batch.to(device)
+        columns["ids"].append(tokens + [pad_id] * fill)
+        columns["positions"].append(places + [0] * fill)
+        columns["segments"].append(parts + [PADDING] * fill)
+    tensors: dict[str, Any] = {
+        name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()
+    }
+    packed = any(len(row.completions) > 1 for row in rows)
+    return Batch(**tensors, packed=packed).to(device)
 
 
 def join(a: Batch, b: Batch) -> Batch:
     """One batch of the rows of both, `a`'s first, and their labels in the same order."""
     seq = max(a.shape[1], b.shape[1])
-    a = _as_long_as(a, seq)
-    b = _as_long_as(b, seq)
+    a, b = _as_long_as(a, seq), _as_long_as(b, seq)
     n = a.shape[0]
-    source, label_rows = b.source + n * seq, b.label_rows + n
-    b = replace(b, source=source, label_rows=label_rows)
-    both: dict[str, Any] = {}
-    for field in fields(Batch):
-        if field.name != "packed":
-            sides = (getattr(a, field.name), getattr(b, field.name))
-            both[field.name] = torch.cat(sides)
+    others = replace(b, source=b.source + n * seq, label_rows=b.label_rows + n).tensors()
+    both = {name: torch.cat((own, others[name])) for name, own in a.tensors().items()}
     return Batch(**both, packed=a.packed or b.packed)
 
 
@@ -188,15 +174,11 @@ class Schedule:
     def rows(self, step: int) -> list[int]:
         """Row indices of a step; a batch may run over the end of an epoch into the next
         permutation."""
-        return [
-            self._order(at // self.n)[at % self.n]
-            for at in range(step * self.batch, (step + 1) * self.batch)
-        ]
+        places = range(step * self.batch, (step + 1) * self.batch)
+        return [_order(self.n, self.seed, at // self.n)[at % self.n] for at in places]
 
-    def _order(self, epoch: int) -> list[int]:
-        cache = self.__dict__.setdefault("_cache", {})
-        if epoch not in cache:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            cache.clear()
-            cache[epoch] = torch.randperm(self.n, generator=generator).tolist()
-        return cache[epoch]
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from latlib.threat import EMBEDDING, Site, resolve_sites
 
 # a causal LM of transformers, perhaps inside PEFT: an nn.Module whose parts are named by its family
 CausalLM = Any
+# what is done with the residual stream at a site: None leaves it as it is
+Change = Callable[[Tensor], Tensor | None]
 
 
 def decoder_of(model: CausalLM) -> nn.Module:
@@ -29,85 +33,82 @@ def decoder_of(model: CausalLM) -> nn.Module:
     embedding and blocks.
 
     Raises ValueError when there is no list of `config.num_hidden_layers` blocks."""
+    return _decoder_and_blocks(model)[0]
+
+
+def blocks_of(model: CausalLM) -> nn.ModuleList:
+    """The list of decoder blocks, in order. Raises ValueError as `decoder_of` does."""
+    return _decoder_and_blocks(model)[1]
+
+
+def _decoder_and_blocks(model: CausalLM) -> tuple[nn.Module, nn.ModuleList]:
     n = model.config.num_hidden_layers
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == n:
-                return module
+                return module, child
     raise ValueError(
         f"{type(model).__name__} has no list of {n} blocks: not a decoder latlib knows"
     )
 
 
-def blocks_of(model: CausalLM) -> nn.ModuleList:
-    """The list of decoder blocks, in order."""
-    n = model.config.num_hidden_layers
-    return next(
-        c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList) and len(c) == n
-    )
-
-
-def _replace_stream(output: Any, stream: Tensor) -> Any:
-    return (stream, *output[1:]) if isinstance(output, tuple) else stream
-
-
-def _stream(output: Any) -> Tensor:
+def stream_of(output: Any) -> Tensor:
+    """The residual stream in what a block returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
-class _Hooks(AbstractContextManager[Any]):
+class _Hooks(ABC):
     """Forward hooks that live exactly as long as the `with` block."""
 
-    def __init__(self) -> None:
-        self._handles: list[Any] = []
+    _installed: ExitStack | None = None
 
-    def _install(self) -> None:
-        raise AssertionError("a subclass installs its hooks")
+    @abstractmethod
+    def _install(self) -> Iterator[Any]:
+        """Install the hooks; yields their handles."""
 
     def __enter__(self) -> Any:
-        if self._handles:
+        if self._installed is not None:
             raise RuntimeError(
                 f"{type(self).__name__} is already entered: make a second one to nest it"
             )
-        try:
-            self._install()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with ExitStack() as stack:  # an error takes back what is installed
+            for handle in self._install():
+                stack.enter_context(handle)
+            self._installed = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        assert self._installed is not None, "it was entered"
+        self._installed.close()
+        self._installed = None
 
-    def _at(self, site: Site, model: CausalLM, change: Callable[[Tensor], Tensor | None]) -> None:
-        """Let `change` see the residual stream at a site and replace it, unless it returns None."""
-        site = resolve_sites([site], model.config.num_hidden_layers)[0]
-        if site == EMBEDDING:
-            self._on_input(blocks_of(model)[0], change)
-        else:
-            self._on_output(blocks_of(model)[site], change)
 
-    def _on_input(self, block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        def hook(_module: Any, args: Any, kwargs: Any) -> Any:
-            stream = change(args[0] if args else kwargs["hidden_states"])
-            if stream is None:
-                return None
-            return (
-                ((stream, *args[1:]), kwargs)
-                if args
-                else (args, {**kwargs, "hidden_states": stream})
-            )
+def _at(site: Site, model: CausalLM, change: Change) -> Any:
+    """Let `change` see the residual stream at a site; returns the hook's handle."""
+    (site,) = resolve_sites([site], model.config.num_hidden_layers)
+    blocks = blocks_of(model)
+    return _on_input(blocks[0], change) if site == EMBEDDING else _on_output(blocks[site], change)
 
-        self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _on_output(self, module: nn.Module, change: Callable[[Tensor], Tensor | None]) -> None:
-        def hook(_module: Any, _args: Any, output: Any) -> Any:
-            stream = change(_stream(output))
-            return None if stream is None else _replace_stream(output, stream)
+def _on_input(block: nn.Module, change: Change) -> Any:
+    def hook(_module: Any, args: Any, kwargs: Any) -> Any:
+        stream = change(args[0] if args else kwargs["hidden_states"])
+        if stream is None:
+            return None
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": stream}
 
-        self._handles.append(module.register_forward_hook(hook))
+    return block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _on_output(module: nn.Module, change: Change) -> Any:
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        stream = change(stream_of(output))
+        whole = stream is None or not isinstance(output, tuple)
+        return stream if whole else (stream, *output[1:])
+
+    return module.register_forward_hook(hook)
 
 
 class LATHook(_Hooks):
@@ -122,21 +123,17 @@ class LATHook(_Hooks):
     def __init__(
         self, model: CausalLM, deltas: Mapping[Site, Tensor], decoding: bool = False
     ) -> None:
-        super().__init__()
         self.model, self.deltas, self.decoding = model, dict(deltas), decoding
 
-    def _install(self) -> None:
+    def _install(self) -> Iterator[Any]:
         for site, delta in self.deltas.items():
-            self._at(site, self.model, self._adder(site, delta))
+            yield _at(site, self.model, partial(self._add, site, delta))
 
-    def _adder(self, site: Site, delta: Tensor) -> Callable[[Tensor], Tensor | None]:
-        def add(stream: Tensor) -> Tensor | None:
-            if self.decoding and stream.shape[1] == 1 and delta.shape[1] > 1:
-                return None
-            check_delta(site, delta, stream)
-            return stream + delta.to(stream.dtype)
-
-        return add
+    def _add(self, site: Site, delta: Tensor, stream: Tensor) -> Tensor | None:
+        if self.decoding and stream.shape[1] == 1 and delta.shape[1] > 1:
+            return None
+        check_delta(site, delta, stream)
+        return stream + delta.to(stream.dtype)
 
 
 def check_delta(site: Site, delta: Tensor, stream: Tensor) -> None:
@@ -166,20 +163,16 @@ class Capture(_Hooks):
     def __init__(
         self, model: CausalLM, sites: Sequence[Site], positions: Sequence[int] | None = None
     ) -> None:
-        super().__init__()
         self.model, self.sites, self.positions = model, tuple(sites), positions
         self._streams: dict[Site, Tensor] = {}
 
-    def _install(self) -> None:
+    def _install(self) -> Iterator[Any]:
         for site in self.sites:
-            self._at(site, self.model, self._keeper(site))
+            yield _at(site, self.model, partial(self._keep, site))
 
-    def _keeper(self, site: Site) -> Callable[[Tensor], None]:
-        def keep(stream: Tensor) -> None:
-            at = stream if self.positions is None else stream[:, list(self.positions)]
-            self._streams[site] = at.detach()
-
-        return keep
+    def _keep(self, site: Site, stream: Tensor) -> None:
+        at = stream if self.positions is None else stream[:, list(self.positions)]
+        self._streams[site] = at.detach()
 
     def __getitem__(self, site: Site) -> Tensor:
         if site not in self._streams:
@@ -198,18 +191,14 @@ class Ablate(_Hooks):
     them. Source: Arditi et al. 2024, section 2.4."""
 
     def __init__(self, model: CausalLM, directions: Tensor) -> None:
-        super().__init__()
         self.model, self.basis = model, orthonormal(directions)
 
-    def _install(self) -> None:
+    def _install(self) -> Iterator[Any]:
+        project = partial(project_out, basis=self.basis)
         for block in blocks_of(self.model):
-            self._on_input(block, self._project)
-            for module in writers_of(block):
-                self._on_output(module, self._project)
-            self._on_output(block, self._project)
-
-    def _project(self, stream: Tensor) -> Tensor:
-        return project_out(stream, self.basis)
+            yield _on_input(block, project)
+            for module in (*writers_of(block), block):
+                yield _on_output(module, project)
 
 
 # the norms behind attention and MLP in families that have them (Gemma 2, OLMo 2)

@@ -43,24 +43,19 @@ def rows_per_chunk(vocabulary: int) -> int:
 
 
 def token_losses(
-    unembed: Unembed,
-    rows: Tensor,
-    labels: Tensor,
-    away: Tensor | None = None,
-    chunk: int | None = None,
+    unembed: Unembed, rows: Tensor, labels: Tensor, away: Tensor | None = None
 ) -> Tensor:
     """Loss of every label token, [labels], float32 or better, in nats.
 
     rows: [labels, d_model] hidden states; labels: [labels]; away: [labels] bool, which tokens to
     push away from. toward = -log p(label). away = -log(1 - p(label)), 0 where log p(label) < -5,
-    exact for p near 1. chunk: rows at a time, by default as the vocabulary allows. Source:
-    Sheshadri et al. 2024 and the authors' code."""
+    exact for p near 1. Source: Sheshadri et al. 2024 and the authors' code."""
     away = torch.zeros_like(labels, dtype=torch.bool) if away is None else away
 
     def losses(rows: Tensor, labels: Tensor, away: Tensor) -> Tensor:
         return _LabelLosses.apply(unembed(rows), labels, away)
 
-    return _by_row(losses, unembed, chunk, rows, labels, away)
+    return _by_row(losses, unembed, rows, labels, away)
 
 
 class _LabelLosses(torch.autograd.Function):
@@ -79,26 +74,23 @@ class _LabelLosses(torch.autograd.Function):
         p.scatter_(1, index, 0.0)
         others = p.sum(1, keepdim=True)
         likely = torch.log1p(-others)
-        log_own = torch.where(own > 0.5, likely, _log(own))
-        log_own = log_own.squeeze(1)
+        log_own = torch.where(own > 0.5, likely, _log(own)).squeeze(1)
         counts = ~away | (log_own >= AWAY_LOG_P_FLOOR)
-        ctx.save_for_backward(p, own, others, labels, away, counts)
+        ctx.save_for_backward(p, own, others, index, away, counts)
         ctx.dtype = logits.dtype
-        log_others = _log(others).squeeze(1)
-        return torch.where(away, -log_others * counts, -log_own)
+        return torch.where(away, -_log(others).squeeze(1) * counts, -log_own)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        p, own, others, labels, away, counts = ctx.saved_tensors
+        p, own, others, index, away, counts = ctx.saved_tensors
         grad = torch.where(counts, grad, 0.0).unsqueeze(1)
         away = away.unsqueeze(1)
         tiny = torch.finfo(p.dtype).tiny
         pushed = 1 - 1 / others.clamp(min=tiny)
-        elsewhere = torch.where(away, pushed, 1.0)
-        out = p * (grad * elsewhere)
-        out = out.to(ctx.dtype)
+        elsewhere = grad * torch.where(away, pushed, 1.0)
+        out = (p * elsewhere).to(ctx.dtype)
         at_label = grad * torch.where(away, own, own - 1)
-        out.scatter_(1, labels[:, None], at_label.to(ctx.dtype))
+        out.scatter_(1, index, at_label.to(ctx.dtype))
         return out, None, None
 
 
@@ -112,7 +104,6 @@ def kl_divergence(
     teacher: Unembed,
     teacher_rows: Tensor,
     mode: Literal["token", "reference"] = "token",
-    chunk: int | None = None,
 ) -> Tensor:
     """KL between teacher and student at each label position, [labels].
 
@@ -128,26 +119,24 @@ def kl_divergence(
             return F.kl_div(new, old, log_target=True, reduction="none").sum(-1)
         return F.kl_div(old, new, log_target=True, reduction="none").mean(-1)
 
-    return _by_row(divergence, student, chunk, student_rows, teacher_rows)
+    return _by_row(divergence, student, student_rows, teacher_rows)
 
 
-@torch.no_grad()
-def argmax_matches(
-    unembed: Unembed, rows: Tensor, labels: Tensor, chunk: int | None = None
-) -> Tensor:
+def argmax_matches(unembed: Unembed, rows: Tensor, labels: Tensor) -> Tensor:
     """[labels] bool: whether each label is its row's most likely token. rows: [labels, d_model]."""
-    size = chunk or rows_per_chunk(unembed(rows[:1]).shape[-1])
-    parts = zip(rows.split(size), labels.split(size), strict=True)
-    return torch.cat([unembed(part).argmax(-1) == own for part, own in parts])
+
+    def matches(rows: Tensor, labels: Tensor) -> Tensor:
+        return unembed(rows).argmax(-1) == labels
+
+    with torch.no_grad():
+        return _by_row(matches, unembed, rows.detach(), labels)
 
 
-def _by_row(
-    function: Callable[..., Tensor], unembed: Unembed, chunk: int | None, *rows: Tensor
-) -> Tensor:
+def _by_row(function: Callable[..., Tensor], unembed: Unembed, *rows: Tensor) -> Tensor:
     """`function(*rows)` [n], each value from its own row of every argument, with a chunk's logits
     at a time."""
     one = unembed(rows[0][:1].detach())
-    size = chunk or rows_per_chunk(one.shape[-1])
+    size = rows_per_chunk(one.shape[-1])
     if len(rows[0]) <= size:
         return function(*rows)
     if one.requires_grad:  # the output matrix is trained: its gradient needs the logits again
@@ -161,26 +150,25 @@ class _ByRow(torch.autograd.Function):
     pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Tensor], size: int, rows: Tensor, *others: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
         values, gradients = [], []
-        for part, *rest in zip(rows.split(size), *(o.split(size) for o in others), strict=True):
+        for part, *rest in zip(*(r.split(size) for r in rows), strict=True):
             leaf = part.detach().requires_grad_(ctx.needs_input_grad[2])
             with torch.set_grad_enabled(leaf.requires_grad):
                 found = function(leaf, *rest)
                 if leaf.requires_grad:
                     gradients += torch.autograd.grad(found.sum(), leaf)
             values.append(found.detach())
-        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
-        ctx.arguments = 3 + len(others)
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        ctx.others = len(rows) - 1
         return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (gradients,) = ctx.saved_tensors
         rows = gradients * grad[:, None].to(gradients.dtype)
-        return None, None, rows, *[None] * (ctx.arguments - 3)
+        return None, None, rows, *[None] * ctx.others
 
 
 def normalised(loss: Tensor) -> Tensor:

@@ -10,28 +10,26 @@ states that predict labels, through the model's own modules.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latlib.batch import Batch
-from latlib.hooks import Ablate, Capture, CausalLM, blocks_of, decoder_of, orthonormal, project_out
-from latlib.losses import Unembed, at_labels
+from latlib.hooks import Ablate, Capture, CausalLM, blocks_of, decoder_of, orthonormal, stream_of
 from latlib.model_state import adapter_off, forwards_replaced, frozen
-from latlib.network_protocol import Perturbation, Start, check_start, perturbed
+from latlib.network_protocol import Network
 from latlib.processes import ALONE, Processes, Result
-from latlib.threat import EMBEDDING, Site, depth, resolve_sites
+from latlib.threat import EMBEDDING
 
 # of each block: the arguments and keyword arguments beside the stream
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class StockNetwork:
+class StockNetwork(Network):
     """Any Hugging Face decoder, through its own modules.
 
     adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the
@@ -44,16 +42,13 @@ class StockNetwork:
         model: CausalLM,
         adapter: bool = True,
         train: bool = False,
-        directions: Tensor | None = None,
         compiled: bool = False,
         processes: Processes = ALONE,
-    ):
-        self.model, self.adapter, self.train, self.directions = model, adapter, train, directions
-        self.processes = processes
-        self.decoder, self.blocks, self.compiled = decoder_of(model), blocks_of(model), compiled
-        self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
-        weight = model.get_input_embeddings().weight
-        self.dtype, self.device = weight.dtype, weight.device
+    ) -> None:
+        super().__init__(model, train)
+        self.adapter, self.compiled, self.processes = adapter, compiled, processes
+        self.decoder, self.blocks = decoder_of(model), blocks_of(model)
+        # the same whatever the weights do
         self._calls: WeakKeyDictionary[Batch, Calls] = WeakKeyDictionary()
 
     @contextmanager
@@ -65,118 +60,65 @@ class StockNetwork:
         ):
             yield
 
-    def _through(self, call: Callable[[], Result]) -> Result:
-        return self.processes.through(self.train, call)
+    def _run(self, call: Callable[[], Result]) -> Result:
+        with self.frozen_mode():
+            return self.processes.through(self.train, call)
 
-    def _forward_inputs(self, batch: Batch) -> dict[str, Any]:
+    def _decode(self, batch: Batch) -> None:
+        """Run the decoder, some of whose blocks are others for now."""
         # plain rows are padded on the right, where causal attention never looks
         mask = torch.ones_like(batch.ids)
         if batch.packed:
             seen = batch.attends()[:, None]
-            mask = torch.zeros(seen.shape, device=self.device, dtype=self.dtype)
+            mask = torch.zeros_like(seen, dtype=self.dtype)
             mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
-        return {"position_ids": batch.positions, "attention_mask": mask, "use_cache": False}
+        positions = batch.positions
+        self.decoder(batch.ids, position_ids=positions, attention_mask=mask, use_cache=False)
 
     def _calls_of_blocks(self, batch: Batch) -> Calls:
         """The arguments beside the stream that each block receives for this batch (masks, rotary
         tables), made once: the decoder runs with blocks that only note how they are called."""
         if batch not in self._calls:
-            try:
-                self._calls[batch] = self._noted(batch, lambda stream: stream)
-            except _PartOfStreamError:
-                self._calls[batch] = self._noted(batch, lambda stream: (stream,))
+            noted = self._noted(batch, lambda stream: stream)
+            self._calls[batch] = noted or self._noted(batch, lambda stream: (stream,))
         return self._calls[batch]
 
     @torch.no_grad()
     def _noted(self, batch: Batch, returned: Callable[[Tensor], Tensor | tuple[Tensor]]) -> Calls:
-        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Raises _PartOfStreamError
-        if the decoder took the first row of that: its blocks return tuples."""
+        """See `_calls_of_blocks`; the blocks return `returned(stream)`. Nothing, if the decoder
+        took the first row of that: its blocks return tuples."""
         seen: Calls = []
 
         def note(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
             if stream.shape[:-1] != batch.shape:
-                raise _PartOfStreamError
+                seen.clear()
+                raise _EnoughError
             seen.append((args, kwargs))
             return returned(stream)
 
-        with forwards_replaced(list(self.blocks), note, hooks=False):
-            self.decoder(batch.ids, **self._forward_inputs(batch))
+        with forwards_replaced(list(self.blocks), note, hooks=False), suppress(_EnoughError):
+            self._decode(batch)
         return seen
 
-    def capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        with self.frozen_mode():
-            return self._through(
-                lambda: self._capture(batch, resolve_sites(sites, self.n_layers), index)
-            )
-
     @torch.no_grad()
-    def _capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        # so many blocks; at the embedding the first is passed by, not left half-way
-        run = depth(sites[-1])
-        passed = (
-            nullcontext()
-            if run
-            else forwards_replaced([self.blocks[0]], lambda stream, *_, **__: stream)
-        )
-        with passed, Capture(self.model, sites) as streams:
-            stop = self.blocks[max(run - 1, 0)].register_forward_hook(_raise_enough)
-            try:
-                self.decoder(batch.ids, **self._forward_inputs(batch))
-            except _EnoughError:
-                pass
-            finally:
-                stop.remove()
-            return {s: streams[s] if index is None else at_labels(streams[s], index) for s in sites}
+    def _embedded(self, batch: Batch) -> Tensor:
+        """The stream at the embedding. The first block is passed by, not left half-way, and no
+        other is run."""
+        first = self.blocks[0]
+        with (
+            forwards_replaced([first], lambda stream, *_, **__: stream),
+            Capture(self.model, [EMBEDDING]) as streams,
+            first.register_forward_hook(_raise_enough),
+            suppress(_EnoughError),
+        ):
+            self._decode(batch)
+        return streams[EMBEDDING]
 
-    def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        wanted = resolve_sites(sites, self.n_layers)
-        with self.frozen_mode():
-            return self._through(lambda: self._streams(batch, wanted))
+    def _block(self, stream: Tensor, i: int, batch: Batch) -> Tensor:
+        args, kwargs = self._calls_of_blocks(batch)[i]
+        return stream_of(self._runner(self.blocks[i])(stream, *args, **kwargs))
 
-    def _streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        found = {}
-        for site, stream in self._walk(batch):
-            if site in sites:
-                found[site] = stream
-            if site == sites[-1]:
-                break
-        return found
-
-    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
-        if start is not None:
-            check_start(start[0], deltas)
-        if deltas and self.directions is not None:
-            basis = orthonormal(self.directions)
-            deltas = {s: project_out(delta, basis) for s, delta in deltas.items()}
-        with self.frozen_mode():
-            return self._through(lambda: self._hidden(batch, deltas, start))
-
-    def _hidden(self, batch: Batch, deltas: Perturbation, start: Start) -> Tensor:
-        _, stream = deque(self._walk(batch, deltas, start), maxlen=1)[0]
-        return self._final_norm()(stream)
-
-    def _walk(
-        self, batch: Batch, deltas: Perturbation = None, start: Start = None
-    ) -> Iterator[tuple[Site, Tensor]]:
-        """(site, perturbed stream there), block by block."""
-        site, stream = start or (EMBEDDING, self._capture(batch, [EMBEDDING])[EMBEDDING])
-        calls = self._calls_of_blocks(batch)
-        stream = perturbed(site, stream, deltas)
-        yield site, stream
-        for i in range(depth(site), self.n_layers):
-            args, kwargs = calls[i]
-            stream = perturbed(i, _tensor(self._runner(i)(stream, *args, **kwargs)), deltas)
-            yield i, stream
-
-    def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
-        return at_labels(self.hidden(batch, deltas, start), batch.source)
-
-    def _runner(self, i: int) -> Callable[..., Any]:
-        block: Any = self.blocks[i]
+    def _runner(self, block: Any) -> Callable[..., Any]:
         checkpointed = getattr(block, "gradient_checkpointing", False) and block.training
         if not self.compiled or self.directions is not None or checkpointed:
             return block
@@ -184,43 +126,27 @@ class StockNetwork:
             block._latlib_compiled = torch.compile(block.forward)
         return block._latlib_compiled
 
+    def _norm(self, stream: Tensor) -> Tensor:
+        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+            if hasattr(self.decoder, name):
+                return getattr(self.decoder, name)(stream)
+        raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
+
     def unembed(self, rows: Tensor) -> Tensor:
         with self.frozen_mode():
             logits = self.model.get_output_embeddings()(rows)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def unembedding(self) -> Unembed:
-        return self.unembed
-
     def ablated(self, directions: Tensor) -> StockNetwork:
-        if self.directions is not None:
-            before = torch.atleast_2d(self.directions)
-            directions = torch.cat((before, torch.atleast_2d(directions).to(before)))
-        return self._with(self.train, directions)
+        every = self._and(directions)
+        return self._with(directions=every, basis=orthonormal(every))
 
     def frozen(self) -> StockNetwork:
-        return self._with(False, self.directions)
+        return self._with(train=False)
 
     def flush_gradients(self) -> None:
         """See `Network`: gradients are with the parameters already."""
-
-    def _with(self, train: bool, directions: Tensor | None) -> StockNetwork:
-        other = StockNetwork(
-            self.model, self.adapter, train, directions, self.compiled, self.processes
-        )
-        other._calls = self._calls  # the same whatever the weights do
-        return other
-
-    def _final_norm(self) -> nn.Module:
-        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
-            if hasattr(self.decoder, name):
-                return getattr(self.decoder, name)
-        raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
-
-
-class _PartOfStreamError(Exception):
-    """A block was handed a part of what the one before it returned."""
 
 
 class _EnoughError(Exception):
@@ -229,7 +155,3 @@ class _EnoughError(Exception):
 
 def _raise_enough(*_: Any) -> None:
     raise _EnoughError
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

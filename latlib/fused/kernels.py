@@ -24,10 +24,11 @@ from torch import Tensor
 
 from latlib.losses import wide_of
 
+Tables = tuple[Tensor, Tensor, Tensor]  # cos, sin and bias, see `Attention`
+
 # torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32.
-# Short rows take a
-# float32 softmax instead, long ones get keys that nobody sees; each is twice as fast
-# (docs/lab-log.md).
+# Short rows take a float32 softmax instead, long ones get keys that nobody sees; each is twice as
+# fast (docs/lab-log.md).
 SHORT_ROW, ROW_MULTIPLE = 128, 32
 
 
@@ -63,8 +64,9 @@ def _rotate(pairs: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> T
     """pairs [tokens, 2, width]: the two halves of every head; cos, sin [tokens, 1, width]. A
     contiguous copy."""
     out, sin = pairs * cos, sin.squeeze(1)
-    out[:, 0].addcmul_(pairs[:, 1], sin, value=1.0 if inverse else -1.0)
-    out[:, 1].addcmul_(pairs[:, 0], sin, value=-1.0 if inverse else 1.0)
+    sign = 1.0 if inverse else -1.0
+    out[:, 0].addcmul_(pairs[:, 1], sin, value=sign)
+    out[:, 1].addcmul_(pairs[:, 0], sin, value=-sign)
     return out
 
 
@@ -75,18 +77,12 @@ def padded_keys(seq: int, dtype: torch.dtype, device: torch.device) -> int:
     return seq if fast else -(-seq // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    if (
-        scores.dtype == torch.bfloat16
-        and scores.shape[-1] < SHORT_ROW
-        and scores.device.type == "cpu"
-    ):
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
+    short = scores.shape[-1] < SHORT_ROW and scores.device.type == "cpu"
+    if short and scores.dtype == torch.bfloat16:
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
     return scores.softmax(-1)
-
-
-def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    return _softmax(torch.baddbmm(bias, q, k.transpose(1, 2)))
 
 
 def _with_keys(part: Tensor, keys: int) -> Tensor:
@@ -99,21 +95,15 @@ def _with_keys(part: Tensor, keys: int) -> Tensor:
     return out.view(n * heads, keys, -1)
 
 
-def _of_keys(weights: Tensor, queries: Tensor, n: int, heads: int, seq: int) -> Tensor:
-    """[n, heads, seq, head_dim] gradients of keys or values, without the padding."""
-    return torch.bmm(weights.transpose(1, 2), queries).view(n, heads, weights.shape[-1], -1)[
-        :, :, :seq
-    ]
-
-
 class Attention(torch.autograd.Function):
     """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows`, [n] into the
     flattened positions.
 
     qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the
     second halves of the same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads
-    * head_dim]. cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]. bias, additive, [1 or
-    batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`]."""
+    * head_dim]. tables: cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias,
+    additive, [1 or batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`]. heads: (heads,
+    kv_heads)."""
 
     @staticmethod
     def forward(
@@ -121,61 +111,60 @@ class Attention(torch.autograd.Function):
         x: Tensor,
         qkv: Tensor,
         out: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        heads: int,
-        kv_heads: int,
+        tables: Tables,
+        heads: tuple[int, int],
         eps: float,
-        rows: Tensor | None = None,
+        rows: Tensor | None,
     ) -> Tensor:
         """See the class."""
         n, seq, d = x.shape
         flat = x.view(-1, d)
         y, scale = _normed(flat, eps)
-        mixed = y @ qkv.T
-        q, k, v = _queries_keys_values(mixed, (n, seq, heads, kv_heads), (cos, sin), bias.shape[-1])
-        p = _attention_weights(q, k, bias)
-        read = _by_position(torch.bmm(p, v), n, heads)
+        q, k, v = _queries_keys_values(y @ qkv.T, (n, seq), heads, tables)
+        p = _attention_weights(q, k, tables[2])
+        read = torch.bmm(p, v).view(n, heads[0], seq, -1)
+        read = read.transpose(1, 2).reshape(n * seq, -1)
         if rows is not None:
             flat = flat.index_select(0, rows)
             read = read.index_select(0, rows)
-        kept = (None, bias, read) if ctx.needs_input_grad[2] else (p, None, None)
-        ctx.save_for_backward(y, scale, q, k, v, *kept, qkv, out, cos, sin, rows)
-        ctx.heads, ctx.kv_heads, ctx.shape = heads, kv_heads, x.shape
+        kept = (None, read) if ctx.needs_input_grad[2] else (p, None)
+        ctx.save_for_backward(y, scale, q, k, v, *kept, qkv, out, rows)
+        ctx.tables, ctx.heads, ctx.shape = tables, heads, x.shape
         written = torch.addmm(flat, read, out.T)
         return written.view_as(x) if rows is None else written
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See the class."""
-        y, scale, q, k, v, p, bias, read, qkv, out, cos, sin, rows = ctx.saved_tensors
+        y, scale, q, k, v, p, read, qkv, out, rows = ctx.saved_tensors
         n, seq, d = ctx.shape
+        cos, sin, bias = ctx.tables
         flat = grad.reshape(-1, d)
         d_read = flat @ out
         d_out = flat.T @ read if ctx.needs_input_grad[2] else None
         if rows is not None:
             flat = _put_back(flat, rows, n * seq)
             d_read = _put_back(d_read, rows, n * seq)
-        d_read = d_read.view(n, seq, ctx.heads, -1)
+        heads, kv_heads = ctx.heads
+        d_read = d_read.view(n, seq, heads, -1)
         d_read = d_read.transpose(1, 2).reshape(q.shape)
         if p is None:
             p = _attention_weights(q, k, bias)
         d_p = torch.bmm(d_read, v.transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
         d_q = torch.bmm(d_scores, k)
-        d_q = d_q.view(n, ctx.heads, seq, -1)
-        d_k = _of_keys(d_scores, q, n, ctx.kv_heads, seq)
-        d_v = _of_keys(p, d_read, n, ctx.kv_heads, seq)
-        d_mixed = _mixed_gradient(d_q, d_k, d_v, (cos, sin))
-        d_x = None
+        d_k = torch.bmm(d_scores.transpose(1, 2), q)
+        d_v = torch.bmm(p.transpose(1, 2), d_read)
+        d_q = d_q.view(n, heads, seq, -1)
+        by_head = (n, kv_heads, k.shape[1], -1)
+        d_k, d_v = (d.view(by_head)[:, :, :seq] for d in (d_k, d_v))  # without the padding
+        d_mixed = _mixed_gradient(d_q, d_k, d_v, cos, sin)
+        d_x = d_qkv = None
         if ctx.needs_input_grad[0]:
-            d_y = d_mixed @ qkv
-            d_x = _normed_backward(d_y, y, scale).add_(flat)
-            d_x = d_x.view(ctx.shape)
-        d_qkv = d_mixed.T @ y if ctx.needs_input_grad[1] else None
-        nothing = (None,) * 7
-        return d_x, d_qkv, d_out, *nothing
+            d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            d_qkv = d_mixed.T @ y
+        return d_x, d_qkv, d_out, None, None, None, None
 
 
 def _put_back(part: Tensor, rows: Tensor, n: int) -> Tensor:
@@ -184,50 +173,46 @@ def _put_back(part: Tensor, rows: Tensor, n: int) -> Tensor:
 
 
 def _queries_keys_values(
-    mixed: Tensor, sizes: tuple[int, int, int, int], rotary: tuple[Tensor, Tensor], keys: int
+    mixed: Tensor, shape: tuple[int, int], heads: tuple[int, int], tables: Tables
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [batch * kv_heads, heads / kv_heads * seq, head_dim] and k, v [batch * kv_heads, keys,
-    head_dim] from the product with qkv. sizes: batch, seq, heads, kv_heads."""
-    n, seq, heads, kv_heads = sizes
-    hd = mixed.shape[1] // (heads + 2 * kv_heads)
-    end = (heads + kv_heads) * hd
+    head_dim] from the product with qkv. shape: (batch, seq)."""
+    cos, sin, bias = tables
+    n, seq = shape
+    queries, keys = heads
+    hd = mixed.shape[1] // (queries + 2 * keys)
+    end = (queries + keys) * hd
     pairs = mixed[:, :end]
-    turned = _rotate(pairs.view(-1, 2, end // 2), *rotary)
+    turned = _rotate(pairs.view(-1, 2, end // 2), cos, sin)
     turned = turned.view(n, seq, 2, -1, hd // 2)
     by_head = turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
-    queries = by_head[:, :heads]
-    queries = queries.reshape(n * kv_heads, -1, hd)
-    keys_by_head = by_head[:, heads:]
-    values = mixed[:, end:]
-    values = values.view(n, seq, kv_heads, hd)
-    values = values.transpose(1, 2)
-    return queries, _with_keys(keys_by_head, keys), _with_keys(values, keys)
+    q = by_head[:, :queries]
+    k = by_head[:, queries:]
+    v = mixed[:, end:]
+    v = v.view(n, seq, keys, hd)
+    v = v.transpose(1, 2)
+    padded = bias.shape[-1]
+    return q.reshape(n * keys, -1, hd), _with_keys(k, padded), _with_keys(v, padded)
 
 
-def _by_position(read: Tensor, n: int, heads: int) -> Tensor:
-    """[batch * seq, heads * head_dim] of what each head read."""
-    by_head = read.view(n, heads, -1, read.shape[-1]).transpose(1, 2)
-    return by_head.reshape(-1, heads * read.shape[-1])
-
-
-def _mixed_gradient(d_q: Tensor, d_k: Tensor, d_v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _mixed_gradient(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of the product with qkv, [batch * seq, (heads + 2 kv_heads) * head_dim], from
     those of queries, keys and values, each [batch, its heads, seq, head_dim]."""
-    n, heads, seq, hd = d_q.shape
-    kv_heads = d_k.shape[1]
-    both = heads + kv_heads
-    end = both * hd
-    d_turned = d_q.new_empty(n, seq, 2, both, hd // 2)
+    n, queries, seq, hd = d_q.shape
+    keys = d_k.shape[1]
+    end = (queries + keys) * hd
+    d_turned = d_q.new_empty(n, seq, 2, queries + keys, hd // 2)
     by_head = d_turned.permute(0, 3, 1, 2, 4)  # [batch, heads + kv_heads, seq, 2, head_dim / 2]
     halves = (2, hd // 2)
-    by_head[:, :heads] = d_q.unflatten(-1, halves)
-    by_head[:, heads:] = d_k.unflatten(-1, halves)
-    turned = _rotate(d_turned.view(-1, 2, end // 2), *rotary, inverse=True)
-    d_values = d_v.transpose(1, 2)
-    d_mixed = d_q.new_empty(n * seq, end + kv_heads * hd)
+    by_head[:, :queries] = d_q.unflatten(-1, halves)
+    by_head[:, queries:] = d_k.unflatten(-1, halves)
+    d_turned = d_turned.view(-1, 2, end // 2)
+    turned = _rotate(d_turned, cos, sin, inverse=True)
+    d_mixed = d_q.new_empty(n * seq, end + keys * hd)
     d_mixed[:, :end] = turned.view(-1, end)
-    last = d_mixed[:, end:]
-    last.view(d_values.shape).copy_(d_values)
+    d_values = d_mixed[:, end:]
+    d_values = d_values.view(n, seq, keys, hd)
+    d_values.copy_(d_v.transpose(1, 2))
     return d_mixed
 
 

@@ -18,11 +18,11 @@ Tested equal to the stock modules (which compute norms in float32 whatever the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,15 +31,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
-from latlib.fused.kernels import MLP, Attention, RMSNorm, padded_keys
-from latlib.hooks import CausalLM, check_delta, decoder_of, orthonormal, project_out
+from latlib.fused.kernels import MLP, Attention, RMSNorm, Tables, padded_keys
+from latlib.hooks import CausalLM, check_delta, decoder_of, orthonormal
 from latlib.losses import Unembed, at_labels, wide_of
-from latlib.network_protocol import Perturbation, Start, check_start
-from latlib.threat import EMBEDDING, Site, depth, resolve_sites
+from latlib.network_protocol import Network, Perturbation, Start
+from latlib.threat import EMBEDDING, Site
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000
-Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def fits(model: CausalLM) -> bool:
@@ -87,73 +86,67 @@ def _plain_lora(layer: Any) -> bool:
 
 def _weight(layer: Any, adapter: bool) -> Tensor:
     """[out, in] weight of a Linear, with its LoRA merged when `adapter`."""
-    if not hasattr(layer, "lora_A"):
-        return layer.weight
-    weight, name = layer.get_base_layer().weight, layer.active_adapters[0]
-    if not adapter:
+    weight = getattr(layer, "base_layer", layer).weight
+    if not adapter or not hasattr(layer, "lora_A"):
         return weight
+    name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # float32 also on a bf16 model
     return torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling[name])
 
 
+class Block(NamedTuple):
+    """A block's merged matrices as [out, in]; qkv in the order and scale of `kernels.Attention`."""
+
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Merged matrices as [out, in]: embed, head [vocabulary, d_model]; per block qkv (in the order
-    and scale of `kernels.Attention`), out, gate_up, down."""
+    """Merged matrices as [out, in]: embed, head [vocabulary, d_model], and those of each block."""
 
     embed: Tensor
     head: Tensor
-    qkv: tuple[Tensor, ...]
-    out: tuple[Tensor, ...]
-    gate_up: tuple[Tensor, ...]
-    down: tuple[Tensor, ...]
+    blocks: list[Block]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """Apply a function to every matrix."""
-        return Weights(
-            *(function(self.embed), function(self.head)),
-            *(
-                tuple(map(function, group))
-                for group in (self.qkv, self.out, self.gate_up, self.down)
-            ),
-        )
+        blocks = [Block(*map(function, block)) for block in self.blocks]
+        return Weights(function(self.embed), function(self.head), blocks)
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from (self.embed, self.head, *self.qkv, *self.out, *self.gate_up, *self.down)
+        return chain((self.embed, self.head), *self.blocks)
 
 
 def merge(model: CausalLM, adapter: bool) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
     grad."""
     decoder: Any = decoder_of(model)
-    config = model.config
-    size = head_dim(config)
+    weight = partial(_weight, adapter=adapter)
 
-    # [2, heads * head_dim / 2, d_model]: the two halves of every head
-    def pairs(matrix: Tensor) -> Tensor:
-        return matrix.view(-1, 2, size // 2, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
-
-    qkv, out, gate_up, down = [], [], [], []
+    blocks = []
     for block in decoder.layers:
         attention, mlp = block.self_attn, block.mlp
-        q, k, v = (
-            _weight(layer, adapter)
-            for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        turned = torch.cat((pairs(q * size**-0.5), pairs(k)), 1).flatten(0, 1)
-        qkv.append(torch.cat((turned, v)) * block.input_layernorm.weight)
-        out.append(_weight(attention.o_proj, adapter))
-        both = torch.cat((_weight(mlp.gate_proj, adapter), _weight(mlp.up_proj, adapter)))
-        gate_up.append(both * block.post_attention_layernorm.weight)
-        down.append(_weight(mlp.down_proj, adapter))
-    head = _weight(model.get_output_embeddings(), adapter) * decoder.norm.weight
-    groups = (tuple(qkv), tuple(out), tuple(gate_up), tuple(down))
-    return Weights(model.get_input_embeddings().weight, head, *groups)
+        size = attention.head_dim
+        q = weight(attention.q_proj) * size**-0.5
+        k = weight(attention.k_proj)
+        v = weight(attention.v_proj)
+        turned = torch.cat((_halves(q, size), _halves(k, size)), 1)
+        qkv = torch.cat((turned.flatten(0, 1), v)) * block.input_layernorm.weight
+        both = torch.cat((weight(mlp.gate_proj), weight(mlp.up_proj)))
+        gate_up = both * block.post_attention_layernorm.weight
+        out = weight(attention.o_proj)
+        down = weight(mlp.down_proj)
+        blocks.append(Block(qkv, out, gate_up, down))
+    head = weight(model.get_output_embeddings()) * decoder.norm.weight
+    return Weights(model.get_input_embeddings().weight, head, blocks)
 
 
-def head_dim(config: Any) -> int:
-    """Width of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _halves(matrix: Tensor, size: int) -> Tensor:
+    """[2, heads * head_dim / 2, d_model]: the two halves of every head, of `size` rows."""
+    return matrix.view(-1, 2, size // 2, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
 
 
 def _trained_rows(mlp: Any) -> slice:
@@ -163,8 +156,8 @@ def _trained_rows(mlp: Any) -> slice:
     return slice(0 if gate else ffn, 2 * ffn if up else ffn)
 
 
-class LeanNetwork:
-    """A `network_protocol.Network` over merged weights.
+class LeanNetwork(Network):
+    """A `Network` over merged weights.
 
     model: a (PEFT) Llama that `fits`. train: gradients reach the model's parameters by
     `flush_gradients`. dtype: compute dtype."""
@@ -175,41 +168,30 @@ class LeanNetwork:
         adapter: bool = True,
         train: bool = False,
         dtype: torch.dtype | None = None,
-    ):
-        config = model.config
+    ) -> None:
+        super().__init__(model, train, dtype)
         with torch.set_grad_enabled(train):
-            merged = merge(model, adapter)
-            self.dtype = dtype or merged.embed.dtype
-            merged = merged.map(lambda w: w.to(self.dtype))
-        self._merged = merged if train else None
-        self.weights = (
-            merged.map(lambda w: w.detach().requires_grad_(w.requires_grad)) if train else merged
+            self._merged = merge(model, adapter).map(lambda w: w.to(self.dtype))
+        self.weights = self._merged.map(
+            lambda w: w.detach().requires_grad_(train and w.requires_grad)
         )
-        self.n_layers, self.d_model, self.device = (
-            config.num_hidden_layers,
-            config.hidden_size,
-            merged.embed.device,
-        )
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.eps = head_dim(config), config.rms_norm_eps
         decoder: Any = decoder_of(model)
         self._rotary = decoder.rotary_emb
         self._trained = [_trained_rows(block.mlp) for block in decoder.layers]
-        self.directions: Tensor | None = None  # [k, d_model] orthonormal, ablated
+        config = model.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.eps = config.rms_norm_eps
         self._tables_of: WeakKeyDictionary[Batch, Tables] = WeakKeyDictionary()
 
     def frozen(self) -> LeanNetwork:
         """See `Network`: the same merged values, without gradients."""
-        return self._with(self.weights.map(torch.Tensor.detach), _merged=None)
+        return self._with(weights=self.weights.map(Tensor.detach))
 
     def flush_gradients(self) -> None:
-        assert self._merged is not None, "a network that trains has merged weights"
-        merged, gradients = [], []
-        for weight, leaf in zip(self._merged, self.weights, strict=True):
-            if leaf.grad is not None:
-                merged.append(weight)
-                gradients.append(leaf.grad)
-        if merged:
+        pairs = zip(self._merged, self.weights, strict=True)
+        left = [(weight, leaf.grad) for weight, leaf in pairs if leaf.grad is not None]
+        if left:
+            merged, gradients = zip(*left, strict=True)
             torch.autograd.backward(merged, gradients, retain_graph=True)
         for leaf in self.weights:
             leaf.grad = None
@@ -218,23 +200,20 @@ class LeanNetwork:
         """cos, sin and additive mask as `kernels.Attention` takes them; once per batch."""
         if batch not in self._tables_of:
             cos, sin = self._rotary_tables(batch)
-            bias = self._bias(batch)
-            self._tables_of[batch] = (cos.to(self.dtype), sin.to(self.dtype), bias.to(self.dtype))
+            self._tables_of[batch] = (cos, sin, self._bias(batch).to(self.dtype))
         return self._tables_of[batch]
 
-    def _rotary_tables(self, batch: Batch) -> list[Tensor]:
+    def _rotary_tables(self, batch: Batch) -> Iterator[Tensor]:
         """cos and sin, [batch * seq, 1, (heads + kv_heads) * head_dim / 2]."""
         n, seq = batch.shape
         positions = batch.positions
         if not batch.packed:
             positions = torch.arange(seq, device=self.device)[None]
         like = torch.empty(0, device=self.device, dtype=wide_of(self.dtype))
-        tables = []
         for table in self._rotary(like, positions):
-            half = table[..., : self.head_dim // 2]
+            half = table.chunk(2, -1)[0]
             rows = half.repeat(n // len(table), 1, self.heads + self.kv_heads)
-            tables.append(rows.flatten(0, 1).unsqueeze(1))
-        return tables
+            yield rows.flatten(0, 1).unsqueeze(1).to(self.dtype)
 
     def _bias(self, batch: Batch) -> Tensor:
         """[1 or batch * kv_heads, heads / kv_heads * seq, keys], 0 where a key is seen."""
@@ -244,72 +223,37 @@ class LeanNetwork:
         else:
             seen = torch.ones(1, seq, seq, dtype=torch.bool, device=self.device).tril()
         hidden = torch.finfo(torch.float32).min / 2
-        bias = torch.zeros(seen.shape, device=self.device).masked_fill(~seen, hidden)
         more = padded_keys(seq, self.dtype, self.device) - seq
-        bias = F.pad(bias, (0, more), value=hidden)
+        bias = F.pad(torch.where(seen, 0.0, hidden), (0, more), value=hidden)
         bias = bias.repeat(1, self.heads // self.kv_heads, 1)
         return bias.repeat_interleave(self.kv_heads, 0) if batch.packed else bias
 
-    def _block(
-        self, x: Tensor, i: int, tables: tuple[Tensor, ...], rows: Tensor | None = None
-    ) -> Tensor:
-        w = self.weights
-        x = Attention.apply(
-            x, w.qkv[i], w.out[i], *tables, self.heads, self.kv_heads, self.eps, rows
-        )
-        return MLP.apply(x, w.gate_up[i], w.down[i], self.eps, self._trained[i])
+    def _embedded(self, batch: Batch) -> Tensor:
+        return F.embedding(batch.ids, self.weights.embed)
 
-    def capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        with torch.no_grad():
-            found = self.streams(batch, sites)
-            if index is None:
-                return found
-            return {site: at_labels(stream, index) for site, stream in found.items()}
+    def _block(self, stream: Tensor, i: int, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        w, heads = self.weights.blocks[i], (self.heads, self.kv_heads)
+        x = Attention.apply(stream, w.qkv, w.out, self._tables(batch), heads, self.eps, rows)
+        return MLP.apply(x, w.gate_up, w.down, self.eps, self._trained[i])
 
-    def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        sites = resolve_sites(sites, self.n_layers)
-        stream = F.embedding(batch.ids, self.weights.embed)
-        found: dict[Site, Tensor] = {EMBEDDING: stream} if EMBEDDING in sites else {}
-        for i in range(depth(sites[-1])):
-            stream = self._block(stream, i, self._tables(batch))
-            if i in sites:
-                found[i] = stream
-        return found
-
-    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
-        return self._run(batch, deltas, start, None)
+    def _norm(self, stream: Tensor) -> Tensor:
+        return RMSNorm.apply(stream, self.eps)
 
     def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
-        """See `Network`: behind its attention, the last block runs at these
-        positions only."""
-        return self._run(batch, deltas, start, batch.source)
-
-    def _run(
-        self,
-        batch: Batch,
-        deltas: Perturbation,
-        start: Start,
-        rows: Tensor | None,
-    ) -> Tensor:
-        deltas = {} if deltas is None else deltas
-        if self.directions is not None:
-            deltas = {s: project_out(delta, self.directions) for s, delta in deltas.items()}
-        site, stream = start or (EMBEDDING, F.embedding(batch.ids, self.weights.embed))
-        check_start(site, deltas)
-        for at in range(depth(site), self.n_layers + 1):
-            here, last = EMBEDDING if at == 0 else at - 1, at == self.n_layers
-            if here in deltas:
-                check_delta(here, deltas[here], stream)
-            if at > depth(site):
-                stream = self._block(stream, at - 1, self._tables(batch), rows if last else None)
-            elif last and rows is not None:
-                stream = at_labels(stream, rows)
-            if here in deltas:
-                delta = deltas[here] if rows is None or not last else at_labels(deltas[here], rows)
-                stream = stream + delta.to(stream.dtype)
-        return RMSNorm.apply(stream, self.eps)
+        """See `Network`: behind its attention, the last block runs at these positions only."""
+        last = self.n_layers - 1
+        if start is not None and start[0] == last:
+            return super().label_rows(batch, deltas, start)
+        below: Site = last - 1 if last else EMBEDDING
+        deltas = self._outside(deltas) or {}
+        stream = self._streams(batch, [below], deltas, start)[below]
+        delta = deltas.get(last)
+        if delta is not None:
+            check_delta(last, delta, stream)
+        stream = self._block(stream, last, batch, batch.source)
+        if delta is not None:
+            stream = stream + at_labels(delta, batch.source).to(stream.dtype)
+        return self._norm(stream)
 
     def unembed(self, rows: Tensor) -> Tensor:
         return F.linear(rows, self.weights.head)
@@ -317,35 +261,19 @@ class LeanNetwork:
     def unembedding(self) -> Unembed:
         return partial(F.linear, weight=self.weights.head)
 
-    def frozen_mode(self) -> AbstractContextManager[None]:
-        """See `Network`: merged weights are a network's own, so there is
-        nothing to hold."""
-        return nullcontext()
-
     def ablated(self, directions: Tensor) -> LeanNetwork:
         """See `Network`. The directions leave every matrix that writes to the stream (Arditi et al.
         2024)."""
-        if self.directions is not None:
-            directions = torch.cat(
-                (self.directions, torch.atleast_2d(directions.detach()).to(self.directions))
-            )
-        basis = orthonormal(directions).to(self.device)
+        basis = orthonormal(self._and(directions)).to(self.device)
 
         def writes(matrix: Tensor) -> Tensor:  # [d_model, in]
             wide = matrix.double()
             return (wide - basis.T @ (basis @ wide)).to(matrix.dtype)
 
         w = self.weights
-        clean = replace(
-            w,
-            embed=writes(w.embed.T).T,
-            out=tuple(map(writes, w.out)),
-            down=tuple(map(writes, w.down)),
-        )
-        return self._with(clean, directions=basis)
-
-    def _with(self, weights: Weights, **changes: Any) -> LeanNetwork:
-        """This network over other weights."""
-        other = object.__new__(LeanNetwork)
-        other.__dict__.update(self.__dict__, weights=weights, **changes)
-        return other
+        blocks = [
+            block._replace(out=writes(block.out), down=writes(block.down)) for block in w.blocks
+        ]
+        embed = writes(w.embed.T).T
+        weights = replace(w, embed=embed, blocks=blocks)
+        return self._with(weights=weights, directions=basis, basis=basis)

@@ -136,11 +136,12 @@ def test_hooks_nest():
 
 
 def test_one_hook_is_not_entered_twice():
-    hook = LATHook(model_of(), deltas_for())
+    model = model_of()
+    hook = LATHook(model, deltas_for())
     with hook, pytest.raises(RuntimeError, match="already entered.*second"):
         hook.__enter__()
     with hook:  # after leaving, it can be used again
-        assert hook._handles
+        assert hooks_on(model) == len(SITES)
 
 
 @pytest.mark.parametrize(

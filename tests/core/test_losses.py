@@ -2,6 +2,8 @@
 of all positions.
 """
 
+from unittest.mock import patch
+
 import pytest
 import reference
 import torch
@@ -39,12 +41,17 @@ def losses_of(network, batch, deltas=None):
     return both_losses(network.unembed, rows, batch.labels)
 
 
-def both_losses(unembed, rows, labels, chunk=None):
+def both_losses(unembed, rows, labels):
     """(toward, away) of every label."""
     return tuple(
-        token_losses(unembed, rows, labels, torch.full(labels.shape, away), chunk)
+        token_losses(unembed, rows, labels, torch.full(labels.shape, away))
         for away in (False, True)
     )
+
+
+def in_chunks_of(rows):
+    """With logits of so many rows at a time."""
+    return patch.object(losses, "CHUNK_ELEMENTS", rows * VOCABULARY)
 
 
 def logits_as_rows(n, seed=0, scale=3.0):
@@ -175,11 +182,13 @@ def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass(trained):
         return part @ weight.T
 
     def total(chunk):
-        losses = sum(
-            (scale * loss).sum() for loss in both_losses(unembed, rows, labels, chunk=chunk)
-        )
         teacher = rows.detach().roll(1, 0)
-        return losses + (scale * kl_divergence(unembed, rows, unembed, teacher, chunk=chunk)).sum()
+        with in_chunks_of(chunk):
+            each = (
+                *both_losses(unembed, rows, labels),
+                kl_divergence(unembed, rows, unembed, teacher),
+            )
+        return sum((scale * loss).sum() for loss in each)
 
     expected = torch.autograd.grad(total(100), leaves)
     seen.clear()
@@ -192,13 +201,13 @@ def test_logits_exist_a_chunk_at_a_time_also_in_the_backward_pass(trained):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_a_chunk_holds_so_many_logits_whatever_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 10 * VOCABULARY)
+def test_a_chunk_holds_so_many_logits_whatever_the_vocabulary():
     weight, seen = torch.randn(VOCABULARY, D, dtype=torch.float64), []
     rows = torch.randn(23, D, dtype=torch.float64, requires_grad=True)
-    token_losses(
-        lambda part: seen.append(len(part)) or part @ weight.T, rows, torch.arange(23)
-    ).sum().backward()
+    with in_chunks_of(10):
+        token_losses(
+            lambda part: seen.append(len(part)) or part @ weight.T, rows, torch.arange(23)
+        ).sum().backward()
     assert seen == [1, 10, 10, 3]  # one row tells the vocabulary
 
 
@@ -206,7 +215,9 @@ def test_a_chunk_holds_so_many_logits_whatever_the_vocabulary(monkeypatch):
 def test_argmax_matches_are_those_of_all_logits(seed, chunk):
     logits = logits_as_rows(9, seed)
     labels = torch.where(torch.arange(9) % 2 == 0, logits.argmax(-1), 0)
-    assert torch.equal(argmax_matches(identity, logits, labels, chunk), logits.argmax(-1) == labels)
+    with in_chunks_of(chunk):
+        found = argmax_matches(identity, logits, labels)
+    assert torch.equal(found, logits.argmax(-1) == labels)
 
 
 @pytest.mark.parametrize("kind", KINDS)

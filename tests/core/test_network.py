@@ -178,7 +178,7 @@ def test_capture_is_the_unperturbed_stream_at_the_asked_positions(kind):
 def test_stock_runs_no_block_above_the_deepest_captured_site():
     model, ran = model_of(), []
     for i, block in enumerate(model.model.layers):
-        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
     StockNetwork(model).capture(benign_batch(), [0, 1])
     assert ran == [0, 1]
     model.model.layers[0].mlp.register_forward_hook(lambda *_: pytest.fail("block 0 was run"))
