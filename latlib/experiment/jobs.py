@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
 
 from latlib.config.profile import Profile
 from latlib.io import progress
@@ -36,22 +35,15 @@ POLL_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work: `call(*arguments, on_step)`, a module's function, for another process may
-    be the one that calls it.
+    """One piece of work.
 
-    name: in progress lines and errors. key: names its progress file, no two have the same. after:
-    the key of another job that must be done before.
+    name: in progress lines and errors. call: does it; another process may be the one that calls.
+    after: the name of another job that must be done before.
     """
 
     name: str
-    key: str
-    call: Callable[..., None]
-    arguments: tuple[Any, ...]
+    call: Callable[[OnStep], None]
     after: str = ""
-
-    def perform(self, on_step: OnStep) -> None:
-        """Do it here and now."""
-        self.call(*self.arguments, on_step)
 
 
 def worker_count(profile: Profile, jobs: int) -> int:
@@ -87,21 +79,22 @@ def work(profile: Profile, folder: Path, jobs: Sequence[Job]) -> None:
         return
     count = worker_count(profile, len(jobs))
     if count > 1:
-        _in_processes(folder, list(jobs), count, threads_for(profile, count))
+        _in_processes(folder, jobs, count, threads_for(profile, count))
         return
     for number, job in enumerate(jobs, start=1):
         label = f"{job.name} ({number} of {len(jobs)})" if len(jobs) > 1 else job.name
         with progress.Progress(folder, label, 1) as bar:
-            job.perform(bar.on_step)
+            job.call(bar.on_step)
 
 
-def _in_processes(folder: Path, jobs: list[Job], count: int, threads: int) -> None:
+def _in_processes(folder: Path, jobs: Sequence[Job], count: int, threads: int) -> None:
     # spinning barriers are ruinous on shared cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pool = ProcessPoolExecutor(
         count, mp_context=worker_context(), initializer=prepare_process, initargs=(threads,)
     )
     label = f"{len(jobs)} jobs, {count} at a time"
+    files = {job: folder / "logs" / f".job-{i}.json" for i, job in enumerate(jobs)}
     waiting = list(jobs)
     running: dict[Future[None], Job] = {}
     done = 0
@@ -110,12 +103,16 @@ def _in_processes(folder: Path, jobs: list[Job], count: int, threads: int) -> No
             while waiting or running:
                 for job in _ready(waiting, running.values())[: count - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(_perform, folder, job)] = job
+                    running[pool.submit(_perform, job, files[job])] = job
                 finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    _raise_error(future, running.pop(future))
+                    job = running.pop(future)
+                    if error := future.exception():
+                        if hasattr(error, "add_note"):
+                            error.add_note(f"while working on {job.name}")
+                        raise error
                     done += 1
-                share, detail = _progress_of(folder, running.values())
+                share, detail = _progress_of([files[job] for job in running.values()])
                 bar.update(int(100 * (done + share)), detail)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -125,42 +122,24 @@ def _in_processes(folder: Path, jobs: list[Job], count: int, threads: int) -> No
 
 def _ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
     """Jobs that wait for none which is waiting or being done."""
-    unfinished = {job.key for job in (*waiting, *running)}
+    unfinished = {job.name for job in (*waiting, *running)}
     return [job for job in waiting if job.after not in unfinished]
 
 
-def _raise_error(future: Future[None], job: Job) -> None:
-    """Raise what a job raised, if it did."""
-    try:
-        future.result()
-    except progress.Stopped:
-        raise
-    except Exception as error:
-        if hasattr(error, "add_note"):
-            error.add_note(f"while working on {job.name}")
-        raise
-
-
-def _perform(folder: Path, job: Job) -> None:
+def _perform(job: Job, file: Path) -> None:
     """Do a job in a worker, with a progress file of its own."""
-    file = _job_file(folder, job)
     with progress.Progress(file, job.name, 1) as bar:
-        job.perform(bar.on_step)
+        job.call(bar.on_step)
     file.unlink(missing_ok=True)
 
 
-def _job_file(folder: Path, job: Job) -> Path:
-    return folder / "logs" / f".job-{job.key}.json"
-
-
-def _progress_of(folder: Path, running: Iterable[Job]) -> tuple[float, str]:
+def _progress_of(files: Iterable[Path]) -> tuple[float, str]:
     """(jobs' worth of work done by the running jobs, one line about them)"""
     share = 0.0
     lines = []
-    for job in running:
-        if record := progress.read(_job_file(folder, job)):
-            share += record["step"] / max(record["total"], 1)
-            lines.append(f"{record['label']} {record['step']}/{record['total']}")
+    for record in filter(None, map(progress.read, files)):
+        share += record["step"] / max(record["total"], 1)
+        lines.append(f"{record['label']} {record['step']}/{record['total']}")
     return share, " | ".join(lines)
 
 

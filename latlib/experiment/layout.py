@@ -34,6 +34,10 @@ from latlib.io.files import write_text
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
 
+# on the geometry of a model's activations
+DIFFERENCES = "differences.safetensors"
+DIRECTIONS = "directions.safetensors"
+VARIANCE = "variance.json"
 NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
 
 
@@ -47,19 +51,23 @@ class Layout:
     def claim(self) -> None:
         """Make the folder and write the profile there, or compare with the one it was made with.
 
-        Raises ProfileError for a folder that cannot be written, or that was made with other
-        settings (saying which differ).
+        Raises ProfileError for a folder that cannot be written or whose disk is too full for a run,
+        or that was made with other settings (saying which differ).
         """
         mine = self.profile.model_dump(mode="json")
         file = self.folder / "profile.yaml"
-        try:
+        with _writing(self.folder):
             if not file.exists():
                 write_text(yaml.safe_dump(mine, sort_keys=False), file)
-            self._make_folders()
-        except OSError as error:
+            for folder in ("models", "metrics", "results/outcomes", "logs"):
+                (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        if free < NEEDED_BYTES:
             raise ProfileError(
-                f"run folder {self.folder} cannot be written ({error}): give another with --out"
-            ) from None
+                f"run folder {self.folder}: {free / 2**20:.0f} MiB are free on its disk, a run"
+                f" needs {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk"
+                " with --out"
+            )
         theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         if lines := changed_settings(_fixed(theirs), _fixed(mine)):
             raise ProfileError(
@@ -68,40 +76,22 @@ class Layout:
                 + "\nstart over with --fresh, or keep both by giving another folder with --out"
             )
 
-    def _make_folders(self) -> None:
-        """Make the folders. Raises ProfileError where the disk is too full for a run."""
-        for folder in (self.folder / "models", self.folder / "metrics", self.outcomes, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if free < NEEDED_BYTES:
-            raise ProfileError(
-                f"run folder {self.folder}: {free / 2**20:.0f} MiB are free on its disk, a run"
-                f" needs {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk"
-                " with --out"
-            )
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder, so that two commands never write into the same one. Raises
         ProfileError.
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
-            raise ProfileError(
-                f"another run is using {self.folder}: wait for it, or choose another with --out"
-            ) from None
-        except OSError as error:
-            raise ProfileError(
-                f"run folder {self.folder} cannot be written ({error.strerror}): choose another"
-                " with --out"
-            ) from None
-        try:
+            try:
+                held = lock.acquire()
+            except Timeout:
+                raise ProfileError(
+                    f"another run is using {self.folder}: wait for it, or choose another with --out"
+                ) from None
+        with held:
             yield
-        finally:
-            lock.release()
 
     def source(self, spec: Spec) -> str | None:
         """The folder or hub id of a model that is not made here: another base than the world's, or
@@ -146,10 +136,13 @@ class Layout:
         return self.folder / "results" / "outcomes"
 
     def geometry_file(self, spec: Spec, name: str) -> Path:
-        """A file on the geometry of a model's activations, in a folder that is made."""
-        folder = self.folder / "results" / "geometry" / spec.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
+        """A file on the geometry of a model's activations."""
+        return self.folder / "results" / "geometry" / spec.folder / name
+
+    def has_geometry(self, spec: Spec) -> bool:
+        """Whether everything on it is found."""
+        names = (DIFFERENCES, DIRECTIONS, VARIANCE)
+        return all(self.geometry_file(spec, name).exists() for name in names)
 
     def result_file(self, name: str) -> Path:
         """Where a result of this name lies."""
@@ -170,9 +163,20 @@ class Layout:
         return self.folder / "wandb"
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises ProfileError where the folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ProfileError(
+            f"run folder {folder} cannot be written ({error}): give another with --out"
+        ) from None
+
+
 def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
     """The part of a dumped profile that a run folder is made with: a grid names trials and changes
     none, and a file stays the same wherever it lies."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
-    sweep = {k: v for k, v in kept.get("sweep", {}).items() if k != "grid"}
-    return kept | {"sweep": sweep}
+    kept.get("sweep", {}).pop("grid", None)
+    return kept

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from latlib.config.sections import ProfileError
 from latlib.distributed import ranks
 from latlib.evaluation.outcomes import BASE, Subject
 from latlib.experiment import build, launch
-from latlib.experiment.geometry import Geometry
 from latlib.experiment.jobs import Job, prepare_process, threads_for, work
-from latlib.experiment.layout import Layout
+from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE, Layout
 from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
 from latlib.experiment.spec import Spec, Variant, find_spec
@@ -41,8 +41,10 @@ from latlib.io.progress import OnStep
 from latlib.models import LanguageModel, load_model
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
+from latlib.refusal import directions
 from latlib.refusal.ablation import ablation
-from latlib.refusal.directions import Differences, sources
+from latlib.refusal.directions import Differences
+from latlib.refusal.geometry import variance_table
 from latlib.refusal.interventions import Direction
 from latlib.threat import Site
 
@@ -77,9 +79,7 @@ class Run:
         self.folder = run_folder(self.profile.name, out)
         self.layout = Layout(self.profile, self.folder)
         self.layout.claim()
-        self._geometry = Geometry(self.layout, self._model)
-        threads = threads_for(self.profile)
-        prepare_process(min(torch.get_num_threads(), threads))
+        prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
 
     def spec(
         self,
@@ -101,8 +101,17 @@ class Run:
         jobs = []
         for spec in dict.fromkeys(bases + specs):
             if not self.layout.has(spec):
-                jobs.append(_making(self.layout, spec))
+                after = "" if spec.method == BASE else spec.base.name
+                jobs.append(Job(spec.name, partial(self._make, spec), after))
         self._work(jobs)
+
+    def _make(self, spec: Spec, on_step: OnStep) -> None:
+        """Make a model: in this process, or in several that are started for it."""
+        several = self.profile.parallel.processes > 1 and not ranks.is_distributed()
+        if several and spec.method != BASE:
+            launch.launch(self.layout, spec, on_step)
+        else:
+            build.make_model(self.layout, spec, on_step)
 
     def _work(self, jobs: list[Job]) -> None:
         work(self.profile, self.folder, jobs)
@@ -157,33 +166,51 @@ class Run:
         """site -> median residual norm of the base model on harmless training prompts, in units of
         the stream.
         """
-        if not self.layout.norms_file(seed).exists():
-            self._ensure([Spec(BASE, seed)])
+        self._ensure([Spec(BASE, seed)])
         return build.norms(self.layout, seed)
 
     # ---- the geometry of activations, found once and kept
 
     def differences(self, method: str, seed: int = 0) -> Differences:
         """Harmful-harmless activation differences of a model."""
-        return self._geometry.differences(self.spec(method, seed))
+        file = self.layout.geometry_file(self.spec(method, seed), DIFFERENCES)
+        if not file.exists():
+            lm = self.model(method, seed)
+            directions.paired_differences(lm, self.profile).save(file)
+        return Differences.load(file)
 
     def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
         """rule -> refusal direction of a model."""
-        return self._geometry.directions(self.spec(method, seed))
+        file = self.layout.geometry_file(self.spec(method, seed), DIRECTIONS)
+        if not file.exists():
+            differences = self.differences(method, seed)
+            lm = self.model(method, seed)
+            found = directions.find_directions(lm, self.profile, differences)
+            directions.save_directions(found, file)
+        return directions.load_directions(file)
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
         """Explained variance of a model's differences at their last token."""
-        return self._geometry.variance(self.spec(method, seed))
+        file = self.layout.geometry_file(self.spec(method, seed), VARIANCE)
+        if not file.exists():
+            differences = self.differences(method, seed)
+            site = directions.fixed_site(len(differences.pairs) - 1)
+            write_json(variance_table(differences.last(), differences.clusters, site), file)
+        return read_json(file)
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
         """Find the three of every model, side by side."""
-        specs = [self.spec(*model) for model in models]
+        specs = list(dict.fromkeys(self.spec(*model) for model in models))
         self._ensure(specs)
         jobs = []
-        for spec in dict.fromkeys(specs):
-            if not self._geometry.is_complete(spec):
-                jobs.append(_finding_geometry(self.layout, spec))
+        for spec in specs:
+            if not self.layout.has_geometry(spec):
+                jobs.append(Job(f"geometry of {spec.name}", partial(self._find_geometry, spec)))
         self._work(jobs)
+
+    def _find_geometry(self, spec: Spec, on_step: OnStep) -> None:
+        self.directions(spec.method, spec.seed)
+        self.variance(spec.method, spec.seed)
 
     # ---- outcomes, measured once and kept
 
@@ -216,6 +243,7 @@ class Run:
 
         Raises ValueError for an unknown suite.
         """
+        sources = directions.sources(self.profile)
         missing: dict[tuple[Spec, Measured], None] = {}
         for model, what in wanted:
             if isinstance(what, str) and what not in SUITES:
@@ -223,20 +251,30 @@ class Run:
             spec = self.spec(*model)
             if not self.layout.table_file(spec, what).exists():
                 missing[spec, what] = None
-        self._ensure([spec for spec, _ in missing])
-        for seed in _seeds(missing, "ablation"):  # it needs the other methods' directions
-            self.find_geometry([(method, seed) for method in sources(self.profile)])
-        for seed in _seeds(missing, "transfer"):
-            self.ensure([(method, seed) for method in self.profile.methods])
-        for seed in _seeds(missing):
+        specs = [spec for spec, _ in missing]
+        geometry = []
+        for spec, what in missing:
+            if what == "transfer":
+                specs += [Spec(method, spec.seed) for method in self.profile.methods]
+            if what == "ablation":  # it needs the other methods' directions
+                geometry += [(method, spec.seed) for method in sources]
+        self._ensure(specs)
+        self.find_geometry(geometry)
+        for seed in sorted({spec.seed for spec in specs}):
             self.norms(seed)
-        self._work([_measuring(self.layout, spec, what) for spec, what in missing])
+        jobs = []
+        for spec, what in missing:
+            jobs.append(Job(f"{what} of {spec.name}", partial(self._measure, spec, what)))
+        self._work(jobs)
 
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
         return Subject(self.profile, spec.method, spec.seed, self.norms(spec.seed), spec.variant)
 
-    def rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
+    def _measure(self, spec: Spec, what: Measured, on_step: OnStep) -> None:
+        write_table(self._rows(spec, what, on_step), self.layout.table_file(spec, what))
+
+    def _rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
         """Measure a suite or an attack here and now; it is given what it needs."""
         lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
         if isinstance(what, AttackCell):
@@ -253,11 +291,10 @@ class Run:
                 targets[method] = lm if method == spec.label else self.model(method, seed)
             return latent.transfer(lm, subject, targets, on_step)
         if what == "ablation":
-            directions = {}
-            for method in sources(self.profile):
-                directions[method] = self.directions(method, seed)
+            sources = directions.sources(self.profile)
+            found = {method: self.directions(method, seed) for method in sources}
             differences = self.differences(spec.label, seed)
-            return ablation(lm, subject, directions, differences, on_step)
+            return ablation(lm, subject, found, differences, on_step)
         return PLAIN_SUITES[what](lm, subject, on_step)
 
     def outcomes(self) -> pd.DataFrame:
@@ -288,48 +325,3 @@ class Run:
                 f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh"
             )
         return read_json(file)
-
-
-def _seeds(missing: Iterable[tuple[Spec, Measured]], suite: str | None = None) -> list[int]:
-    """Seeds of what is missing, or of one suite of it."""
-    return sorted({spec.seed for spec, what in missing if suite in (None, what)})
-
-
-# ---- jobs: what a worker does
-
-
-def _making(layout: Layout, spec: Spec) -> Job:
-    """The job of making a model, after its base."""
-    after = "" if spec.method == BASE else spec.base.folder
-    return Job(spec.name, spec.folder, _make, (layout, spec), after)
-
-
-def _make(layout: Layout, spec: Spec, on_step: OnStep) -> None:
-    """Make a model: in this process, or in several that are started for it."""
-    several = layout.profile.parallel.processes > 1 and not ranks.is_distributed()
-    if several and spec.method != BASE:
-        launch.launch(layout, spec, on_step)
-    else:
-        build.make_model(layout, spec, on_step)
-
-
-def _finding_geometry(layout: Layout, spec: Spec) -> Job:
-    key = f"geometry-{spec.folder}"
-    return Job(f"geometry of {spec.name}", key, _find_geometry, (layout, spec))
-
-
-def _find_geometry(layout: Layout, spec: Spec, on_step: OnStep) -> None:
-    geometry = Run(layout.profile, layout.folder)._geometry
-    geometry.directions(spec)
-    geometry.variance(spec)
-
-
-def _measuring(layout: Layout, spec: Spec, what: Measured) -> Job:
-    name = what if isinstance(what, str) else what.digest("")
-    key = f"{name}-{spec.folder}"
-    return Job(f"{what} of {spec.name}", key, _measure, (layout, spec, what))
-
-
-def _measure(layout: Layout, spec: Spec, what: Measured, on_step: OnStep) -> None:
-    table = Run(layout.profile, layout.folder).rows(spec, what, on_step)
-    write_table(table, layout.table_file(spec, what))
