@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 import latlib
-from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.data.splits import benign_rows, benign_sample, check_overlap, preference_rows
 from latlib.distributed.ranks import (
@@ -43,14 +42,13 @@ from latlib.experiment.plain_steps import PlainSteps
 from latlib.experiment.record import base_name, model_card, write_record
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import Tracker, read_metrics
-from latlib.experiment.validation import Validator
+from latlib.experiment.validation import Validator, training_tokens
 from latlib.io.files import folder_aside, read_json, write_json
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.io.progress import OnStep, Stopped, stop_requested
 from latlib.models import LanguageModel, load_model, with_adapter
 from latlib.refusal.activations import residual_norms
-from latlib.text.chat import Row, tokenise
 from latlib.threat import EMBEDDING, Site
 from latlib.train import Metrics, Trainer
 from latlib.world import organism
@@ -66,7 +64,7 @@ def make_model(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     if spec.method == BASE:
         _make_base(layout, spec, on_step)
     else:
-        _Adapter(layout, spec, on_step).make()
+        _make_adapter(layout, spec, on_step)
 
 
 def _make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
@@ -110,26 +108,20 @@ def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Si
     GPU alone may hold the model.
     """
     file, profile = layout.norms_file(seed), layout.profile
-    if lm is None or not is_distributed():
-        if not file.exists():
-            base = load_model(layout.model_folder(Spec(BASE, seed)), profile.model)
-            _save_norms(measure_norms(base, profile, seed), file)
-    elif not broadcast(file.exists()):
+    if not broadcast(file.exists()):
+        if lm is None or not is_distributed():
+            lm = load_model(layout.model_folder(Spec(BASE, seed)), profile.model)
         measured = measure_norms(lm, profile, seed)
         if is_main():
-            _save_norms(measured, file)
+            write_json({str(site): norm for site, norm in measured.items()}, file)
         wait()
     kept = read_json(file)
     return {site if site == EMBEDDING else int(site): norm for site, norm in kept.items()}
 
 
-def _save_norms(measured: dict[Site, float], file: Path) -> None:
-    write_json({str(site): norm for site, norm in measured.items()}, file)
-
-
 def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site, float]:
     """site -> median residual norm of the base model on harmless training prompts."""
-    tokens = _tokens(benign_sample(profile.data, seed, NORM_PROMPTS), base, profile)
+    tokens = training_tokens(benign_sample(profile.data, seed, NORM_PROMPTS), base, profile)
     parts = [batch for _, batch in batches(tokens, 32, base.device)]
     return residual_norms(base.network(adapter=False), parts, (EMBEDDING, *range(base.n_layers)))
 
@@ -145,107 +137,92 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     settings = profile.training(spec.method, dict(spec.changes))
     check_overlap(profile.data)
     mode = profile.parallel.mode
-    model_settings = load_settings(profile.model, mode)
-    base = load_model(layout.model_folder(spec.base), model_settings)
-    harmful = _tokens(preference_rows(profile.data, spec.seed), base, profile)
-    benign = _tokens(benign_rows(profile.data, spec.seed), base, profile)
+    base = load_model(layout.model_folder(spec.base), load_settings(profile.model, mode))
+    harmful = training_tokens(preference_rows(profile.data, spec.seed), base, profile)
+    benign = training_tokens(benign_rows(profile.data, spec.seed), base, profile)
     device = resolve_device(profile.model.device)
     lm: Any = wrap(with_adapter(base, profile.lora, spec.seed), mode, device)
-    norms_of_base = norms(layout, spec.seed, lm)
-    return Trainer(lm, harmful, benign, settings, spec.seed, norms_of_base)
+    return Trainer(lm, harmful, benign, settings, spec.seed, norms(layout, spec.seed, lm))
 
 
-def _tokens(rows: list[Row], lm: LanguageModel, profile: Profile) -> list[TokenRow]:
-    """Training rows as a model reads them."""
-    data = profile.data
-    limit = min(data.max_tokens, lm.context)
-    return tokenise(rows, lm.tokenizer, limit, data.system_prompt, too_long=data.too_long)
+def _make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Train it, or what is left of its training, and save it; or raise `Stopped` with everything
+    saved.
+    """
+    profile, name, log = layout.profile, spec.folder, layout.metrics_file(spec)
+    trainer = make_trainer(layout, spec)
+    settings = trainer.settings
+    validator = Validator(trainer, profile, name)
+    plain_steps = PlainSteps(layout, settings, spec.seed)
+    checkpoints = layout.checkpoints(spec)
+    done = load_checkpoint(trainer, checkpoints, validator) or plain_steps.take(trainer, log)
+    config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
+    tracker = Tracker(log, profile.tracking, name, config, layout.wandb, done + 1)
+    due = Due(settings)
 
-
-class _Adapter:
-    """The making of one adapter: what happens around the steps of its trainer."""
-
-    def __init__(self, layout: Layout, spec: Spec, on_step: OnStep) -> None:
-        self.layout, self.spec, self.on_step = layout, spec, on_step
-        self.trainer = make_trainer(layout, spec)
-        self.settings = self.trainer.settings
-        self.validator = Validator(self.trainer, layout.profile, spec.folder)
-        self.plain_steps = PlainSteps(layout, self.settings, spec.seed)
-        self.metrics = layout.metrics_file(spec)
-        self.checkpoints = layout.checkpoints(spec)
-
-    def make(self) -> None:
-        """Train it, or what is left of its training, and save it."""
-        done = load_checkpoint(self.trainer, self.checkpoints, self.validator)
-        done = done or self.plain_steps.take(self.trainer, self.metrics)
-        self._train(done)
-        kept_step, adapter = self.validator.keep(), adapter_state(self.validator.lm)
+    def step_done(step: int, metrics: Metrics) -> None:
+        metrics |= validator.after(step)
         if is_main():
-            self._save(adapter, self._record(kept_step))
+            tracker.log(step, **metrics)
+        on_step(step, settings.steps, f"loss {metrics['total']:.3f}{validator.line()}")
+        plain_steps.share(trainer, log)
+        stop = broadcast(stop_requested(layout.folder))
+        if step < settings.steps and (due.after(step) or stop):
+            save_checkpoint(trainer, checkpoints, validator, log)
+            due.done()
+            if stop:
+                raise Stopped(f"{name}: stopped after step {step} with everything saved")
 
-    def _train(self, done: int) -> None:
-        """Train from step `done` to the end, or raise `Stopped` with everything saved."""
-        tracking, settings = self.layout.profile.tracking, self.settings.model_dump(mode="json")
-        config = {"method": self.spec.label, "seed": self.spec.seed, **settings}
-        tracker = Tracker(
-            self.metrics, tracking, self.spec.folder, config, self.layout.wandb, done + 1
-        )
-        due = Due(self.settings)
+    with tracker if is_main() else nullcontext():
+        trainer.run(step_done)
+    kept_step = validator.keep()
+    adapter = adapter_state(validator.lm)
+    if is_main():
+        _save(layout, spec, trainer, adapter, _record(layout, spec, validator, kept_step))
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
-        def step_done(step: int, metrics: Metrics) -> None:
-            metrics |= self.validator.after(step)
-            if is_main():
-                tracker.log(step, **metrics)
-            line = f"loss {metrics['total']:.3f}{self.validator.line()}"
-            self.on_step(step, self.settings.steps, line)
-            self.plain_steps.share(self.trainer, self.metrics)
-            stop = broadcast(stop_requested(self.layout.folder))
-            if step < self.settings.steps and (due.after(step) or stop):
-                save_checkpoint(self.trainer, self.checkpoints, self.validator, [self.metrics])
-                due.done()
-                if stop:
-                    name = self.spec.folder
-                    raise Stopped(f"{name}: stopped after step {step} with everything saved")
 
-        with tracker if is_main() else nullcontext():
-            self.trainer.run(step_done)
+def _save(
+    layout: Layout,
+    spec: Spec,
+    trainer: Trainer,
+    adapter: dict[str, torch.Tensor],
+    record: dict[str, Any],
+) -> None:
+    """Put the adapter into its place; then what killed writers left goes."""
+    target = layout.model_folder(spec)
+    model: Any = trainer.lm.model
+    with folder_aside(target) as folder:
+        model.save_pretrained(folder, state_dict=adapter)
+        _name_base(folder, record["base"])
+        write_record(folder, record, layout.profile)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+    for left in target.parent.glob(f".{spec.folder}-????????"):
+        shutil.rmtree(left, ignore_errors=True)
 
-    def _save(self, adapter: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-        """Put the adapter into its place; then its checkpoints go."""
-        target = self.layout.model_folder(self.spec)
-        model: Any = self.trainer.lm.model
-        with folder_aside(target) as folder:
-            model.save_pretrained(folder, state_dict=adapter)
-            _name_base(folder, record["base"])
-            write_record(folder, record, self.layout.profile)
-            (folder / "README.md").write_text(model_card(record), encoding="utf-8")
-        left_by_killed_writers = target.parent.glob(f".{self.spec.folder}-????????")
-        for left in (self.checkpoints, *left_by_killed_writers):
-            shutil.rmtree(left, ignore_errors=True)
 
-    def _record(self, kept_step: int) -> dict[str, Any]:
-        """How it was made. kept_step: the step that is kept."""
-        profile = self.layout.profile
-        metrics = read_metrics(self.metrics)
-        last = metrics[metrics["step"] == kept_step].iloc[-1].drop("seconds")
-        threat = self.trainer.threat
-        record = {
-            "latlib": latlib.__version__,
-            "torch": torch.__version__,
-            "profile": profile.name,
-            "base": base_name(profile, self.spec),
-            "revision": profile.model.revision,
-            "method": self.spec.label,
-            "seed": self.spec.seed,
-            "training": self.settings.model_dump(mode="json"),
-            "lora": profile.lora.model_dump(mode="json"),
-            "eps": {str(site): radius for site, radius in threat.radius.items()} if threat else {},
-            "seconds": float(metrics["seconds"].sum()),
-            "last": last.to_dict(),
-        }
-        if validation := self.validator.record(kept_step):
-            record["validation"] = validation
-        return record
+def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) -> dict[str, Any]:
+    """How it was made. kept_step: the step that is kept."""
+    profile, threat = layout.profile, validator.trainer.threat
+    metrics = read_metrics(layout.metrics_file(spec))
+    last = metrics[metrics["step"] == kept_step].iloc[-1].drop("seconds")
+    record = {
+        "latlib": latlib.__version__,
+        "torch": torch.__version__,
+        "profile": profile.name,
+        "base": base_name(profile, spec),
+        "revision": profile.model.revision,
+        "method": spec.label,
+        "seed": spec.seed,
+        "training": validator.settings.model_dump(mode="json"),
+        "lora": profile.lora.model_dump(mode="json"),
+        "eps": {str(site): radius for site, radius in threat.radius.items()} if threat else {},
+        "seconds": float(metrics["seconds"].sum()),
+        "last": last.to_dict(),
+    }
+    if validation := validator.record(kept_step):
+        record["validation"] = validation
+    return record
 
 
 def _name_base(folder: Path, name: str) -> None:

@@ -22,13 +22,13 @@ none does whose dropout is off.
 from __future__ import annotations
 
 import hashlib
-import os
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import torch
 
 from latlib.config.profile import changed_settings
@@ -45,52 +45,47 @@ WHEN = ("checkpoint_every", "checkpoint_minutes", "checkpoints_kept")
 
 
 class Due:
-    """Says after which steps a checkpoint is due. clock: seconds."""
+    """Says after which steps a checkpoint is due."""
 
-    def __init__(
-        self, settings: TrainSettings, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.every, self.seconds = settings.checkpoint_every, 60 * settings.checkpoint_minutes
-        self.clock = clock
-        self.saved = clock()
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.saved = time.monotonic()
 
     def after(self, step: int) -> bool:
         """Whether one is due after `step` steps; all processes are told what the first one's clock
         says.
         """
-        late = self.clock() - self.saved >= self.seconds
-        return ranks.broadcast(step % self.every == 0 or late)
+        late = time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
+        return ranks.broadcast(late or step % self.settings.checkpoint_every == 0)
 
     def done(self) -> None:
         """One was saved just now."""
-        self.saved = self.clock()
+        self.saved = time.monotonic()
 
 
 def save_checkpoint(
-    trainer: Trainer, folder: Path, validator: Validator | None = None, logs: Iterable[Path] = ()
+    trainer: Trainer, folder: Path, validator: Validator | None = None, log: Path | None = None
 ) -> None:
     """Write the state after `trainer.step` steps to `folder`, then drop checkpoints older than the
     ones to be kept.
 
-    logs: files that must reach the disk before it does, for a resumed run goes on behind their
-    lines of its step. Raises OSError where it cannot be written; older checkpoints stay as they
-    were.
+    log: a file that must reach the disk before it does, for a resumed run goes on behind its line
+    of this step. Raises OSError where it cannot be written; older checkpoints stay as they were.
     """
     content = {
         "made_with": _made_with(trainer),
         "trainer": trainer.state(),
-        "random": _random_state(),
+        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         "validation": validator.state() if validator else None,
     }
     if not ranks.is_main():
         return
-    for log in logs:
+    if log is not None:
         files.sync(log)
     try:
         write_checked(content, folder / f"step-{trainer.step:08d}.pt")
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         raise OSError(
-            getattr(error, "errno", None),
             f"the checkpoint of step {trainer.step} cannot be written to {folder}"
             f" ({str(error).splitlines()[0]}); earlier ones are whole: free some space and run the"
             " same command again",
@@ -106,15 +101,13 @@ def load_checkpoint(trainer: Trainer, folder: Path, validator: Validator | None 
     ValueError for one that was made with other rows.
     """
     newest_first = sorted(folder.glob("step-*.pt"), reverse=True)
-    for number, file in enumerate(newest_first, start=1):
+    for file, older in itertools.zip_longest(newest_first, newest_first[1:]):
         content, damage = read_checked(file)
         if content is not None:
             _restore(trainer, validator, content, file)
             break
-        after = "training starts anew"
-        if number < len(newest_first):
-            after = f"{newest_first[number].name} is tried"
         if ranks.is_main():
+            after = f"{older.name} is tried" if older else "training starts anew"
             line = f"checkpoint: {file.name} in {folder.name} {damage} and is not used; {after}"
             print(line, file=sys.stderr, flush=True)
     return trainer.step
@@ -132,7 +125,12 @@ def _restore(
     trainer.restore(content["trainer"])
     if validator is not None and content["validation"] is not None:
         validator.restore(content["validation"])
-    _restore_random(content["random"])
+    if ranks.is_distributed():  # the random numbers are the first process's
+        return
+    torch.set_rng_state(content["random"]["cpu"])
+    on_gpus = content["random"]["cuda"]
+    if len(on_gpus) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(on_gpus)
 
 
 def _made_with(trainer: Trainer) -> dict[str, Any]:
@@ -153,19 +151,6 @@ def _prune(folder: Path, kept: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def _random_state() -> dict[str, Any]:
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": on_gpus}
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    if ranks.is_distributed():  # it is the first process's
-        return
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 # ---- files with a checksum
 
 
@@ -175,10 +160,9 @@ def write_checked(content: dict[str, Any], file: Path) -> None:
     """
     with files.aside(file) as partial:
         torch.save(content, partial)
-        with partial.open("r+b") as handle:
-            digest = _digest(handle, partial.stat().st_size)
-            handle.seek(0, os.SEEK_END)
-            handle.write(MARK + digest + b"\n")
+        tail = _checksum_line(np.memmap(partial, mode="r"))
+        with partial.open("ab") as handle:
+            handle.write(tail)
 
 
 def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
@@ -186,23 +170,16 @@ def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
     no code is run.
     """
     try:
-        with file.open("rb") as handle:
-            size = max(0, file.stat().st_size - TAIL)
-            digest = _digest(handle, size)
-            tail = handle.read()
+        content = np.memmap(file, mode="r")
+        tail = content[-TAIL:].tobytes()
         if not tail.startswith(MARK):
             return None, "has no checksum (it was cut short)"
-        if tail != MARK + digest + b"\n":
+        if tail != _checksum_line(content[:-TAIL]):
             return None, "does not match its checksum"
         return torch.load(file, map_location="cpu", weights_only=True), ""
     except Exception as error:  # whatever it is, an older checkpoint is better than none
         return None, f"cannot be read ({type(error).__name__})"
 
 
-def _digest(handle: BinaryIO, size: int) -> bytes:
-    """sha256 of the next `size` bytes of a file, as text."""
-    digest = hashlib.sha256()
-    while size > 0 and (part := handle.read(min(size, 1 << 20))):
-        digest.update(part)
-        size -= len(part)
-    return digest.hexdigest().encode()
+def _checksum_line(content: np.ndarray[Any, Any]) -> bytes:
+    return MARK + hashlib.sha256(content.data).hexdigest().encode() + b"\n"

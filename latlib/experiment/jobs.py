@@ -146,14 +146,9 @@ def _progress_of(files: Iterable[Path]) -> tuple[float, str]:
 # ---- the server that workers are forked from
 
 
-def _has_server() -> bool:
-    """Whether this platform has fork servers."""
-    return "forkserver" in get_all_start_methods()
-
-
 def worker_context() -> BaseContext:
-    """How workers are started here: forked from the server, or anew where there is none."""
-    if not _has_server():
+    """How workers are started here: forked from the server, or anew where the platform has none."""
+    if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
     # by name: the server imports it, and this process need not
@@ -162,7 +157,6 @@ def worker_context() -> BaseContext:
 
 
 def start_server() -> None:
-    """Start the server without waiting for it."""
-    if _has_server():
-        worker_context()
+    """Start the server, where there is one, without waiting for it."""
+    if worker_context().get_start_method() == "forkserver":
         forkserver.ensure_running()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # on the geometry of a model's activations
 DIFFERENCES = "differences.safetensors"
 DIRECTIONS = "directions.safetensors"
-VARIANCE = "variance.json"
+VARIANCE = "variance.json"  # the last of them that is written
 NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
 
 
@@ -140,9 +140,8 @@ class Layout:
         return self.folder / "results" / "geometry" / spec.folder / name
 
     def has_geometry(self, spec: Spec) -> bool:
-        """Whether everything on it is found."""
-        names = (DIFFERENCES, DIRECTIONS, VARIANCE)
-        return all(self.geometry_file(spec, name).exists() for name in names)
+        """Whether it is found."""
+        return self.geometry_file(spec, VARIANCE).exists()
 
     def result_file(self, name: str) -> Path:
         """Where a result of this name lies."""

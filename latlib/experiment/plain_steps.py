@@ -32,14 +32,14 @@ class PlainSteps:
         if settings.defence.away and not attacks:
             return
         digest = _digest(settings, seed)
-        profile = layout.profile
-        starts = {profile.training(method).attack_after for method in profile.methods}
+        methods = map(layout.profile.training, layout.profile.methods)
+        starts = {settings.attack_after, *(method.attack_after for method in methods)}
         last = settings.attack_after if attacks else settings.steps
-        for steps in starts | {settings.attack_after}:
+        for steps in starts:
             if 0 < steps <= last:
                 self.files[steps] = layout.plain_steps(steps, digest)
         if attacks:
-            self.own = self.files.get(settings.attack_after)
+            self.own = self.files.get(last)
 
     def share(self, trainer: Trainer, metrics: Path) -> None:
         """Leave the state for others, where it is one that they can go on from. All processes call
@@ -66,11 +66,10 @@ class PlainSteps:
 
 def _digest(settings: TrainSettings, seed: int) -> str:
     """What tells settings whose plain steps differ apart."""
-    tree = settings.model_dump(mode="json")
-    for name in ("attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN):
-        del tree[name]
-    del tree["defence"]["away"]
+    no_matter = {"attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN}
     if not settings.evaluate_every:
-        del tree["evaluate_prompts"]
+        no_matter.add("evaluate_prompts")
+    tree = settings.model_dump(mode="json", exclude=no_matter)
+    del tree["defence"]["away"]
     text = json.dumps([tree, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

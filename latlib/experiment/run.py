@@ -173,44 +173,41 @@ class Run:
 
     def differences(self, method: str, seed: int = 0) -> Differences:
         """Harmful-harmless activation differences of a model."""
-        file = self.layout.geometry_file(self.spec(method, seed), DIFFERENCES)
-        if not file.exists():
-            lm = self.model(method, seed)
-            directions.paired_differences(lm, self.profile).save(file)
-        return Differences.load(file)
+        return Differences.load(self._geometry(method, seed, DIFFERENCES))
 
     def directions(self, method: str, seed: int = 0) -> dict[str, Direction]:
         """rule -> refusal direction of a model."""
-        file = self.layout.geometry_file(self.spec(method, seed), DIRECTIONS)
-        if not file.exists():
-            differences = self.differences(method, seed)
-            lm = self.model(method, seed)
-            found = directions.find_directions(lm, self.profile, differences)
-            directions.save_directions(found, file)
-        return directions.load_directions(file)
+        return directions.load_directions(self._geometry(method, seed, DIRECTIONS))
 
     def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
         """Explained variance of a model's differences at their last token."""
-        file = self.layout.geometry_file(self.spec(method, seed), VARIANCE)
-        if not file.exists():
-            differences = self.differences(method, seed)
-            site = directions.fixed_site(len(differences.pairs) - 1)
-            write_json(variance_table(differences.last(), differences.clusters, site), file)
-        return read_json(file)
+        return read_json(self._geometry(method, seed, VARIANCE))
+
+    def _geometry(self, method: str, seed: int, name: str) -> Path:
+        """The file with one of the three."""
+        self.find_geometry([(method, seed)])
+        return self.layout.geometry_file(self.spec(method, seed), name)
 
     def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
         """Find the three of every model, side by side."""
-        specs = list(dict.fromkeys(self.spec(*model) for model in models))
-        self._ensure(specs)
+        specs = dict.fromkeys(self.spec(*model) for model in models)
+        missing = [spec for spec in specs if not self.layout.has_geometry(spec)]
+        self._ensure(missing)
         jobs = []
-        for spec in specs:
-            if not self.layout.has_geometry(spec):
-                jobs.append(Job(f"geometry of {spec.name}", partial(self._find_geometry, spec)))
+        for spec in missing:
+            jobs.append(Job(f"geometry of {spec.name}", partial(self._find_geometry, spec)))
         self._work(jobs)
 
     def _find_geometry(self, spec: Spec, on_step: OnStep) -> None:
-        self.directions(spec.method, spec.seed)
-        self.variance(spec.method, spec.seed)
+        lm = self._model(spec)
+        file = partial(self.layout.geometry_file, spec)
+        directions.paired_differences(lm, self.profile).save(file(DIFFERENCES))
+        differences = Differences.load(file(DIFFERENCES))  # at the precision that is kept
+        found = directions.find_directions(lm, self.profile, differences)
+        directions.save_directions(found, file(DIRECTIONS))
+        site = directions.fixed_site(len(differences.pairs) - 1)
+        explained = variance_table(differences.last(), differences.clusters, site)
+        write_json(explained, file(VARIANCE))
 
     # ---- outcomes, measured once and kept
 
@@ -218,20 +215,17 @@ class Run:
         self,
         method: str,
         seed: int = 0,
-        suite: str = "audit",
+        suite: Measured = "audit",
         variant: Variant = None,
     ) -> pd.DataFrame:
         """Outcome rows of a suite (see `SUITES`)."""
-        return self._measured((method, seed, variant), suite)
+        self.measure([((method, seed, variant), suite)])
+        spec = self.spec(method, seed, variant)
+        return pd.read_parquet(self.layout.table_file(spec, suite))
 
     def attack(self, method: str, seed: int, cell: AttackCell) -> pd.DataFrame:
         """Outcome rows of an attack of your own on a model."""
-        return self._measured((method, seed), cell)
-
-    def _measured(self, model: Model, what: Measured) -> pd.DataFrame:
-        self.measure([(model, what)])
-        file = self.layout.table_file(self.spec(*model), what)
-        return pd.read_parquet(file)
+        return self.evaluate(method, seed, cell)
 
     def evaluate_all(self, models: Iterable[Model], suite: str) -> None:
         """Measure a suite on every model, side by side."""
@@ -243,24 +237,20 @@ class Run:
 
         Raises ValueError for an unknown suite.
         """
-        sources = directions.sources(self.profile)
-        missing: dict[tuple[Spec, Measured], None] = {}
-        for model, what in wanted:
-            if isinstance(what, str) and what not in SUITES:
-                raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
-            spec = self.spec(*model)
-            if not self.layout.table_file(spec, what).exists():
-                missing[spec, what] = None
+        pairs = dict.fromkeys((self.spec(*model), what) for model, what in wanted)
+        missing = [pair for pair in pairs if not self.layout.table_file(*pair).exists()]
         specs = [spec for spec, _ in missing]
         geometry = []
         for spec, what in missing:
-            if what == "transfer":
+            if isinstance(what, str) and what not in SUITES:
+                raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
+            if what == "transfer":  # it needs the other methods
                 specs += [Spec(method, spec.seed) for method in self.profile.methods]
-            if what == "ablation":  # it needs the other methods' directions
-                geometry += [(method, spec.seed) for method in sources]
+            if what == "ablation":  # and their directions
+                geometry += [(source, spec.seed) for source in directions.sources(self.profile)]
         self._ensure(specs)
         self.find_geometry(geometry)
-        for seed in sorted({spec.seed for spec in specs}):
+        for seed in {spec.seed for spec in specs}:
             self.norms(seed)
         jobs = []
         for spec, what in missing:

@@ -15,6 +15,7 @@ background thread, and only where it is wanted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import netrc
 import os
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -51,8 +53,6 @@ class Tracker:
 
         with Tracker(path, profile.tracking, "model-seed0", config, folder) as tracker:
             tracker.log(1, total=1.2, kl=0.01)
-
-    `run_dir` is the folder of the wandb run once the tracker is closed, or None.
     """
 
     def __init__(
@@ -65,19 +65,21 @@ class Tracker:
         resume_from: int = 0,
     ) -> None:
         self.path, self.resume_from = path, resume_from
-        self.run_dir: Path | None = None
-        self._mirror: _Mirror | None = None
-        if settings.wandb != "disabled":
-            self._mirror = _Mirror(settings, name, config or {}, wandb_dir or path.parent)
+        self.settings, self.name, self.config = settings, name, config or {}
+        self.wandb_dir = wandb_dir or path.parent
+        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._trouble = ""
+        # all calls into wandb are made there; a stuck thread must not keep the process alive
+        self._mirror = threading.Thread(target=self._copy_to_wandb, daemon=True)
 
     def __enter__(self) -> Tracker:
         kept = [record for record in _records(self.path) if record["step"] < self.resume_from]
         write_text("".join(map(_line, kept)), self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
-        if self._mirror is not None:
+        if self.settings.wandb != "disabled":
             self._mirror.start()
-            for record in kept:
-                self._mirror.records.put(record)
+        for record in kept:
+            self._queue.put(record)
         return self
 
     def log(self, step: int, **metrics: Any) -> None:
@@ -87,37 +89,20 @@ class Tracker:
         record = json_ready({"step": step} | metrics)
         self._file.write(_line(record))
         self._file.flush()
-        if self._mirror is not None:
-            self._mirror.records.put(record)
+        if self._mirror.is_alive():
+            self._queue.put(record)
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._mirror is not None:
-            if trouble := self._mirror.finish():
-                _say(f"{trouble}; {self.path.name} is whole")
-            self.run_dir = self._mirror.run_dir
+        self._queue.put(None)
+        if self.settings.wandb != "disabled":
+            self._mirror.join(FINISH_WAIT_S)
+        if self._mirror.is_alive():
+            self._trouble = f"W&B did not finish within {FINISH_WAIT_S:.0f} s and is left alone"
+        if self._trouble:
+            _say(f"{self._trouble}; {self.path.name} is whole")
 
-
-class _Mirror(threading.Thread):
-    """Carries records to one wandb run; every call into wandb happens in this thread."""
-
-    def __init__(self, settings: TrackingSettings, name: str, config: Record, folder: Path) -> None:
-        # a stuck thread must not keep the process alive
-        super().__init__(name="wandb mirror", daemon=True)
-        self.settings, self.run_name, self.config, self.folder = settings, name, config, folder
-        self.records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-        self.trouble = ""
-        self.run_dir: Path | None = None
-
-    def finish(self) -> str:
-        """Wait for what is left, at most FINISH_WAIT_S; returns what went wrong, or ''."""
-        self.records.put(None)
-        self.join(FINISH_WAIT_S)
-        if self.is_alive():
-            return f"W&B did not finish within {FINISH_WAIT_S:.0f} s and is left alone"
-        return self.trouble
-
-    def run(self) -> None:
+    def _copy_to_wandb(self) -> None:
         # else leaving can hang for half a minute
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -127,13 +112,12 @@ class _Mirror(threading.Thread):
             run = self._start_run(wandb)
             if run is None:
                 return
-            self.run_dir = Path(run.dir).parent
-            while (record := self.records.get()) is not None:
+            while (record := self._queue.get()) is not None:
                 run.log(dict(record), step=record["step"])
             run.finish()
             wandb.teardown()  # finish() returns before the file is flushed
         except (Exception, SystemExit) as error:
-            self.trouble = f"W&B failed ({_first_line(error)})"
+            self._trouble = f"W&B failed ({_first_line(error)})"
 
     def _start_run(self, wandb: Any) -> Any:
         """A wandb run in the mode that works, or None where W&B is disabled."""
@@ -142,7 +126,7 @@ class _Mirror(threading.Thread):
         mode, reason = choose_mode(self.settings.wandb, base_url)
         if mode == "disabled":
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.wandb_dir.mkdir(parents=True, exist_ok=True)
         if mode == "online" and base_url not in _unreachable:
             try:
                 return self._init(wandb, "online")
@@ -158,9 +142,10 @@ class _Mirror(threading.Thread):
         return wandb.init(
             project=self.settings.project,
             entity=self.settings.entity,
-            name=self.run_name,
+            name=self.name,
+            id=f"{_digest(self.name)}{time.time_ns():x}",  # so that `find_offline_run` knows it
             config=self.config,
-            dir=str(self.folder),
+            dir=str(self.wandb_dir),
             mode=mode,
             reinit="create_new",  # never touches a run the user has open in the same notebook
             settings=wandb.Settings(
@@ -172,7 +157,7 @@ class _Mirror(threading.Thread):
                 disable_git=True,
                 x_disable_stats=True,
                 x_save_requirements=False,
-                notebook_name=self.run_name,  # otherwise it asks the Jupyter server over HTTP
+                notebook_name=self.name,  # otherwise it asks the Jupyter server over HTTP
             ),
         )
 
@@ -261,8 +246,12 @@ def read_offline_run(run_dir: Path) -> pd.DataFrame:
 
     run_dir: a folder `offline-run-<date>_<id>`. Raises RuntimeError where wandb cannot read it.
     """
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if answer.returncode:
+        raise RuntimeError(f"wandb cannot read {run_dir}: {answer.stderr.strip()}")
     rows = []
-    for record in _inspect(run_dir):
+    for record in map(json.loads, answer.stdout.splitlines()):
         if record.get("type") == "history":
             item = record["history"]["item"]
             rows.append({name: v for name, v in item.items() if not name.startswith("_")})
@@ -275,20 +264,9 @@ def find_offline_run(folder: Path, name: str) -> Path | None:
 
     A resumed training makes a second run that repeats the first, so the newest is whole.
     """
-    files = folder.glob("wandb/offline-run-*/run-*.wandb")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if name.encode() not in file.read_bytes():
-            continue  # asking wandb takes half a second a run
-        names = [record.get("run", {}).get("display_name") for record in _inspect(file.parent)]
-        if name in names:
-            return file.parent
-    return None
+    runs = folder.glob(f"wandb/offline-run-*-{_digest(name)}*")
+    return max(runs, default=None)  # their names sort by time
 
 
-def _inspect(run_dir: Path) -> list[Record]:
-    """The records of an offline wandb run. Raises RuntimeError where wandb cannot read it."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_dir)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if answer.returncode:
-        raise RuntimeError(f"wandb cannot read {run_dir}: {answer.stderr.strip()}")
-    return [json.loads(line) for line in answer.stdout.splitlines()]
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -36,11 +36,10 @@ from torch import Tensor
 from latlib.attack import pgd
 from latlib.batch import Batch, TokenRow
 from latlib.config.profile import Profile
-from latlib.data.prompts import Prompt, prompt_source
+from latlib.data.prompts import prompt_source
 from latlib.distributed import ranks
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import Perturb, batches
-from latlib.evaluation.outcomes import Outcome
 from latlib.losses import kl_divergence
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
@@ -55,6 +54,11 @@ CRITERION = (
     "the highest min(harmful requests resisted, harmless requests not refused), then the lowest KL,"
     " then the later step"
 )
+# what is said of a model when a share rises above one half
+_OVER_HALF = {
+    "harmless_refused": "refuses {:.0%} of harmless prompts",
+    "neither": "answers {:.0%} of prompts neither way",
+}
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,15 @@ class Validation:
 
 def best_of(found: Iterable[Validation | None]) -> Validation | None:
     """The best of those that count, None where there is none."""
-    counting = [v for v in found if v is not None and v.counts]
+    counting = [v for v in found if v and v.counts]
     return max(counting, key=lambda v: v.rank, default=None)
+
+
+def training_tokens(rows: list[Row], lm: LanguageModel, profile: Profile) -> list[TokenRow]:
+    """Training rows as a model reads them."""
+    data = profile.data
+    limit = min(data.max_tokens, lm.context)
+    return tokenise(rows, lm.tokenizer, limit, data.system_prompt, too_long=data.too_long)
 
 
 class Validator:
@@ -156,15 +167,15 @@ class Validator:
     def validate(self, step: int) -> Validation:
         """Ask now. See the module's docstring."""
         has_attack = bool(self.settings.attack.steps)
-        under_attack = has_attack and step > self.settings.attack_after
         with torch.random.fork_rng():
             network = self.lm.network()
-            harmful = self._outcomes(network, self.harmful)
-            harmless = self._outcomes(network, self.harmless)
+            examiner = examiner_of(self.profile, self.lm, network)
+            harmful = examiner.examine(self.harmful).outcomes
+            harmless = examiner.examine(self.harmless).outcomes
             success = None
-            if under_attack:
+            if has_attack and step > self.settings.attack_after:
                 perturb = self._attack(network, step)
-                attacked = self._outcomes(network, self.harmful, perturb)
+                attacked = examiner.examine(self.harmful, perturb=perturb).outcomes
                 success = _share(attacked, "complied")
             kl = self._kl(network)
         return Validation(
@@ -178,12 +189,6 @@ class Validator:
             attacked=has_attack,
         )
 
-    def _outcomes(
-        self, network: Network, prompts: Sequence[Prompt], perturb: Perturb | None = None
-    ) -> Sequence[Outcome]:
-        examiner = examiner_of(self.profile, self.lm, network)
-        return examiner.examine(prompts, perturb=perturb).outcomes
-
     def _attack(self, network: Network, step: int) -> Perturb:
         """The training attack, targeted, at its full radius."""
         threat = self.trainer.threat
@@ -192,8 +197,9 @@ class Validator:
         generator = torch.Generator().manual_seed(self.trainer.seed * 1_000_003 + step)
 
         def perturb(batch: Batch) -> Mapping[Site, Tensor]:
-            options = {"judged": False, "stop_when_won": True}
-            return pgd(network, batch, threat, search, generator, **options).deltas
+            return pgd(
+                network, batch, threat, search, generator, judged=False, stop_when_won=True
+            ).deltas
 
         return perturb
 
@@ -215,7 +221,7 @@ class Validator:
         if not self.settings.evaluate_every:
             return None
         best = None
-        if self.best is not None:
+        if self.best:
             best = asdict(self.best) | {"score": self.best.score, "words": str(self.best)}
         return {
             "keep": self.settings.keep,
@@ -240,13 +246,11 @@ class Validator:
 
     def _answers(self) -> list[TokenRow]:
         """Benign rows on which the model is to stay where it was."""
-        data, lm = self.profile.data, self.lm
         rows = []
         for number, prompt in enumerate(self.harmless):
-            answer = prompt.answer or data.benign_responses[0]
+            answer = prompt.answer or self.profile.data.benign_responses[0]
             rows.append(Row(str(number), prompt.text, (answer,)))
-        limit = min(data.max_tokens, lm.context)
-        return tokenise(rows, lm.tokenizer, limit, data.system_prompt, too_long=data.too_long)
+        return training_tokens(rows, self.lm, self.profile)
 
     @torch.no_grad()
     def _kl(self, network: Network) -> float:
@@ -265,12 +269,8 @@ class Validator:
         """One line when the model begins to refuse most harmless prompts, or to answer neither
         way.
         """
-        names = {
-            "harmless_refused": "refuses {:.0%} of harmless prompts",
-            "neither": "answers {:.0%} of prompts neither way",
-        }
         so_far = f"the best so far is step {self.best.step}" if self.best else "no step counts yet"
-        for name, words in names.items():
+        for name, words in _OVER_HALF.items():
             share = getattr(found, name)
             if share > 0.5 and not (before and getattr(before, name) > 0.5):
                 line = f"{self.name} {words.format(share)} after step {found.step}; {so_far}"

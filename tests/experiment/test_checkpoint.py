@@ -208,7 +208,7 @@ def test_it_is_on_the_disk_before_it_has_its_name_and_behind_its_log(tmp_path, m
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     monkeypatch.setattr(files, "sync", lambda path: seen.append((path.name, names(folder))))
-    save_checkpoint(trainer, folder, logs=[log])
+    save_checkpoint(trainer, folder, log=log)
     (first, none), (aside, there), (last, named) = seen
     assert first == "log" and none == []
     assert aside.startswith(".step-00000001.pt.") and there == [aside]
@@ -221,9 +221,10 @@ def test_leavings_of_killed_writers_go(tmp_path):
     assert names(tmp_path) == ["step-00000001.pt"]
 
 
-def test_due_every_so_many_steps_and_every_so_many_minutes():
+def test_due_every_so_many_steps_and_every_so_many_minutes(monkeypatch):
     now = 0.0
-    due = Due(TrainSettings(checkpoint_every=4, checkpoint_minutes=1.0), lambda: now)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    due = Due(TrainSettings(checkpoint_every=4, checkpoint_minutes=1.0))
     assert [step for step in range(1, 9) if due.after(step)] == [4, 8]
     now = 59.0
     assert not due.after(9)
