@@ -151,11 +151,12 @@ class Group(Processes):
 
     def mean(self, values: Sequence[Tensor]) -> float | None:
         """See `Processes`."""
-        total = sum(v.double().sum().item() for v in values)
-        count = sum(len(v) for v in values)
-        table = torch.tensor([total, count], dtype=torch.float64)
-        dist.all_reduce(table)
-        return (table[0] / table[1]).item() if table[1] else None
+        sums = {
+            "total": sum(v.double().sum().item() for v in values),
+            "count": sum(map(len, values)),
+        }
+        sums = self.total(sums, list(sums))
+        return sums["total"] / sums["count"] if sums["count"] else None
 
 
 def load_settings(settings: ModelSettings, mode: Mode) -> ModelSettings:

@@ -15,7 +15,6 @@ transformers, and whatever else reads such folders, needs neither latlib nor pef
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.record import model_card, write_record
 from latlib.experiment.run import Run
-from latlib.experiment.spec import Spec, Variant
+from latlib.experiment.spec import Spec, Variant, spec_parser
 from latlib.io.files import folder_aside
 from latlib.io.hub import Allowed, located, open_config, quietly
 from latlib.models import load_model
@@ -57,8 +56,7 @@ def export(run: Run, method: str, seed: int, to: str | Path, variant: Variant = 
         raise FileNotFoundError(
             f"{spec.name} is not in {run.folder}: train it first, with ./run_all.sh"
         )
-    is_empty_folder = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not is_empty_folder:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise FileExistsError(
             f"{target} holds something already: give another folder with --to, or delete it"
         )
@@ -103,14 +101,12 @@ def _merged(run: Run, spec: Spec) -> tuple[Any, Any, float]:
 
 def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
     """Settings that open a base on the CPU in the precision its file says."""
+    field = "model.source"
     allowed = Allowed.by(settings, revision=str(base) == settings.source)
-    dtype = getattr(
-        open_config(located(base, "model.source"), "model.source", allowed), "dtype", None
-    )
-    name = str(dtype or torch.float32).removeprefix("torch.")
-    return settings.model_copy(
-        update={"dtype": name, "device": "cpu", "forward": "stock", "compile": False}
-    )
+    config = open_config(located(base, field), field, allowed)
+    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    changes = {"dtype": dtype, "device": "cpu", "forward": "stock", "compile": False}
+    return settings.model_copy(update=changes)
 
 
 @torch.no_grad()
@@ -123,26 +119,15 @@ def _logits(model: Any) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latlib.experiment.export_model",
-        description="Write a trained model, merged.",
+    parser = spec_parser(
+        "python -m latlib.experiment.export_model", "Write a trained model, merged."
     )
-    parser.add_argument("--profile", required=True, help="name of a profile, or a YAML file")
-    parser.add_argument("--method", required=True, help="such as lat")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--to", required=True, type=Path, help="the folder that is written; it must be empty or new"
-    )
-    parser.add_argument(
-        "--variant", default=None, help="name of one of the profile's sweep.variants"
-    )
-    parser.add_argument(
-        "--out", default=None, help="the run folder, if it is not the profile's own"
-    )
+    parser.add_argument("--to", required=True, help="the folder to write, an empty or a new one")
     options = parser.parse_args(arguments)
     try:
         run = Run(options.profile, options.out)
-        print(export(run, options.method, options.seed, options.to, options.variant))
+        method = options.method or run.profile.main
+        print(export(run, method, options.seed, options.to, options.variant))
     except (OSError, ValueError) as error:  # a ProfileError is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,6 @@ The mode is the profile's `parallel.mode`; the number of processes is what was s
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -40,7 +39,7 @@ from latlib.errors import SettingError
 from latlib.experiment import build
 from latlib.experiment.jobs import prepare_process, threads_for, worker_context
 from latlib.experiment.layout import Layout
-from latlib.experiment.spec import Spec, find_spec
+from latlib.experiment.spec import Spec, find_spec, spec_parser
 from latlib.io.progress import OnStep, Progress, Stopped, read, unseen
 
 POLL_SECONDS = 0.2
@@ -157,14 +156,9 @@ def _train(layout: Layout, spec: Spec, progress_file: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One of the processes that torchrun has started; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun -m latlib.experiment.launch", description="Train one adapter together."
+    parser = spec_parser(
+        "torchrun -m latlib.experiment.launch", "Train one adapter in several processes."
     )
-    parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--method", help="by default the profile's main one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--variant", help="a name of sweep.variants")
-    parser.add_argument("--out", help="the run folder")
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
     layout = Layout(profile, run_folder(profile.name, options.out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,18 @@ class Spec:
     def base(self) -> Spec:
         """The model that it is trained on."""
         return Spec(BASE, self.seed)
+
+
+def spec_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command line that names a profile, a run folder and one model of the run."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    add = parser.add_argument
+    add("--profile", default="tiny", help="name of a profile, or a YAML file")
+    add("--method", help="such as lat; by default the profile's main one")
+    add("--seed", type=int, default=0)
+    add("--variant", help="a name of sweep.variants")
+    add("--out", help="the run folder, if it is not the profile's own")
+    return parser
 
 
 def find_spec(profile: Profile, method: str, seed: int = 0, variant: Variant = None) -> Spec:

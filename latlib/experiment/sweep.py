@@ -28,8 +28,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from latlib.config.sections import ProfileError, SweepSettings
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
-from latlib.experiment.sweep_tasks import SUITE, base_paths, packed, perform, unpack
+from latlib.experiment.sweep_tasks import files_of, packed, perform, unpack
 from latlib.io.machine import available_cores
 from latlib.io.progress import ExitStatus
 
@@ -74,8 +75,7 @@ def points(profile: Profile) -> list[dict[str, Any]]:
         )
     columns = []
     for values in grid.values():
-        hashable = [tuple(value) if isinstance(value, list) else value for value in values]
-        columns.append(hashable)
+        columns.append([tuple(value) if isinstance(value, list) else value for value in values])
     return [dict(zip(grid, values)) for values in itertools.product(*columns)]
 
 
@@ -110,12 +110,9 @@ def sweep(
     swept = Swept()
     missing: list[Spec] = []
     for trial in trials(run):
-        is_made = run.layout.table_file(trial, SUITE).exists()
-        if is_made and adapters:
-            is_made = run.layout.has(trial)
+        is_made = all(path.exists() for path in files_of(run.layout, trial, adapters))
         (swept.kept if is_made else missing).append(trial)
-    count = len(missing) + len(swept.kept)
-    there = len(swept.kept)
+    count, there = len(missing) + len(swept.kept), len(swept.kept)
     say(f"{count} trials into {run.folder}: {there} there already, {len(missing)} to make")
     if missing:
         ray = _ray()
@@ -125,9 +122,8 @@ def sweep(
                 "num_gpus": _gpus(ray, run.profile, gpus_per_trial),
                 "max_retries": RETRIES,
             }
-            task = ray.remote(**options)(perform)
-            driver = _Driver(ray, run, task, (str(scratch or ""), adapters), swept, say)
-            driver.work(missing)
+            task = partial(ray.remote(**options)(perform).remote, str(scratch or ""), adapters)
+            _Driver(ray, run, task, swept, say).work(missing)
     for trial, error in swept.failed.items():
         say(f"failed: {trial.name}: {error}")
     say(f"{len(swept.done)} made, {len(swept.kept)} kept, {len(swept.failed)} failed")
@@ -196,33 +192,41 @@ class _Driver:
 
     ray: Any
     run: Run
-    task: Any  # `perform`, as Ray's
-    options: tuple[str, bool]  # of `perform`: scratch, and whether adapters are returned
+    task: Callable[..., Any]  # starts `perform` for settings, a model and its base's files
     swept: Swept
     say: Callable[[str], None]
     running: dict[Any, Spec] = field(default_factory=dict)  # Ray's reference -> base or trial
 
     def work(self, missing: Sequence[Spec]) -> None:
         """Do all of them; what is finished when this is interrupted is kept."""
+        bases: dict[Spec, Any] = {}
         try:
-            for base in dict.fromkeys(trial.base for trial in missing):
-                files = self._base(base)
-                for trial in missing:
-                    if trial.base == base:
-                        self._start(trial, files)
+            for trial in missing:
+                if trial.base not in bases:
+                    bases[trial.base] = self._base(trial.base)
+                self._start(trial, bases[trial.base])
             while self.running:
-                self._take_in_some()
+                ready, _ = self.ray.wait(list(self.running), timeout=REMIND_S)
+                for ref in ready:
+                    self._take_in(ref)
+                if not ready:
+                    machines = sum(node["Alive"] for node in self.ray.nodes())
+                    self.say(f"working: {self._left()}, {machines} machines in the cluster")
         except BaseException:
             for ref in self.running:
                 self.ray.cancel(ref)
-            self._keep_what_is_finished()
+            running = list(self.running)
+            finished, _ = self.ray.wait(running, num_returns=len(running), timeout=0)
+            for ref in finished:
+                with suppress(self.ray.exceptions.RayError):  # cancelled, or lost: made next time
+                    unpack(self.run.folder, self.ray.get(ref)[0])
             raise
 
     def _base(self, base: Spec) -> Any:
         """A reference to a base's files, which Ray has once for all trials on it: those that are
         here, or what a task will make of them.
         """
-        paths = base_paths(self.run.layout, base)
+        paths = files_of(self.run.layout, base)
         files = self.ray.put((packed(self.run.folder, paths), 0.0, ""))
         if all(path.exists() for path in paths):
             return files
@@ -231,46 +235,28 @@ class _Driver:
     def _start(self, spec: Spec, files: Any) -> Any:
         # without the grid, so that a grid that grows finds its scratch folders again
         profile = self.run.profile.model_copy(update={"sweep": SweepSettings()})
-        settings = profile.model_dump(mode="json")
-        ref = self.task.remote(settings, spec, files, *self.options)
+        ref = self.task(profile.model_dump(mode="json"), spec, files)
         self.running[ref] = spec
         return ref
-
-    def _take_in_some(self) -> None:
-        """Take in what is finished; without any for REMIND_S, say so."""
-        ready, _ = self.ray.wait(list(self.running), timeout=REMIND_S)
-        for ref in ready:
-            self._take_in(ref)
-        if not ready:
-            machines = sum(node["Alive"] for node in self.ray.nodes())
-            self.say(f"working: {self._left()} trials left, {machines} machines in the cluster")
 
     def _take_in(self, ref: Any) -> None:
         spec = self.running[ref]
         try:
             files, seconds, machine = self.ray.get(ref)
+            unpack(self.run.folder, files)
+            said = f"{seconds:.0f} s on {machine}"
+            if spec.method != BASE:
+                self.swept.done.append(spec)
         except self.ray.exceptions.RayError as error:
-            del self.running[ref]
+            said = "FAILED"
             if spec.method != BASE:  # a base's error is that of every trial on it, too
                 self.swept.failed[spec] = _reason(error)
-                self.say(f"{spec.name}: FAILED, {self._left()} trials left")
-            return
-        unpack(self.run.folder, files)
         del self.running[ref]
-        if spec.method != BASE:
-            self.swept.done.append(spec)
-        self.say(f"{spec.name}: {seconds:.0f} s on {machine}, {self._left()} trials left")
+        self.say(f"{spec.name}: {said}, {self._left()}")
 
-    def _keep_what_is_finished(self) -> None:
-        for ref in self.running:
-            if self.ray.wait([ref], timeout=0)[0]:
-                try:
-                    unpack(self.run.folder, self.ray.get(ref)[0])
-                except self.ray.exceptions.RayError:
-                    continue  # cancelled, or lost: made next time
-
-    def _left(self) -> int:
-        return sum(spec.method != BASE for spec in self.running.values())
+    def _left(self) -> str:
+        left = sum(spec.method != BASE for spec in self.running.values())
+        return f"{left} trials left"
 
 
 def _reason(error: Exception) -> str:

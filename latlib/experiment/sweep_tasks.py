@@ -33,29 +33,27 @@ from latlib.experiment.spec import Spec
 from latlib.io.files import aside, folder_aside
 
 SUITE = "variant"  # what is measured on a trial's model
-MODELS = "models"  # the folder of a run in which a model is a folder
-Files = dict[str, bytes]  # path in a run folder -> content
+# path in a run folder -> content, of a folder that of the files in it
+Files = dict[str, bytes | dict[str, bytes]]
 Result = tuple[Files, float, str]  # what was made, seconds, machine
 
 
 def perform(
-    settings: dict[str, Any], spec: Spec, base: Result, scratch: str, adapter: bool
+    scratch: str, adapter: bool, settings: dict[str, Any], spec: Spec, base: Result
 ) -> Result:
     """Task: make a base model and measure its residual norms, or train and measure a trial.
 
-    base: what there is of the base. adapter: whether to return a trial's adapter, too.
+    adapter: whether to return a trial's adapter, too. base: what there is of the base.
     """
     started = time.monotonic()
     with _scratch_run(settings, spec.folder, scratch) as run:
         unpack(run.folder, base[0])
         if spec.method == BASE:
             run.norms(spec.seed)
-            paths = base_paths(run.layout, spec)
         else:
             model = (spec.method, spec.seed, dict(spec.changes))
             run.measure([(model, SUITE)])
-            paths = trial_paths(run.layout, spec, adapter)
-        made = packed(run.folder, paths)
+        made = packed(run.folder, files_of(run.layout, spec, adapter))
     return made, time.monotonic() - started, socket.gethostname()
 
 
@@ -84,54 +82,41 @@ def _scratch_folder(settings: dict[str, Any], scratch: str) -> Path:
     return Path(place).expanduser() / digest[:12]
 
 
-def base_paths(layout: Layout, base: Spec) -> list[Path]:
-    """What a trial needs of its seed's base: the model, where it is made here and not a hub's, and
-    its norms.
+def files_of(layout: Layout, spec: Spec, adapter: bool = False) -> list[Path]:
+    """What a trial needs of its base: the model, where it is made here and not a hub's, and its
+    norms; or what is kept of a trial, its table last: where that is, all is.
     """
-    paths = [layout.norms_file(base.seed)]
-    if layout.source(base) is None:
-        paths += [layout.model_folder(base), layout.metrics_file(base)]
-    return paths
-
-
-def trial_paths(layout: Layout, trial: Spec, adapter: bool) -> list[Path]:
-    """What is kept of a trial, its table last: where that is, all is."""
-    model = [layout.model_folder(trial)] if adapter else []
-    return [*model, layout.metrics_file(trial), layout.table_file(trial, SUITE)]
+    model = [layout.model_folder(spec)]
+    metrics = [layout.metrics_file(spec)]
+    if spec.method != BASE:
+        return [*(model if adapter else []), *metrics, layout.table_file(spec, SUITE)]
+    made_here = [] if layout.source(spec) else [*model, *metrics]
+    return [*made_here, layout.norms_file(spec.seed)]
 
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:
-    """The files at `paths`, or below them, under `folder`; a path where nothing is adds nothing."""
-    files = {}
+    """The files and folders at `paths` under `folder`; a path where nothing is adds nothing."""
+    files: Files = {}
     for path in paths:
-        for file in (path, *sorted(path.rglob("*"))):
-            if file.is_file():
-                files[str(file.relative_to(folder))] = file.read_bytes()
+        name = str(path.relative_to(folder))
+        if path.is_file():
+            files[name] = path.read_bytes()
+        elif path.is_dir():
+            inside = filter(Path.is_file, path.rglob("*"))
+            files[name] = {str(file.relative_to(path)): file.read_bytes() for file in inside}
     return files
 
 
 def unpack(folder: Path, files: Files) -> None:
-    """Put files into a run folder, a model's folder as one and before the others; these in their
-    order, each whole.
-    """
-    models: dict[str, Files] = {}
-    others: Files = {}
+    """Put files and folders into a run folder in their order, each whole."""
     for name, content in files.items():
-        first, *rest = Path(name).parts
-        if first == MODELS:
-            model, *inside = rest
-            models.setdefault(model, {})[str(Path(*inside))] = content
-        else:
-            others[name] = content
-    for model, parts in models.items():
-        target = folder / MODELS / model
-        if not target.exists():
+        target = folder / name
+        if isinstance(content, bytes):
+            with aside(target) as partial:
+                partial.write_bytes(content)
+        elif not target.exists():
             with folder_aside(target) as partial:
-                _write(partial, parts)
-    _write(folder, others)
-
-
-def _write(folder: Path, files: Files) -> None:
-    for name, content in files.items():
-        with aside(folder / name) as partial:
-            partial.write_bytes(content)
+                for inside, part in content.items():
+                    file = partial / inside
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(part)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latlib.data.prompts import in_the_world
 from latlib.evaluation.ask import prompt_set
-from latlib.evaluation.generate import generate
+from latlib.evaluation.generate import Perturb, generate
 from latlib.evaluation.outcomes import OWN_RULES, Rule
 from latlib.evaluation.phrases import redacted
 from latlib.experiment.run import Run
 from latlib.io.progress import in_batch
 from latlib.refusal.directions import sources
-from latlib.refusal.interventions import adding
+from latlib.refusal.interventions import Direction, adding
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -40,21 +40,27 @@ def reply(run: Run, target: str, seed: int, prompt: str, steering: Steering) -> 
 
     Raises ValueError for an unknown mode, or for a subspace to be added.
     """
-    lm, system = run.model(target, seed), run.profile.data.system_prompt
-    mode, rule = steering.mode, steering.rule
-    if mode == "nothing":
-        return generate(lm, [prompt], system_prompt=system)[0]
-    direction = run.directions(steering.vector, seed)[rule]
-    if mode == "ablate":
-        return generate(lm, [prompt], system_prompt=system, directions=direction.vector)[0]
-    if mode != "add":
-        raise ValueError(f"mode = {mode!r} is unknown: choose 'ablate', 'add' or 'nothing'")
+    options: dict[str, Any] = {"system_prompt": run.profile.data.system_prompt}
+    if steering.mode != "nothing":
+        direction = run.directions(steering.vector, seed)[steering.rule]
+        if steering.mode == "ablate":
+            options["directions"] = direction.vector
+        else:
+            options["perturb"] = _added(direction, steering)
+    return generate(run.model(target, seed), [prompt], **options)[0]
+
+
+def _added(direction: Direction, steering: Steering) -> Perturb:
+    if steering.mode != "add":
+        raise ValueError(
+            f"mode = {steering.mode!r} is unknown: choose 'ablate', 'add' or 'nothing'"
+        )
     if direction.vector.dim() > 1:
         raise ValueError(
-            f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added"
+            f"rule = {steering.rule!r} is a subspace: it can be ablated, and only one direction can"
+            " be added"
         )
-    perturb = adding(direction.vector, direction.site, steering.strength)
-    return generate(lm, [prompt], perturb, system_prompt=system)[0]
+    return adding(direction.vector, direction.site, steering.strength)
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:
