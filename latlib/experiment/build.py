@@ -74,9 +74,7 @@ def _make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     device = resolve_device(profile.model.device)
     dtype = resolve_dtype(profile.model.dtype, device)
     settings = profile.pretrain
-    tracker = Tracker(
-        layout.metrics_file(spec), profile.tracking, spec.folder, wandb_dir=layout.wandb
-    )
+    tracker = Tracker(layout.metrics_file(spec), profile.tracking, spec.folder)
 
     def step_done(step: int, loss: float) -> None:
         tracker.log(step, total=loss)
@@ -157,7 +155,7 @@ def _make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     checkpoints = layout.checkpoints(spec)
     done = load_checkpoint(trainer, checkpoints, validator) or plain_steps.take(trainer, log)
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
-    tracker = Tracker(log, profile.tracking, name, config, layout.wandb, done + 1)
+    tracker = Tracker(log, profile.tracking, name, config, done + 1)
     due = Due(settings)
 
     def step_done(step: int, metrics: Metrics) -> None:

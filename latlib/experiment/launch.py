@@ -110,11 +110,14 @@ def _one_of_several(rank: int, task: _Task) -> None:
     """What `launch` starts."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     count = task.layout.profile.parallel.processes
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(count)
-    os.environ["MASTER_ADDR"] = HOST
-    os.environ["MASTER_PORT"] = str(task.port)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is there: rank 0 makes none
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        MASTER_ADDR=HOST,
+        MASTER_PORT=str(task.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the store is there: rank 0 makes none
+    )
     torch.set_num_threads(threads_for(task.layout.profile, count))
     try:
         _train(task.layout, task.spec, task.progress_file)

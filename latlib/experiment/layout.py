@@ -8,6 +8,7 @@
     results/attacks/<digest>.parquet            rows of a single attack
     results/geometry/<model>/                   differences, directions and variance of activations
     results/<name>.json                         everything else that was measured
+    wandb/                                      what wandb writes
 
 where <model> is `Spec.folder`, such as 'lat-seed0'.
 """
@@ -155,11 +156,6 @@ class Layout:
     def logs(self) -> Path:
         """The folder of logs, and of what processes tell each other."""
         return self.folder / "logs"
-
-    @property
-    def wandb(self) -> Path:
-        """The folder that is given to W&B."""
-        return self.folder / "wandb"
 
 
 @contextmanager

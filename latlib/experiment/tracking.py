@@ -47,11 +47,11 @@ _unreachable: dict[str, str] = {}  # server -> reason: one wait per process, not
 class Tracker:
     """Records the metrics of one run.
 
-    path: the JSONL file. settings: the profile's `tracking` section. name, config: what W&B shows.
-    wandb_dir: the folder in which wandb makes its own. resume_from: lines of `path` with a step >=
-    this are dropped, those below are kept (and repeated to wandb); 0 starts anew.
+    path: the JSONL file, as <run>/metrics/<model>.jsonl; wandb writes below <run>/wandb. settings:
+    the profile's `tracking` section. name, config: what W&B shows. resume_from: lines of `path`
+    with a step >= this are dropped, those below are kept (and repeated to wandb); 0 starts anew.
 
-        with Tracker(path, profile.tracking, "model-seed0", config, folder) as tracker:
+        with Tracker(path, profile.tracking, "model-seed0", config) as tracker:
             tracker.log(1, total=1.2, kl=0.01)
     """
 
@@ -61,12 +61,10 @@ class Tracker:
         settings: TrackingSettings,
         name: str,
         config: Record | None = None,
-        wandb_dir: Path | None = None,
         resume_from: int = 0,
     ) -> None:
         self.path, self.resume_from = path, resume_from
         self.settings, self.name, self.config = settings, name, config or {}
-        self.wandb_dir = wandb_dir or path.parent
         self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._trouble = ""
         # all calls into wandb are made there; a stuck thread must not keep the process alive
@@ -126,7 +124,6 @@ class Tracker:
         mode, reason = choose_mode(self.settings.wandb, base_url)
         if mode == "disabled":
             return None
-        self.wandb_dir.mkdir(parents=True, exist_ok=True)
         if mode == "online" and base_url not in _unreachable:
             try:
                 return self._init(wandb, "online")
@@ -139,13 +136,15 @@ class Tracker:
         return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
+        folder = self.path.parent.parent / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
         return wandb.init(
             project=self.settings.project,
             entity=self.settings.entity,
             name=self.name,
             id=f"{_digest(self.name)}{time.time_ns():x}",  # so that `find_offline_run` knows it
             config=self.config,
-            dir=str(self.wandb_dir),
+            dir=str(folder),
             mode=mode,
             reinit="create_new",  # never touches a run the user has open in the same notebook
             settings=wandb.Settings(
@@ -259,7 +258,7 @@ def read_offline_run(run_dir: Path) -> pd.DataFrame:
 
 
 def find_offline_run(folder: Path, name: str) -> Path | None:
-    """The newest offline wandb run called `name` in a tracker's `wandb_dir`, or None where there is
+    """The newest offline wandb run called `name` in a run's folder `wandb`, or None where there is
     none.
 
     A resumed training makes a second run that repeats the first, so the newest is whole.

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ from latlib.text.chat import Row, tokenise
 from latlib.threat import Site
 from latlib.train import Trainer
 
-PURPOSE = "watch"  # decides, with the split, which of the tuning prompts are drawn
-SPLIT: Literal["tune"] = "tune"
 CRITERION = (
     "the highest min(harmful requests resisted, harmless requests not refused), then the lowest KL,"
     " then the later step"
@@ -115,12 +113,6 @@ class Validation:
         )
 
 
-def best_of(found: Iterable[Validation | None]) -> Validation | None:
-    """The best of those that count, None where there is none."""
-    counting = [v for v in found if v and v.counts]
-    return max(counting, key=lambda v: v.rank, default=None)
-
-
 def training_tokens(rows: list[Row], lm: LanguageModel, profile: Profile) -> list[TokenRow]:
     """Training rows as a model reads them."""
     data = profile.data
@@ -144,8 +136,9 @@ class Validator:
         if self.settings.evaluate_every:
             count = self.settings.evaluate_prompts
             prompts = prompt_source(profile)
-            self.harmful = prompts.ask(PURPOSE, SPLIT, "harmful", count)
-            self.harmless = prompts.ask(PURPOSE, SPLIT, "harmless", count)
+            # "watch" decides, with the split, which of them are drawn
+            self.harmful = prompts.ask("watch", "tune", "harmful", count)
+            self.harmless = prompts.ask("watch", "tune", "harmless", count)
             self.answers = self._answers()
 
     def after(self, step: int) -> dict[str, float]:
@@ -157,7 +150,7 @@ class Validator:
             return {}
         found, before = self.validate(step), self.last
         self.last = found
-        if best_of((self.best, found)) is found:
+        if found.counts and (self.best is None or found.rank > self.best.rank):
             self.best = found
             self.adapter = full(self.trainer.parameters)
         if ranks.is_main():

@@ -62,15 +62,14 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_offline_run_holds_the_same_numbers_also_after_a_resume(tmp_path):
     path = tmp_path / "metrics" / "lat.jsonl"
     for start, stop in ((0, 4), (2, 6)):
-        with Tracker(
-            path, TrackingSettings(), "lat", {"seed": 0}, tmp_path, resume_from=start
-        ) as tracker:
+        with Tracker(path, TrackingSettings(), "lat", {"seed": 0}, start) as tracker:
             for step in range(start, stop):
                 tracker.log(
                     step, total=1 / (step + 1 + start), kl=float("nan") if step == 1 else 0.1
                 )
-    newest = max(tmp_path.glob("wandb/offline-run-*"), key=lambda run: run.stat().st_mtime_ns)
-    assert find_offline_run(tmp_path, "lat") == newest and find_offline_run(tmp_path, "at") is None
+    folder = tmp_path / "wandb"
+    newest = max(folder.glob("wandb/offline-run-*"), key=lambda run: run.stat().st_mtime_ns)
+    assert find_offline_run(folder, "lat") == newest and find_offline_run(folder, "at") is None
     ours, theirs = read_metrics(path), read_offline_run(newest)
     assert len(ours) == 6 and theirs["step"].tolist() == ours["step"].tolist()
     assert theirs["total"].tolist() == ours["total"].tolist()
@@ -102,7 +101,7 @@ server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never an
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
 os.environ["WANDB_API_KEY"] = "k" * 40
 print(time.monotonic())
-with Tracker(Path("lat.jsonl"), TrackingSettings(wandb="online"), "lat", wandb_dir=Path(".")) as tracker:
+with Tracker(Path("metrics/lat.jsonl"), TrackingSettings(wandb="online"), "lat") as tracker:
     before = time.monotonic()
     tracker.log(0, total=1.0)
     assert time.monotonic() - before < 0.1, "training waits for W&B"
@@ -124,8 +123,8 @@ def test_a_server_that_never_answers_costs_less_than_15_seconds(tmp_path):
         "from opening the tracker to the end of the process"
     )
     assert "offline" in done.stderr
-    assert lines(tmp_path / "lat.jsonl") == [{"step": 0, "total": 1.0}]
-    (run_dir,) = tmp_path.glob("wandb/offline-run-*")
+    assert lines(tmp_path / "metrics" / "lat.jsonl") == [{"step": 0, "total": 1.0}]
+    (run_dir,) = tmp_path.glob("wandb/wandb/offline-run-*")
     assert read_offline_run(run_dir)["total"].tolist() == [1.0], "not recorded offline instead"
 
 
@@ -134,17 +133,16 @@ def test_wandb_failing_or_hanging_stops_nothing(tmp_path, monkeypatch, capsys):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Tracker, "_start_run", fails)
-    with Tracker(tmp_path / "a.jsonl", TrackingSettings(), "a") as tracker:
+    with Tracker(tmp_path / "metrics" / "a.jsonl", TrackingSettings(), "a") as tracker:
         tracker.log(0, total=1.0)
     assert "no space left" in capsys.readouterr().err
 
     monkeypatch.setattr(Tracker, "_start_run", lambda self, wandb: time.sleep(3))
     monkeypatch.setattr(tracking, "FINISH_WAIT_S", 0.3)
     started = time.monotonic()
-    with Tracker(tmp_path / "b.jsonl", TrackingSettings(), "b") as tracker:
+    with Tracker(tmp_path / "metrics" / "b.jsonl", TrackingSettings(), "b") as tracker:
         tracker.log(0, total=2.0)
     assert time.monotonic() - started < 2
     assert "left alone" in capsys.readouterr().err
-    assert lines(tmp_path / "a.jsonl") + lines(tmp_path / "b.jsonl") == [
-        {"step": 0, "total": v} for v in (1.0, 2.0)
-    ]
+    first, second = (lines(tmp_path / "metrics" / f"{name}.jsonl") for name in "ab")
+    assert first + second == [{"step": 0, "total": v} for v in (1.0, 2.0)]

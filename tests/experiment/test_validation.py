@@ -22,7 +22,7 @@ from latlib.experiment import build, validation
 from latlib.experiment.plain_steps import PlainSteps
 from latlib.experiment.record import model_card
 from latlib.experiment.run import Run
-from latlib.experiment.validation import Validation, Validator, best_of
+from latlib.experiment.validation import Validation, Validator
 
 EVERY = {"evaluate_every": 2, "evaluate_prompts": 5}
 
@@ -222,8 +222,8 @@ def test_kl_is_to_the_frozen_model_on_held_out_answers(run, trainer):
         ),
     ],
 )
-def test_the_best_result(results, chosen):
-    found = best_of(results)
+def test_the_best_result(told, results, chosen):
+    found = told(*results).best
     assert (found and found.step) == chosen
 
 
