@@ -27,7 +27,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 
 import torch
 from torch.distributed import TCPStore
@@ -40,7 +39,7 @@ from latlib.experiment import build
 from latlib.experiment.jobs import prepare_process, threads_for, worker_context
 from latlib.experiment.layout import Layout
 from latlib.experiment.spec import Spec, find_spec, spec_parser
-from latlib.io.progress import OnStep, Progress, Stopped, read, unseen
+from latlib.io.progress import OnStep, Progress, Stopped, unseen
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for processes that are asked to end, before they are killed
@@ -49,13 +48,13 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class _Task:
-    """What the processes do. port: where they meet. ended: takes the error that `launch` raises."""
+    """What the processes do. port: where they meet. said: takes the steps of process 0, for
+    `on_step`, and the error that `launch` raises."""
 
     layout: Layout
     spec: Spec
-    progress_file: Path
     port: int
-    ended: SimpleQueue[Exception]
+    said: SimpleQueue[tuple[int, int, str] | Exception]
 
 
 def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
@@ -67,31 +66,31 @@ def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     traceback of the first that has failed.
     """
     count = layout.profile.parallel.processes
-    progress_file = layout.logs / f".parallel-{spec.folder}.json"
-    progress_file.unlink(missing_ok=True)  # left by a launch that was killed
     context = worker_context()
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-    task = _Task(layout, spec, progress_file, store.port, context.SimpleQueue())
+    task = _Task(layout, spec, store.port, context.SimpleQueue())
     method = context.get_start_method()
     processes = start_processes(_one_of_several, (task,), count, join=False, start_method=method)
+    ended: Exception | None = None
     over = False
-    passed_on = 0
     try:
         while not over:
-            over = processes.join(POLL_SECONDS, GRACE_SECONDS)
-            record = read(progress_file)
-            if record and record["step"] > passed_on:
-                passed_on = record["step"]
-                on_step(passed_on, record["total"], record["detail"])
-    except ProcessException as error:
-        if task.ended.empty():
-            which = f"process {error.error_index} of {count}"
-            raise RuntimeError(f"{spec.name}: {which} failed: {error}") from None
+            try:
+                over = processes.join(POLL_SECONDS, GRACE_SECONDS)
+            except ProcessException as error:
+                over = True
+                which = f"process {error.error_index} of {count}"
+                ended = RuntimeError(f"{spec.name}: {which} failed: {error}")
+            while not task.said.empty():
+                said = task.said.get()
+                if isinstance(said, Exception):
+                    ended = said
+                else:
+                    on_step(*said)
     finally:
         _end(processes)
-        progress_file.unlink(missing_ok=True)
-    if not task.ended.empty():
-        raise task.ended.get()
+    if ended:
+        raise ended
 
 
 def _end(processes: ProcessContext) -> None:
@@ -120,11 +119,11 @@ def _one_of_several(rank: int, task: _Task) -> None:
     )
     torch.set_num_threads(threads_for(task.layout.profile, count))
     try:
-        _train(task.layout, task.spec, task.progress_file)
+        _train(task.layout, task.spec, lambda *step: task.said.put(step))
     except Stopped as stopped:  # of all of them, and each has to finish what it is at
-        task.ended.put(stopped)
+        task.said.put(stopped)
     except SettingError as error:
-        task.ended.put(error)
+        task.said.put(error)
         raise
     ranks.leave()
 
@@ -136,8 +135,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _train(layout: Layout, spec: Spec, progress_file: Path) -> None:
-    """Make the model as one of the processes of the environment."""
+def _train(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Make the model as one of the processes of the environment; the first reports its steps."""
     if ranks.started_as_one_of_many():
         ranks.join_group(layout.profile.model)
     if ranks.is_main():
@@ -148,13 +147,8 @@ def _train(layout: Layout, spec: Spec, progress_file: Path) -> None:
     if ranks.is_main() and not layout.has(spec.base):
         build.make_model(layout, spec.base, unseen)
     ranks.wait()
-    if ranks.broadcast(layout.has(spec)):
-        return
-    if not ranks.is_main():
-        build.make_model(layout, spec, unseen)
-        return
-    with Progress(progress_file, spec.name, 1) as bar:
-        build.make_model(layout, spec, bar.on_step)
+    if not ranks.broadcast(layout.has(spec)):
+        build.make_model(layout, spec, on_step if ranks.is_main() else unseen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     method = options.method or profile.main
     spec = find_spec(profile, method, options.seed, options.variant)
     try:
-        _train(layout, spec, layout.folder)
+        _train(layout, spec, Progress(layout.folder, spec.name, 1).on_step)
     except Stopped as stopped:
         if ranks.is_main():
             print(stopped, file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ Two processes on this machine do everything once (`findings`), by either mode, a
 found in files.
 """
 
-import json
 import os
 import signal
 import socket
@@ -38,7 +37,7 @@ from latlib.evaluation.generate import write
 from latlib.experiment import build, jobs
 from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
-from latlib.io.progress import Progress, Stopped
+from latlib.io.progress import Stopped
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -563,14 +562,14 @@ def launch_doing(does, run, monkeypatch, on_step=lambda *_: None):
 
 
 def stopped(rank, task):
-    task.ended.put(Stopped("why"))
+    task.said.put(Stopped("why"))
 
 
 def refused(rank, task):
     """By one of them, while the other waits for it."""
     if rank == 0:
         time.sleep(600)
-    task.ended.put(ProfileError("why"))
+    task.said.put(ProfileError("why"))
     raise ProfileError("why")
 
 
@@ -600,25 +599,12 @@ def test_what_ended_the_processes_is_raised(folder, monkeypatch, does, error, me
     run = Run(smoke("ddp", 2), folder / "launched")
     with pytest.raises(error, match=message):
         launch_doing(does, run, monkeypatch)
-    assert not list((run.folder / "logs").glob(".parallel*"))
-
-
-def nothing(rank, task):
-    pass
-
-
-def test_what_a_killed_launch_left_is_not_heard(folder, monkeypatch):
-    run, told = Run(smoke("ddp", 2), folder / "launched"), []
-    progress = {"label": "", "step": 3, "total": 6, "detail": "", "time": 0}
-    (run.folder / "logs" / ".parallel-lat-seed0.json").write_text(json.dumps(progress))
-    launch_doing(nothing, run, monkeypatch, lambda *step: told.append(step))
-    assert not told
 
 
 def says_who_it_is(rank, task):
     threading.Thread(target=parallel._leave_with_parent, daemon=True).start()
     if rank == 0:
-        Progress(task.progress_file, "", 2).update(1, str(os.getpid()))
+        task.said.put((1, 2, str(os.getpid())))
     time.sleep(600)
 
 
