@@ -70,7 +70,7 @@ class Layout:
                 " with --out"
             )
         theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if lines := changed_settings(_fixed(theirs), _fixed(mine)):
+        if lines := changed_settings(fixed_settings(theirs), fixed_settings(mine)):
             raise ProfileError(
                 f"run folder {self.folder} was made with other settings:\n  "
                 + "\n  ".join(lines)
@@ -169,7 +169,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _fixed(profile: dict[str, Any]) -> dict[str, Any]:
+def fixed_settings(profile: dict[str, Any]) -> dict[str, Any]:
     """The part of a dumped profile that a run folder is made with: a grid names trials and changes
     none, and a file stays the same wherever it lies."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})

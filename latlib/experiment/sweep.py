@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from latlib.config.profile import Profile
-from latlib.config.sections import ProfileError, SweepSettings
+from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
@@ -117,12 +117,9 @@ def sweep(
     if missing:
         ray = _ray()
         with _cluster(ray, address):
-            options = {
-                "num_cpus": cpus_per_trial,
-                "num_gpus": _gpus(ray, run.profile, gpus_per_trial),
-                "max_retries": RETRIES,
-            }
-            task = partial(ray.remote(**options)(perform).remote, str(scratch or ""), adapters)
+            gpus = _gpus(ray, run.profile, gpus_per_trial)
+            options = ray.remote(num_cpus=cpus_per_trial, num_gpus=gpus, max_retries=RETRIES)
+            task = partial(options(perform).remote, str(scratch or ""), adapters)
             _Driver(ray, run, task, swept, say).work(missing)
     for trial, error in swept.failed.items():
         say(f"failed: {trial.name}: {error}")
@@ -192,7 +189,7 @@ class _Driver:
 
     ray: Any
     run: Run
-    task: Callable[..., Any]  # starts `perform` for settings, a model and its base's files
+    task: Callable[..., Any]  # starts `perform` for a profile, a model and its base's files
     swept: Swept
     say: Callable[[str], None]
     running: dict[Any, Spec] = field(default_factory=dict)  # Ray's reference -> base or trial
@@ -233,9 +230,7 @@ class _Driver:
         return self._start(base, files)
 
     def _start(self, spec: Spec, files: Any) -> Any:
-        # without the grid, so that a grid that grows finds its scratch folders again
-        profile = self.run.profile.model_copy(update={"sweep": SweepSettings()})
-        ref = self.task(profile.model_dump(mode="json"), spec, files)
+        ref = self.task(self.run.profile, spec, files)
         self.running[ref] = spec
         return ref
 

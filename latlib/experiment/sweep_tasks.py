@@ -21,13 +21,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
-from latlib.config.profile import FREE_FIELDS, Profile, validated
+from latlib.config.profile import Profile
 from latlib.evaluation.outcomes import BASE
-from latlib.experiment.layout import Layout
+from latlib.experiment.layout import Layout, fixed_settings
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
 from latlib.io.files import aside, folder_aside
@@ -38,60 +37,52 @@ Files = dict[str, bytes | dict[str, bytes]]
 Result = tuple[Files, float, str]  # what was made, seconds, machine
 
 
-def perform(
-    scratch: str, adapter: bool, settings: dict[str, Any], spec: Spec, base: Result
-) -> Result:
+def perform(scratch: str, adapter: bool, profile: Profile, spec: Spec, base: Result) -> Result:
     """Task: make a base model and measure its residual norms, or train and measure a trial.
 
     adapter: whether to return a trial's adapter, too. base: what there is of the base.
     """
     started = time.monotonic()
-    with _scratch_run(settings, spec.folder, scratch) as run:
+    with _scratch_run(profile, spec.folder, scratch) as run:
         unpack(run.folder, base[0])
         if spec.method == BASE:
             run.norms(spec.seed)
         else:
-            model = (spec.method, spec.seed, dict(spec.changes))
-            run.measure([(model, SUITE)])
+            run.evaluate(spec.method, spec.seed, SUITE, dict(spec.changes))
         made = packed(run.folder, files_of(run.layout, spec, adapter))
     return made, time.monotonic() - started, socket.gethostname()
 
 
 @contextmanager
-def _scratch_run(settings: dict[str, Any], name: str, scratch: str) -> Iterator[Run]:
+def _scratch_run(profile: Profile, name: str, scratch: str) -> Iterator[Run]:
     """The run of one task in this machine's scratch folder, to itself; deleted at the end unless
     there was an error.
 
     A file beside it lists the processes that worked on it, a line each.
     """
-    parent = _scratch_folder(settings, scratch)
+    settings = json.dumps(fixed_settings(profile.model_dump(mode="json")))
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    place = scratch or f"{tempfile.gettempdir()}/latlib-sweep-{os.getuid()}"
+    parent = Path(place, digest).expanduser()
     parent.mkdir(parents=True, exist_ok=True)
     # an attempt that Ray gave up may not be quite dead yet
     with FileLock(parent / f"{name}.lock"):
         with (parent / f"{name}.attempts").open("a") as attempts:
             print(os.getpid(), file=attempts)
-        yield Run(validated(Profile, settings), parent / name)
+        yield Run(profile, parent / name)
         shutil.rmtree(parent / name, ignore_errors=True)
-
-
-def _scratch_folder(settings: dict[str, Any], scratch: str) -> Path:
-    """Where runs with these settings lie on this machine."""
-    fixed = {field: value for field, value in settings.items() if field not in FREE_FIELDS}
-    digest = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
-    place = scratch or f"{tempfile.gettempdir()}/latlib-sweep-{os.getuid()}"
-    return Path(place).expanduser() / digest[:12]
 
 
 def files_of(layout: Layout, spec: Spec, adapter: bool = False) -> list[Path]:
     """What a trial needs of its base: the model, where it is made here and not a hub's, and its
     norms; or what is kept of a trial, its table last: where that is, all is.
     """
-    model = [layout.model_folder(spec)]
-    metrics = [layout.metrics_file(spec)]
+    model, metrics = layout.model_folder(spec), layout.metrics_file(spec)
     if spec.method != BASE:
-        return [*(model if adapter else []), *metrics, layout.table_file(spec, SUITE)]
-    made_here = [] if layout.source(spec) else [*model, *metrics]
-    return [*made_here, layout.norms_file(spec.seed)]
+        table = layout.table_file(spec, SUITE)
+        return [model, metrics, table] if adapter else [metrics, table]
+    norms = layout.norms_file(spec.seed)
+    return [norms] if layout.source(spec) else [model, metrics, norms]
 
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:
