@@ -49,7 +49,7 @@ PATIENCE = timedelta(hours=2)
 
 def started_as_one_of_many() -> bool:
     """Whether torchrun or `accelerate launch` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def join_group(settings: ModelSettings) -> None:

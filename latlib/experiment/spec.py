@@ -66,30 +66,24 @@ def find_spec(profile: Profile, method: str, seed: int = 0, variant: Variant = N
 
     Raises ProfileError for an unknown method, seed, variant or field.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if type(seed) is not int or seed < 0:
         raise ProfileError(f"seed = {seed!r}: give a whole number >= 0")
-    changes, name = _changes(profile, variant)
+    known, variant = profile.sweep.variants, variant or {}
+    if isinstance(variant, str) and variant not in known:
+        raise ProfileError(
+            f"variant = {variant!r} is unknown: choose one of {', '.join(known) or 'none'}"
+        )
+    if isinstance(variant, str):
+        changes, name = known[variant], variant
+    else:
+        changes = dict(variant)
+        name = "+".join(f"{field}={value}" for field, value in sorted(changes.items()))
+    if changes and method == BASE:
+        raise ProfileError(f"variant = {variant!r}: the base model has none")
     if changes and method in profile.released:
         raise ProfileError(
             f"variant = {variant!r}: {method} is released.{method}, which is not trained here"
         )
     if method != BASE:
         profile.training(method, changes)
-    elif changes:
-        raise ProfileError(f"variant = {variant!r}: the base model has none")
     return Spec(method, seed, tuple(sorted(changes.items())), name)
-
-
-def _changes(profile: Profile, variant: Variant) -> tuple[dict[str, Any], str]:
-    """(changes by dotted name, what they are called)"""
-    if not variant:
-        return {}, ""
-    if isinstance(variant, Mapping):
-        named = [f"{field}={value}" for field, value in sorted(variant.items())]
-        return dict(variant), "+".join(named)
-    known = profile.sweep.variants
-    if variant not in known:
-        raise ProfileError(
-            f"variant = {variant!r} is unknown: choose one of {', '.join(known) or 'none'}"
-        )
-    return dict(known[variant]), variant
