@@ -8,9 +8,9 @@
    it.
 
 wandb is offline by default. Online needs the request in the profile, a key, and a server that
-answers a TCP connection within TCP_WAIT_S; otherwise the run is recorded offline and one line says
-why. Whatever wandb does, the JSONL is whole and nothing is raised. wandb is imported in the
-background thread, and only where it is wanted.
+answers within INIT_WAIT_S; otherwise the run is recorded offline and one line says why. Whatever
+wandb does, the JSONL is whole and nothing is raised. wandb is imported in the background thread,
+and only where it is wanted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import json
 import netrc
 import os
 import queue
-import socket
 import subprocess
 import sys
 import threading
@@ -34,7 +33,6 @@ import pandas as pd
 from latlib.config.sections import TrackingSettings
 from latlib.io.files import json_ready, write_text
 
-TCP_WAIT_S = 3.0  # a reachable server answers in well under a second
 # wandb's own limit for making a run online; left alone it takes 100 s without a network
 INIT_WAIT_S = 5.0
 # with the line it prints and the exit of wandb's service this stays below 15 s
@@ -174,15 +172,8 @@ def choose_mode(wanted: str, base_url: str) -> tuple[str, str]:
         return "offline", ""
     if limit in ("offline", "dryrun"):
         return "offline", f"WANDB_MODE={limit} is set"
-    address = urlsplit(base_url)
-    host = address.hostname or ""
-    if not _has_key(host):
+    if not _has_key(urlsplit(base_url).hostname or ""):
         return "offline", "no W&B key was found: run `wandb login`"
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((host, port), timeout=TCP_WAIT_S).close()
-    except OSError as error:
-        return "offline", f"{host}:{port} does not answer ({error})"
     return "online", ""
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -76,20 +75,17 @@ def test_offline_run_holds_the_same_numbers_also_after_a_resume(tmp_path):
     assert theirs["kl"].isna().tolist() == ours["kl"].isna().tolist()
 
 
-def test_online_only_with_a_key_and_an_answering_server(monkeypatch):
+def test_online_only_with_a_key(monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert choose_mode("online", url)[0] == "offline" and "key" in choose_mode("online", url)[1]
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        assert choose_mode("online", url) == ("online", "")
-        assert choose_mode("offline", url) == ("offline", ""), "offline was asked for"
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        assert choose_mode("online", url)[0] == "offline"
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-        assert choose_mode("online", url)[0] == "disabled"
-        monkeypatch.delenv("WANDB_MODE")
-    assert choose_mode("online", url)[0] == "offline", "nothing listens there any more"
+    url = "http://127.0.0.1:8080"
+    assert choose_mode("online", url)[0] == "offline" and "key" in choose_mode("online", url)[1]
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert choose_mode("online", url) == ("online", "")
+    assert choose_mode("offline", url) == ("offline", ""), "offline was asked for"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert choose_mode("online", url)[0] == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("online", url)[0] == "disabled"
 
 
 SILENT_SERVER = """
@@ -100,6 +96,8 @@ from latlib.experiment.tracking import Tracker
 server = socket.create_server(("127.0.0.1", 0))  # accepts connections, never answers one
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
 os.environ["WANDB_API_KEY"] = "k" * 40
+if sys.argv[1] == "closed":
+    server.close()
 print(time.monotonic())
 with Tracker(Path("metrics/lat.jsonl"), TrackingSettings(wandb="online"), "lat") as tracker:
     before = time.monotonic()
@@ -108,10 +106,11 @@ with Tracker(Path("metrics/lat.jsonl"), TrackingSettings(wandb="online"), "lat")
 """
 
 
-def test_a_server_that_never_answers_costs_less_than_15_seconds(tmp_path):
+@pytest.mark.parametrize("server", ["silent", "closed"])
+def test_a_server_that_never_answers_costs_less_than_15_seconds(tmp_path, server):
     env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
     done = subprocess.run(
-        [sys.executable, "-c", SILENT_SERVER],
+        [sys.executable, "-c", SILENT_SERVER, server],
         cwd=tmp_path,
         env=env,
         capture_output=True,
