@@ -43,7 +43,7 @@ from latlib.experiment.record import base_name, model_card, write_record
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import Tracker, read_metrics
 from latlib.experiment.validation import Validator, training_tokens
-from latlib.io.files import folder_aside, read_json, write_json
+from latlib.io.files import Json, folder_aside, read_json, write_json
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.io.progress import OnStep, Stopped, stop_requested
@@ -56,18 +56,11 @@ from latlib.world import organism
 NORM_PROMPTS = 128
 
 
-def make_model(layout: Layout, spec: Spec, on_step: OnStep) -> None:
-    """Make the model of `spec` in its folder. on_step(step, total, detail) reports progress.
+def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Make the organism's base model in its folder. on_step(step, total, detail) reports progress.
 
-    Raises `Stopped` where somebody asked for it.
+    Raises `Stopped` where somebody asked for it: then nothing of it is kept.
     """
-    if spec.method == BASE:
-        _make_base(layout, spec, on_step)
-    else:
-        _make_adapter(layout, spec, on_step)
-
-
-def _make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     profile = layout.profile
     tokenizer = organism.build_tokenizer(profile.model.vocabulary)
     model = organism.build_model(profile.model, tokenizer, spec.seed)
@@ -108,10 +101,11 @@ def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Si
     file, profile = layout.norms_file(seed), layout.profile
     if not broadcast(file.exists()):
         if lm is None or not is_distributed():
-            lm = load_model(layout.model_folder(Spec(BASE, seed)), profile.model)
+            folder = layout.model_folder(Spec(BASE, seed))
+            lm = load_model(folder, profile.model)
         measured = measure_norms(lm, profile, seed)
         if is_main():
-            write_json({str(site): norm for site, norm in measured.items()}, file)
+            write_json(measured, file)
         wait()
     kept = read_json(file)
     return {site if site == EMBEDDING else int(site): norm for site, norm in kept.items()}
@@ -134,18 +128,20 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     profile = layout.profile
     settings = profile.training(spec.method, dict(spec.changes))
     check_overlap(profile.data)
-    mode = profile.parallel.mode
+    data, seed, mode = profile.data, spec.seed, profile.parallel.mode
     base = load_model(layout.model_folder(spec.base), load_settings(profile.model, mode))
-    harmful = training_tokens(preference_rows(profile.data, spec.seed), base, profile)
-    benign = training_tokens(benign_rows(profile.data, spec.seed), base, profile)
+    harmful = training_tokens(preference_rows(data, seed), base, profile)
+    benign = training_tokens(benign_rows(data, seed), base, profile)
     device = resolve_device(profile.model.device)
-    lm: Any = wrap(with_adapter(base, profile.lora, spec.seed), mode, device)
-    return Trainer(lm, harmful, benign, settings, spec.seed, norms(layout, spec.seed, lm))
+    lm: Any = wrap(with_adapter(base, profile.lora, seed), mode, device)
+    return Trainer(lm, harmful, benign, settings, seed, norms(layout, seed, lm))
 
 
-def _make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
-    """Train it, or what is left of its training, and save it; or raise `Stopped` with everything
-    saved.
+def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
+    """Train an adapter, or what is left of its training, into its folder. on_step(step, total,
+    detail) reports progress.
+
+    Raises `Stopped` where somebody asked for it, with everything saved.
     """
     profile, name, log = layout.profile, spec.folder, layout.metrics_file(spec)
     trainer = make_trainer(layout, spec)
@@ -185,7 +181,7 @@ def _save(
     spec: Spec,
     trainer: Trainer,
     adapter: dict[str, torch.Tensor],
-    record: dict[str, Any],
+    record: Json,
 ) -> None:
     """Put the adapter into its place; then what killed writers left goes."""
     target = layout.model_folder(spec)
@@ -199,7 +195,7 @@ def _save(
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) -> dict[str, Any]:
+def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) -> Json:
     """How it was made. kept_step: the step that is kept."""
     profile, threat = layout.profile, validator.trainer.threat
     metrics = read_metrics(layout.metrics_file(spec))

@@ -36,6 +36,7 @@ from latlib.config.sections import ProfileError, TrainSettings
 from latlib.distributed import ranks
 from latlib.experiment.validation import Validator
 from latlib.io import files
+from latlib.io.files import Json
 from latlib.train import Trainer
 
 MARK = b"\nsha256 "  # before the checksum; torch reads files with something behind their end
@@ -113,9 +114,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, validator: Validator | None 
     return trainer.step
 
 
-def _restore(
-    trainer: Trainer, validator: Validator | None, content: dict[str, Any], file: Path
-) -> None:
+def _restore(trainer: Trainer, validator: Validator | None, content: Json, file: Path) -> None:
     if lines := changed_settings(content["made_with"], _made_with(trainer)):
         raise ProfileError(
             f"checkpoint {file} is of another training:\n  "
@@ -133,7 +132,7 @@ def _restore(
         torch.cuda.set_rng_state_all(on_gpus)
 
 
-def _made_with(trainer: Trainer) -> dict[str, Any]:
+def _made_with(trainer: Trainer) -> Json:
     """What a trainer's result depends on beside the base model and the rows, of which the trainer
     keeps a digest.
     """
@@ -154,7 +153,7 @@ def _prune(folder: Path, kept: int) -> None:
 # ---- files with a checksum
 
 
-def write_checked(content: dict[str, Any], file: Path) -> None:
+def write_checked(content: Json, file: Path) -> None:
     """Write what `torch.save` takes, with its sha256 as the file's last line: on the disk whole, or
     not at all.
     """
@@ -165,7 +164,7 @@ def write_checked(content: dict[str, Any], file: Path) -> None:
             handle.write(tail)
 
 
-def read_checked(file: Path) -> tuple[dict[str, Any] | None, str]:
+def read_checked(file: Path) -> tuple[Json | None, str]:
     """(what `write_checked` wrote, ''), or (None, what is wrong with it). Tensors are on the CPU;
     no code is run.
     """

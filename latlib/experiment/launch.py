@@ -61,7 +61,7 @@ def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     """Train the adapter of `spec` in `profile.parallel.processes` processes; its base must be
     there.
 
-    on_step(step, total, detail) as in `build.make_model`. Raises `Stopped` when all have saved and
+    on_step(step, total, detail) as in `build.make_adapter`. Raises `Stopped` when all have saved and
     left, SettingError for settings that several processes cannot follow, RuntimeError with the
     traceback of the first that has failed.
     """
@@ -145,10 +145,10 @@ def _train(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     layout.claim()
     prepare_process(min(torch.get_num_threads(), threads_for(layout.profile)))
     if ranks.is_main() and not layout.has(spec.base):
-        build.make_model(layout, spec.base, unseen)
+        build.make_base(layout, spec.base, unseen)
     ranks.wait()
     if not ranks.broadcast(layout.has(spec)):
-        build.make_model(layout, spec, on_step if ranks.is_main() else unseen)
+        build.make_adapter(layout, spec, on_step if ranks.is_main() else unseen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

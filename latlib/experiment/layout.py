@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from filelock import FileLock, Timeout
@@ -30,7 +30,7 @@ from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.spec import Spec
-from latlib.io.files import write_text
+from latlib.io.files import Json, write_text
 
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
@@ -169,7 +169,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def fixed_settings(profile: dict[str, Any]) -> dict[str, Any]:
+def fixed_settings(profile: Json) -> Json:
     """The part of a dumped profile that a run folder is made with: a grid names trials and changes
     none, and a file stays the same wherever it lies."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from latlib.config.paths import portable
 from latlib.config.profile import Profile
 from latlib.experiment.spec import Spec
-from latlib.io.files import write_json
+from latlib.io.files import Json, write_json
 
 RECORD = "latlib.json"  # in every model folder: how it was made
 PROFILE = "profile.yaml"  # beside it
@@ -32,14 +31,14 @@ def base_name(profile: Profile, spec: Spec) -> str:
     return f"../{spec.base.folder}" if source == "world" else portable(source)
 
 
-def write_record(folder: Path, record: dict[str, Any], profile: Profile) -> None:
+def write_record(folder: Path, record: Json, profile: Profile) -> None:
     """Write how a model was made, and the whole profile, into its folder."""
     write_json(record, folder / RECORD)
     tree = portable(profile.model_dump(mode="json"))
     (folder / PROFILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
-def model_card(record: dict[str, Any], library: str = "peft") -> str:
+def model_card(record: Json, library: str = "peft") -> str:
     """A filled-in model card in Markdown, from the record of an adapter. library: what opens the
     model.
     """

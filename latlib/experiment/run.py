@@ -36,7 +36,7 @@ from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
-from latlib.io.files import read_json, write_json, write_table
+from latlib.io.files import Json, read_json, write_json, write_table
 from latlib.io.progress import OnStep
 from latlib.models import LanguageModel, load_model
 from latlib.redteam import audit, jailbreaks, latent
@@ -107,11 +107,12 @@ class Run:
 
     def _make(self, spec: Spec, on_step: OnStep) -> None:
         """Make a model: in this process, or in several that are started for it."""
-        several = self.profile.parallel.processes > 1 and not ranks.is_distributed()
-        if several and spec.method != BASE:
+        if spec.method == BASE:
+            build.make_base(self.layout, spec, on_step)
+        elif self.profile.parallel.processes > 1 and not ranks.is_distributed():
             launch.launch(self.layout, spec, on_step)
         else:
-            build.make_model(self.layout, spec, on_step)
+            build.make_adapter(self.layout, spec, on_step)
 
     def _work(self, jobs: list[Job]) -> None:
         work(self.profile, self.folder, jobs)
@@ -140,7 +141,7 @@ class Run:
         method: str,
         seed: int = 0,
         variant: Variant = None,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """What is recorded of a model's making: settings, seconds, last losses, residual norms.
 
         Raises ProfileError for a model that is not made here.
@@ -179,7 +180,7 @@ class Run:
         """rule -> refusal direction of a model."""
         return directions.load_directions(self._geometry(method, seed, DIRECTIONS))
 
-    def variance(self, method: str, seed: int = 0) -> dict[str, Any]:
+    def variance(self, method: str, seed: int = 0) -> Json:
         """Explained variance of a model's differences at their last token."""
         return read_json(self._geometry(method, seed, VARIANCE))
 
@@ -305,7 +306,7 @@ class Run:
         write_json(data, file)
         return file
 
-    def result(self, name: str) -> dict[str, Any]:
+    def result(self, name: str) -> Json:
         """Read results/<name>.json. Raises FileNotFoundError naming what to run when
         it is missing.
         """

@@ -31,14 +31,13 @@ from urllib.parse import urlsplit
 import pandas as pd
 
 from latlib.config.sections import TrackingSettings
-from latlib.io.files import json_ready, write_text
+from latlib.io.files import Json, json_ready, write_text
 
 # wandb's own limit for making a run online; left alone it takes 100 s without a network
 INIT_WAIT_S = 5.0
 # with the line it prints and the exit of wandb's service this stays below 15 s
 FINISH_WAIT_S = 12.0
 
-Record = dict[str, Any]
 _unreachable: dict[str, str] = {}  # server -> reason: one wait per process, not one per run
 
 
@@ -58,12 +57,12 @@ class Tracker:
         path: Path,
         settings: TrackingSettings,
         name: str,
-        config: Record | None = None,
+        config: Json | None = None,
         resume_from: int = 0,
     ) -> None:
         self.path, self.resume_from = path, resume_from
         self.settings, self.name, self.config = settings, name, config or {}
-        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
         self._trouble = ""
         # all calls into wandb are made there; a stuck thread must not keep the process alive
         self._mirror = threading.Thread(target=self._copy_to_wandb, daemon=True)
@@ -197,11 +196,11 @@ def _first_line(error: BaseException) -> str:
 # ---- what was recorded
 
 
-def _line(record: Record) -> str:
+def _line(record: Json) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _records(path: Path) -> list[Record]:
+def _records(path: Path) -> list[Json]:
     """The whole records of a JSONL file; a last line cut short by a crash is left out."""
     if not path.is_file():
         return []

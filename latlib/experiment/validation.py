@@ -28,7 +28,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from latlib.data.prompts import prompt_source
 from latlib.distributed import ranks
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.generate import Perturb, batches
+from latlib.io.files import Json
 from latlib.losses import kl_divergence
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
@@ -209,7 +209,7 @@ class Validator:
         """The last validation, for the live line; '' before the first."""
         return f"; step {self.last.step}: {self.last}" if self.last else ""
 
-    def record(self, kept: int) -> dict[str, Any] | None:
+    def record(self, kept: int) -> Json | None:
         """What a model's record says; None without validation. kept: what `keep` returned."""
         if not self.settings.evaluate_every:
             return None
@@ -223,7 +223,7 @@ class Validator:
             "best": best,
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """For a checkpoint."""
         return {
             "best": self.best and asdict(self.best),
@@ -231,7 +231,7 @@ class Validator:
             "adapter": self.adapter,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Json) -> None:
         """Continue from a `state()`."""
         self.best = state["best"] and Validation(**state["best"])
         self.last = state["last"] and Validation(**state["last"])

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+Json = dict[str, Any]  # what json, yaml or torch store of an object
+
 
 @contextmanager
 def aside(file: Path, durable: bool = True) -> Iterator[Path]:

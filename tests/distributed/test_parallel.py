@@ -205,14 +205,14 @@ def stopped_after(mode: str, folder: Path) -> dict:
             stop.touch()
 
     try:
-        build.make_model(run.layout, run.spec("lat"), on_step)
+        build.make_adapter(run.layout, run.spec("lat"), on_step)
     except Stopped as error:
         found["said"] = str(error)
     build.stop_requested = requested
     ranks.wait()
     stop.unlink(missing_ok=True)
     ranks.wait()
-    build.make_model(run.layout, run.spec("lat"), lambda step, total, detail: None)
+    build.make_adapter(run.layout, run.spec("lat"), lambda step, total, detail: None)
     return found
 
 

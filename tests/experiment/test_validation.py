@@ -428,8 +428,8 @@ def test_results_on_real_prompts_and_long_rows_are_left_out(files):
 
 
 def test_an_overlap_stops_training_before_anything_is_loaded(files, monkeypatch):
-    def found(profile):
-        assert profile == files.profile
+    def found(data):
+        assert data == files.profile.data
         raise ProfileError("a test prompt among the training prompts")
 
     monkeypatch.setattr(build, "check_overlap", found)
