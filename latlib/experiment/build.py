@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import latlib
 from latlib.config.profile import Profile
@@ -172,25 +173,21 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     kept_step = validator.keep()
     adapter = adapter_state(validator.lm)
     if is_main():
-        _save(layout, spec, trainer, adapter, _record(layout, spec, validator, kept_step))
+        _save(layout, spec, adapter, validator, kept_step)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _save(
-    layout: Layout,
-    spec: Spec,
-    trainer: Trainer,
-    adapter: dict[str, torch.Tensor],
-    record: Json,
+    layout: Layout, spec: Spec, adapter: dict[str, Tensor], validator: Validator, kept_step: int
 ) -> None:
     """Put the adapter into its place; then what killed writers left goes."""
     target = layout.model_folder(spec)
-    model: Any = trainer.lm.model
+    record = _record(layout, spec, validator, kept_step)
+    model: Any = validator.lm.model
     with folder_aside(target) as folder:
         model.save_pretrained(folder, state_dict=adapter)
         _name_base(folder, record["base"])
-        write_record(folder, record, layout.profile)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        write_record(folder, record, layout.profile, model_card(record))
     for left in target.parent.glob(f".{spec.folder}-????????"):
         shutil.rmtree(left, ignore_errors=True)
 

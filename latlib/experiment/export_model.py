@@ -72,9 +72,7 @@ def export(run: Run, method: str, seed: int, to: str | Path, variant: Variant = 
         with quietly():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        write_record(folder, record, run.profile)
-        card = model_card(record, library="transformers")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_record(folder, record, run.profile, model_card(record, library="transformers"))
         folder.chmod(0o755)  # a folder made aside is its maker's alone
     return target
 

@@ -61,8 +61,8 @@ def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     """Train the adapter of `spec` in `profile.parallel.processes` processes; its base must be
     there.
 
-    on_step(step, total, detail) as in `build.make_adapter`. Raises `Stopped` when all have saved and
-    left, SettingError for settings that several processes cannot follow, RuntimeError with the
+    on_step(step, total, detail) as in `build.make_adapter`. Raises `Stopped` when all have saved
+    and left, SettingError for settings that several processes cannot follow, RuntimeError with the
     traceback of the first that has failed.
     """
     count = layout.profile.parallel.processes

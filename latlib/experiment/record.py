@@ -31,11 +31,13 @@ def base_name(profile: Profile, spec: Spec) -> str:
     return f"../{spec.base.folder}" if source == "world" else portable(source)
 
 
-def write_record(folder: Path, record: Json, profile: Profile) -> None:
-    """Write how a model was made, and the whole profile, into its folder."""
+def write_record(folder: Path, record: Json, profile: Profile, card: str = "") -> None:
+    """Write how a model was made, and the whole profile, into its folder; and its card."""
     write_json(record, folder / RECORD)
     tree = portable(profile.model_dump(mode="json"))
     (folder / PROFILE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(record: Json, library: str = "peft") -> str:

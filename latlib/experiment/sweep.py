@@ -147,9 +147,8 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":  # for this machine only: no dashboard, no other interface
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         options["num_cpus"] = available_cores()
-        options["include_dashboard"] = False
-        options["_node_ip_address"] = "127.0.0.1"
     ours = [number for number in SIGNALS if signal.getsignal(number) is _stop]
     try:
         ray.init(address, **options)

@@ -38,8 +38,6 @@ INIT_WAIT_S = 5.0
 # with the line it prints and the exit of wandb's service this stays below 15 s
 FINISH_WAIT_S = 12.0
 
-_unreachable: dict[str, str] = {}  # server -> reason: one wait per process, not one per run
-
 
 class Tracker:
     """Records the metrics of one run.
@@ -117,17 +115,14 @@ class Tracker:
     def _start_run(self, wandb: Any) -> Any:
         """A wandb run in the mode that works, or None where W&B is disabled."""
         # knows the environment and the user's settings file
-        base_url = wandb.setup().settings.base_url
-        mode, reason = choose_mode(self.settings.wandb, base_url)
+        mode, reason = choose_mode(self.settings.wandb, wandb.setup().settings.base_url)
         if mode == "disabled":
             return None
-        if mode == "online" and base_url not in _unreachable:
-            try:
-                return self._init(wandb, "online")
-            except Exception as error:
-                _unreachable[base_url] = _first_line(error)
         if mode == "online":
-            reason = _unreachable[base_url]
+            try:
+                return self._init(wandb, mode)
+            except Exception as error:
+                reason = _first_line(error)
         if reason:
             _say(f"W&B stays offline: {reason}")
         return self._init(wandb, "offline")
