@@ -199,13 +199,13 @@ def _records(path: Path) -> list[Json]:
     """The whole records of a JSONL file; a last line cut short by a crash is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     records = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines):
+            if line.endswith("\n"):
                 raise ValueError(
                     f"{path}, line {number}: not JSON ({error}); delete the file and run again"
                 ) from None
