@@ -82,7 +82,7 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
     return widgets.interactive(
         tell,
         target=widgets.Dropdown(options=names, value=names[-1]),
-        mode=("ablate", "add", "nothing"),
+        mode=["ablate", "add", "nothing"],
         vector=widgets.Dropdown(options=names, value=names[-1]),
         rule=widgets.Dropdown(options=[str(rule) for rule in OWN_RULES], value=str(Rule.BEST)),
         strength=widgets.FloatSlider(1.0, min=-2.0, max=2.0, step=0.1, continuous_update=False),
