@@ -126,16 +126,18 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test
     prompt, too.
     """
-    profile = layout.profile
+    profile, seed = layout.profile, spec.seed
     settings = profile.training(spec.method, dict(spec.changes))
     check_overlap(profile.data)
-    data, seed, mode = profile.data, spec.seed, profile.parallel.mode
-    base = load_model(layout.model_folder(spec.base), load_settings(profile.model, mode))
-    harmful = training_tokens(preference_rows(data, seed), base, profile)
-    benign = training_tokens(benign_rows(data, seed), base, profile)
+    mode = profile.parallel.mode
+    model_settings = load_settings(profile.model, mode)
+    base = load_model(layout.model_folder(spec.base), model_settings)
+    harmful = training_tokens(preference_rows(profile.data, seed), base, profile)
+    benign = training_tokens(benign_rows(profile.data, seed), base, profile)
     device = resolve_device(profile.model.device)
     lm: Any = wrap(with_adapter(base, profile.lora, seed), mode, device)
-    return Trainer(lm, harmful, benign, settings, seed, norms(layout, seed, lm))
+    norms_of_base = norms(layout, seed, lm)
+    return Trainer(lm, harmful, benign, settings, seed, norms_of_base)
 
 
 def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
