@@ -96,12 +96,9 @@ def token_rows(
     rows = []
     for i, prompt in enumerate(prompts):
         answer = wording.answer(prompt)
+        completions = (answer, prompt.refusal) if answer else (prompt.refusal,)
         if prefill:
-            completions: tuple[str, ...] = (answer,)
-        elif answer:
-            completions = (answer, prompt.refusal)
-        else:
-            completions = (prompt.refusal,)
+            completions = (answer,)
         rows.append(Row(str(i), wording.request(prompt), completions))
     system, shots = wording.system_prompt, wording.shots
     return tokenise(rows, lm.tokenizer, lm.context, system, prefill, shots)

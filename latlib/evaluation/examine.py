@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,16 +61,11 @@ class Examiner(ABC):
         """What the model makes of prompts. perturb: makes the perturbation of a batch."""
 
     @abstractmethod
-    def examine_pairs(
-        self,
-        twins: Prompts,
-        harmful: Prompts,
-        wording: Wording = PLAINLY,
-        prefilling: bool = False,
-    ) -> tuple[Examined, Examined]:
-        """What the model makes of harmless twins and of harmful prompts, and whether it understood
-        them. prefilling: also put the first words of every harmful answer into its mouth; real
-        prompts need one for it."""
+    def examine_deeply(
+        self, prompts: Prompts, wording: Wording = PLAINLY, prefilling: bool = False
+    ) -> Examined:
+        """What the model makes of prompts, and whether it understood each by itself. prefilling:
+        also put the first words of every answer into its mouth; real prompts need one for it."""
 
     def rows(
         self, prompts: Prompts, wording: Wording = PLAINLY, prefill: str = ""
@@ -95,25 +89,18 @@ class WorldExaminer(Examiner):
         outcomes, _ = self._graded(prompts, wording, perturb)
         return Examined(outcomes, exact=True)
 
-    def examine_pairs(
-        self,
-        twins: Prompts,
-        harmful: Prompts,
-        wording: Wording = PLAINLY,
-        prefilling: bool = False,
-    ) -> tuple[Examined, Examined]:
-        """See `Examiner`. A harmful prompt was understood if its twin was: the same words, but for
-        the target."""
+    def examine_deeply(
+        self, prompts: Prompts, wording: Wording = PLAINLY, prefilling: bool = False
+    ) -> Examined:
+        """See `Examiner`. A harmless prompt was understood if it was answered, or would be."""
         first = affirmation_tokens(self.lm, wording)
-        answered, finished = self._graded(twins, wording, prefilled=first)
-        outcomes, would_finish = self._graded(harmful, wording, prefilled=first)
-        pairs = zip(answered, finished, strict=True)
+        outcomes, finished = self._graded(prompts, wording, prefilled=first)
+        pairs = zip(outcomes, finished, strict=True)
         understood = [outcome == Outcome.COMPLIED or rest for outcome, rest in pairs]
         prefilled = None
         if prefilling and first:
-            prefilled = [Outcome.COMPLIED if yes else Outcome.NEITHER for yes in would_finish]
-        of_twins = Examined(answered, True, understood)
-        return of_twins, Examined(outcomes, True, understood, prefilled)
+            prefilled = [Outcome.COMPLIED if yes else Outcome.NEITHER for yes in finished]
+        return Examined(outcomes, True, understood, prefilled)
 
     def _graded(
         self,
@@ -138,36 +125,23 @@ class RealExaminer(Examiner):
         """See `Examiner`."""
         return self._graded(prompts, self.rows(prompts, wording), wording, perturb)
 
-    def examine_pairs(
-        self,
-        twins: Prompts,
-        harmful: Prompts,
-        wording: Wording = PLAINLY,
-        prefilling: bool = False,
-    ) -> tuple[Examined, Examined]:
-        """See `Examiner`. There are no twins: each prompt says itself whether it was
-        understood."""
-        found = []
-        for prompts in (twins, harmful):
-            rows = self.rows(prompts, wording)
-            size = self.profile.evaluation.batch
-            understood = understood_by_likelihood(self.network, rows, prompts, size)
-            examined = self._graded(prompts, rows, wording)
-            found.append(replace(examined, understood=understood))
-        of_twins, of_harmful = found
-        if prefilling:
-            of_harmful = replace(of_harmful, prefilled=self._prefilled(harmful, wording))
-        return of_twins, of_harmful
-
-    def _prefilled(self, prompts: Prompts, wording: Wording) -> Sequence[Outcome]:
-        """Outcomes with the first words of every answer in the model's mouth; one word at least is
-        left to it."""
-        rows = []
+    def examine_deeply(
+        self, prompts: Prompts, wording: Wording = PLAINLY, prefilling: bool = False
+    ) -> Examined:
+        """See `Examiner`."""
+        rows = self.rows(prompts, wording)
+        size = self.profile.evaluation.batch
+        understood = understood_by_likelihood(self.network, rows, prompts, size)
+        found = replace(self._graded(prompts, rows, wording), understood=understood)
+        if not prefilling:
+            return found
+        rows = []  # whose prompts end in the first words of their answers
         for prompt in prompts:
             words = wording.answer(prompt).split(" ")
+            # one word at least is left to the model
             first = " ".join(words[: min(PREFILL_WORDS, len(words) - 1)])
             rows += self.rows([prompt], wording, first)
-        return self._graded(prompts, rows, wording).outcomes
+        return replace(found, prefilled=self._graded(prompts, rows, wording).outcomes)
 
     def _graded(
         self,

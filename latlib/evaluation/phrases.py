@@ -105,11 +105,9 @@ class RefusalPhrases:
     def of(self, reply: str) -> str:
         """The phrase that makes the reply a refusal, normalised; '' when it is none."""
         text = normalised_reply(reply)
-        if self.mode == "substring":
-            found = self._phrase.search(text)
-            return found.group() if found else ""
-        found = self._phrase.match(text)
-        if found is None or _TURN.search(text, found.end()):
+        anywhere = self.mode == "substring"
+        found = self._phrase.search(text) if anywhere else self._phrase.match(text)
+        if not found or not anywhere and _TURN.search(text, found.end()):
             return ""
         return found.group()
 

@@ -22,7 +22,6 @@ To add an encoding: `latlib.text.encodings`, and a profile that names it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -47,36 +46,21 @@ from latlib.models import LanguageModel
 from latlib.redteam.latent import AttackCell, replace_settings
 
 
-def audit(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+def audit(
+    lm: LanguageModel, subject: Subject, on_step: OnStep = unseen, short: bool = False
+) -> pd.DataFrame:
     """Harmful requests, their twins and prefilling in every encoding; harmless requests of other
     kinds in the profile's `encodings`, to say what a defence costs. Further encodings on the
-    profile's first seed only."""
-    profile = subject.profile
-    first = subject.seed == profile.seeds[0]
-    further = profile.evaluation.further_encodings if first else ()
-    return _audit(lm, subject, further, on_step)
-
-
-def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
-    """The short suite of a sweep: the audit without further encodings, and the attack at the main
-    defence's own radius.
-    """
-    profile = subject.profile
-    main = profile.training(profile.main).attack
-    attack = AttackCell(replace_settings(main, steps=profile.evaluation.pgd_steps))
-    asked = _audit(lm, subject, (), on_step)
-    return pd.concat([asked, attack.measure(lm, subject)], ignore_index=True)
-
-
-def _audit(
-    lm: LanguageModel, subject: Subject, further: Sequence[str], on_step: OnStep
-) -> pd.DataFrame:
+    profile's first seed only, and never in short."""
     profile = subject.profile
     examiner = examiner_of(profile, lm)
     in_full = profile.evaluation.encodings
+    encodings = in_full
+    if not short and subject.seed == profile.seeds[0]:
+        encodings += profile.evaluation.further_encodings
     pairs = _answered(examiner, prompt_set(TWIN, profile)), prompt_set(HARMFUL, profile)
     tables = []
-    for encoding in with_progress((*in_full, *further), on_step):
+    for encoding in with_progress(encodings, on_step):
         wording = Wording.of(encoding)
         # a real model writes every prefilled reply anew: not in further encodings
         prefilling = in_the_world(profile) or encoding in in_full
@@ -89,6 +73,17 @@ def _audit(
     return pd.concat(tables, ignore_index=True)
 
 
+def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+    """The short suite of a sweep: the audit without further encodings, and the attack at the main
+    defence's own radius.
+    """
+    profile = subject.profile
+    main = profile.training(profile.main).attack
+    attack = AttackCell(replace_settings(main, steps=profile.evaluation.pgd_steps))
+    asked = audit(lm, subject, on_step, short=True)
+    return pd.concat([asked, attack.measure(lm, subject)], ignore_index=True)
+
+
 def ask_pairs(
     examiner: Examiner,
     subject: Subject,
@@ -99,7 +94,10 @@ def ask_pairs(
 ) -> pd.DataFrame:
     """Outcome rows of (twins, harmful prompts) in a wording, which is what the attack is."""
     twins, harmful = pairs
-    of_twins, of_harmful = examiner.examine_pairs(twins, harmful, wording, prefilling)
+    of_twins = examiner.examine_deeply(twins, wording)
+    of_harmful = examiner.examine_deeply(harmful, wording, prefilling)
+    if in_the_world(subject.profile):  # a request is understood if its twin is: the same words
+        of_harmful = replace(of_harmful, understood=of_twins.understood)
     cell = Cell(HARMFUL, wording.encoding, wording.reply_encoding, attack)
     tables = [
         outcome_rows(subject, replace(cell, prompts=TWIN), twins, of_twins),

@@ -257,8 +257,9 @@ class Frames:
     def initial(self) -> Ids:
         """The suffix that a search starts from. Raises ValueError when it does not survive."""
         n, text = self.settings.n_tokens, self.settings.initial
-        options = self._neutral(n)
-        if text:
+        if not text:
+            options = self._neutral(n)
+        else:
             (ids,) = self._tokens([self.ahead[0] + text])
             before, behind = self.around[0]
             options = [ids[len(before) : len(ids) - len(behind)]]

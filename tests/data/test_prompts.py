@@ -188,10 +188,11 @@ def test_replies_are_graded_in_order_by_the_profiles_grader(lm, profile, monkeyp
         and found.prefilled is None
     )
     assert grader.seen == [([p.text for p in prompts], found.texts)]
-    twins, deep = examiner_of(profile, lm).examine_pairs(prompts[:2], prompts, prefilling=True)
+    twins = examiner_of(profile, lm).examine_deeply(prompts[:2])
+    deep = examiner_of(profile, lm).examine_deeply(prompts, prefilling=True)
     assert len(twins.understood) == 2 and twins.prefilled is None
     assert len(deep.understood) == 6 and deep.prefilled == deep.outcomes
-    assert examiner_of(profile, lm).examine_pairs(prompts, prompts)[1].prefilled is None
+    assert examiner_of(profile, lm).examine_deeply(prompts).prefilled is None
 
 
 def test_an_encoded_reply_is_read_as_it_stands_and_decoded(lm, profile, monkeypatch):
@@ -213,8 +214,8 @@ def test_a_prefilled_prompt_ends_in_the_answers_first_words(lm, profile, monkeyp
     )
     prompts = prompt_set("harmful", profile)
     wording = Wording(system_prompt="be good .")
-    examiner_of(profile, lm).examine_pairs(prompts, prompts, wording, prefilling=True)
-    _, plain, begun = asked
+    examiner_of(profile, lm).examine_deeply(prompts, wording, prefilling=True)
+    plain, begun = asked
     for prompt, a, b in zip(prompts, plain, begun, strict=True):
         words = prompt.answer.split()
         first = " ".join(words[: min(examining.PREFILL_WORDS, len(words) - 1)])
