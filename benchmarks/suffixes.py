@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from measure import environment, write
 
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
@@ -66,7 +67,7 @@ def measure(run: Run, method: str, n: int, steps: int) -> dict:
                 rows[name], opened(run, method, seed, own, search, settings), strict=True
             ):
                 kept.extend(new)
-    a, b = (rows[name][0] for name in SEARCHES)
+    a, b = (np.array(rows[name][0], float) for name in SEARCHES)
     # each prompt belongs to one seed, so pairs are not crossed with seeds: (pair, seed) is the unit
     units = [f"{c}/{s}" for c, s in zip(clusters, of_seed, strict=True)]
     return {
@@ -75,8 +76,8 @@ def measure(run: Run, method: str, n: int, steps: int) -> dict:
         "n": len(a),
         "asr": {name: asdict(cluster_interval(rows[name][0], units)) for name in SEARCHES},
         "loss": {name: sum(rows[name][1]) / len(a) for name in SEARCHES},
-        "difference": asdict(paired_interval(a, b, units)),
-        "p": paired_p_value(a, b, units),
+        "difference": asdict(paired_interval(a - b, units)),
+        "p": paired_p_value(a - b, units),
     }
 
 

@@ -72,21 +72,14 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """interval: of the effect, None without one. note: the levels behind the difference, from the
-    data, or what is missing.
-    """
-
-    verdict: Verdict
-    note: str = ""
-    interval: Interval | None = None
-
-
-@dataclass(frozen=True)
 class Claim:
     """One row of the ledger. test: how it is tested. paper: the paper's own figure, '' where there
     is none to quote. bar: what the effect must exceed. effect: evidence -> (interval of the effect,
-    note), None for what cannot be tested here."""
+    note), None for what cannot be tested here.
+
+    Once `measured`: verdict; interval of the effect, None without one; note: the levels behind the
+    difference, from the data, or what is missing.
+    """
 
     id: str
     source: str
@@ -95,6 +88,9 @@ class Claim:
     paper: str = ""
     effect: Callable[[Evidence], Effect] | None = None
     bar: float = 0.0
+    verdict: Verdict | None = None
+    note: str = ""
+    interval: Interval | None = None
 
     @property
     def rule(self) -> str:
@@ -106,24 +102,19 @@ class Claim:
             f" {_top(self.bar):g}"
         )
 
-    def of(self, e: Evidence) -> Claim:
-        """The claim about the methods of a run, by name."""
-        names = e.names
-        return replace(
-            self,
-            statement=self.statement.format_map(names),
-            test=self.test.format_map(names),
-        )
-
-    def compute(self, e: Evidence) -> Measurement:
-        """Measure the claim; missing data is an inconclusive verdict that says what is missing."""
+    def measured(self, e: Evidence) -> Claim:
+        """The claim about the methods of a run, by name, and what came of it; missing data is an
+        inconclusive verdict that says what is missing.
+        """
+        statement = self.statement.format_map(e.names)
+        here = replace(self, statement=statement, test=self.test.format_map(e.names))
         if self.effect is None:
-            return Measurement(Verdict.NOT_TESTABLE)
+            return replace(here, verdict=Verdict.NOT_TESTABLE)
         try:
             interval, note = self.effect(e)
         except MissingError as error:
-            return Measurement(Verdict.INCONCLUSIVE, f"not measured: {error}")
-        return Measurement(decide(interval, self.bar), note, interval)
+            return replace(here, verdict=Verdict.INCONCLUSIVE, note=f"not measured: {error}")
+        return replace(here, verdict=decide(interval, self.bar), note=note, interval=interval)
 
 
 def decide(interval: Interval, bar: float = 0.0) -> Verdict:
@@ -140,7 +131,6 @@ def _top(bar: float) -> float:
     return bar or SMALLEST_EFFECT
 
 
-Measured = Sequence[tuple[Claim, Measurement]]
 EffectOf = Callable[[Evidence], Effect]
 
 CLAIMS: list[Claim] = []
@@ -424,36 +414,31 @@ CLAIMS += (
 )
 
 
-def measure(e: Evidence, ids: Sequence[str] = ()) -> Measured:
-    """Every claim (or those with some ids), about this run's methods, with its measurement, in the
-    ledger's order.
-    """
-    chosen = [claim for claim in CLAIMS if not ids or claim.id in ids]
-    return [(claim.of(e), claim.compute(e)) for claim in chosen]
+def measure(e: Evidence, ids: Sequence[str] = ()) -> list[Claim]:
+    """Every claim (or those with some ids), measured, in the ledger's order."""
+    return [claim.measured(e) for claim in CLAIMS if not ids or claim.id in ids]
 
 
-def to_records(measured: Measured) -> list[dict]:
+def to_records(measured: Sequence[Claim]) -> list[dict]:
     """JSON-ready rows."""
-    rows = []
-    for claim, measurement in measured:
-        row = asdict(claim) | {"rule": claim.rule} | asdict(measurement)
+    rows = [asdict(claim) | {"rule": claim.rule} for claim in measured]
+    for row in rows:
         del row["effect"]
-        rows.append(row)
     return rows
 
 
-def to_markdown(measured: Measured) -> str:
+def to_markdown(measured: Sequence[Claim]) -> str:
     """The claims as a markdown table: effects in points (hundredths of a share) with their 95 %
     intervals.
     """
     rows = []
-    for claim, m in measured:
-        here = m.note
+    for claim in measured:
+        here = claim.note
         counts = ""
-        if m.interval:
-            here = f"{m.interval.points}<br>{m.note}"
-            counts = f"{m.interval.n} ({m.interval.seeds})"
-        rows.append([claim.statement, claim.paper, here, counts, f"**{m.verdict}**"])
+        if claim.interval:
+            here = f"{claim.interval.points}<br>{claim.note}"
+            counts = f"{claim.interval.n} ({claim.interval.seeds})"
+        rows.append([claim.statement, claim.paper, here, counts, f"**{claim.verdict}**"])
     return markdown(HEADER, rows)
 
 

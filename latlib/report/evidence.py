@@ -308,14 +308,14 @@ def p_value(a: DataFrame, b: DataFrame, outcome: str = "complied") -> float:
 def _paired(
     a: DataFrame, b: DataFrame, outcome: str, same: Sequence[str] = ()
 ) -> tuple[Series, ...]:
-    """Of each prompt and seed that both have: whether it is a hit in a, in b, its cluster, its
+    """Of each prompt and seed that both have: its hit in a minus that in b, its cluster, its
     seed.
     """
     keys = ["seed", "prompt_id", *same]
     both = hits(a, outcome, keys).merge(hits(b, outcome, keys), on=keys, suffixes=("", "_b"))
     if both.empty:
         raise MissingError("the two sides of a comparison share no prompt and seed")
-    return both["hit"], both["hit_b"], both["cluster"], both["seed"]
+    return both["hit"].astype(float) - both["hit_b"], both["cluster"], both["seed"]
 
 
 def attacks_in(rows: DataFrame) -> Series:

@@ -41,11 +41,11 @@ from latlib.report.plots import (
     draw_curves,
     draw_stack,
     legend_below,
+    lines,
     log_x,
     looks,
     numbers,
     save,
-    series_looks,
     show,
     words,
 )
@@ -148,8 +148,11 @@ def harmless_bars(e: Evidence) -> Drawn:
 
 def training_curves(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     """Loss terms over training: mean over seeds, the band from the lowest to the highest seed."""
-    runs = {method: list(e.curves(method).values()) for method in methods or e.profile.compared}
-    steps = {method: pd.concat(curves) for method, curves in runs.items() if curves}
+    steps = {}
+    for method in methods or e.profile.compared:
+        curves = list(e.curves(method).values())
+        if curves:
+            steps[method] = pd.concat(curves)
     logged = set().union(*steps.values())
     terms = [term for objective in OBJECTIVES.values() for term in objective.terms]
     columns = [name for name in dict.fromkeys(["total", *terms, "attack_end"]) if name in logged]
@@ -158,14 +161,15 @@ def training_curves(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     figure, axes = axes_of(len(columns), width=2.6 * len(columns), height=3.0)
     ends = []
     for method, curves in steps.items():
-        look = looks(e.profile.methods)[method] | {"marker": None, "linewidth": 1.2}
+        look = looks(e.profile.methods)[method]
+        line = look | {"marker": None, "linewidth": 1.2}
         edges = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
         by_step = curves.groupby("step")
         ends.append(f"{method.upper()} {by_step['total'].mean().iloc[-1]:.2f}")
         for ax, column in zip(axes[0], columns):
             if column in curves:
                 band = by_step[column].agg(["mean", "min", "max"])
-                ax.plot(band["mean"], label=method.upper(), **look)
+                ax.plot(band["mean"], label=method.upper(), **line)
                 ax.fill_between(band.index, band["min"], band["max"], **edges)
     for ax, column in zip(axes[0], columns):
         title = TITLES.get(column, column)
@@ -260,18 +264,11 @@ def eps_sweep(e: Evidence) -> Drawn:
     """The double-edged sword: what a training radius buys and costs the main method."""
     radii = e.eps_variants()
     rates = sweep_rates(e, list(radii.index)).set_axis(radii.to_numpy())
-    figure, axes = axes_of()
-    ax = axes[0, 0]
-    draw_curves(ax, rates, series_looks())
-    log_x(ax, rates.index)
     name = e.names["main"]
-    ax.set(
-        title=f"{name} by its training eps, attacked at {e.radius(e.main_eps)}, one seed",
-        xlabel=f"eps in training ({UNITS[e.unit]})",
-        ylabel="prompts (%)",
-        **SHARES,
-    )
-    ax.legend(fontsize=7)
+    labels = (f"eps in training ({UNITS[e.unit]})", "prompts (%)")
+    figure, _ = lines(rates, labels, name, log="x", scale=100)
+    title = f"{name} by its training eps, attacked at {e.radius(e.main_eps)}, one seed"
+    figure.axes[0].set(title=title, **SHARES)
     return figure, f"{name} by training eps. {words(rates)}."
 
 

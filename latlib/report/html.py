@@ -92,8 +92,11 @@ def _nbconvert_templates() -> list[str]:
     """Where nbconvert's own templates were installed; it looks for them only in this environment's
     prefix, and with --system-site-packages nbconvert may be in another."""
     files = importlib.metadata.files("nbconvert") or []
-    bases = [Path(file.locate()) for file in files if file.match("templates/base/null.j2")]
-    return [str(base.resolve().parents[1]) for base in bases]
+    return [
+        str(Path(file.locate()).resolve().parents[1])
+        for file in files
+        if file.match("templates/base/null.j2")
+    ]
 
 
 def _name_headings(soup: BeautifulSoup, name: str) -> None:

@@ -162,30 +162,25 @@ def cluster_interval(values: Column, clusters: Column, seeds: Column | None = No
 
 
 def paired_interval(
-    a: Column, b: Column, clusters: Column, seeds: Column | None = None
+    differences: np.ndarray, clusters: Column, seeds: Column | None = None
 ) -> Interval:
-    """Interval of mean(a - b) where a[i] and b[i] belong to the same prompt and seed.
+    """Interval of the mean of `differences`, a[i] - b[i] of the same prompt and seed.
 
     Where a and b agree on every row the bounds lie as far on both sides as Wilson's upper bound of
-    0 lies above it. Raises ValueError for columns of different lengths.
+    0 lies above it. Raises ValueError as `cluster_interval` does.
     """
-    difference = _paired(a, b)
-    interval = cluster_interval(difference, clusters, seeds)
+    interval = cluster_interval(differences, clusters, seeds)
     # a difference can be below 0
-    return interval if difference.any() else replace(interval, low=-interval.high)
+    return interval if differences.any() else replace(interval, low=-interval.high)
 
 
-def _paired(a: Column, b: Column) -> np.ndarray:
-    return np.array([float(x) - float(y) for x, y in zip(a, b, strict=True)])
+def paired_p_value(differences: np.ndarray, clusters: Column, seeds: Column | None = None) -> float:
+    """Two-sided p-value of mean(differences) = 0 from the resamples of `paired_interval`; at least
+    2 / (RESAMPLES + 1).
 
-
-def paired_p_value(a: Column, b: Column, clusters: Column, seeds: Column | None = None) -> float:
-    """Two-sided p-value of mean(a - b) = 0 from the resamples of `paired_interval`; at least 2 /
-    (RESAMPLES + 1).
-
-    1 where a and b agree on every row. Raises ValueError for columns of different lengths.
+    1 where a and b agree on every row. Raises ValueError as `cluster_interval` does.
     """
-    rows = _Rows(_paired(a, b), clusters, seeds)
+    rows = _Rows(differences, clusters, seeds)
     sums = rows.sums(rows.values)
     rarer = min((sums <= 0).sum(), (sums >= 0).sum())
     return min(1.0, 2 * (1 + rarer) / (RESAMPLES + 1))

@@ -17,7 +17,7 @@ TESTABLE = [c for c in claims.CLAIMS if c.effect]
 
 @pytest.fixture(scope="module", params=[True, False], ids=["holds", "fails"])
 def measured(request):
-    return request.param, {c.id: m for c, m in claims.measure(evidence(request.param))}
+    return request.param, {c.id: c for c in claims.measure(evidence(request.param))}
 
 
 @pytest.mark.parametrize("name", [c.id for c in TESTABLE])
@@ -30,15 +30,15 @@ def test_a_claim_that_holds_is_reproduced_and_one_without_effect_is_not(measured
 
 def test_without_data_every_testable_claim_is_inconclusive_and_says_what_is_missing():
     empty = Evidence(PROFILE, evidence(True).outcomes.iloc[:0])
-    for claim, found in claims.measure(empty):
-        assert found.verdict == ("inconclusive" if claim.effect else "not testable at this scale")
-        assert found.note.startswith("not measured: ") or not claim.effect
+    for claim in claims.measure(empty):
+        assert claim.verdict == ("inconclusive" if claim.effect else "not testable at this scale")
+        assert claim.note.startswith("not measured: ") or not claim.effect
 
 
 def test_two_clusters_decide_nothing():
     few = evidence(False)
     few = Evidence(PROFILE, few.outcomes[few.outcomes["cluster"] < 2])
-    found = {c.id: m for c, m in claims.measure(few) if m.interval}
+    found = {c.id: c for c in claims.measure(few) if c.interval}
     assert len(found) >= 9 and {
         m.verdict for n, m in found.items() if n != "attack-breaks-undefended"
     } == {"inconclusive"}

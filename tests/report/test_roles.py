@@ -98,11 +98,11 @@ def test_most_figures_are_made(run):
 
 
 def test_claims_are_about_the_roles(run):
-    for claim, measured in claims.measure(run):
-        if measured.verdict != claims.Verdict.NOT_TESTABLE:
-            text = f"{claim.statement} {claim.test} {measured.note}"
+    found = {claim.id: claim for claim in claims.measure(run)}
+    for claim in found.values():
+        if claim.verdict != claims.Verdict.NOT_TESTABLE:
+            text = f"{claim.statement} {claim.test} {claim.note}"
             assert not OF_THE_PAPERS.search(text), text
-    found = {claim.id: measured for claim, measured in claims.measure(run)}
     needs_twin = ("attack-breaks-undefended", "lowers-asr", "resists-prefill")
     for name in needs_twin:
         twin = run.profile.undefended
