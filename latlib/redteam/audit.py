@@ -26,7 +26,6 @@ from dataclasses import replace
 
 import pandas as pd
 
-from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, Prompts, Question, in_the_world, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
@@ -65,7 +64,11 @@ def audit(
         # a real model writes every prefilled reply anew: not in further encodings
         prefilling = in_the_world(profile) or encoding in in_full
         tables.append(ask_pairs(examiner, subject, pairs, wording, prefilling=prefilling))
-        for name in _further_sets(profile, encoding):
+        harmless = [HARMLESS] if encoding in in_full else []  # what a defence costs
+        if encoding == PLAIN:
+            kinds = prompt_source(profile).kinds
+            harmless += [kind for kind in kinds if kind not in (HARMFUL, *harmless)]
+        for name in harmless:
             prompts = prompt_set(name, profile)
             cell = Cell(name, wording.encoding, wording.reply_encoding)
             found = examiner.examine(prompts, wording)
@@ -107,15 +110,6 @@ def ask_pairs(
         prefilled = replace(of_harmful, outcomes=of_harmful.prefilled, texts=None)
         tables.append(outcome_rows(subject, replace(cell, attack=PREFILL), harmful, prefilled))
     return pd.concat(tables, ignore_index=True)
-
-
-def _further_sets(profile: Profile, encoding: str) -> list[str]:
-    """The sets of harmless prompts that are asked in an encoding beside the twins: what a defence
-    costs."""
-    names = [HARMLESS] if encoding in profile.evaluation.encodings else []
-    if encoding == PLAIN:
-        names += [name for name in prompt_source(profile).kinds if name not in (HARMFUL, *names)]
-    return names
 
 
 def _answered(examiner: Examiner, prompts: Prompts) -> list[Prompt]:
