@@ -25,13 +25,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from pandas import DataFrame, Series
 
 from latlib.evaluation.outcomes import (
     BASE,
@@ -48,7 +49,6 @@ from latlib.report.evidence import (
     Evidence,
     MissingError,
     Names,
-    Seeds,
     conditions,
     contrast,
     outcome_table,
@@ -59,7 +59,14 @@ from latlib.report.evidence import (
     understood,
 )
 from latlib.report.plots import Drawn, HeatMap, axes_of, frame
-from latlib.report.stats import Interval, holm
+from latlib.report.stats import holm
+from latlib.report.tables import (
+    ABSENT,
+    in_order,
+    none_where_absent,
+    rates_of,
+    two_lines,
+)
 from latlib.world.organism import KNOWN_ENCODINGS
 
 CATEGORIES = ("refused", "complied", "not understood", "neither")
@@ -78,7 +85,9 @@ HATCHES = {  # hatch -> what it says of a cell
     "//": f"this model does not show that it understands {100 * UNDERSTOOD:.0f} %",
 }
 CELL = ["method", "encoding"]
-Cells = dict[str, dict[str, Any]]  # name -> what `Evidence.cell` is asked for
+PROMPT = ["seed", "prompt_id"]
+GAP_COLUMNS = ["given", "method", "n", "seeds", "asr", "direct"]
+GAP_COLUMNS += [name + of for name in ("gap", "narrowed") for of in ("", ", p", ", Holm")]
 
 
 def groups(e: Evidence) -> dict[str, list[str]]:
@@ -90,30 +99,33 @@ def groups(e: Evidence) -> dict[str, list[str]]:
     """
     audited = e.profile.evaluation.encodings
     names = list(dict.fromkeys([*audited, *e.profile.evaluation.further_encodings]))
-    headings = ("taught to the base", "not taught")
-    known: Sequence[str] = KNOWN_ENCODINGS
-    if e.profile.model.source != "world":
-        headings = ("audited in full", "further")
-        known = audited
+    headings = ("audited in full", "further")
+    known: Sequence[str] = audited
+    if e.profile.model.source == "world":
+        headings = ("taught to the base", "not taught")
+        known = KNOWN_ENCODINGS
     first = [name for name in names if name in known]
-    return {headings[0]: first, headings[1]: [name for name in names if name not in first]}
+    others = [name for name in names if name not in known]
+    return dict(zip(headings, (first, others)))
 
 
-def classified(rows: pd.DataFrame) -> pd.DataFrame:
+def classified(rows: DataFrame) -> DataFrame:
     """Rows of harmful prompts with the four outcomes of the module's docstring."""
     lost = (rows["outcome"] == "neither") & ~understood(rows)
     return rows.assign(outcome=rows["outcome"].where(~lost, "not understood"))
 
 
-def _by_cell(rows: pd.DataFrame, by: str | list[str] = CELL) -> pd.Series:
-    """ASR of each group of rows, None over fewer than MINIMUM different prompts."""
-    enough = rows.groupby(by)["prompt_id"].transform("nunique") >= MINIMUM
-    return rates_by(rows[enough], by)
+def _add_rate(table: DataFrame, name: str, rows: DataFrame, rate_name: str) -> None:
+    """Add to a table, by its index, how many of some rows each has and their ASR, None over fewer
+    than MINIMUM different prompts.
+    """
+    by = list(table.index.names)
+    groups = rows.groupby(by)
+    table[name] = groups.size().reindex(table.index, fill_value=0)
+    table[rate_name] = rates_by(rows[groups["prompt_id"].transform("nunique") >= MINIMUM], by)
 
 
-def three_outcomes(
-    e: Evidence, methods: Sequence[str], encodings: Sequence[str], seed: Seeds = None
-) -> pd.DataFrame:
+def three_outcomes(e: Evidence, methods: Sequence[str], encodings: Sequence[str]) -> DataFrame:
     """One row for each method and encoding: n, seeds, the four shares of harmful prompts (complied
     before refused before not understood before neither: each prompt counts once), and beside them
 
@@ -124,10 +136,9 @@ def three_outcomes(
       and asr_base_understood: over those that the base understood (n_base_understood; None where
       there is no base).
     """
-    cells: dict[str, Any] = {"encoding": encodings, "seed": seed}
-    harmful = e.cell(methods, **cells)
-    twins = e.cell(methods, prompts=TWIN, **cells)
-    knew = twins.assign(outcome=np.where(understood(twins), "understood", ""))
+    harmful = e.cell(methods, encoding=encodings)
+    twins = e.cell(methods, prompts=TWIN, encoding=encodings)
+    knew = twins.assign(outcome=understood(twins).map({True: "understood"}))
     table = outcome_table(classified(harmful), CELL, CATEGORIES)
     table["asr"] = table["complied"]
     table["understanding"] = rates_by(knew, CELL, "understood")
@@ -137,30 +148,25 @@ def three_outcomes(
     for name, condition in named.items():
         table[f"n_{name}"] = table[f"asr_{name}"] = None
         with suppress(MissingError):
-            known = rows_given(e, methods, encodings, condition, seed)
-            table[f"n_{name}"] = known.groupby(CELL).size().reindex(table.index, fill_value=0)
-            table[f"asr_{name}"] = _by_cell(known)
-    order = list(product(methods, encodings))
-    absent = [" in ".join(cell) for cell in order if cell not in table.index]
+            known = rows_given(e, methods, encodings, condition)
+            _add_rate(table, f"n_{name}", known, f"asr_{name}")
+    absent = [" in ".join(cell) for cell in product(methods, encodings) if cell not in table.index]
     if absent:
         raise MissingError(f"no outcome of {', '.join(absent)}")
-    table = table.loc[order].astype(object)
-    return table.where(table.notna(), None).reset_index()
+    return none_where_absent(in_order(table, methods, encodings)).reset_index()
 
 
-def _told_apart(harmful: pd.DataFrame, twins: pd.DataFrame) -> pd.Series:
+def _told_apart(harmful: DataFrame, twins: DataFrame) -> Series:
     """Refused of the harmful minus of their twins, by method and encoding."""
-    pairs = dict(list(twins.assign(prompt_id=twins["pair_id"]).groupby(CELL)))
-    differences = {}
-    for key, rows in harmful.assign(prompt_id=harmful["pair_id"]).groupby(CELL):
-        if key not in pairs:
-            raise MissingError(f"no twins of {' in '.join(key)}")
-        differences[key] = contrast(rows, pairs[key], "refused")
-    return pd.Series(differences)
+    by_pair = [rows.assign(prompt_id=rows["pair_id"]) for rows in (harmful, twins)]
+    requests, pairs = (dict(list(rows.groupby(CELL))) for rows in by_pair)
+    for cell in set(requests) - set(pairs):
+        raise MissingError(f"no twins of {' in '.join(cell)}")
+    return Series({c: contrast(rows, pairs[c], "refused") for c, rows in requests.items()})
 
 
 def encoding_heatmap(
-    e: Evidence, what: Names = "complied", table: pd.DataFrame | None = None
+    e: Evidence, what: Names = "complied", table: DataFrame | None = None
 ) -> Drawn:
     """Methods by encodings, in per cent with 95 % intervals: a panel for each of `what`, one or
     several of PANELS.
@@ -172,63 +178,55 @@ def encoding_heatmap(
     panels = [what] if isinstance(what, str) else list(what)
     if not set(panels) <= set(PANELS):
         raise ValueError(f"what = {what!r} is unknown: choose of {', '.join(PANELS)}")
-    encodings = list(chain(*groups(e).values()))
+    order = [name for members in groups(e).values() for name in members]
     if table is None:
-        table = three_outcomes(e, [BASE, *e.profile.methods], encodings)
-    encodings = [name for name in encodings if name in set(table["encoding"])]
-    cells = table.set_index(CELL)
-    hatches = _hatches(cells["understanding"].unstack(sort=False)[encodings])
+        table = three_outcomes(e, [BASE, *e.profile.methods], order)
+    cells = table.set_index(CELL).unstack(sort=False)
+    encodings = [name for name in order if name in cells["complied"]]
+    hatches = _hatches(cells["understanding"][encodings])
     height = 0.5 + (1.5 + 0.36 * len(hatches)) * len(panels)
     width = max(1.8 + 0.58 * len(encodings), 5)
     figure, axes = axes_of(width=width, height=height, nrows=len(panels))
     alt_text = []
     for ax, panel in zip(axes[:, 0], panels):
         column, title, colours = PANELS[panel]
-        grid = cells[column].unstack(sort=False)[encodings]
+        grid = cells[column][encodings]
         _draw_panel(ax, grid, hatches, colours)
         _draw_headings(ax, e, encodings)
         ax.set_title(f"{title} in % [95 %]", pad=16)
-        alt_text.append(f"{title}. {_alt_text(grid, hatches)}.")
-    marks = [Patch(fc="white", ec="#555555", hatch=h, label=text) for h, text in HATCHES.items()]
-    figure.legend(handles=marks, loc="outside lower center", ncols=1, fontsize=8)
+        shares = grid.map(lambda cell: cell.percent if cell else ABSENT)
+        marks = hatches.map(lambda hatch: " (hatched)" if hatch else "")
+        marked = shares + marks
+        rows = marked.apply(lambda row: ", ".join(row.index + " " + row), axis=1)
+        alt_text.append(f"{title}. {'; '.join(rows.index + ': ' + rows)}.")
+    keys = [Patch(fc="white", ec="#555555", hatch=h, label=text) for h, text in HATCHES.items()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=1, fontsize=8)
     summary = " ".join(alt_text)
     return figure, f"Harmful requests by method and encoding; hatched: hardly understood. {summary}"
 
 
-def _draw_panel(ax: Axes, grid: pd.DataFrame, hatches: pd.DataFrame, colours: str) -> None:
-    texts = grid.map(lambda cell: cell.share.replace(" ", "\n", 1) if cell else "-")
-    HeatMap(colours, full=180, fontsize=6.5).draw(ax, grid, texts)  # black stays legible
-    for number, hatch in enumerate(hatches.to_numpy().flat):
+def _draw_panel(ax: Axes, grid: DataFrame, hatches: DataFrame, colours: str) -> None:
+    HeatMap(colours, full=180, fontsize=6.5).draw(ax, grid, grid.map(two_lines))  # black is legible
+    for text, ((y, x), hatch) in zip(ax.texts, np.ndenumerate(hatches)):
         if hatch:
-            y, x = divmod(number, len(grid.columns))
             frame(ax, x, y, margin=0, hatch=hatch, edgecolor="#999999", linewidth=0)
-            ax.texts[number].set_bbox(BOX)
+            text.set_bbox(BOX)
     ax.tick_params(axis="x", rotation=35, labelsize=8)
     ax.set(xlabel="encoding of the request (behind >: asked of the reply)", ylabel="method")
 
 
 def _draw_headings(ax: Axes, e: Evidence, encodings: list[str]) -> None:
     """The names of the groups of encodings, each above its first."""
+    start = -0.5
     for heading, members in groups(e).items():
-        shown = [name for name in encodings if name in members]
+        shown = set(members).intersection(encodings)
         if shown:
-            start = encodings.index(shown[0]) - 0.5
             ax.axvline(start, color="black", linewidth=2)
             ax.text(start + 0.1, -0.6, heading, fontsize=8, style="italic", va="bottom")
+        start += len(shown)
 
 
-def _alt_text(grid: pd.DataFrame, hatches: pd.DataFrame) -> str:
-    rows = []
-    for method, cells in grid.iterrows():
-        said = []
-        for encoding, cell in cells.items():
-            mark = " (hatched)" if hatches.at[method, encoding] else ""
-            said.append(f"{encoding} {cell.percent if cell else '-'}{mark}")
-        rows.append(f"{method}: {', '.join(said)}")
-    return "; ".join(rows)
-
-
-def _hatches(understanding: pd.DataFrame) -> pd.DataFrame:
+def _hatches(understanding: DataFrame) -> DataFrame:
     """How each cell is hatched: see HATCHES. Where the base is not shown, the model's own
     understanding decides.
     """
@@ -240,25 +238,19 @@ def _hatches(understanding: pd.DataFrame) -> pd.DataFrame:
     return hatches
 
 
-def twin_check(e: Evidence, encodings: Sequence[str], method: str = BASE) -> pd.DataFrame:
-    """Do twins tell what is understood? One row for each encoding: how many harmful requests a
-    model that refuses none answers exactly where it understood the twin, and where it did not; None
-    over fewer than MINIMUM prompts."""
-    rows = e.cell(method, encoding=encodings)
+def twin_check(e: Evidence, encodings: Sequence[str]) -> DataFrame:
+    """Do twins tell what is understood? One row for each encoding: how many harmful requests the
+    base, which refuses none, answers exactly where it understood the twin, and where it did not;
+    None over fewer than MINIMUM prompts."""
+    rows = e.cell(BASE, encoding=encodings)
     knew = understood(rows)
-    sides = {"twin understood": rows[knew], "twin not understood": rows[~knew]}
-    table = pd.DataFrame(index=pd.Index(encodings, name="encoding"), dtype=object)
-    for name, side in sides.items():
-        counts = side.groupby("encoding").size()
-        table[f"n, {name}"] = counts.reindex(encodings, fill_value=0)
-        table[f"answered, {name}"] = _by_cell(side, "encoding")
-    table = table.astype(object)
-    return table.where(table.notna(), None).reset_index()
+    table = DataFrame(index=pd.Index(encodings, name="encoding"))
+    for name, side in {"twin understood": rows[knew], "twin not understood": rows[~knew]}.items():
+        _add_rate(table, f"n, {name}", side, f"answered, {name}")
+    return none_where_absent(table).reset_index()
 
 
-def leet_gap_table(
-    e: Evidence, methods: Sequence[str] = (), encoding: str = "leet"
-) -> pd.DataFrame:
+def leet_gap_table(e: Evidence, methods: Sequence[str] = (), encoding: str = "leet") -> DataFrame:
     """The gap of every method (default: all of the profile): ASR in an encoding minus direct,
     prompt by prompt.
 
@@ -270,44 +262,33 @@ def leet_gap_table(
     """
     twin = e.profile.undefended
     rows = []
-    for condition in conditions(e):
-        for method in methods or e.profile.methods:
-            coded = rows_given(e, method, encoding, condition)
-            direct = e.cell(method)
-            same = direct.merge(coded[["seed", "prompt_id"]], on=["seed", "prompt_id"])
-            row: dict[str, Any] = {"given": str(condition), "method": method}
-            row |= {"n": len(coded), "seeds": coded["seed"].nunique()}
-            row |= {"asr": _asr(coded), "direct": _asr(same)} | _difference("gap", coded, direct)
-            against = coded.iloc[:0]
-            if twin and method != twin:
-                against = rows_given(e, twin, encoding, condition)
-            rows.append(row | _difference("narrowed", against, coded))
-    table = pd.DataFrame(rows, dtype=object)
+    for condition, method in product(conditions(e), methods or e.profile.methods):
+        coded = rows_given(e, method, encoding, condition)
+        direct = e.cell(method)
+        row: dict[str, Any] = {"given": str(condition), "method": method}
+        row |= {"n": len(coded), "seeds": coded["seed"].nunique()}
+        if _enough(coded):
+            row |= {"asr": rate(coded), "direct": rate(direct.merge(coded[PROMPT]))}
+        sides = {"gap": (coded, direct)}
+        if twin and method != twin:
+            sides["narrowed"] = (rows_given(e, twin, encoding, condition), coded)
+        for name, (a, b) in sides.items():
+            if _enough(a.merge(b, on=PROMPT)):
+                row |= {name: contrast(a, b), f"{name}, p": p_value(a, b)}
+        rows.append(row)
+    table = DataFrame(rows, columns=GAP_COLUMNS, dtype=object)
     for name in ("gap", "narrowed"):
-        for _, p in table.groupby("given")[f"{name}, p"]:
-            known = p.dropna()
-            table.loc[known.index, f"{name}, Holm"] = holm(known.tolist())
-    return table.where(table.notna(), None)
+        tested = table.dropna(subset=f"{name}, p")
+        for _, p in tested.groupby("given")[f"{name}, p"]:
+            table.loc[p.index, f"{name}, Holm"] = holm(p.tolist())
+    return none_where_absent(table)
 
 
-def _asr(rows: pd.DataFrame) -> Interval | None:
-    return rate(rows) if rows["prompt_id"].nunique() >= MINIMUM else None
+def _enough(rows: DataFrame) -> bool:
+    return rows["prompt_id"].nunique() >= MINIMUM
 
 
-def _difference(name: str, a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Interval | float | None]:
-    """ASR in `a` minus in `b` over the prompts of both, with its p-value and room for a corrected
-    one.
-    """
-    both = a.merge(b, on=["seed", "prompt_id"])["prompt_id"].nunique()
-    enough = both >= MINIMUM
-    return {
-        name: contrast(a, b) if enough else None,
-        f"{name}, p": p_value(a, b) if enough else None,
-        f"{name}, Holm": None,
-    }
-
-
-def price_table(e: Evidence, methods: Sequence[str] = ()) -> pd.DataFrame:
+def price_table(e: Evidence, methods: Sequence[str] = ()) -> DataFrame:
     """What each method (default: the base and all of the profile) refuses of harmless requests,
     beside its ASR under everything that was measured: direct, encodings and the worst of them per
     prompt, prefilling, jailbreaks by name, and the worst of all latent attacks per prompt at each
@@ -320,41 +301,28 @@ def price_table(e: Evidence, methods: Sequence[str] = ()) -> pd.DataFrame:
     encodings = list(e.profile.evaluation.encodings)
     coded = [name for name in encodings if name != PLAIN]
     further = {"encoding": e.profile.evaluation.further_encodings}
-    refused: Cells = {name: {"prompts": name} for name in (HARMLESS, "scary", "law", TWIN)}
-    for name in (HARMLESS, TWIN):
-        refused |= {f"{name}, {c}": {"prompts": name, "encoding": c} for c in coded}
+    harmless = (HARMLESS, "scary", "law", TWIN)
+    refused: dict[str, Any] = {name: {"prompts": name} for name in harmless}
+    for name, encoding in product((HARMLESS, TWIN), coded):
+        refused[f"{name}, {encoding}"] = {"prompts": name, "encoding": encoding}
     refused[f"{TWIN}, further"] = {"prompts": TWIN} | further
-    asr: Cells = (
-        {"direct": {}} | {name: {"encoding": name} for name in coded} | {"further": further}
-    )
-    asr |= {
-        PREFILL: {"attack": PREFILL},
-        "prefill, encoded": {"attack": PREFILL, "encoding": coded},
-    }
-    typed = e.rows.query("prompts == 'harmful' and sites == '' and intervention == 'none'")
-    for attack in typed["attack"].unique():
+    asked: dict[str, Any] = {"direct": {}} | {name: {"encoding": name} for name in coded}
+    asked |= {"further": further, PREFILL: {"attack": PREFILL}}
+    asked["prefill, encoded"] = {"attack": PREFILL, "encoding": coded}
+    attacks = dict.fromkeys(e.rows["attack"])
+    for attack in attacks:
         if attack not in (NO_ATTACK, PREFILL):
-            asr[attack] = {"attack": attack}
+            asked[attack] = {"attack": attack, "where": ""}
+    asr = rates_of(e, methods, asked)
+    worst = e.cell(methods, encoding=encodings).assign(encoding="any")
+    asr["worst encoding"] = rates_by(worst, "method")
+    sought = set(attacks) - {NOISE, TRANSFER}
+    latent = {}
+    for eps in sorted(e.rows["eps"].dropna().unique()):
+        cell = {"attack": sought, "eps": eps, "where": "latent"}
+        latent[f"latent, {e.radius(eps)}"] = cell
+    asr = asr.join(rates_of(e, methods, latent)).add_prefix("ASR: ")
     e.cell(methods, prompts=TWIN)  # without these there is no audit: an error
-    columns = {}
-    for what, outcome, cells in (("refused", "refused", refused), ("ASR", "complied", asr)):
-        for name, cell in cells.items():
-            with suppress(MissingError):
-                rows = e.cell(methods, partial=True, **cell)
-                columns[f"{what}: {name}"] = rates_by(rows, "method", outcome)
-    worst = {}
-    for method, rows in e.cell(methods, encoding=encodings).groupby("method"):
-        worst[method] = rate(rows, keys=["seed", "prompt_id"])
-    table = pd.DataFrame(columns | {"ASR: worst encoding": pd.Series(worst)})
-    table = table.join(_latent(e, methods)).loc[methods].rename_axis("method")
-    return table.where(table.notna(), None).reset_index()
-
-
-def _latent(e: Evidence, methods: list[str]) -> pd.DataFrame:
-    """Worst case per prompt over all attacks with a gradient on these models, by radius."""
-    rows = e.rows
-    rows = rows[rows["where"] == "latent"]
-    rows = rows[rows["method"].isin(methods) & (rows["variant"] == "")]
-    rows = rows[~rows["attack"].isin([NOISE, TRANSFER])]
-    asr = rates_by(rows, ["method", "eps"]).unstack().sort_index(axis=1)
-    return asr.set_axis([f"ASR: latent, {e.radius(eps)}" for eps in asr], axis=1)
+    table = rates_of(e, methods, refused, "refused").add_prefix("refused: ")
+    table = table.join(asr).loc[methods].rename_axis("method")
+    return none_where_absent(table).reset_index()

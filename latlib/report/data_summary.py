@@ -11,12 +11,12 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from pandas import DataFrame
 
 from latlib.config.paths import portable
 from latlib.config.profile import Profile
@@ -25,84 +25,65 @@ from latlib.data.splits import SPLITS, FilePrompt, benign_rows, file_prompts, pr
 from latlib.text.chat import Row, fitted, tokenise
 
 _UNBOUNDED = 1 << 60
+Part = tuple[str, str, str, list[Row], int]  # kind, split, source, rows, and default_completions
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one kind and split. defaults: how many have a completion of the profile's own."""
-
-    kind: str
-    split: str
-    source: str
-    rows: list[Row]
-    defaults: int = 0
-
-
-def data_report(profile: Profile, tokenizer: Any, context: int | None = None) -> pd.DataFrame:
+def data_report(profile: Profile, tokenizer: Any) -> DataFrame:
     """One row for each kind and split that has rows.
 
     Columns: kind, split, source (name of a file or folder, hub id or 'world'), rows, clusters (of
     near-duplicate prompts, or of the world's pairs), prompt_median, prompt_95, prompt_longest,
     completion_median, completion_95, completion_longest (tokens; NaN without completions), over
-    (rows longer than data.max_tokens and `context`), dropped, cut (of those, by data.too_long; both
-    0 for 'error', which would stop), default_completions (rows whose refusal or response is one of
-    the profile's, because the file has none). Raises ProfileError for unusable files.
+    (rows longer than data.max_tokens), dropped, cut (of those, by data.too_long; both 0 for
+    'error', which would stop), default_completions (rows whose refusal or response is one of the
+    profile's, because the file has none). Raises ProfileError for unusable files.
     """
+    lines = []
+    for kind, split, source, rows, defaults in _parts(profile):
+        line = {"kind": kind, "split": split, "source": source}
+        line |= _counts(profile.data, rows, tokenizer)
+        lines.append(line | {"default_completions": defaults})
+    return DataFrame(lines)
+
+
+def _parts(profile: Profile) -> Iterator[Part]:
+    """The rows of each kind and split, with the profile's own completions where a file has none."""
     data = profile.data
-    limit = min(data.max_tokens, context or _UNBOUNDED)
     if data.source == "world":
         seed = profile.seeds[0]
-        parts = [
-            _Part("harmful", "train", "world", preference_rows(data, seed)),
-            _Part("benign", "train", "world", benign_rows(data, seed)),
-        ]
-    else:
-        parts = [_of_files(data, *part) for part in _by_split(data)]
-    return pd.DataFrame([_line(data, part, tokenizer, limit) for part in parts])
-
-
-def _by_split(data: DataSettings) -> Iterable[tuple[str, str, list[FilePrompt]]]:
-    """(kind, split, prompts) of everything in the files."""
-    for kind, prompts in file_prompts(data).items():
-        for split in SPLITS:
-            own = [prompt for prompt in prompts if prompt.split == split]
-            if own:
-                yield kind, split, own
-
-
-def _of_files(data: DataSettings, kind: str, split: str, prompts: list[FilePrompt]) -> _Part:
-    """The rows of some prompts, with the profile's own completions where a file has none."""
+        yield "harmful", "train", "world", preference_rows(data, seed), 0
+        yield "benign", "train", "world", benign_rows(data, seed), 0
+        return
     default = {"harmful": data.refusals[0], "benign": data.benign_responses[0]}
-    rows = []
-    defaults = 0
-    for prompt in prompts:
-        *before, last = prompt.completions
-        if not last and kind in default:
-            last = default[kind]
-            defaults += 1
-        completions = tuple(text for text in (*before, last) if text)
-        rows.append(Row(prompt.row_id, prompt.prompt, completions, prompt.cluster))
-    return _Part(kind, split, portable(prompts[0].file), rows, defaults)
+    for (kind, of_kind), split in product(file_prompts(data).items(), SPLITS):
+        prompts = [prompt for prompt in of_kind if prompt.split == split]
+        if prompts:
+            rows = [_row(prompt, default.get(kind, "")) for prompt in prompts]
+            lacking = sum(kind in default and not prompt.completions[-1] for prompt in prompts)
+            yield kind, split, portable(prompts[0].file), rows, lacking
 
 
-def _line(data: DataSettings, part: _Part, tokenizer: Any, limit: int) -> dict[str, Any]:
-    tokens = tokenise(part.rows, tokenizer, _UNBOUNDED, data.system_prompt)
+def _row(prompt: FilePrompt, default: str) -> Row:
+    *before, last = prompt.completions
+    completions = tuple(text for text in (*before, last or default) if text)
+    return Row(prompt.row_id, prompt.prompt, completions, prompt.cluster)
+
+
+def _counts(data: DataSettings, rows: list[Row], tokenizer: Any) -> dict[str, Any]:
+    limit = data.max_tokens
+    tokens = tokenise(rows, tokenizer, _UNBOUNDED, data.system_prompt)
     over = [row for row in tokens if row.longest > limit]
     kept = []
     if data.too_long != "error":
         kept = [fitted(row, limit, data.too_long) is not None for row in over]
     return {
-        "kind": part.kind,
-        "split": part.split,
-        "source": part.source,
-        "rows": len(part.rows),
-        "clusters": len({row.cluster for row in part.rows}),
+        "rows": len(rows),
+        "clusters": len({row.cluster for row in rows}),
         **_lengths("prompt", [len(row.prompt) for row in tokens]),
         **_lengths("completion", [len(c) for row in tokens for c in row.completions]),
         "over": len(over),
         "dropped": kept.count(False),
         "cut": kept.count(True),
-        "default_completions": part.defaults,
     }
 
 

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import partial
 from typing import Any
 
-import pandas as pd
+from pandas import DataFrame
 
 from latlib.evaluation.outcomes import HARMLESS, PGD
 from latlib.experiment.spec import Spec
 from latlib.report.evidence import Evidence, MissingError, rates_by
 from latlib.report.plots import BOX, Drawn, HeatMap, axes_of, frame
+from latlib.report.tables import two_lines
 
 EPS = "attack.eps"
 KL = "defence.kl"
@@ -41,33 +43,31 @@ def _own(e: Evidence) -> dict[str, float]:
     return {EPS: main.attack.eps, KL: main.defence.kl}
 
 
-def grid(e: Evidence) -> pd.DataFrame:
+def grid(e: Evidence) -> DataFrame:
     """A row for the main method ('') and every variant that changes its radius and KL weight only:
     eps, kl, in that order.
     """
-    cells = {"": _own(e)}
-    for variant, changes in e.profile.sweep.variants.items():
-        if set(changes) <= {EPS, KL}:
-            cells[variant] = _own(e) | changes
-    table = pd.DataFrame.from_dict(cells, orient="index", columns=[EPS, KL])
-    return table.set_axis(["eps", "kl"], axis=1).sort_values(["eps", "kl"])
+    variants: dict[str, dict[str, Any]] = {"": {}, **e.profile.sweep.variants}
+    own = _own(e)
+    cells = {name: own | changes for name, changes in variants.items() if set(changes) <= set(own)}
+    table = DataFrame(cells).T.rename(columns={EPS: "eps", KL: "kl"})
+    return table.sort_values(["eps", "kl"])
 
 
-def _measured(e: Evidence, by: str | list[str], **cell: Any) -> pd.DataFrame:
+def _measured(e: Evidence, by: str | list[str], **cell: Any) -> DataFrame:
     """The three numbers of models of the main method as Intervals, indexed by `by`."""
-    attacked = e.cell(e.main, PGD, partial=True, eps=e.main_eps, where="latent", **cell)
-    encodings = e.profile.evaluation.encodings
-    asked = {"prompts": (HARMLESS, "scary"), "encoding": encodings}
-    harmless = e.cell(e.main, partial=True, **asked, **cell)
+    rows = partial(e.cell, e.main, partial=True, **cell)
+    attacked = rows(attack=PGD, eps=e.main_eps, where="latent")
+    harmless = rows(prompts=(HARMLESS, "scary"), encoding=e.profile.evaluation.encodings)
     columns = {
         "robustness": rates_by(attacked, by).map(lambda asr: asr.complement),
         "utility": rates_by(harmless, by),
         "over-refusal": rates_by(harmless, by, "refused"),
     }
-    return pd.DataFrame(columns).dropna()
+    return DataFrame(columns).dropna()
 
 
-def measured_grid(e: Evidence) -> pd.DataFrame:
+def measured_grid(e: Evidence) -> DataFrame:
     """A row for each trained cell of the grid, on the first seed: variant, eps, kl, and the three
     intervals. Raises MissingError without any.
     """
@@ -76,7 +76,7 @@ def measured_grid(e: Evidence) -> pd.DataFrame:
     return cells.join(found, how="inner").rename_axis("variant").reset_index()
 
 
-def sweep_table(e: Evidence, by_seed: bool = True) -> pd.DataFrame:
+def sweep_table(e: Evidence, by_seed: bool = True) -> DataFrame:
     """A row for each model of a sweep: label, eps, kl, what else it changes, seed, and three shares
     with their ends.
 
@@ -91,18 +91,16 @@ def sweep_table(e: Evidence, by_seed: bool = True) -> pd.DataFrame:
             "no model of a sweep was measured: run python -m latlib.experiment.sweep"
         )
     found = _measured(e, ["variant", "seed"] if by_seed else "variant", variant=variants)
-    found = found.reset_index()
     rows = []
-    for row in found.to_dict("records"):
+    for row in found.reset_index().to_dict("records"):
         changes = _own(e) | changes_of(row["variant"])
-        shares = {"asr": row["robustness"].complement, "answered": row["utility"]}
-        shares["refused"] = row["over-refusal"]
         line = {"label": Spec(e.main, 0, variant=row["variant"]).label}
         line |= {"eps": changes.pop(EPS), "kl": changes.pop(KL), **changes, "seed": row.get("seed")}
-        for name, share in shares.items():
+        shares = (row["robustness"].complement, row["utility"], row["over-refusal"])
+        for name, share in zip(("asr", "answered", "refused"), shares):
             line |= {name: share.estimate, f"{name}_low": share.low, f"{name}_high": share.high}
         rows.append(line)
-    return pd.DataFrame(rows).sort_values(["eps", "kl", "seed"], kind="stable", ignore_index=True)
+    return DataFrame(rows).sort_values(["eps", "kl", "seed"], kind="stable", ignore_index=True)
 
 
 def changes_of(variant: str) -> dict[str, Any]:
@@ -124,14 +122,14 @@ def eps_and_kl(e: Evidence) -> Drawn:
     """
     cells = measured_grid(e).set_index(["kl", "eps"])
     figure, axes = axes_of(len(SIDES), width=11, height=1.8 + 0.6 * cells.index.levshape[0])
+    own = _own(e)
     alt_text = []
     for ax, (side, (counts, better, colours)) in zip(axes[0], SIDES.items()):
         shares = cells[side].unstack()
-        texts = shares.map(lambda cell: "" if pd.isna(cell) else cell.share.replace(" ", "\n", 1))
+        texts = shares.map(two_lines, absent="")
         HeatMap(colours, full=100, fontsize=8, box=BOX).draw(ax, shares, texts)
-        own = _own(e)
-        x = shares.columns.get_loc(own[EPS])
-        frame(ax, x, shares.index.get_loc(own[KL]), margin=0, linewidth=2.5)
+        at = (shares.columns.get_loc(own[EPS]), shares.index.get_loc(own[KL]))
+        frame(ax, *at, margin=0, linewidth=2.5)
         ax.set(
             title=f"{side}: {counts} (%)\n{better} is better",
             xlabel=f"eps in training ({e.unit})",

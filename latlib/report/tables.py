@@ -1,22 +1,60 @@
-"""Tables as text: for a page, as Markdown, for a results file, and between the markers of a README.
+"""Tables from named cells of the outcome table; and tables as text: for a page, as Markdown, for a
+results file, and between the markers of a README.
 
 A table's cells are `stats.Interval`s, numbers, words, or None for what was not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import pandas as pd
+from pandas import DataFrame
 
+from latlib.report.evidence import Evidence, MissingError, Names, rates_by
 from latlib.report.stats import Interval
 
 ABSENT = "-"
+Cells = Mapping[str, Mapping[str, Any]]  # name -> what `Evidence.cell` is asked for
 
 
-def printed(table: pd.DataFrame, sign: bool = False) -> pd.DataFrame:
+def measured(e: Evidence, methods: Names, cells: Cells) -> dict[str, DataFrame]:
+    """Name -> rows of some methods, of those cells that have any."""
+    found = {}
+    for name, cell in cells.items():
+        with suppress(MissingError):
+            found[name] = e.cell(methods, partial=True, **cell)
+    return found
+
+
+def rates_of(e: Evidence, methods: Names, cells: Cells, outcome: str = "complied") -> DataFrame:
+    """The share with an outcome: a row a method, a column for each of those cells that has rows."""
+    rows = measured(e, methods, cells)
+    return DataFrame({name: rates_by(part, "method", outcome) for name, part in rows.items()})
+
+
+def none_where_absent(table: DataFrame) -> DataFrame:
+    """None in place of the NaN that pandas puts where nothing was measured."""
+    table = table.astype(object)
+    return table.where(table.notna(), None)
+
+
+def in_order(table: DataFrame, *levels: Iterable[str]) -> DataFrame:
+    """The rows that a table has, in the order of the levels of its index."""
+    return table.loc[[key for key in product(*levels) if key in table.index]]
+
+
+def two_lines(cell: Any, absent: str = ABSENT) -> str:
+    """A share in per cent above its bounds, for a heat map."""
+    return cell.share.replace(" ", "\n", 1) if isinstance(cell, Interval) else absent
+
+
+def printed(table: DataFrame, sign: bool = False) -> DataFrame:
     """A table with its intervals and p-values as text, differences with their sign; '-' where
     nothing was measured.
     """
@@ -36,7 +74,7 @@ def plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, Interval) else value
 
 
-def records(table: pd.DataFrame) -> list[dict]:
+def records(table: DataFrame) -> list[dict]:
     """A table as plain values for a results file, a dictionary a row; a named index is kept."""
     named = table.reset_index() if table.index.names != [None] else table
     return named.astype(object).map(plain).to_dict("records")
@@ -56,8 +94,7 @@ def between_markers(text: str, name: str, new: str) -> str:
     """
     begin = f"<!-- {name}:begin -->"
     end = f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
+    before, *between, after = re.split(f"({begin}|{end})", text)
+    if between[::2] != [begin, end]:
         raise ValueError(f"the README needs the markers {begin} and {end}, once each")
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
     return f"{before}{begin}\n{new}\n{end}{after}"

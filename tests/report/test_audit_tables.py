@@ -207,15 +207,7 @@ def test_twins_are_matched_by_number_and_seed():
     assert kept[["seed", "prompt_id"]].to_numpy().tolist() == [[1, "harmful-7"]]
 
 
-def test_seeds_can_be_chosen(run):
-    row = three_outcomes(run, ["lat"], ["leet"], seed=[1]).iloc[0]
-    assert (
-        row["seeds"]
-        == row["understanding"].seeds
-        == row["twin refused"].seeds
-        == row["asr_base_understood"].seeds
-        == 1
-    )
+def test_further_encodings_are_of_the_first_seed(run):
     assert three_outcomes(run, ["lat"], ["base64"])["n"].item() == 40
 
 

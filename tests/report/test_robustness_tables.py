@@ -169,7 +169,7 @@ def test_typed_attacks_come_with_what_was_understood():
     broken = rows.assign(outcome="neither", understood=False, attack="suffix-random")
     half = rows.assign(understood=rows["outcome"] == "complied")
     table = robustness_tables.typed_table(
-        Evidence(PROFILE, pd.concat([half, broken], ignore_index=True)), ["lat"]
+        Evidence(PROFILE, pd.concat([half, broken], ignore_index=True))
     )
     gcg, junk = (table.loc[(attack, "lat")] for attack in ("suffix-gcg", "suffix-random"))
     assert (
