@@ -2,8 +2,8 @@
 fixed before anything was measured.
 
 1. A defence can look strong because the attack is weak. `panel` puts every rule of `RULES`, written
-   down in attack_rules.yaml and judged by the functions here, to what was measured, for every model it concerns, on paired prompts and seeds with the intervals of
-   `latlib.report.stats`.
+   down in attack_rules.yaml and judged by the functions here, to what was measured, for every model
+   it concerns, on paired prompts and seeds with the intervals of `latlib.report.stats`.
 2. A check that fails is printed with what that means for the claims; what was not measured is said
    to be so. No rule looks at whether a defence works.
 3. `in_ball` gives the worst case per prompt: over all attacks of one threat model, on the prompts
