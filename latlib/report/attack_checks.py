@@ -161,13 +161,13 @@ def _none_below(*pairs: tuple[str, str]) -> Judge:
         """Fails when, for one of the pairs of attacks, the interval of ASR(first) - ASR(second),
         paired, lies wholly below 0; of transfers the best."""
         changes = {}
-        for pair in pairs:
-            more, winning = _side(s, pair[0])
-            less, losing = _side(s, pair[1])
+        for first, second in pairs:
+            more, winning = _side(s, first)
+            less, losing = _side(s, second)
             changes[f"{more} minus {less}"] = contrast(winning, losing)
         text = ", ".join(f"{name} {change.signed}" for name, change in changes.items())
         holds = all(change.high >= 0 for change in changes.values())
-        return holds, f"{text}; {less} {rate(losing)}"
+        return holds, f"{text}; {second} {rate(losing)}"
 
     return judge
 
