@@ -39,6 +39,7 @@ from latlib.report.stats import Interval, cluster_interval, paired_interval, pai
 
 Names = str | Sequence[str]
 Seeds = Sequence[int] | None
+Methods = Sequence[str]
 
 # what `cell` looks for unless told otherwise
 USUAL = {
@@ -177,8 +178,8 @@ class Evidence:
 
     def curves(self, method: str) -> dict[int, DataFrame]:
         """seed -> training curve of a method."""
-        names = {seed: Spec(method, seed).folder for seed in self.profile.seeds}
-        return {seed: self.metrics[name] for seed, name in names.items() if name in self.metrics}
+        curves = {seed: self.metrics.get(Spec(method, seed).folder) for seed in self.profile.seeds}
+        return {seed: curve for seed, curve in curves.items() if curve is not None}
 
     def variance_tables(self) -> dict[str, list[dict]]:
         """Method, the base first -> its explained-variance tables, one a seed. Raises MissingError

@@ -25,6 +25,7 @@ from latlib.report.evidence import (
     SPIKE_MADS,
     WINDOW,
     Evidence,
+    Methods,
     MissingError,
     outcome_table,
     rates_by,
@@ -81,7 +82,7 @@ def save_main_figure(e: Evidence, path: Path) -> None:
         print(f"{path.name} is not written: {error}")
 
 
-def draw_security(ax: Axes, e: Evidence, methods: Sequence[str]) -> str:
+def draw_security(ax: Axes, e: Evidence, methods: Methods) -> str:
     """ASR against the radius of the latent attack; hollow markers: noise of the same norm."""
     radii = sorted(e.profile.evaluation.eps)
     rows = e.cell(methods, list(ATTACKS), eps=radii, where="latent", partial=True)
@@ -106,7 +107,7 @@ def draw_security(ax: Axes, e: Evidence, methods: Sequence[str]) -> str:
     return f"Attack success rate against eps. {words(asr)}."
 
 
-def security_curve(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
+def security_curve(e: Evidence, methods: Methods = ()) -> Drawn:
     """ASR against eps for every method (by default those compared), beside noise of the same
     norm.
     """
@@ -114,7 +115,7 @@ def security_curve(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
     return figure, draw_security(axes[0, 0], e, methods or e.profile.compared)
 
 
-def encodings_bars(e: Evidence, methods: Sequence[str] = (), prompts: str = HARMFUL) -> Drawn:
+def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -> Drawn:
     """Refused, complied or neither, for every method (by default the base and those compared) and
     encoding; a diamond: harmless twins answered.
     """
@@ -146,7 +147,7 @@ def harmless_bars(e: Evidence) -> Drawn:
     return encodings_bars(e, prompts=HARMLESS)
 
 
-def training_curves(e: Evidence, methods: Sequence[str] = ()) -> Drawn:
+def training_curves(e: Evidence, methods: Methods = ()) -> Drawn:
     """Loss terms over training: mean over seeds, the band from the lowest to the highest seed."""
     steps = {}
     for method in methods or e.profile.compared:
@@ -272,7 +273,7 @@ def eps_sweep(e: Evidence) -> Drawn:
     return figure, f"{name} by training eps. {words(rates)}."
 
 
-def draw_encodings(ax: Axes, e: Evidence, methods: Sequence[str]) -> str:
+def draw_encodings(ax: Axes, e: Evidence, methods: Methods) -> str:
     """ASR of each method in each encoding, side by side."""
     encodings = list(e.profile.evaluation.encodings)
     rows = e.cell(methods, encoding=encodings)
