@@ -167,7 +167,8 @@ class Run:
         """site -> median residual norm of the base model on harmless training prompts, in units of
         the stream.
         """
-        self._ensure([Spec(BASE, seed)])
+        if not self.layout.norms_file(seed).exists():
+            self._ensure([Spec(BASE, seed)])
         return build.norms(self.layout, seed)
 
     # ---- the geometry of activations, found once and kept
