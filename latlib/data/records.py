@@ -71,25 +71,29 @@ def read_table(
         raise ProfileError(f"{source.shown} holds no rows: give a file that has some")
     there = dict.fromkeys(itertools.chain.from_iterable(records))
     setting = f"{source.field}_columns"
-    # a column that is named must be there, also an optional one
-    wanted = {name: columns.get(name) for name in (*needed, *columns)}
-    for name, theirs in wanted.items():
-        for column in _columns_of(theirs, f"{setting}.{name}"):
-            if column not in there:
+    templates = {}
+    for name in dict.fromkeys((*needed, *columns)):
+        theirs = str(columns.get(name))
+        templates[name] = _template(theirs, f"{setting}.{name}")
+        # a column that is named must be there, also an optional one
+        for _, place in templates[name]:
+            if place and place[0] not in there:
                 raise ProfileError(
-                    f"{source.shown} has no column {column!r} for {name!r}; it has "
+                    f"{source.shown} has no column {place[0]!r} for {name!r}; it has "
                     f"{', '.join(there)}: set {setting}"
                 )
     rows = []
     for number, record in enumerate(records, start=1):
         where = f"{source.shown}, row {number}"
         row = {}
-        for name, theirs in wanted.items():
+        for name, parts in templates.items():
+            theirs = columns[name]
             try:
-                row[name] = _filled(record, str(theirs)).strip()
+                texts = [before + _value(record, place) for before, place in parts]
             except LookupError as error:
                 said = f"{theirs!r} for {name!r} {error.args[0]}"
                 raise ProfileError(f"{where}: {said}: set {setting}") from None
+            row[name] = "".join(texts).strip()
             if name in needed and not row[name]:
                 raise ProfileError(f"{where}: column {theirs!r} is empty: fill or remove it")
         rows.append(row)
@@ -123,12 +127,10 @@ def _read(source: Source) -> list[Record]:
             f"{source.shown}, and the package `datasets` is not installed: download {what} from the"
             " hub and give the file's path, or run `pip install datasets`"
         ) from None
-    exceptions = getattr(datasets, "exceptions", None)
-    own_failure = getattr(exceptions, "DatasetsError", OSError)
     try:
         found = _dataset_records(datasets, place, source)
         return list(itertools.islice(found, source.rows))
-    except (OSError, ValueError, RuntimeError, own_failure) as error:
+    except Exception as error:  # of `datasets`, the hub's client or what these call
         raise ProfileError(f"{source.shown}: {_refused(error, source, what)}") from error
 
 
@@ -208,30 +210,28 @@ def _dataset_records(datasets: Any, place: Path, source: Source) -> Iterable[Rec
     if any((place / name).is_file() for name in _SAVED):
         saved = datasets.load_from_disk(str(place))
         return saved[_split_of(source, list(saved))] if isinstance(saved, dict) else saved
+    path = source.path
     split = source.split
     if place.is_dir():
-        parts = datasets.load_dataset_builder(str(place), source.config).config.data_files
+        path = str(place)
+        parts = datasets.load_dataset_builder(path, source.config).config.data_files
         split = _split_of(source, list(parts))
         files = [Path(file) for file in parts[split]]
         if all(file.suffix in READERS for file in files):
             return itertools.chain.from_iterable(map(_file_records, files))
     elif split == ANY_SPLIT:
-        names = datasets.get_dataset_split_names(source.path, source.config)
-        split = _split_of(source, names)
-    path = str(place) if place.is_dir() else source.path
+        split = _split_of(source, datasets.get_dataset_split_names(path, source.config))
     options = {"streaming": True} if source.streaming else {}
     return datasets.load_dataset(path, source.config, split=split, **options)
 
 
 def _split_of(source: Source, names: Sequence[str]) -> str:
-    if source.split in names:
-        return source.split
-    if source.split == ANY_SPLIT and "test" in names:
-        return "test"
-    if source.split == ANY_SPLIT and len(names) == 1:
-        return names[0]
-    asked = "test" if source.split == ANY_SPLIT else source.split
-    raise ValueError(f"Unknown split {asked!r}. Should be one of {list(names)}.")
+    split = source.split
+    if split == ANY_SPLIT:
+        split = names[0] if len(names) == 1 else "test"
+    if split not in names:
+        raise ValueError(f"Unknown split {split!r}. Should be one of {list(names)}.")
+    return split
 
 
 def _refused(error: Exception, source: Source, what: str) -> str:
@@ -244,27 +244,25 @@ def _refused(error: Exception, source: Source, what: str) -> str:
     while cause is not None:
         causes.append(type(cause).__name__)
         cause = cause.__cause__ or cause.__context__
-    fixes = _FIXES if source.split == ANY_SPLIT else _FIXES_OF_SPLITS
     fix = _WRONG_HERE if here else _WRONG_NAME
-    for word, known in fixes.items():
+    for word, known in _FIXES.items():
         if word in " ".join(causes).lower():
-            fix = known.format(field=source.field)
+            fix = known
+            if known == _PART and source.split != ANY_SPLIT:
+                fix = f"set {source.field}_{word}, or {known}"
             break
     return f"{said} ({type(error).__name__}: {text}): {fix}"
 
 
 # word in the error or in the names of its causes -> what to do
 _NETWORK = "check the network, or download it and give the file's path"
+_PART = "give the one you mean as a file"
 _FIXES = {
     "gated": "accept its terms and set HF_TOKEN, or download it and give the file's path",
-    "split": "give the one you mean as a file",
-    "config": "give the one you mean as a file",
+    "split": _PART,
+    "config": _PART,
     "offline": _NETWORK,
     "connect": _NETWORK,
-}
-_FIXES_OF_SPLITS = _FIXES | {
-    "split": "set {field}_split, or give the one you mean as a file",
-    "config": "set {field}_config, or give the one you mean as a file",
 }
 _WRONG_HERE = "check what is in it, or give one file"
 _WRONG_NAME = (
@@ -275,39 +273,27 @@ _WRONG_NAME = (
 # ---- columns and format strings ------------------------------------------------------------------
 
 
-class _Format(string.Formatter):
-    """Fills `{column}` and `{column[key]}` with what stands there in a record."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[str, str]:
-        return _value(kwargs, _place(field_name)), field_name
-
-
-def _filled(record: Record, theirs: str) -> str:
+def _template(theirs: str, setting: str) -> list[tuple[str, list[str]]]:
+    """A column or format string as parts: a text, and the place of the value that follows it or an
+    empty one. Raises ProfileError for what is no format string.
+    """
     if "{" not in theirs:
-        return _value(record, (theirs,))
-    return _Format().vformat(theirs, (), record)
-
-
-def _columns_of(theirs: str | None, setting: str) -> list[str]:
-    """What a column or format string reads. Raises ProfileError for what is no format string."""
-    if theirs is None or "{" not in theirs:
-        return [str(theirs)]
-    found = []
+        return [("", [theirs])]
+    parts = []
     try:
-        for _, field, spec, conversion in string.Formatter().parse(theirs):
+        for before, field, spec, conversion in string.Formatter().parse(theirs):
             if spec or conversion:
                 raise ValueError(f"{{{field}}} with more behind it {_FORM}")
-            if field is not None:
-                found.append(_place(field)[0])
+            parts.append((before, [] if field is None else _place(field)))
     except ValueError as error:
         raise ProfileError(
             f"{setting} = {theirs!r} is no format string ({error}): write it like"
             " '{instruction}', or '{messages[1][content]}'"
         ) from None
-    return found
+    return parts
 
 
-def _place(field: str) -> Sequence[str]:
+def _place(field: str) -> list[str]:
     """The column and the keys of 'column[key][key]'."""
     place = _FIELD.fullmatch(field)
     if place is None:
@@ -317,12 +303,14 @@ def _place(field: str) -> Sequence[str]:
 
 def _value(record: Record, place: Sequence[str]) -> str:
     """The text at a place; '' for what is missing. Raises LookupError where a key leads nowhere."""
+    if not place:
+        return ""
     value: Any = record
     at = ""
     for key in place:
         if value is None:
             return ""
-        if isinstance(value, list | tuple):
+        if isinstance(value, list):
             value = {str(number): part for number, part in enumerate(value)}
         if not isinstance(value, Mapping):
             raise LookupError(f"finds no {key!r} in {at}, which is {type(value).__name__}")
@@ -330,7 +318,7 @@ def _value(record: Record, place: Sequence[str]) -> str:
             raise LookupError(f"finds no {key!r} in {at}, which has {', '.join(value)}")
         value = value.get(key)
         at += f"[{key}]" if at else key
-    if isinstance(value, Mapping | list | tuple):
+    if isinstance(value, Mapping | list):
         raise LookupError(
             f"is no text but {type(value).__name__} with parts; take one, as in '{{{place[0]}[0]}}'"
         )
