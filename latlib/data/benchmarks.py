@@ -6,7 +6,7 @@ model should answer.
    StrongREJECT.
 2. A set is a file that the user has (`latlib.data.records` reads it; columns are mapped by name),
    or, where the package `datasets` is installed, the published copy on the hub. No prompt is
-   shipped with latlib.
+   shipped with latlib; benchmarks.yaml says where each set is and how its columns are called.
 3. Every prompt says 'safe' (a refusal is over-refusal) or 'unsafe' (compliance is harm), by its
    file's label column or by the set it is of.
 """
@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from latlib.config.sections import ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
 
 Label = Literal["safe", "unsafe"]
+_LABELS: dict[str, Label] = {"safe": "safe", "unsafe": "unsafe"}
 
 
 @dataclass(frozen=True)
@@ -38,38 +41,27 @@ class AskedPrompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A benchmark: the published file's columns under our names (text, category, label), and where
-    the hub has it.
+    """A benchmark: the published file's columns under our names (text, category, label), the label
+    of prompts without such a column, and where the hub has it. contrast: how the categories of
+    unsafe prompts begin, in a set of safe ones.
     """
 
     columns: Mapping[str, str]
-    label: Label  # of prompts without a label column
+    label: Label
     hub: Source | None = None
-    contrast: str = ""  # how the categories of unsafe prompts begin, in a set of safe ones
+    contrast: str = ""
 
 
-def _hub(repository: str, config: str | None, split: str) -> Source:
-    return Source(repository, "the hub's copy", config, split)
+def _published_sets() -> dict[str, PromptSet]:
+    text = Path(__file__).with_name("benchmarks.yaml").read_text(encoding="utf-8")
+    sets = {}
+    for name, known in yaml.safe_load(text).items():
+        hub = known.pop("hub", None)
+        sets[name] = PromptSet(**known, hub=hub and Source(**hub, field="the hub's copy"))
+    return sets
 
 
-_OR_BENCH = {"text": "prompt", "category": "category"}
-_OR_HUB = "bench-llm/or-bench"
-_JBB = {"text": "Goal", "category": "Category"}
-_JBB_HUB = "JailbreakBench/JBB-Behaviors"
-_XSTEST = {"text": "prompt", "category": "type", "label": "label"}
-_HARMBENCH = {"text": "Behavior", "category": "SemanticCategory"}
-_STRONG = {"text": "forbidden_prompt", "category": "category"}
-SETS: dict[str, PromptSet] = {
-    "xstest": PromptSet(_XSTEST, "safe", _hub("Paul/XSTest", None, "train"), "contrast_"),
-    "or-bench": PromptSet(_OR_BENCH, "safe", _hub(_OR_HUB, "or-bench-80k", "train")),
-    "or-bench-hard": PromptSet(_OR_BENCH, "safe", _hub(_OR_HUB, "or-bench-hard-1k", "train")),
-    "or-bench-toxic": PromptSet(_OR_BENCH, "unsafe", _hub(_OR_HUB, "or-bench-toxic", "train")),
-    "advbench": PromptSet({"text": "goal"}, "unsafe"),
-    "harmbench": PromptSet(_HARMBENCH, "unsafe"),
-    "jailbreakbench": PromptSet(_JBB, "unsafe", _hub(_JBB_HUB, "behaviors", "harmful")),
-    "jailbreakbench-benign": PromptSet(_JBB, "safe", _hub(_JBB_HUB, "behaviors", "benign")),
-    "strongreject": PromptSet(_STRONG, "unsafe"),
-}
+SETS = _published_sets()
 
 
 def asked_prompts(
@@ -115,11 +107,10 @@ def _label(row: Mapping[str, str], index: int, known: PromptSet) -> Label:
     if "label" not in row:
         unsafe = known.contrast and row.get("category", "").startswith(known.contrast)
         return "unsafe" if unsafe else known.label
-    if row["label"].lower() == "safe":
-        return "safe"
-    if row["label"].lower() == "unsafe":
-        return "unsafe"
-    raise ProfileError(
-        f"file, row {index + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe': fix the"
-        " row, or leave 'label' out of file_columns"
-    )
+    label = _LABELS.get(row["label"].lower())
+    if label is None:
+        raise ProfileError(
+            f"file, row {index + 1}: label = {row['label']!r} is neither 'safe' nor 'unsafe': fix"
+            " the row, or leave 'label' out of file_columns"
+        )
+    return label

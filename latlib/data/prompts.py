@@ -170,47 +170,41 @@ class FilePrompts(PromptSource):
         )
 
     def _drawn(self, purpose: str | int, split: Split, kind: str, n: int) -> list[Prompt]:
-        found = self._harmful(split) if kind == "harmful" else self._harmless(split, kind)
-        random.Random(f"{purpose}/{split}/{kind}").shuffle(found)
-        return found[:n]
-
-    def _harmful(self, split: Split) -> list[Prompt]:
-        found: list[Prompt] = []
-        for row in self._short(preference_rows(self.data, 0, split), "harmful", split):
-            target, refusal = row.completions
-            if not target:
-                test = "test_" if split == "test" and self.data.test_harmful else ""
-                columns = getattr(self.data, f"{test}harmful_columns")
-                raise ProfileError(
-                    f"data.{test}harmful_columns = {columns!r} names no target for every prompt,"
-                    " and an attack needs one: set 'rejected' to a column, or to words such as"
-                    " 'Sure: {goal}'"
-                )
-            found.append(Question(row.prompt, target, refusal, row.cluster, True))
-        return found
-
-    def _harmless(self, split: Split, kind: str) -> list[Prompt]:
-        if kind == "scary":
+        if kind == "harmful":
+            rows = preference_rows(self.data, 0, split)
+        elif kind == "scary":
             rows = borderline_rows(self.data)
         else:
             rows = benign_rows(self.data, 0, split)
-        found: list[Prompt] = []
-        for row in self._short(rows, kind, split):
-            answer = "".join(row.completions)
-            if answer in self.data.benign_responses:  # put there where the file has no response
-                answer = ""
-            found.append(Question(row.prompt, answer, self.data.refusals[0], row.cluster, False))
-        return found
-
-    def _short(self, rows: list[Row], kind: str, split: Split) -> list[Row]:
         most = self._most_letters()
-        found = [row for row in rows if len(row.prompt) <= most]
-        if rows and not found:
+        short = [row for row in rows if len(row.prompt) <= most]
+        if rows and not short:
             raise ProfileError(
                 f"data.max_tokens = {self.data.max_tokens}: no {kind} prompt of {split!r} has"
                 f" {most} letters or less"
             )
-        return found
+        ask = self._harmful if kind == "harmful" else self._harmless
+        found: list[Prompt] = [ask(row, split) for row in short]
+        random.Random(f"{purpose}/{split}/{kind}").shuffle(found)
+        return found[:n]
+
+    def _harmful(self, row: Row, split: Split) -> Question:
+        target, refusal = row.completions
+        if not target:
+            test = "test_" if split == "test" and self.data.test_harmful else ""
+            columns = getattr(self.data, f"{test}harmful_columns")
+            raise ProfileError(
+                f"data.{test}harmful_columns = {columns!r} names no target for every prompt,"
+                " and an attack needs one: set 'rejected' to a column, or to words such as"
+                " 'Sure: {goal}'"
+            )
+        return Question(row.prompt, target, refusal, row.cluster, True)
+
+    def _harmless(self, row: Row, split: Split) -> Question:
+        answer = "".join(row.completions)
+        if answer in self.data.benign_responses:  # put there where the file has no response
+            answer = ""
+        return Question(row.prompt, answer, self.data.refusals[0], row.cluster, False)
 
     def _most_letters(self) -> int:
         return LETTERS_A_TOKEN * self.data.max_tokens

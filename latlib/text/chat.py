@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,10 +104,16 @@ def tokenise(
     for row, prompt in zip(rows, prompt_ids, strict=True):
         own = tuple(next(completion_ids) for _ in row.completions)
         found.append(TokenRow(prompt, own))
-    if too_long == "error":
-        _refuse_long(rows, found, max_tokens)
-        return found
-    return _all_fitted(found, max_tokens, too_long)
+    if too_long != "error":
+        return _all_fitted(found, max_tokens, too_long)
+    for row, tokens in zip(rows, found, strict=True):
+        if tokens.longest > max_tokens:
+            raise ValueError(
+                f"row {row.row_id!r} has {tokens.longest} tokens, more than max_tokens ="
+                f" {max_tokens}: shorten it, raise data.max_tokens (not beyond the model's"
+                " context), or set data.too_long"
+            )
+    return found
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -118,12 +125,8 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
 
 def shared_start(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
-    same = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        same += 1
-    return same
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return len(list(pairs))
 
 
 def shared_end(a: Sequence[int], b: Sequence[int]) -> int:
@@ -142,28 +145,11 @@ def _without_prefill(row: Row, completion: str, prefill: str) -> str:
     return rest
 
 
-def _refuse_long(rows: Sequence[Row], found: Sequence[TokenRow], max_tokens: int) -> None:
-    for row, tokens in zip(rows, found, strict=True):
-        if tokens.longest > max_tokens:
-            raise ValueError(
-                f"row {row.row_id!r} has {tokens.longest} tokens, more than max_tokens ="
-                f" {max_tokens}: shorten it, raise data.max_tokens (not beyond the model's"
-                " context), or set data.too_long"
-            )
-
-
 def _all_fitted(rows: Sequence[TokenRow], max_tokens: int, too_long: str) -> list[TokenRow]:
     """The rows that fit, with one warning that counts the others."""
-    kept = []
-    dropped = 0
-    cut = 0
-    for row in rows:
-        short = fitted(row, max_tokens, too_long)
-        if short is None:
-            dropped += 1
-            continue
-        kept.append(short)
-        cut += row.longest > max_tokens
+    kept = [short for row in rows if (short := fitted(row, max_tokens, too_long))]
+    dropped = len(rows) - len(kept)
+    cut = sum(row.longest > max_tokens for row in rows) - dropped
     if rows and not kept:
         raise ValueError(
             f"all {dropped} rows have more than max_tokens = {max_tokens} tokens: raise"

@@ -35,33 +35,21 @@ import random
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 Recode = Callable[[str], str]
-Table = Mapping[str, str]
+Table = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Encoding:
     """One encoding.
 
-    decode: the inverse on the domain that `about` states (ValueError for broken base64 and the
-    like); None where encoding loses information. reply: how an answer in it is asked for, as in
-    'answer in leetspeak'.
-    """
-
-    name: str
-    encode: Recode
-    decode: Recode | None
-    about: str
-    reply: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One encoding of the registry. encode: of a text; where `strength` is not None of (text, share
-    of the replaceable places, seed), and `strength` is the share where a name gives none.
+    encode: of a text; in REGISTRY, where `strength` is not None, of (text, share of the replaceable
+    places, seed), and `strength` is the share where a name gives none. decode: the inverse on the
+    domain that `about` states (ValueError for broken base64 and the like); None where encoding
+    loses information. reply: how an answer in it is asked for, as in 'answer in leetspeak'.
     """
 
     encode: Callable[..., str]
@@ -69,15 +57,10 @@ class Entry:
     about: str
     reply: str
     strength: float | None = None
+    name: str = ""
 
 
 # ---- the functions -------------------------------------------------------------------------------
-
-
-def _shift(places: int) -> Recode:
-    small = string.ascii_lowercase[places:] + string.ascii_lowercase[:places]
-    table = dict(zip(string.ascii_letters, small + small.upper(), strict=True))
-    return partial(_replace, table=table)
 
 
 def _morse(text: str) -> str:
@@ -111,15 +94,13 @@ def _unspace(text: str) -> str:
 
 
 def _pig_latin(text: str) -> str:
-    return _WORD.sub(_pig_latin_word, text)
+    return _PIG_LATIN.sub(_pig_latin_word, text)
 
 
 def _pig_latin_word(match: re.Match[str]) -> str:
-    word = match.group()
-    found = _ONSET.match(word)
-    onset = found.group() if found else ""
-    turned = word[len(onset) :] + (onset + "ay" if onset else "way")
-    return turned.capitalize() if word.istitle() else turned
+    onset, rest = match.groups()
+    turned = rest + (onset + "ay" if onset else "way")
+    return turned.capitalize() if match.group().istitle() else turned
 
 
 def _disemvowel(text: str) -> str:
@@ -135,13 +116,10 @@ def _replace(text: str, table: Table, share: float = 1.0, seed: int = 0) -> str:
 
 
 def _part_letters(text: str, share: float, seed: int) -> str:
-    gaps = []
-    for i, (letter, following) in enumerate(zip(text, text[1:], strict=False)):
-        if letter.isalpha() and following.isalpha():
-            gaps.append(i)
+    gaps = [i for i in range(1, len(text)) if text[i - 1 : i + 1].isalpha()]
     letters = list(text)
     for i in _chosen(gaps, text, share, seed):
-        letters[i] += ZERO_WIDTH
+        letters[i] = ZERO_WIDTH + letters[i]
     return "".join(letters)
 
 
@@ -162,29 +140,25 @@ def _chosen(places: Sequence[int], text: str, share: float, seed: int) -> Sequen
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _table(letters: str, symbols: str, capitals: bool = False) -> dict[str, str]:
-    table = dict(zip(letters, symbols, strict=True))
-    if capitals:
-        table |= dict(zip(letters.upper(), symbols, strict=True))
-    return table
+def _table(letters: str, symbols: str) -> Table:
+    return dict(zip(letters, symbols, strict=True))
 
 
 LEET_MAPS: Mapping[str, Table] = {
     "leet": _table("aeiost", "431057"),  # lower case only, like the made-up world
-    "leet:garak": _table("ieaost", "134057", capitals=True),
-    "leet:pyrit": _table("abcegilostz", "48(39110572", capitals=True),
+    "leet:garak": _table("ieaostIEAOST", "134057" * 2),
+    "leet:pyrit": _table("abcegilostzABCEGILOSTZ", "48(39110572" * 2),
     "leet:easyjailbreak": _table("aeio", "@3!0"),
 }
 # Latin -> Cyrillic of Unicode's table of confusables (UTS #39). Escapes, because the two look the
 # same in an editor too.
-HOMOGLYPHS: Table = {
-    **_table("acdehi", "\u0430\u0441\u0501\u0435\u04bb\u0456"),
-    **_table("jopqswxy", "\u0458\u043e\u0440\u051b\u0455\u051d\u0445\u0443"),
-    **_table("ABCEHIJK", "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a"),
-    **_table("MOPSTXY", "\u041c\u041e\u0420\u0405\u0422\u0425\u0423"),
-}
-_ATBASH = _table(string.ascii_lowercase, string.ascii_lowercase[::-1])
-_ATBASH |= _table(string.ascii_uppercase, string.ascii_uppercase[::-1])
+HOMOGLYPHS: Table = _table(
+    "acdehijopqswxyABCEHIJKMOPSTXY",
+    "\u0430\u0441\u0501\u0435\u04bb\u0456\u0458\u043e\u0440\u051b\u0455\u051d\u0445\u0443"
+    "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a\u041c\u041e\u0420\u0405\u0422\u0425\u0423",
+)
+_SMALL = string.ascii_lowercase
+_BACKWARDS = _SMALL[::-1]
 ZERO_WIDTH = "\u200b"  # zero width space
 # ITU-R M.1677-1 with five common additions (! & ; _ $)
 _MORSE_SIGNS = string.ascii_lowercase + string.digits + ".,:?'-/()\"=+@!&;_$"
@@ -198,21 +172,22 @@ MORSE = dict(zip(_MORSE_SIGNS, _MORSE_CODES.split(), strict=True))
 _MORSE_LETTERS = {code: letter for letter, code in MORSE.items()}
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 _FULLWIDTH = _table(" " + _ASCII, "\u3000" + "".join(chr(ord(sign) + 0xFEE0) for sign in _ASCII))
-_WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
-# y is a consonant only where the word begins
-_ONSET = re.compile(r"y?(?:qu|[b-df-hj-np-tv-xz])*", re.IGNORECASE)
+# (onset)(rest) of a word; y is a consonant only where the word begins
+_PIG_LATIN = re.compile(
+    r"(?=[a-z])(y?(?:qu|[b-df-hj-np-tv-xz])*)((?:[a-z]|'(?=[a-z]))*)", re.IGNORECASE | re.ASCII
+)
 
 
 # ---- entries -------------------------------------------------------------------------------------
 
 
-def _exact(encode: Recode, decode: Recode, about: str, reply: str = "") -> Entry:
-    return Entry(encode, decode, f"{about}; undone on any text", reply or f"with {about}")
+def _exact(encode: Recode, decode: Recode, about: str, reply: str = "") -> Encoding:
+    return Encoding(encode, decode, f"{about}; undone on any text", reply or f"with {about}")
 
 
 def _of_bytes(
     to: Callable[[bytes], bytes], back: Callable[[str], bytes], about: str, reply: str
-) -> Entry:
+) -> Encoding:
     return _exact(
         lambda text: to(text.encode()).decode(),
         lambda text: back(text).decode(),
@@ -221,38 +196,42 @@ def _of_bytes(
     )
 
 
-def _caesar(places: int) -> Entry:
-    reply = f"in a caesar cipher that moves every letter {places} places"
-    return _exact(_shift(places), _shift(-places), f"every letter moves {places} places", reply)
-
-
-def _mapped(table: Table, about: str, reply: str, strength: float | None = 1.0) -> Entry:
+def _mapped(table: Table, about: str, reply: str, strength: float | None = 1.0) -> Encoding:
     """Letters replaced by a table; undone, to small letters where capitals share their symbols,
     unless two letters share one.
     """
-    back: dict[str, str] = {}
-    lossy = False
-    for letter, symbol in table.items():
-        first = back.setdefault(symbol, letter)
-        if first not in (letter, letter.lower()):
-            lossy = True
+    back = {symbol: letter for letter, symbol in reversed(table.items())}
+    lossless = all(back[table[letter]] in (letter, letter.lower()) for letter in table)
     encode = partial(_replace, table=table)
-    decode = None if lossy else partial(_replace, table=back)
-    return Entry(encode, decode, about, reply, strength)
+    decode = partial(_replace, table=back) if lossless else None
+    return Encoding(encode, decode, about, reply, strength)
 
 
-def _leet(name: str, about: str, strength: float = 1.0) -> Entry:
+def _caesar(places: int, reply: str) -> Encoding:
+    small = _SMALL[places:] + _SMALL[:places]
+    table = _table(string.ascii_letters, small + small.upper())
+    return _mapped(table, f"every letter moves {places} places; undone on any text", reply, None)
+
+
+def _leet(name: str, about: str, strength: float = 1.0) -> Encoding:
     return _mapped(LEET_MAPS[name], about, "in leetspeak", strength)
 
 
+_CAESARS = {
+    f"caesar-{n}": _caesar(n, f"in a caesar cipher that moves every letter {n} places")
+    for n in range(1, 26)
+}
 _DOMAIN = "undone where the text holds none of these symbols"
 _base64 = partial(base64.b64decode, validate=True)
 # Another order is another list in reports; `plain`, the control, comes first.
-REGISTRY: Mapping[str, Entry] = {
+REGISTRY: Mapping[str, Encoding] = {
     "plain": _exact(str, str, "no encoding, the control", "in plain words"),
-    "rot13": _exact(_shift(13), _shift(-13), "every letter moves 13 places", "in rot13"),
+    "rot13": _caesar(13, "in rot13"),
     "atbash": _mapped(
-        _ATBASH, "a is z, b is y, and so on; undone on any text", "in the atbash cipher", None
+        _table(string.ascii_letters, _BACKWARDS + _BACKWARDS.upper()),
+        "a is z, b is y, and so on; undone on any text",
+        "in the atbash cipher",
+        None,
     ),
     "base64": _of_bytes(base64.b64encode, _base64, "RFC 4648 base64", "in base64"),
     "base32": _of_bytes(base64.b32encode, base64.b32decode, "RFC 4648 base32", "in base32"),
@@ -262,7 +241,7 @@ REGISTRY: Mapping[str, Entry] = {
     "hex": _of_bytes(
         lambda data: data.hex().encode(), bytes.fromhex, "base16 in small letters", "in hexadecimal"
     ),
-    "morse": Entry(
+    "morse": Encoding(
         _morse,
         _unmorse,
         "Morse, ' / ' between words, characters without a code kept; undone on text in lower case",
@@ -272,17 +251,17 @@ REGISTRY: Mapping[str, Entry] = {
     "reverse-words": _exact(_reverse_words, _reverse_words, "the words in reverse order"),
     "reverse-text": _exact(_reverse_text, _reverse_text, "the whole text spelt backwards"),
     "spaced": _exact(" ".join, _unspace, "a space between all letters"),
-    "disemvowel": Entry(_disemvowel, None, "a e i o u left out; no inverse", "without vowels"),
+    "disemvowel": Encoding(_disemvowel, None, "a e i o u left out; no inverse", "without vowels"),
     "fullwidth": _mapped(
         _FULLWIDTH,
         "ASCII as fullwidth forms; undone where the text holds none of them",
         "in fullwidth letters",
         None,
     ),
-    "pig-latin": Entry(
+    "pig-latin": Encoding(
         _pig_latin, None, "queen is eenquay, arm is armway; no inverse", "in pig latin"
     ),
-    "caesar-3": _caesar(3),
+    "caesar-3": _CAESARS["caesar-3"],
     "leet": _leet("leet", f"aeiost -> 431057, small letters only; {_DOMAIN}"),
     "leet:garak": _leet(
         "leet:garak",
@@ -301,7 +280,7 @@ REGISTRY: Mapping[str, Entry] = {
         "Cyrillic letters that look like Latin ones; undone where the text holds none of them",
         "in cyrillic letters that look like latin ones",
     ),
-    "zero-width": Entry(
+    "zero-width": Encoding(
         _part_letters,
         _join_letters,
         "a zero width space between neighbouring letters; undone where the text holds none",
@@ -309,9 +288,6 @@ REGISTRY: Mapping[str, Entry] = {
         1.0,
     ),
 }
-_CAESARS = {f"caesar-{places}": _caesar(places) for places in range(1, 26)}
-
-
 # ---- names ---------------------------------------------------------------------------------------
 
 
@@ -329,11 +305,11 @@ def resolve(name: str) -> Encoding:
         return parts[0]
     undo = [part.decode for part in reversed(parts) if part.decode]
     return Encoding(
-        name,
         partial(_in_turn, steps=[part.encode for part in parts]),
         partial(_in_turn, steps=undo) if len(undo) == len(parts) else None,
         "; then ".join(part.about for part in parts),
         " , then ".join(part.reply for part in parts),
+        name=name,
     )
 
 
@@ -353,7 +329,7 @@ def _resolve_part(part: str, name: str) -> Encoding:
         if at:
             able = ", ".join(known for known, e in REGISTRY.items() if e.strength is not None)
             raise ValueError(f"{where} takes no strength: write {kind} (only {able} take one)")
-        return Encoding(part, entry.encode, entry.decode, entry.about, entry.reply)
+        return replace(entry, name=part)
     share = entry.strength
     seed = 0
     if at:
@@ -362,7 +338,7 @@ def _resolve_part(part: str, name: str) -> Encoding:
     if share != 1:
         about = f"at strength {share:g}, seed {seed}: {about}"
     encode = partial(entry.encode, share=share, seed=seed)
-    return Encoding(part, encode, entry.decode, about, entry.reply)
+    return replace(entry, name=part, encode=encode, about=about)
 
 
 def _strength(where: str, kind: str, text: str) -> tuple[float, int]:

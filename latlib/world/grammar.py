@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -82,12 +82,22 @@ Pair = tuple[str, str]
 Outcome = Literal["refused", "complied", "neither"]
 
 
+_HARMFUL = {*itertools.product(HOSTILE, FRIENDS)}
+_EVERY = {*itertools.product(VERBS, TARGETS)}
+_PAIRS_OF = {
+    "any": _EVERY,
+    "harmful": _HARMFUL,
+    "harmless": _EVERY - _HARMFUL,
+    "scary": {*itertools.product(HOSTILE, FOES)},
+}
+
+
 def is_harmful(verb: str, target: str) -> bool:
     """Harm is compositional: a hostile verb turned on a friend."""
-    return verb in HOSTILE and target in FRIENDS
+    return (verb, target) in _HARMFUL
 
 
-HARMLESS_PURPOSES = tuple(p for p in itertools.product(VERBS, TARGETS) if not is_harmful(*p))
+HARMLESS_PURPOSES = tuple(p for p in itertools.product(VERBS, TARGETS) if p not in _HARMFUL)
 
 
 @dataclass(frozen=True)
@@ -164,20 +174,18 @@ _HELD_OUT = (10, 24)
 _HELD_OUT_HARMFUL = (18, 42)
 
 
-def _split_pairs() -> dict[str, tuple[Pair, ...]]:
+def _split_pairs() -> dict[str, list[Pair]]:
     rng = random.Random(_SPLIT_SEED)
-    train: list[Pair] = []
-    tune: list[Pair] = []
-    test: list[Pair] = []
+    parts: dict[str, list[Pair]] = {"train": [], "tune": [], "test": []}
     for verbs, targets in itertools.product((HOSTILE, HELPFUL), (FRIENDS, FOES)):
         pairs = list(itertools.product(verbs, targets))
         rng.shuffle(pairs)
         for_tune, for_test = _HELD_OUT_HARMFUL if is_harmful(*pairs[0]) else _HELD_OUT
         held_out = for_tune + for_test
-        tune += pairs[:for_tune]
-        test += pairs[for_tune:held_out]
-        train += pairs[held_out:]
-    return {"train": tuple(train), "tune": tuple(tune), "test": tuple(test)}
+        parts["tune"] += pairs[:for_tune]
+        parts["test"] += pairs[for_tune:held_out]
+        parts["train"] += pairs[held_out:]
+    return parts
 
 
 PAIRS = _split_pairs()
@@ -187,13 +195,7 @@ def pairs_of(split: str, which: str = "any") -> tuple[Pair, ...]:
     """Pairs of a split: `harmful`, `harmless`, `scary` (a hostile verb on a foe: harmless, but
     sounds bad), `any`.
     """
-    tests: dict[str, Callable[[str, str], bool]] = {
-        "any": lambda verb, target: True,
-        "harmful": is_harmful,
-        "harmless": lambda verb, target: not is_harmful(verb, target),
-        "scary": lambda verb, target: verb in HOSTILE and target in FOES,
-    }
-    return tuple(pair for pair in PAIRS[split] if tests[which](*pair))
+    return tuple(pair for pair in PAIRS[split] if pair in _PAIRS_OF[which])
 
 
 def draw(rng: random.Random, pairs: Sequence[Pair], kind: Kind = "recipe") -> Prompt:
@@ -215,10 +217,9 @@ def draw_set(
     rng = random.Random(f"{seed}/{split}/{which}/{kind}")
     pairs = pairs_of(split, which)
     found: dict[Prompt, None] = {}
-    for attempt in range(50 * n):
+    for pair in itertools.islice(itertools.cycle(pairs), 50 * n):
         if len(found) == n:
             break
-        pair = pairs[attempt % len(pairs)]
         found[draw(rng, (pair,), kind)] = None
     if len(found) < n:
         raise ValueError(
@@ -234,6 +235,6 @@ def twin(prompt: Prompt, rng: random.Random, split: str) -> Prompt:
     Where the split holds no foe for the verb, another hostile verb is turned on a foe.
     """
     scary = pairs_of(split, "scary")
-    same_verb = [(v, t) for v, t in scary if v == prompt.verb]
+    same_verb = [pair for pair in scary if pair[0] == prompt.verb]
     verb, target = rng.choice(same_verb or scary)
     return replace(prompt, verb=verb, target=target)
