@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from pydantic import TypeAdapter
 
 from latlib.config.sections import ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
@@ -52,16 +53,9 @@ class PromptSet:
     contrast: str = ""
 
 
-def _published_sets() -> dict[str, PromptSet]:
-    text = Path(__file__).with_name("benchmarks.yaml").read_text(encoding="utf-8")
-    sets = {}
-    for name, known in yaml.safe_load(text).items():
-        hub = known.pop("hub", None)
-        sets[name] = PromptSet(**known, hub=hub and Source(**hub, field="the hub's copy"))
-    return sets
-
-
-SETS = _published_sets()
+_FILE = Path(__file__).with_name("benchmarks.yaml")
+_KNOWN = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+SETS = TypeAdapter(dict[str, PromptSet]).validate_python(_KNOWN)
 
 
 def asked_prompts(

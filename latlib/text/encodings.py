@@ -109,32 +109,30 @@ def _disemvowel(text: str) -> str:
 
 def _replace(text: str, table: Table, share: float = 1.0, seed: int = 0) -> str:
     places = [i for i, letter in enumerate(text) if letter in table]
-    letters = list(text)
-    for i in _chosen(places, text, share, seed):
-        letters[i] = table[letters[i]]
-    return "".join(letters)
+    return _changed(text, places, table.__getitem__, share, seed)
 
 
 def _part_letters(text: str, share: float, seed: int) -> str:
-    gaps = [i for i in range(1, len(text)) if text[i - 1 : i + 1].isalpha()]
+    places = [i for i in range(1, len(text)) if text[i - 1 : i + 1].isalpha()]
+    return _changed(text, places, lambda letter: ZERO_WIDTH + letter, share, seed)
+
+
+def _changed(text: str, places: Sequence[int], change: Recode, share: float, seed: int) -> str:
+    """The text with a share of the letters at some places changed."""
+    if share < 1:
+        # Ranks, not coins: the share is exact, and what is chosen at a small share stays chosen at
+        # a larger one. Only `random()` is drawn, whose sequence Python promises to keep for a seed.
+        rng = random.Random(f"{seed}/{text}")
+        ranked = sorted(places, key=lambda _: rng.random())
+        places = ranked[: int(share * len(places) + 0.5)]
     letters = list(text)
-    for i in _chosen(gaps, text, share, seed):
-        letters[i] = ZERO_WIDTH + letters[i]
+    for i in places:
+        letters[i] = change(letters[i])
     return "".join(letters)
 
 
 def _join_letters(text: str) -> str:
     return text.replace(ZERO_WIDTH, "")
-
-
-def _chosen(places: Sequence[int], text: str, share: float, seed: int) -> Sequence[int]:
-    if share == 1:
-        return places
-    # Ranks, not coins: the share is exact, and what is chosen at a small share stays chosen at a
-    # larger one. Only `random()` is drawn, whose sequence Python promises to keep for a seed.
-    rng = random.Random(f"{seed}/{text}")
-    ranked = sorted(places, key=lambda _: rng.random())
-    return ranked[: int(share * len(places) + 0.5)]
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -197,14 +195,10 @@ def _of_bytes(
 
 
 def _mapped(table: Table, about: str, reply: str, strength: float | None = 1.0) -> Encoding:
-    """Letters replaced by a table; undone, to small letters where capitals share their symbols,
-    unless two letters share one.
-    """
+    """Letters replaced by a table; undone, to small letters where capitals share their symbols."""
     back = {symbol: letter for letter, symbol in reversed(table.items())}
-    lossless = all(back[table[letter]] in (letter, letter.lower()) for letter in table)
     encode = partial(_replace, table=table)
-    decode = partial(_replace, table=back) if lossless else None
-    return Encoding(encode, decode, about, reply, strength)
+    return Encoding(encode, partial(_replace, table=back), about, reply, strength)
 
 
 def _caesar(places: int, reply: str) -> Encoding:
@@ -268,9 +262,12 @@ REGISTRY: Mapping[str, Encoding] = {
         f"ieaost -> 134057, capitals too; {_DOMAIN} and none of these letters as capitals",
         0.5,
     ),
-    "leet:pyrit": _leet(
-        "leet:pyrit",
+    "leet:pyrit": Encoding(
+        partial(_replace, table=LEET_MAPS["leet:pyrit"]),
+        None,
         "abcegilostz -> 48(39110572, capitals too; no inverse, since i and l are both 1",
+        "in leetspeak",
+        1.0,
     ),
     "leet:easyjailbreak": _leet(
         "leet:easyjailbreak", f"aeio -> @3!0, small letters only; {_DOMAIN}"

@@ -1,12 +1,9 @@
 """Near-duplicates by definition and by search."""
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import latlib.text.near_duplicates
 from latlib.text.near_duplicates import SHINGLE, clusters, comparable, overlaps
 
 # few letters and words, so that near-duplicates are common
@@ -83,15 +80,3 @@ def test_clusters_do_not_depend_on_the_order(texts, threshold, rng):
 def test_equal_texts_are_always_together(texts, threshold):
     found = clusters([*texts, *texts], threshold)
     assert found[: len(texts)] == found[len(texts) :]
-
-
-@pytest.mark.parametrize("piece", [1, 50, 100_000])
-def test_pieces_change_nothing(monkeypatch, piece):
-    rng = random.Random(0)
-    made = [
-        " ".join(rng.choices(["stone", "bread", "witch", "broom", "well"], k=6)) for _ in range(200)
-    ]
-    want = clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)
-    monkeypatch.setattr(latlib.text.near_duplicates, "_PIECE", piece)
-    assert (clusters(made, 0.6), overlaps(made[:150], made[150:], 0.6)) == want
-    assert 1 < len(set(want[0])) < 200 and want[1]
