@@ -87,7 +87,7 @@ def read_table(
         where = f"{source.shown}, row {number}"
         row = {}
         for name, parts in templates.items():
-            theirs = columns[name]
+            theirs = str(columns.get(name))
             try:
                 texts = [before + _value(record, place) for before, place in parts]
             except LookupError as error:

@@ -327,10 +327,7 @@ def _resolve_part(part: str, name: str) -> Encoding:
             able = ", ".join(known for known, e in REGISTRY.items() if e.strength is not None)
             raise ValueError(f"{where} takes no strength: write {kind} (only {able} take one)")
         return replace(entry, name=part)
-    share = entry.strength
-    seed = 0
-    if at:
-        share, seed = _strength(where, kind, strength)
+    share, seed = _strength(where, kind, strength) if at else (entry.strength, 0)
     about = entry.about
     if share != 1:
         about = f"at strength {share:g}, seed {seed}: {about}"
