@@ -8,7 +8,7 @@ import torch
 from naive import NaiveTrainer, label_tokens, micro_batches
 from shapes import Shape, build, computing_in, rows, train_settings
 
-from latlib.planning.step_cost import StepCounter, memory_of, whole_step, without_data
+from latlib.planning.step_cost import FLOP, PEAK, StepCounter, memory_of, step_counts, without_data
 from latlib.train import Trainer
 
 
@@ -24,17 +24,17 @@ def predict(shape: Shape, dtype: torch.dtype, naive: bool = False) -> dict[str, 
         radius = settings.attack.threat_model(lm.n_layers).radius
         trainer = NaiveTrainer(lm.model, harmful, benign, settings, 0, radius)
         found = naive_step(trainer)
-        memory = memory_of(lm, found.peak, copies=trainer.teacher.parameters())
+        memory, flop = memory_of(lm, found.peak, copies=trainer.teacher.parameters()), found.flop
     else:
-        found = whole_step(Trainer(lm, harmful, benign, settings, 0))
-        memory = memory_of(lm, found.peak)
+        counts = step_counts(Trainer(lm, harmful, benign, settings, 0))
+        memory, flop = memory_of(lm, int(counts[:, PEAK].max())), int(counts[-1, FLOP])
     return {
         "weights_bytes": memory.weights,
         "adapter_bytes": memory.adapter,
         "optimiser_bytes": memory.optimiser,
         "peak_bytes": memory.peak,  # activations, perturbations and the adapter's gradients
         "total_bytes": memory.total,
-        "flop": found.flop,
+        "flop": flop,
     }
 
 

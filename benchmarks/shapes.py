@@ -65,7 +65,7 @@ class Shape:
 
 def _published(model: str) -> tuple[int, ...]:
     """d_model, layers, heads, kv_heads, ffn, vocabulary of a model that latlib knows."""
-    numbers = PUBLISHED[model].numbers
+    numbers = PUBLISHED[model].config
     names = (
         "hidden_size",
         "num_hidden_layers",

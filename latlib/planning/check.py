@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from transformers import PretrainedConfig
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
@@ -26,7 +26,6 @@ from latlib.planning import estimate
 from latlib.planning.estimate import MEASURED_RATE, SHARE, RowLengths, spoken
 from latlib.planning.published_configs import config_of
 from latlib.planning.requirements import (
-    GB,
     MISSING,
     NOTE,
     OK,
@@ -34,6 +33,7 @@ from latlib.planning.requirements import (
     Machine,
     bytes_to_download,
     data_lines,
+    gigabytes,
     look,
     model_lines,
     row_lengths,
@@ -43,14 +43,7 @@ from latlib.threat import resolve_sites
 
 COMPLETE, INCOMPLETE = 0, 3  # exit status
 LARGE = 1_000_000_000  # parameters above which we do not train on a CPU: our choice
-
-
-class _StopError(Exception):
-    """Ends the check with a line, for nothing further can be said."""
-
-    def __init__(self, *line: str) -> None:
-        super().__init__()
-        self.line = Line(*line)
+Found = TypeVar("Found")
 
 
 def check(
@@ -64,7 +57,7 @@ def check(
         for line in _lines(profile, machine or look(folder), hours):
             lines.append(line)
     except _StopError as stop:
-        lines.append(stop.line)
+        lines.append(stop.args[0])
     return lines
 
 
@@ -78,70 +71,67 @@ def _missing(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line.state == MISSING]
 
 
+class _StopError(Exception):
+    """Ends the check with a line, for nothing further can be said."""
+
+
+def _found(
+    subject: str, fix: str, call: Callable[[], Found], kind: type[ValueError] = ProfileError
+) -> Found:
+    """What `call` gives; what is wrong with the profile ends the check."""
+    try:
+        return call()
+    except kind as error:
+        first = str(error).splitlines()[0]
+        raise _StopError(Line(subject, MISSING, first, fix)) from None
+
+
 @dataclass(frozen=True)
 class _Job:
-    """What the lines on disk, device, memory and time are about."""
+    """What the lines on disk, device, memory and time are about. parameters: of the model without
+    its adapter. device: cuda or cpu."""
 
     profile: Profile
     machine: Machine
-    config: PretrainedConfig
     lm: LanguageModel
     lengths: RowLengths
-
-    @property
-    def of_world(self) -> bool:
-        return self.profile.model.source == "world"
-
-    @property
-    def processes(self) -> int:
-        return self.profile.parallel.processes
-
-    @property
-    def device(self) -> str:
-        """cuda or cpu."""
-        asked = self.profile.model.device
-        if asked == "auto":
-            return "cuda" if self.machine.gpus else "cpu"
-        return asked.split(":")[0]
-
-    @property
-    def parameters(self) -> int:
-        """Of the model without its adapter."""
-        parameters = self.lm.model.named_parameters()
-        return sum(p.numel() for name, p in parameters if "lora_" not in name)
+    parameters: int
+    device: str
 
 
 def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     yield from model_lines(profile, machine)
     yield from data_lines(profile, machine)
-    config = _config(profile)
+    fix = "download the model again, or give another folder"
+    config = _found("shape", fix, lambda: config_of(profile.model))
+    if config is None:
+        text = "unknown before its config.json is here: no prediction of memory, disk or time"
+        yield Line("shape", NOTE, text, f"hf download {profile.model.source} config.json")
+        return
     sites = list(_sites(profile, config.num_hidden_layers))
     yield from sites
-    lm = _language_model(profile, config)
+    name = profile.model.dtype
+    dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
+    fix = "name modules of this model in lora.targets"
+    lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora))
     yield Line("LoRA targets", OK, ", ".join(profile.lora.targets))
     if _missing(sites):
         return
-    lengths = _lengths(profile)
+    fix = "correct the data, or the setting that is named"
+    lengths = _found("rows", fix, lambda: row_lengths(profile), ValueError)
     yield Line("rows", OK, lengths.source)
-    job = _Job(profile, machine, config, lm, lengths)
+    weights = lm.model.named_parameters()
+    parameters = sum(weight.numel() for name, weight in weights if "lora_" not in name)
+    device = profile.model.device.split(":")[0]
+    if device == "auto":
+        device = "cuda" if machine.gpus else "cpu"
+    job = _Job(profile, machine, lm, lengths, parameters, device)
     yield from _disk(job)
     yield _device(job)
     memory = _memory(job)
     yield memory
     if hours:
         yield from _time(job, fits=memory.state == OK)
-
-
-def _config(profile: Profile) -> PretrainedConfig:
-    try:
-        config = config_of(profile.model)
-    except ProfileError as error:
-        fix = "download the model again, or give another folder"
-        raise _StopError("shape", MISSING, str(error), fix) from None
-    if config is None:
-        text = "unknown before its config.json is here: no prediction of memory, disk or time"
-        raise _StopError("shape", NOTE, text, f"hf download {profile.model.source} config.json")
-    return config
 
 
 def _sites(profile: Profile, n_layers: int) -> Iterator[Line]:
@@ -156,36 +146,14 @@ def _sites(profile: Profile, n_layers: int) -> Iterator[Line]:
             yield Line(subject, OK, f"{', '.join(map(str, sites))} of {n_layers} blocks")
 
 
-def _language_model(profile: Profile, config: PretrainedConfig) -> LanguageModel:
-    """The profile's model without its data."""
-    name = profile.model.dtype
-    dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
-    try:
-        return fake_model(config, dtype, profile.lora)
-    except ProfileError as error:
-        fix = "name modules of this model in lora.targets"
-        raise _StopError("LoRA targets", MISSING, str(error), fix) from None
-
-
-def _lengths(profile: Profile) -> RowLengths:
-    try:
-        return row_lengths(profile)
-    except (ProfileError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        fix = "correct the data, or the setting that is named"
-        raise _StopError("rows", MISSING, first, fix) from None
-
-
 def _disk(job: _Job) -> Iterator[Line]:
     profile, machine = job.profile, job.machine
     download = bytes_to_download(profile)
     trained = [method for method in profile.methods if method not in profile.released]
-    adapter = bytes_of(adapter_of(job.lm))
-    adapters = len(trained) * len(profile.seeds) * adapter
-    if trained:
-        kept = max(profile.training(method).checkpoints_kept for method in trained)
-        # adapter and two moments; one more while it is written
-        adapters += (kept + 1) * 3 * adapter
+    kept = [profile.training(method).checkpoints_kept for method in trained]
+    # a checkpoint is an adapter and two moments; there is one more while it is written
+    copies = len(trained) * len(profile.seeds) + 3 * (max(kept, default=-1) + 1)
+    adapters = copies * bytes_of(adapter_of(job.lm))
     merged = 2 * job.parameters
     own = adapters + merged
     needs = {"disk": (own + download, machine.disk)}
@@ -196,8 +164,8 @@ def _disk(job: _Job) -> Iterator[Line]:
         }
     for subject, (need, free) in needs.items():
         text = (
-            f"{need / GB:.1f} GB needed (download {download / GB:.1f} GB, checkpoints and adapters"
-            f" {adapters / GB:.1f} GB, one merged export {merged / GB:.1f}), {free / GB:.1f} GB"
+            f"{gigabytes(need)} needed (download {gigabytes(download)}, checkpoints and adapters"
+            f" {gigabytes(adapters)}, one merged export {gigabytes(merged)}), {gigabytes(free)}"
             " free"
         )
         fix = "free some, give --out on another disk, or set HF_HOME to another disk"
@@ -210,10 +178,10 @@ def _room(subject: str, text: str, fix: str, enough: bool) -> Line:
 
 def _device(job: _Job) -> Line:
     machine, billions = job.machine, job.parameters / 1e9
+    processes, n_gpus = job.profile.parallel.processes, len(machine.gpus)
     if job.device == "cuda":
-        n_gpus = len(machine.gpus)
-        if n_gpus < max(1, job.processes):
-            text = f"{n_gpus} GPU(s) here, parallel.processes = {job.processes}"
+        if n_gpus < processes:
+            text = f"{n_gpus} GPU(s) here, parallel.processes = {processes}"
             fix = "lower parallel.processes, or set model.device: auto"
             return Line("device", MISSING, text, fix)
         if job.profile.model.dtype == "bfloat16" and not machine.bf16:
@@ -221,7 +189,7 @@ def _device(job: _Job) -> Line:
             return Line("device", MISSING, text, "set model.dtype: float32")
         bf16 = "yes" if machine.bf16 else "no"
         return Line("device", OK, f"{n_gpus} x {machine.gpu}, bfloat16 {bf16}")
-    if job.of_world:
+    if job.profile.model.source == "world":
         return Line("device", OK, "CPU: made for it")
     if job.parameters > LARGE:
         text = f"no GPU here, and {billions:.1f} billion parameters are too many for a CPU"
@@ -231,73 +199,65 @@ def _device(job: _Job) -> Line:
 
 
 def _memory(job: _Job) -> Line:
+    processes = job.profile.parallel.processes
     found = estimate.training_memory(job.profile, job.lm, job.lengths.longest)
     if found is None:
         need = 2 * job.parameters
-        text = f"weights {need / GB:.1f} GB (nothing is trained)"
+        text = f"weights {gigabytes(need)} (nothing is trained)"
     else:
         need = found.total
-        each = f"each of {job.processes} " if job.processes > 1 else ""
+        each = f"each of {processes} " if processes > 1 else ""
         trained = found.adapter + found.optimiser
         text = (
-            f"{each}{need / GB:.1f} GB predicted: weights {found.weights / GB:.1f}, adapter and"
-            f" moments {trained / GB:.1f}, activations, perturbations and gradients"
-            f" {found.peak / GB:.1f}"
+            f"{each}{gigabytes(need)} predicted: weights {gigabytes(found.weights)}, adapter and"
+            f" moments {gigabytes(trained)}, activations, perturbations and gradients"
+            f" {gigabytes(found.peak)}"
         )
     asked = estimate.SPARE * need
     free, where = job.machine.ram, "RAM"
     if job.device == "cuda":
         asked += estimate.CONTEXT
-        free, where = min(job.machine.gpus[: job.processes], default=0), "GPU"
-    text += (
-        f"; {asked / GB:.1f} GB asked for, with room for fragments; {free / GB:.1f} GB of {where}"
-        " free"
-    )
+        free, where = min(job.machine.gpus[:processes], default=0), "GPU"
+    text += f"; {gigabytes(asked)} asked for, with room for fragments;"
+    text += f" {gigabytes(free)} of {where} free"
     fix = "lower train.micro_batch or data.max_tokens, or use parallel.mode: fsdp2 on several GPUs"
     return _room("memory", text, fix, free >= asked)
 
 
 def _time(job: _Job, fits: bool) -> Iterator[Line]:
     """Hours and cost. fits: whether a step has room, so that it can be timed."""
-    profile, processes = job.profile, job.processes
+    profile, processes = job.profile, job.profile.parallel.processes
     if not estimate.phases(profile):
         yield Line("time", OK, "nothing is trained")
         return
+    of_world, mean = profile.model.source == "world", job.lengths.mean
     # the organism's steps are timed in seconds on whatever it runs on
-    timed = fits and (job.of_world or job.device == "cuda")
-    one_seed, how = _timed(job) if timed else _counted(job)
-    share = len(profile.seeds) / processes
-    hours = {method: share * one for method, one in one_seed.items()}
+    if fits and (of_world or job.device == "cuda"):
+        one_seed = estimate.timed_hours(profile, job.lm, mean, job.device)
+        on = job.machine.gpu or "CPU"
+        how = f"steps of each method timed on this {on} with random weights"
+    else:
+        one_seed = estimate.counted_hours(profile, job.lm, mean)
+        flop = sum(one_seed.values()) * 3600 * SHARE * MEASURED_RATE
+        how = (
+            f"estimate, not measured here: {flop:.3g} FLOP counted / ({SHARE:.2f} x"
+            f" {MEASURED_RATE / 1e12:.0f} TFLOP/s of an H100)"
+        )
+    n_seeds = len(profile.seeds)
+    hours = {method: n_seeds / processes * one for method, one in one_seed.items()}
     total = sum(hours.values())
     each = ", ".join(f"{method} {spoken(own)}" for method, own in hours.items())
-    scope = f"training of {len(profile.seeds)} seed(s), without sweeps and evaluations"
+    scope = f"training of {n_seeds} seed(s), without sweeps and evaluations"
     if processes > 1:
         scope += f", split over {processes} processes without loss"
     yield Line("time", NOTE, f"{spoken(total)} ({each}); {scope}; {how}")
-    if not job.of_world:
+    if not of_world:
         price, gpu_hours = profile.budget.usd_per_hour, total * processes
-        dollars = f"about {gpu_hours * price:.2f} USD"
-        at = f"{gpu_hours:.1f} GPU-hours at budget.usd_per_hour = {price:g}"
-        yield Line("cost", NOTE, f"{dollars}: {at}")
-
-
-def _timed(job: _Job) -> tuple[dict[str, float], str]:
-    """(method -> hours of its training for one seed in one process, how they are known)"""
-    dtype = torch.float32 if job.device == "cpu" else job.lm.dtype
-    hours = estimate.timed_hours(job.profile, job.config, dtype, job.lengths.mean, job.device)
-    on = job.machine.gpu or "CPU"
-    return hours, f"steps of each method timed on this {on} with random weights"
-
-
-def _counted(job: _Job) -> tuple[dict[str, float], str]:
-    """See `_timed`."""
-    flop = estimate.counted_flop(job.profile, job.lm, job.lengths.mean)
-    rate = MEASURED_RATE * SHARE
-    how = (
-        f"estimate, not measured here: {sum(flop.values()):.3g} FLOP counted / ({SHARE:.2f} x"
-        f" {MEASURED_RATE / 1e12:.0f} TFLOP/s of an H100)"
-    )
-    return {method: own / rate / 3600 for method, own in flop.items()}, how
+        text = (
+            f"about {gpu_hours * price:.2f} USD: {gpu_hours:.1f} GPU-hours at budget.usd_per_hour ="
+            f" {price:g}"
+        )
+        yield Line("cost", NOTE, text)
 
 
 def table(lines: list[Line], width: int = 120) -> str:
@@ -318,8 +278,7 @@ def table(lines: list[Line], width: int = 120) -> str:
     missing = _missing(lines)
     out.append("")
     out.append(f"missing: {len(missing)}" if missing else "everything that a run needs is there")
-    for line in missing:
-        out.append(f"  {line.subject}: {line.fix}")
+    out += [f"  {line.subject}: {line.fix}" for line in missing]
     return "\n".join(out)
 
 

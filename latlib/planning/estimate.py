@@ -2,9 +2,9 @@
 
 1. Rows: their real lengths where data and tokenizer are on this machine, else a stated assumption.
    Time is taken at the mean length, memory at the longest.
-2. Memory: `step_cost.predicted_memory` of the method that needs most.
-3. Time: on a GPU that holds the model, steps with random weights of the real shape, timed
-   (`timed_steps`); else the FLOPs of every method's steps at a stated rate.
+2. Memory: `step_cost.predicted_memory` of the step that needs most.
+3. Time: on a GPU that holds the model, steps with random weights of the real shape, timed; else the
+   FLOPs of every method's steps at a stated rate.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from statistics import mean
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
-from latlib.config.sections import TrainSettings
+from latlib.config.sections import AttackSettings, TrainSettings
 from latlib.models import LanguageModel
 from latlib.planning.step_cost import (
     Lengths,
     Memory,
-    has_attack,
     on_each_gpu,
     predicted_flop,
     predicted_memory,
     random_model,
     random_trainer,
 )
-from latlib.threat import resolve_sites
-from latlib.train import Trainer
 
 # FLOP/s of a large bf16 matrix product on an H100 or H200: about four fifths of the datasheet's
 # peak of 989e12 (see docs/sources.md).
@@ -46,6 +45,7 @@ SHARE = 0.35
 ASSUMED_MEAN = Lengths(150, 150)
 SPARE = 1.1  # times the prediction, for fragmentation: our choice
 CONTEXT = 2**30  # bytes of CUDA's own context: our choice
+TIMED = 2  # steps of each kind, after one that warms up: our choice
 
 
 @dataclass(frozen=True)
@@ -104,88 +104,65 @@ def phases(profile: Profile) -> list[Phase]:
         if method in profile.released:
             continue
         settings = profile.training(method)
-        plain = settings.steps
-        if settings.attack.steps:
-            plain = min(settings.attack_after, settings.steps)
-        never = settings.model_copy(update={"attack_after": settings.steps + 1})
-        at_once = settings.model_copy(update={"attack_after": 0, "eps_ramp": 0})
-        found.append(Phase(method, never, plain))
-        found.append(Phase(method, at_once, settings.steps - plain))
+        if not settings.attack.steps:
+            found.append(Phase(method, settings, settings.steps))
+            continue
+        plain = min(settings.attack_after, settings.steps)
+        # nothing of the attack plays a part: methods have these steps in common
+        never = {"attack_after": settings.steps + 1, "clean_share": 0.0, "attack": AttackSettings()}
+        at_once = {"attack_after": 0}
+        for changes, steps in ((never, plain), (at_once, settings.steps - plain)):
+            own = settings.model_copy(update={"eps_ramp": 0, **changes})
+            found.append(Phase(method, own, steps))
     return [phase for phase in found if phase.steps]
-
-
-def heaviest(found: Sequence[Phase], n_layers: int) -> Phase:
-    """The phase whose step holds most: the largest micro-batch, then an attack with the most
-    sites.
-    """
-
-    def weight(phase: Phase) -> tuple[int, bool, int]:
-        settings = phase.settings
-        sites = resolve_sites(settings.attack.sites, n_layers)
-        return settings.micro_batch, has_attack(settings), len(sites)
-
-    return max(found, key=weight)
 
 
 def training_memory(profile: Profile, lm: LanguageModel, lengths: Lengths) -> Memory | None:
     """What each GPU holds at the worst moment of training (`lm`: a fake model); None where nothing
     is trained.
     """
-    found = phases(profile)
-    if not found:
-        return None
-    settings = heaviest(found, lm.n_layers).settings
     processes, mode = profile.parallel.processes, profile.parallel.mode
-    return on_each_gpu(predicted_memory(lm, settings, lengths, processes), lm, processes, mode)
+    found = []
+    for settings in {phase.settings for phase in phases(profile)}:
+        share = predicted_memory(lm, settings, lengths, processes)
+        found.append(on_each_gpu(share, lm, processes, mode))
+    return max(found, key=attrgetter("total"), default=None)
 
 
-def counted_flop(profile: Profile, lm: LanguageModel, lengths: Lengths) -> dict[str, float]:
-    """method -> FLOPs of its training, one seed."""
-
-    def of(phase: Phase) -> float:
-        return phase.steps * predicted_flop(lm, phase.settings, lengths)
-
-    return _by_method(phases(profile), of)
-
-
-def _by_method(found: Iterable[Phase], quantity: Callable[[Phase], float]) -> dict[str, float]:
-    """method -> the sum over its phases."""
+def _hours(profile: Profile, seconds: Callable[[TrainSettings], float]) -> dict[str, float]:
+    """method -> hours of its training, one seed. seconds: of a step at its settings."""
+    seconds = cache(seconds)
     total: dict[str, float] = defaultdict(float)
-    for phase in found:
-        total[phase.method] += quantity(phase)
+    for phase in phases(profile):
+        total[phase.method] += phase.steps * seconds(phase.settings) / 3600
     return dict(total)
 
 
-def timed_steps(trainer: Trainer, steps: int = 3) -> list[float]:
-    """Seconds of each of `steps` steps after one that is not counted."""
-    device = trainer.lm.device
-    seconds = []
-    for _ in range(steps + 1):
-        began = time.perf_counter()
-        trainer.train_step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
+def counted_hours(profile: Profile, lm: LanguageModel, lengths: Lengths) -> dict[str, float]:
+    """method -> hours of its training, one seed, by the FLOPs of a fake model's steps."""
+    rate = MEASURED_RATE * SHARE
+    return _hours(profile, lambda settings: predicted_flop(lm, settings, lengths) / rate)
 
 
 def timed_hours(
-    profile: Profile,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    lengths: Lengths,
-    device: torch.device | str,
+    profile: Profile, fake: LanguageModel, lengths: Lengths, device: str
 ) -> dict[str, float]:
-    """method -> hours of its training, one seed, on one such device: three timed steps of each
-    kind.
+    """method -> hours of its training, one seed, on one such device: timed steps of each kind of a
+    model with random weights, as `fake` is without any.
     """
+    dtype = torch.float32 if device == "cpu" else fake.dtype
+    config: Any = fake.model.config
     lm = random_model(config, dtype, profile.lora, device, profile.model.forward)
 
-    def of(phase: Phase) -> float:
-        seconds = timed_steps(random_trainer(lm, phase.settings, lengths))
-        return phase.steps * mean(seconds) / 3600
+    def seconds(settings: TrainSettings) -> float:
+        trainer = random_trainer(lm, settings, lengths)
+        trainer.train_step()
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            trainer.train_step()  # ends with numbers on the CPU, so it is over
+        return (time.perf_counter() - began) / TIMED
 
-    return _by_method(phases(profile), of)
+    return _hours(profile, seconds)
 
 
 def spoken(hours: float) -> str:

@@ -1,9 +1,8 @@
 """What a model is, without its weights and without a network: its config.
 
 1. A local folder's `config.json`, or the one in the hub cache, is the truth where it is there.
-2. Otherwise `PUBLISHED` holds the numbers of the models in the shipped profiles, as their
-   config.json on the hub has them, and what one must know before a download: its size, and whether
-   a licence has to be accepted first.
+2. Otherwise `published.yaml` holds what one must know of the models in the shipped profiles before
+   a download.
 3. The organism of the made-up world is built from the profile.
 """
 
@@ -13,49 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, PretrainedConfig
 
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.world.organism import build_model, build_tokenizer
 
-_LLAMA_3_8B = dict(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-)
-_LLAMA_2_7B = _LLAMA_3_8B | dict(
-    vocab_size=32_000,
-    intermediate_size=11_008,
-    num_key_value_heads=32,
-    max_position_embeddings=4096,
-)
-_QWEN2_5_HALF_B = dict(
-    vocab_size=151_936,
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    max_position_embeddings=32_768,
-    tie_word_embeddings=True,
-)
-
 
 @dataclass(frozen=True)
 class Published:
-    """A model on the hub, as its config.json and its card have it. parameters: the output matrix
-    once where it is tied; gated: whether its licence must be accepted on its page first.
-    """
+    """A model on the hub; see `published.yaml`."""
 
-    config: type[PretrainedConfig]
-    numbers: dict[str, Any]
+    config: dict[str, Any]
     parameters: int
     gated: bool
 
@@ -65,14 +35,8 @@ class Published:
         return 2 * self.parameters
 
 
-# See docs/sources.md#published-models
-PUBLISHED: dict[str, Published] = {
-    "meta-llama/Meta-Llama-3-8B-Instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, True),
-    "meta-llama/Llama-2-7b-chat-hf": Published(LlamaConfig, _LLAMA_2_7B, 6_738_415_616, True),
-    "Qwen/Qwen2.5-0.5B-Instruct": Published(Qwen2Config, _QWEN2_5_HALF_B, 494_032_768, False),
-    # the authors' release keeps the shape of the model it was trained from
-    "LLM-LAT/robust-llama3-8b-instruct": Published(LlamaConfig, _LLAMA_3_8B, 8_030_261_248, False),
-}
+_TEXT = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+PUBLISHED = {source: Published(**known) for source, known in yaml.safe_load(_TEXT).items()}
 
 
 def local_folder(source: str, revision: str | None = None, kind: str = "model") -> Path | None:
@@ -105,7 +69,4 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
             raise ProfileError(
                 f"model.source = {source!r}: {folder} cannot be read: {error}"
             ) from None
-    if source in PUBLISHED:
-        known = PUBLISHED[source]
-        return known.config(**known.numbers)
-    return None
+    return AutoConfig.for_model(**PUBLISHED[source].config) if source in PUBLISHED else None

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +28,13 @@ from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import benign_rows, check_overlap, preference_rows
+from latlib.io.files import read_json
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED, local_folder
 from latlib.text.chat import Row, tokenise
 from latlib.world.organism import build_tokenizer
 
 OK, NOTE, MISSING = "ok", "note", "missing"
-GB = 1e9
 _TOKENIZERS = {"tokenizer_config.json", "tokenizer.json", "tokenizer.model"}
 _READ_ROWS = 512  # rows that are tokenised for their lengths
 
@@ -67,6 +66,11 @@ class Machine:
     one_disk: bool
     token: bool
     offline: bool
+
+
+def gigabytes(size: float) -> str:
+    """Bytes for a table."""
+    return f"{size / 1e9:.1f} GB"
 
 
 def look(folder: Path) -> Machine:
@@ -113,12 +117,11 @@ def _is_here(profile: Profile, source: str) -> bool:
     folder = local_folder(source, revision)
     if folder is None or Path(source).expanduser().is_dir():
         return folder is not None
-    weights = {"model.safetensors", "adapter_model.safetensors"}
+    here = _files(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return shards <= _files(folder)
-    return bool(weights & _files(folder))
+        return set(read_json(index)["weight_map"].values()) <= here
+    return bool(here & {"model.safetensors", "adapter_model.safetensors"})
 
 
 def _files(folder: Path) -> set[str]:
@@ -140,20 +143,21 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
         elif _is_here(profile, source):
             yield Line(subject, OK, f"{source}: in the hub cache")
         else:
-            size = ", size not known here"
-            if source in PUBLISHED:
-                size = f", about {PUBLISHED[source].download / GB:.1f} GB"
+            known = PUBLISHED.get(source)
+            size = f"about {gigabytes(known.download)}" if known else "size not known here"
             elsewhere = f"download it elsewhere: hf download {source}"
-            yield _download_line(subject, source, size, elsewhere, machine)
-            yield from _licence(source, machine)
+            yield _download_line(subject, source, f", {size}", elsewhere, machine)
+            if known and known.gated:
+                yield _licence_line(source, machine)
 
 
 def _folder_line(subject: str, source: str, files: set[str]) -> Line:
+    configs = {"config.json"} if subject == "model" else {"config.json", "adapter_config.json"}
     lacks = ""
-    if subject == "model" and not files & _TOKENIZERS:
-        lacks = "tokenizer"
-    if "config.json" not in files and (subject == "model" or "adapter_config.json" not in files):
+    if not files & configs:
         lacks = "config.json"
+    elif subject == "model" and not files & _TOKENIZERS:
+        lacks = "tokenizer"
     if not lacks:
         return Line(subject, OK, f"folder {source}")
     fix = f"give a folder with its {lacks}, as save_pretrained writes it"
@@ -168,19 +172,15 @@ def _download_line(subject: str, source: str, size: str, otherwise: str, machine
     return Line(subject, OK, f"{source}: to be downloaded{size}")
 
 
-def _licence(source: str, machine: Machine) -> Iterator[Line]:
-    if source not in PUBLISHED or not PUBLISHED[source].gated:
-        return
+def _licence_line(source: str, machine: Machine) -> Line:
     page = f"https://huggingface.co/{source}"
-    if machine.token:
-        text = (
-            f"{page}: gated; a token is here, whether its licence was accepted is only seen on"
-            " download"
-        )
-        yield Line("licence", NOTE, text, "accept the licence on that page, once")
-    else:
+    if not machine.token:
         fix = f"accept the licence at {page}, then set HF_TOKEN or run: hf auth login"
-        yield Line("licence", MISSING, f"{source} is gated and no token is here", fix)
+        return Line("licence", MISSING, f"{source} is gated and no token is here", fix)
+    text = (
+        f"{page}: gated; a token is here, whether its licence was accepted is only seen on download"
+    )
+    return Line("licence", NOTE, text, "accept the licence on that page, once")
 
 
 def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
@@ -189,13 +189,11 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     if data.source == "world":
         yield Line("data", OK, "drawn from the made-up world")
         return
-    sources = []
-    for name in ("harmful", "benign", "test_harmful", "test_benign", "test_borderline"):
-        source = getattr(data, name)
-        if source is not None:
-            sources.append(source)
-            yield _data_line(f"data.{name}", source, machine)
-    if all(Path(source).expanduser().is_file() for source in sources):
+    names = ("harmful", "benign", "test_harmful", "test_benign", "test_borderline")
+    sources = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    for name, source in sources.items():
+        yield _data_line(f"data.{name}", source, machine)
+    if all(Path(source).expanduser().is_file() for source in sources.values()):
         yield _overlap_line(profile)
 
 

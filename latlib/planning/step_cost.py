@@ -4,22 +4,20 @@ on tensors that have shapes and no data.
 1. `fake_model(config, ...)` builds any Hugging Face decoder under its adapter from torch's
    FakeTensors, in no memory. Tokens, masks and indices stay real, so that all that depends on them
    is as in a real step.
-2. `whole_step` runs `Trainer.train_step` on it under `StepCounter`: what the trainer does is what
-   is counted. The stock modules run, as for every model too large for `latlib.fused`, and
-   attention is the CPU's fused kernel, which keeps no scores, as the GPU's keeps none.
-3. `predicted_memory` runs one micro-batch through all blocks, with one PGD step and one update.
-   Every further micro-batch adds what is kept until the updates (perturbations, the teacher's
-   rows), and the gradients of the adapter are there when the second one needs most. Blocks are not
-   extrapolated: with few of them the peak is in the attack, with many in the defence, and twins of
-   two and three blocks gave 28 % too little for Llama-3-8B.
-4. `predicted_flop` also runs one micro-batch, for a step takes so many times what one takes.
-   Without an attack it goes through all blocks, and every update takes what the first one takes.
-   With one, whose many steps would take minutes, it goes through twins of one and two blocks:
-   a. every further PGD step adds what the second one adds before the first update;
-   b. every further update takes what the second one takes (the first also judges the attack);
-   c. a second block above the lowest site adds what each further one adds;
-   d. a second block below it, where the attack does not go, adds what each such block adds.
-5. `on_each_gpu` says what one of several processes holds.
+2. `step_counts` runs `Trainer.train_step` on it under `StepCounter`: what the trainer does is what
+   is counted, stage by stage (attack, then each backward pass). The stock modules run, as for every
+   model too large for `latlib.fused`, and attention is the CPU's fused kernel, which keeps no
+   scores, as the GPU's keeps none.
+3. `_counted` says what one micro-batch takes at the model's depth, from twins of one and two
+   blocks: at each stage a block above the lowest site adds what any other there adds, so does one
+   below it, where the attack does not go, and so does a further site. Only within a stage: which
+   stage holds most depends on the depth.
+4. `predicted_memory`: every further micro-batch adds what is kept until the updates (perturbations,
+   the teacher's rows), and the gradients of the adapter are there when the second one needs most.
+5. `predicted_flop`: every further PGD step adds what the second one adds before the first update;
+   every further update takes what the second one takes (the first also judges the attack); a step
+   takes so many times what a micro-batch takes.
+6. `on_each_gpu` says what one of several processes holds.
 
 The counter is ours and its formulas are torch's, because (torch 2.13; docs/lab-log.md) torch's
 `FlopCounterMode` ends in an error where a forward takes gradients of its own, as losses over a
@@ -31,12 +29,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -50,6 +49,7 @@ from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
 from latlib.hooks import blocks_of
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, with_adapter
+from latlib.network import StockNetwork
 from latlib.objectives import OBJECTIVES
 from latlib.threat import EMBEDDING, Site, depth, resolve_sites
 from latlib.train import Trainer
@@ -113,12 +113,10 @@ class StepCounter(TorchDispatchMode):
         if any(given.untyped_storage()._cdata == key for given in _tensors(arguments)):
             return
         size = storage.nbytes()
-        elements = size // tensor.element_size()
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
-        if elements > self.largest[0]:
-            self.largest = (elements, str(operator))
+        self.largest = max(self.largest, (size // tensor.element_size(), str(operator)))
         weakref.finalize(storage, self._freed, key, size).atexit = False
 
     def _freed(self, key: int, size: int) -> None:
@@ -178,14 +176,12 @@ class Lengths:
         """`n` rows of this length, of random tokens."""
         generator = torch.Generator().manual_seed(0)
 
-        def tokens(count: int) -> tuple[int, ...]:
-            return tuple(torch.randint(vocabulary, (count,), generator=generator).tolist())
+        def tokens(*shape: int) -> list[Any]:
+            return torch.randint(vocabulary, shape, generator=generator).tolist()
 
-        rows = []
-        for _ in range(n):
-            replies = tuple(tokens(self.completion) for _ in range(completions))
-            rows.append(TokenRow(tokens(self.prompt), replies))
-        return rows
+        prompts = tokens(n, self.prompt)
+        replies = tokens(n, completions, self.completion)
+        return [TokenRow(tuple(p), tuple(map(tuple, own))) for p, own in zip(prompts, replies)]
 
 
 def random_model(
@@ -231,44 +227,43 @@ def adapter_of(lm: LanguageModel) -> list[Tensor]:
 def random_trainer(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> Trainer:
     """A trainer at `settings` on rows of these lengths and random tokens."""
     config: Any = lm.model.config
-    vocabulary = config.vocab_size
-    harmful = lengths.rows(settings.batch, 2, vocabulary)
-    benign = lengths.rows(settings.benign_batch, 1, vocabulary)
+    harmful = lengths.rows(settings.batch, 2, config.vocab_size)
+    benign = lengths.rows(settings.benign_batch, 1, config.vocab_size)
     # of a relative eps: its size plays no part
     norms = dict.fromkeys((EMBEDDING, *range(lm.n_layers)), 1.0)
     return Trainer(lm, harmful, benign, settings, 0, norms)
 
 
-@dataclass(frozen=True)
-class StepCounts:
-    """Of a step: peak bytes and FLOPs; FLOPs before its first update, and of its last; the bytes
-    that it keeps for the updates."""
-
-    peak: int
-    flop: int
-    flop_before: int
-    flop_last: int
-    kept: int
+PEAK, LIVE, FLOP = range(3)  # columns of a step's counts
 
 
-def whole_step(trainer: Trainer) -> StepCounts:
-    """Counts one step of a trainer whose model has no data."""
+def step_counts(trainer: Trainer) -> np.ndarray:
+    """[stages, 3] counts of one step of a trainer whose model has no data: the peak bytes within
+    each stage; bytes held and FLOPs so far at its end. An update begins with a stage of its own.
+    """
     optimiser = trainer.optimiser
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()  # the moments are there
     optimiser.zero_grad()
     counter = StepCounter()
-    at_start = []
+    stages: list[tuple[int, int, int]] = []
+
+    def end_stage(*_: Any) -> None:
+        stages.append((counter.peak, counter.live, counter.flop))
+        counter.peak = counter.live
 
     def zero_grad() -> None:
-        at_start.append((counter.flop, counter.live))
+        end_stage()
         type(optimiser).zero_grad(optimiser)
 
-    with patch.object(optimiser, "zero_grad", zero_grad), counter:  # with it an update begins
+    # with the first an update begins, with the second a backward pass ends
+    updates = patch.object(optimiser, "zero_grad", zero_grad)
+    passes = patch.object(StockNetwork, "flush_gradients", end_stage)
+    with updates, passes, counter:
         trainer.train_step()
-    (before, kept), (last, _) = at_start[0], at_start[-1]
-    return StepCounts(counter.peak, counter.flop, before, counter.flop - last, kept)
+    end_stage()
+    return np.array(stages)
 
 
 def has_attack(settings: TrainSettings) -> bool:
@@ -276,22 +271,24 @@ def has_attack(settings: TrainSettings) -> bool:
     return settings.attack.steps > 0 and settings.attack_after == 0
 
 
+_ROW = TokenRow((1,), ((1,), (1,)))  # stands for any
+
+
 def micro_batches(settings: TrainSettings, processes: int = 1) -> tuple[int, int, int]:
     """(micro-batches of a first step, harmful rows in the largest, benign rows in the largest), as
     `Trainer` cuts them; benign rows that an attack perturbs are not counted as harmful.
     """
-    attacked, benign = _rows_of(settings, settings.batch, settings.benign_batch)
-    count = min(_quotient(max(attacked, benign), settings.micro_batch), attacked)
+    objective = OBJECTIVES[settings.objective](settings)
+    harmful = [_ROW] * settings.batch
+    benign = [_ROW] * settings.benign_batch
+    attacked, others = objective.rows(harmful, benign, has_attack(settings))
+    most = max(len(attacked), len(others))
+    count = _quotient(most, settings.micro_batch)
+    count = min(count, len(attacked))
     count = _quotient(count, processes) * processes
-    return count, _quotient(settings.batch, count), _quotient(settings.benign_batch, count)
-
-
-def _rows_of(settings: TrainSettings, harmful: int, benign: int) -> tuple[int, int]:
-    """How many of a first step's rows carry the perturbation, and how many are benign."""
-    preference, response = TokenRow((1,), ((1,), (1,))), TokenRow((1,), ((1,),))
-    rows = OBJECTIVES[settings.objective](settings).rows
-    attacked, others = rows([preference] * harmful, [response] * benign, has_attack(settings))
-    return len(attacked), len(others)
+    largest_harmful = _quotient(settings.batch, count)
+    largest_benign = _quotient(settings.benign_batch, count)
+    return count, largest_harmful, largest_benign
 
 
 def _quotient(a: int, b: int) -> int:
@@ -302,74 +299,87 @@ def _quotient(a: int, b: int) -> int:
 def predicted_memory(
     lm: LanguageModel, settings: TrainSettings, lengths: Lengths, processes: int = 1
 ) -> Memory:
-    """What a first step holds on rows that are all of these lengths; see point 3 of the module's
+    """What a first step holds on rows that are all of these lengths; see point 4 of the module's
     docstring. Of several processes: one, which runs its share of the micro-batches.
     """
-    one = _one_micro_batch(lm, settings, lengths, settings.attack.sites)
-    found = memory_of(lm, one.peak)
+    one = _counted(lm, settings, lengths)
+    found = memory_of(lm, int(one[:, PEAK].max()))
     further = micro_batches(settings, processes)[0] // processes - 1
     if not further:
         return found
-    gradients = found.adapter
-    return replace(found, peak=found.peak + gradients + further * one.kept)
+    gradients, kept = found.adapter, int(one[0, LIVE])
+    return replace(found, peak=found.peak + gradients + further * kept)
 
 
 def predicted_flop(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> float:
-    """FLOPs of a first step, of all processes, on rows that are all of these lengths; see point 4
+    """FLOPs of a first step, of all processes, on rows that are all of these lengths; see point 5
     of the module's docstring."""
-    if has_attack(settings):
-        flop = _attacked_flop(lm, settings, lengths)
-    else:
-        one = _one_micro_batch(lm, settings, lengths, settings.attack.sites)
-        flop = one.flop + (settings.iterations - 1) * one.flop_last
+    # whatever is perturbed above the lowest site takes no matrix product more
+    lowest = resolve_sites(settings.attack.sites, lm.n_layers)[:1]
+    settings = _changed(settings, lowest)
+    iterations = settings.iterations
+    one = _counted(lm, settings, lengths, updates=min(2, iterations))[:, FLOP]
+    flop = one[-1]
+    if iterations > 2:
+        second_begins = one[len(one) // 2]
+        flop += (iterations - 2) * (one[-1] - second_begins)
+    further = settings.attack.steps - 1
+    if has_attack(settings) and further:
+        two = _counted(lm, settings, lengths, steps=2)[:, FLOP]
+        flop += further * (two[0] - one[0])
     _, harmful, benign = micro_batches(settings)
     # rows, not micro-batches: the last may be smaller
-    return flop * max(settings.batch / harmful, settings.benign_batch / benign)
+    share = min(harmful / settings.batch, benign / settings.benign_batch)
+    return float(flop / share)
 
 
-def _attacked_flop(lm: LanguageModel, settings: TrainSettings, lengths: Lengths) -> float:
-    """Of one micro-batch."""
-    updates = min(2, settings.iterations)
-
-    def run(blocks: int, below: int = 0) -> float:
-        twin = _with_blocks(lm, blocks)
-        sites: list[Site] = [below - 1] if below else [EMBEDDING]
-        one = _one_micro_batch(twin, settings, lengths, sites, updates=updates)
-        flop = one.flop + (settings.iterations - updates) * one.flop_last
-        further = settings.attack.steps - 1
-        if further:
-            two = _one_micro_batch(twin, settings, lengths, sites, steps=2)
-            flop += further * (two.flop_before - one.flop_before)
-        return flop
-
-    below = depth(resolve_sites(settings.attack.sites, lm.n_layers)[0])
-    one_block = run(blocks=1)
-    flop = one_block + (lm.n_layers - below - 1) * (run(blocks=2) - one_block)
-    if below:
-        flop += below * (run(blocks=2, below=1) - one_block)
-    return flop
+def _changed(settings: TrainSettings, sites: tuple[Site, ...]) -> TrainSettings:
+    attack = settings.attack.model_copy(update={"sites": sites})
+    return settings.model_copy(update={"attack": attack})
 
 
-def _one_micro_batch(
-    lm: LanguageModel,
-    settings: TrainSettings,
-    lengths: Lengths,
-    sites: Sequence[Site | float],
-    steps: int = 1,
-    updates: int = 1,
-) -> StepCounts:
-    """A first step of one micro-batch, with at most so many PGD steps."""
+def _counted(
+    lm: LanguageModel, settings: TrainSettings, lengths: Lengths, steps: int = 1, updates: int = 1
+) -> np.ndarray:
+    """`step_counts` of one micro-batch of a first step, with at most so many PGD steps and so many
+    updates; see point 3 of the module's docstring."""
     _, harmful, benign = micro_batches(settings)
-    attack = {"steps": min(steps, settings.attack.steps), "sites": tuple(sites)}
+    attack = {"steps": min(steps, settings.attack.steps)}
     changes = {
         "batch": harmful,
         "benign_batch": benign,
-        "micro_batch": max(_rows_of(settings, harmful, benign)),
+        "micro_batch": harmful + benign,
         "iterations": updates,
         "attack": settings.attack.model_copy(update=attack),
     }
     few = settings.model_copy(update=changes)
-    return whole_step(random_trainer(lm, few, lengths))
+    if settings.objective == "rerouting":  # its sites are shares of all blocks
+        return step_counts(random_trainer(lm, few, lengths))
+
+    def twin(below: int, above: int, sites: int = 1) -> np.ndarray:
+        depths = range(below, below + sites)
+        at: tuple[Site, ...] = tuple(n - 1 if n else EMBEDDING for n in depths)
+        return _counts_of_twin(lm, below + above, _changed(few, at), lengths)
+
+    sites: tuple[Site, ...] = (EMBEDDING,)
+    if has_attack(settings):
+        sites = resolve_sites(settings.attack.sites, lm.n_layers)
+    below = depth(sites[0])
+    one, two = twin(0, 1), twin(0, 2)
+    found = one + (lm.n_layers - below - 1) * (two - one)
+    if below:
+        found = found + below * (twin(1, 1) - one)
+    if len(sites) > 1:
+        found = found + (len(sites) - 1) * (twin(0, 2, sites=2) - two)
+    return found
+
+
+@lru_cache(maxsize=32)
+def _counts_of_twin(
+    lm: LanguageModel, blocks: int, settings: TrainSettings, lengths: Lengths
+) -> np.ndarray:
+    """Methods of a profile share what differs in its sites only."""
+    return step_counts(random_trainer(_with_blocks(lm, blocks), settings, lengths))
 
 
 @lru_cache(maxsize=2)
@@ -396,8 +406,7 @@ def on_each_gpu(found: Memory, lm: LanguageModel, processes: int, mode: str) -> 
     if mode != "fsdp2" or processes == 1:
         return found
     blocks = [bytes_of(block.parameters()) for block in blocks_of(lm.model)]
-    outside = found.weights + found.adapter - sum(blocks)
-    gathered = outside + sum(blocks[:2])
+    gathered = found.weights + found.adapter - sum(blocks[2:])
     return Memory(
         weights=_quotient(found.weights, processes),
         adapter=_quotient(found.adapter, processes),

@@ -22,7 +22,7 @@ from latlib.planning import check as planning
 from latlib.planning import estimate, published_configs, requirements
 from latlib.planning.estimate import phases, timed_hours
 from latlib.planning.requirements import Machine
-from latlib.planning.step_cost import Lengths, Memory
+from latlib.planning.step_cost import Lengths, Memory, fake_model
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
@@ -292,18 +292,18 @@ def test_rows_that_are_here_are_read():
 
 def test_steps_are_timed_on_any_device():
     profile = load_profile("smoke")
-    found = timed_hours(
-        profile, published_configs.config_of(profile.model), torch.float32, Lengths(6, 4), "cpu"
-    )
+    config = published_configs.config_of(profile.model)
+    fake = fake_model(config, torch.float32, profile.lora)
+    found = timed_hours(profile, fake, Lengths(6, 4), "cpu")
     assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
 
 
 def test_published_shapes_have_the_published_size():
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     for name, known in published_configs.PUBLISHED.items():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(known.config(**known.numbers))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known.config))
         assert sum(p.numel() for p in model.parameters()) == known.parameters, name
     for name in PROFILES:
         profile = load_profile(name)
