@@ -6,11 +6,11 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,45 +19,39 @@ Json = dict[str, Any]  # what json, yaml or torch store of an object
 
 
 @contextmanager
-def aside(file: Path, durable: bool = True) -> Iterator[Path]:
-    """The path to write at: what is there at the end becomes `file`; after an error it is deleted,
-    and `file` is what it was.
+def aside(target: Path, durable: bool = True) -> Iterator[Path]:
+    """The path to write a file at, or to make a folder at: what is there at the end replaces
+    `target`; after an error it is deleted, and `target` is what it was.
 
-    durable: wait until it is on the disk. Processes that write the same file do not meet: a path
-    is a process's own.
+    durable: wait until it is on the disk. Processes that write the same file do not meet: no two
+    get one path.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         yield partial
         if durable:
-            sync(partial)
-        partial.replace(file)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.replace(target)
         if durable:
-            sync(file.parent)
+            sync(target.parent)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def folder_aside(target: Path) -> Iterator[Path]:
-    """The same of a folder: an empty one beside `target` to be filled. What `target` was is
-    replaced.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    """The same of a folder: an empty one to be filled."""
+    with aside(target) as partial:
+        partial.mkdir()
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -46,12 +46,7 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SAFE_ADAPTER, _PICKLED_ADAPTER = ("adapter_model.safetensors",), ("adapter_model.bin",)
 
 
-class Permissions(Protocol):
-    """The settings that say what may be opened; `config.sections.ModelSettings` has them."""
-
-    revision: str | None
-    allow_pickle: bool
-    trust_remote_code: bool
+Permissions = Any  # a `config.sections.ModelSettings`, or anything with its fields
 
 
 @dataclass(frozen=True)
@@ -67,19 +62,14 @@ class Allowed:
     @classmethod
     def by(cls, settings: Permissions, revision: bool = True) -> Allowed:
         """What a profile's `model` section allows; its revision is that of model.source only."""
-        return cls(
-            settings.allow_pickle,
-            settings.trust_remote_code,
-            settings.revision if revision else None,
-        )
+        wanted = settings.revision if revision else None
+        return cls(settings.allow_pickle, settings.trust_remote_code, wanted)
 
     @property
     def options(self) -> dict[str, object]:
         """For transformers' from_pretrained."""
-        return {
-            "trust_remote_code": bool(self.code),
-            **({"revision": self.revision} if self.revision else {}),
-        }
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"trust_remote_code": bool(self.code), **revision}
 
 
 @contextmanager
@@ -189,24 +179,22 @@ def _weights_are_safe(
     """
 
     def has(names: tuple[str, ...]) -> bool:
-        files = [source_file(source, name, field, allowed.revision) for name in names]
-        return any(file is not None for file in files)
+        return any(source_file(source, name, field, allowed.revision) for name in names)
 
     if has(safe):
         return True
     there = has(pickled)
     if there and allowed.pickle:
         return False
-    names = " or ".join(safe)
-    if allowed.pickle is None or not there:
+    said = f"{field} = {source!r} holds no {' or '.join(safe)}"
+    if there and allowed.pickle is not None:
         raise SettingError(
-            f"{field} = {source!r} holds no {names}: pickled weights can run code and are not read;"
-            " convert them to safetensors, or choose a source that has them"
+            f"{said}, only pickled weights, which can run any code when they are opened: convert"
+            " them to safetensors, or set model.allow_pickle: true if you trust whoever made them"
         )
     raise SettingError(
-        f"{field} = {source!r} holds no {names}, only pickled weights, which can run any code when"
-        " they are opened: convert them to safetensors, or set model.allow_pickle: true if you"
-        " trust whoever made them"
+        f"{said}: pickled weights can run code and are not read; convert them to safetensors, or"
+        " choose a source that has them"
     )
 
 
@@ -217,46 +205,44 @@ def _explaining(field: str, source: str, allowed: Allowed) -> Iterator[None]:
         with quietly():
             yield
     except Exception as error:
-        raise _explained(error, field, source, allowed) from error
+        raise SettingError(f"{field} = {source!r} {_fix(error, allowed)}") from error
 
 
-def _explained(error: Exception, field: str, source: str, allowed: Allowed) -> SettingError:
-    """`error` as field, value and fix."""
-    chain: list[BaseException] = []
-    at: BaseException | None = error
-    while at is not None and at not in chain:
-        chain.append(at)
-        at = at.__cause__ or at.__context__
-    if _has(chain, GatedRepoError):
-        fix = (
-            "is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth login`), or"
-            " give a local folder"
-        )
-    elif _has(chain, RevisionNotFoundError):
-        fix = f"has no revision {allowed.revision!r}: fix model.revision, or leave it out"
-    elif _has(chain, RepositoryNotFoundError):
-        fix = (
-            "is neither a folder nor a model on the hub: check the name, or log in if it is private"
-        )
-    elif any("trust_remote_code" in str(e) for e in chain):
-        fix = (
+def _fix(error: Exception, allowed: Allowed) -> str:
+    """What is wrong with a source, and what to do about it."""
+    refusals = {
+        GatedRepoError: "is gated: accept its terms on its page and set HF_TOKEN (or run `hf auth"
+        " login`), or give a local folder",
+        RevisionNotFoundError: f"has no revision {allowed.revision!r}: fix model.revision, or leave"
+        " it out",
+        RepositoryNotFoundError: "is neither a folder nor a model on the hub: check the name, or"
+        " log in if it is private",
+    }
+    chain = list(_chain(error))
+    for kind, fix in refusals.items():
+        if any(isinstance(cause, kind) for cause in chain):
+            return fix
+    if any("trust_remote_code" in str(cause) for cause in chain):
+        if allowed.code is None:
+            return (
+                "needs code of its own, which latlib never runs: choose a model that transformers"
+                " knows"
+            )
+        return (
             "needs Python code of its own, which would run with all your rights: read it and set"
             " model.trust_remote_code: true if you trust it, or choose a model that transformers"
             " knows"
         )
-        if allowed.code is None:
-            fix = (
-                "needs code of its own, which latlib never runs: choose a model that transformers"
-                " knows"
-            )
-    else:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fix = (
-            f"cannot be loaded ({lines[0]}): check the folder or the network, or download it and"
-            " give the folder"
-        )
-    return SettingError(f"{field} = {source!r} {fix}")
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"cannot be loaded ({first}): check the folder or the network, or download it and give the"
+        " folder"
+    )
 
 
-def _has(chain: list[BaseException], kind: type[BaseException]) -> bool:
-    return any(isinstance(error, kind) for error in chain)
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

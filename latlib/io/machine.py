@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
+import platform
 import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -33,9 +33,7 @@ def keep_freed_memory() -> bool:
     fault for each 4 KiB: as long as the arithmetic of a small model takes (docs/lab-log.md). Other
     C libraries are left as they are.
     """
-    if not sys.platform.startswith("linux") or not hasattr(
-        ctypes.CDLL(None), "gnu_get_libc_version"
-    ):
+    if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
@@ -51,7 +49,7 @@ def can_compile(device: str) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing, the same code runs without
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"torch.compile does not work on {device} here: {reason}; blocks run uncompiled",
             stacklevel=2,

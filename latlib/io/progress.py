@@ -69,9 +69,10 @@ def read(path: Path) -> dict[str, Any] | None:
     """The record at `path` (a file or a run folder), or None where there is none that can be
     read.
     """
-    with suppress(OSError, ValueError):
+    try:
         return read_json(_file(path))
-    return None
+    except (OSError, ValueError):
+        return None
 
 
 def _file(path: Path) -> Path:
