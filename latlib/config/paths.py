@@ -36,17 +36,22 @@ def absolute(tree: dict[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
     """
     out = copy.deepcopy(tree)
     for dotted in _PATHS:
-        *sections, field = dotted.split(".")
-        node: Any = out
-        for name in sections:
-            node = node.get(name) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            continue
-        for name in list(node) if field == "*" else [field]:
-            value = node.get(name)
-            if isinstance(value, str) and value != "world":  # which is no folder of that name
+        section, _, field = dotted.rpartition(".")
+        node = node_of(out, section)
+        for name, value in node.items():
+            # 'world' is no folder of that name
+            if field in (name, "*") and isinstance(value, str) and value != "world":
                 node[name] = _found(value, bases)
     return out
+
+
+def node_of(tree: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """A section of plain values by its dotted name, '' for all; an empty one where there is
+    none."""
+    node: Any = tree
+    for name in filter(None, dotted.split(".")):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
 
 
 def _found(path: str, bases: Sequence[Path]) -> str:

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, Strict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from latlib.config.paths import absolute
+from latlib.config.paths import absolute, node_of
 from latlib.config.sections import (
     BudgetSettings,
     DataSettings,
@@ -102,20 +102,18 @@ class Profile(Section):
         return self
 
     def _check_sweep(self) -> None:
-        changes = {f"variants.{name}": variant for name, variant in self.sweep.variants.items()}
+        changes = [(f"variants.{name}", change) for name, change in self.sweep.variants.items()]
         for name, values in self.sweep.grid.items():
-            repeated = [value for i, value in enumerate(values) if value in values[:i]]
-            if repeated or not values:
+            if not values or any(values.count(value) > 1 for value in values):
                 raise ValueError(
                     f"sweep.grid.{name} = {list(values)}: give at least one value, and each once"
                 )
-            for number, value in enumerate(values):
-                changes[f"grid.{name}#{number}"] = {name: value}
-        for name, change in changes.items():
+            changes += [(f"grid.{name}", {name: value}) for value in values]
+        for place, change in changes:
             try:
                 self.training(self.main, change)
             except ProfileError as error:
-                raise ValueError(f"sweep.{name.partition('#')[0]}: {error}") from error
+                raise ValueError(f"sweep.{place}: {error}") from error
 
     def _check_data(self) -> None:
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
@@ -139,12 +137,11 @@ class Profile(Section):
                 f"method = {method!r} is not in this profile: choose one of"
                 f" {', '.join(self.methods)}"
             )
-        tree = self.train.model_dump()
-        for dotted, value in self.methods[method].items():
-            _set(tree, dotted, value, f"methods.{method}")
-        for dotted, value in (changes or {}).items():
-            _set(tree, dotted, value, "changes")
-        return validated(TrainSettings, tree, f"methods.{method}")
+        tree, where = self.train.model_dump(), f"methods.{method}"
+        for source, fields in ((where, self.methods[method]), ("changes", changes or {})):
+            for dotted, value in fields.items():
+                _set(tree, dotted, value, source)
+        return validated(TrainSettings, tree, where)
 
 
 # Fields that may differ between two visits to the same run folder: they change no result.
@@ -153,14 +150,12 @@ FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
     """Replace one leaf of a dumped section, given by dotted name."""
-    *parents, leaf = dotted.split(".")
-    node: Any = tree
-    for name in parents:
-        node = node.get(name) if isinstance(node, dict) else None
-    if isinstance(node, dict) and leaf in node:
+    section, _, leaf = dotted.rpartition(".")
+    node = node_of(tree, section)
+    if leaf in node:
         node[leaf] = value
         return
-    known = [".".join([*parents, name]) for name in node or ()] if isinstance(node, dict) else []
+    known = [f"{section}.{name}".strip(".") for name in node]
     hint = suggestion(dotted, known, "see TrainSettings for the names")
     raise ProfileError(f"{source}: field {dotted!r} does not exist: {hint}")
 
@@ -178,17 +173,17 @@ def validated(cls: type[Section], tree: dict[str, Any], where: str = "") -> Any:
 
 def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
     """One error of pydantic's as field, value and fix."""
+    kind, value = item["type"], item["input"]
     place = [str(part) for part in item["loc"]]
-    if item["type"] == "value_error" and not place:
+    if kind == "value_error" and not place:
         return str(item["ctx"]["error"])
-    field = ".".join([*([where] if where else []), *place]) or "profile"
-    value = item["input"]
+    field = ".".join([where, *place]).strip(".") or "profile"
     subject = f"{field} = {value!r}"
-    if item["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         hint = suggestion(place[-1], _fields(cls, place[:-1]), "remove it")
         return f"{subject} is not a known field: {hint}"
-    if item["type"] in ("float_type", "int_type") and isinstance(value, str):
-        return f"{subject} is text, not a number: {_as_number(value, item['type'])}"
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        return f"{subject} is text, not a number: {_as_number(value, kind)}"
     return f"{subject}: {item['msg'].removeprefix('Value error, ')}"
 
 
@@ -196,18 +191,15 @@ def _fields(cls: type[Section], place: list[str]) -> list[str]:
     """The names of a section's fields, or of a section in it."""
     section: Any = cls
     for name in place:
-        field = getattr(section, "model_fields", {}).get(name)
-        section = getattr(field, "annotation", None)
-    return list(getattr(section, "model_fields", {}))
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
 
 
 def _as_number(text: str, kind: str) -> str:
-    fix = "write it without quotes"
-    if kind == "float_type":
-        try:
-            fix = f"write {float(text):.6e}"
-        except ValueError:
-            fix = "give a number"
+    try:
+        fix = "write it without quotes" if kind == "int_type" else f"write {float(text):.6e}"
+    except ValueError:
+        fix = "give a number"
     return f"{fix} (YAML needs a dot: 8.0e-5, not 8e-5)"
 
 
@@ -242,20 +234,16 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
 
 
 def _profile_file(name_or_path: str | os.PathLike[str]) -> Path:
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        name = str(name_or_path)
-        folder = find_share("profiles")
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        if name not in known:
-            hint = suggestion(name, known, "give one of these or the path of a .yaml file")
-            raise ProfileError(
-                f"profile = {name!r} is unknown; there are {', '.join(known)}: {hint}"
-            )
-        path = folder / f"{name}.yaml"
-    if not path.is_file():
-        raise ProfileError(f"profile = {str(path)!r} is not a file: check the path")
-    return path
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ProfileError(f"profile = {name!r} is not a file: check the path")
+        return path
+    known = {file.stem: file for file in sorted(find_share("profiles").glob("*.yaml"))}
+    if name not in known:
+        hint = suggestion(name, known, "give one of these or the path of a .yaml file")
+        raise ProfileError(f"profile = {name!r} is unknown; there are {', '.join(known)}: {hint}")
+    return known[name]
 
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:

@@ -29,11 +29,9 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 
 
 def _site(value: Any) -> int | float | str:
-    if value == "embedding" or (
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    ):
-        return value
-    if isinstance(value, float) and 0 <= value < 1:
+    is_block = type(value) is int and value >= 0
+    is_fraction = type(value) is float and 0 <= value < 1
+    if value == "embedding" or is_block or is_fraction:
         return value
     raise ValueError("a site is 'embedding', a block index >= 0, or a fraction of depth in [0, 1)")
 
@@ -54,6 +52,7 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
 
 
 SiteSpec = Annotated[Any, AfterValidator(_site)]
+SomeSites = Annotated[tuple[SiteSpec, ...], Field(min_length=1)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
 
 
@@ -170,7 +169,7 @@ class AttackSettings(Section):
     """PGD on latent perturbations."""
 
     # Sheshadri et al. 2024, authors' code: 8, 16, 24 and 30 of 32 blocks, as shares of the depth
-    sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 0.9375)
+    sites: SomeSites = (0.25, 0.5, 0.75, 0.9375)
     # radius of each position's L2 ball. Sheshadri et al. 2024, authors' code: 6.0 for both models
     eps: Positive = 6.0
     # relative: times the site's median residual norm. Sheshadri et al. 2024: absolute
@@ -226,7 +225,7 @@ class ReroutingSettings(Section):
     """Circuit breakers. Defaults: Zou et al. 2024 (arXiv 2406.04313), for Llama-3-8B."""
 
     # layers 10 and 20 of 32
-    sites: Annotated[tuple[SiteSpec, ...], Field(min_length=1)] = (0.3125, 0.625)
+    sites: SomeSites = (0.3125, 0.625)
     alpha: Positive = 10.0
     # weight of the retain loss beside its schedule. A distance grows with the stream's norm, which
     # the cosine does not see. 1 is the paper's objective
@@ -356,32 +355,25 @@ class RolesSettings(Section):
 
         Raises ValueError for a role whose method does not exist, or that is compared twice.
         """
-        for field in ("undefended", "reference", "main"):
-            _check_method(f"roles.{field}", getattr(self, field), attacked)
-        for name in self.compared:
-            _check_method("roles.compared", name, attacked)
+        for field, value in self:
+            for name in (value,) if isinstance(value, str) else value or ():
+                if name not in attacked:
+                    hint = suggestion(name, attacked, f"choose one of {', '.join(attacked)}")
+                    raise ValueError(
+                        f"roles.{field} = {name!r} is no method of this profile: {hint}"
+                    )
         if len(set(self.compared)) < len(self.compared):
             raise ValueError(
                 f"roles.compared = {list(self.compared)} repeats a method: list each once"
             )
+        defended = [name for name in attacked if name != self.undefended]
+        under_attack = [name for name in defended if attacked[name]]
         return RolesSettings(
             undefended=self.undefended,
             reference=self.reference or self.undefended,
-            main=self.main or self._default_main(attacked),
+            main=self.main or [*under_attack, *defended, *attacked][0],
             compared=self.compared or tuple(attacked),
         )
-
-    def _default_main(self, attacked: Mapping[str, bool]) -> str:
-        methods = list(attacked)
-        defended = [name for name in methods if name != self.undefended]
-        under_attack = [name for name in defended if attacked[name]]
-        return (under_attack or defended or methods)[0]
-
-
-def _check_method(field: str, name: str | None, known: Mapping[str, bool]) -> None:
-    if name is not None and name not in known:
-        hint = suggestion(name, known, f"choose one of {', '.join(known)}")
-        raise ValueError(f"{field} = {name!r} is no method of this profile: {hint}")
 
 
 class SweepSettings(Section):
