@@ -37,6 +37,7 @@ from latlib.runner.kernel import Kernel
 
 ENGINE = "latlib"
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_REDRAWN = re.compile(r"[^\n]*\r(?=[^\r\n])|\r+(?=\n)")  # a line before it was drawn again
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,13 @@ class _ThisPython(KernelSpecManager):
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
-class _Client(PapermillNotebookClient):
-    def create_kernel_manager(self) -> AsyncKernelManager:
-        specs = _ThisPython()
-        self.km = AsyncKernelManager(
-            kernel_name="python3", kernel_spec_manager=specs, config=self.config
-        )
-        return self.km
-
-
 class LatlibEngine(Engine):
     """The papermill engine that keeps its kernel where a signal handler can reach it."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
         """See `papermill.engines.Engine`."""
-        kernel, folder = options["kernel"], options["kernel_folder"]
+        kernel, log = options["kernel"], options["log_file"]
         sources = [
             i for i, cell in enumerate(nb_man.nb.cells) if "injected-parameters" not in _tags(cell)
         ]
@@ -91,23 +83,24 @@ class LatlibEngine(Engine):
             if kernel.stopping:
                 raise Stopped("asked to stop before this cell")
             kernel.cell = sum(i <= cell_index for i in sources)
-            kernel.group = client.km.provisioner.pgid
+            kernel.group = manager.provisioner.pgid
 
-        client = _Client(
+        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython())
+        client = PapermillNotebookClient(
             nb_man,
-            kernel_name=kernel_name,
+            km=manager,
             timeout=None,
             startup_timeout=120,  # a cold disk imports slowly
-            stdout_file=options["stdout_file"],
-            stderr_file=options["stderr_file"],
+            stdout_file=log,
+            stderr_file=log,
             on_cell_execute=started,
         )
-        client.create_kernel_manager()
-        kernel.manager = client.km
+        kernel.manager = manager
         try:
             # what the kernel's process and its workers say outside any cell belongs to the log as
             # well
-            client.execute(cwd=str(folder), stdout=options["log_file"], stderr=options["log_file"])
+            folder = str(options["kernel_folder"])
+            client.execute(cwd=folder, stdout=log, stderr=log, cleanup_kc=True)
         finally:
             kernel.manager = None
             kernel.send(signal.SIGKILL)  # workers that a dead kernel has left behind
@@ -115,26 +108,6 @@ class LatlibEngine(Engine):
 
 
 papermill_engines.register(ENGINE, LatlibEngine)
-
-
-class _Log:
-    """A text file in which a line redrawn with carriage returns is kept once, as it was last."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self._line = file, ""
-
-    def write(self, text: str) -> int:
-        *whole, self._line = (self._line + text).split("\n")
-        for line in whole:
-            self.file.write(_ANSI.sub("", line.rstrip("\r").rsplit("\r", 1)[-1]) + "\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def finish(self) -> None:
-        if self._line:
-            self.write("\n")
 
 
 def _tags(cell: Any) -> list[str]:
@@ -160,16 +133,16 @@ def run_notebook(
     failed.unlink(missing_ok=True)
     kernel.cell = kernel.cells = 0
     log_path.unlink(missing_ok=True)
+    failure = None
     # append: the kernel's process writes into it too
-    with log_path.open("a", encoding="utf-8") as file:
-        log = _Log(file)
+    with log_path.open("a", encoding="utf-8") as log:
         try:
             _execute(notebook, unfinished, parameters, kernel, log)
-            failure = None
         except Exception as error:
-            failure = _describe(error, notebook, kernel, log, log_path)
-        finally:
-            log.finish()
+            failure = _describe(error, notebook, kernel, log)
+    # of a line that was drawn again and again the last state is enough
+    text = log_path.read_bytes().decode("utf-8", errors="replace")
+    log_path.write_text(_REDRAWN.sub("", _ANSI.sub("", text)), encoding="utf-8")
     if unfinished.is_file():
         _forget_paths(unfinished, notebook)
         if failure is None:
@@ -184,7 +157,7 @@ def run_notebook(
 
 
 def _execute(
-    notebook: Path, target: Path, parameters: dict[str, Any], kernel: Kernel, log: _Log
+    notebook: Path, target: Path, parameters: dict[str, Any], kernel: Kernel, log: TextIO
 ) -> None:
     # papermill's own warnings belong to the log, not between progress lines
     handler = logging.StreamHandler(log)
@@ -201,9 +174,7 @@ def _execute(
             kernel_name="python3",
             language="python",
             progress_bar=False,
-            stdout_file=log,
-            stderr_file=log,
-            log_file=log.file,
+            log_file=log,
             kernel=kernel,
             kernel_folder=notebook.parent,
         )
@@ -211,9 +182,7 @@ def _execute(
         logger.removeHandler(handler)
 
 
-def _describe(
-    error: Exception, notebook: Path, kernel: Kernel, log: _Log, log_path: Path
-) -> Failure:
+def _describe(error: Exception, notebook: Path, kernel: Kernel, log: TextIO) -> Failure:
     """Write the traceback to the log and say in one line what went wrong where."""
     if isinstance(error, PapermillExecutionError):
         source, text = error.source, f"{error.ename}: {error.evalue}"
@@ -225,7 +194,9 @@ def _describe(
         if isinstance(error, DeadKernelError):
             text = "the kernel died without a traceback; most often the memory has run out"
         log.write("\n" + "".join(traceback.format_exception(error)))
-    return Failure(notebook.stem, kernel.cell, _first_line(source), _first_line(text), log_path)
+    return Failure(
+        notebook.stem, kernel.cell, _first_line(source), _first_line(text), Path(log.name)
+    )
 
 
 def _first_line(text: str) -> str:

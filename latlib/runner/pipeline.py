@@ -29,7 +29,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from latlib.config.profile import find_share, load_profile, run_folder
@@ -69,18 +68,18 @@ def choose(notebooks: list[Path], only: list[str]) -> list[Path]:
     """
     if not only:
         return notebooks
+    words = re.findall(r"[^,\s]+", ",".join(only))
+    if not words:
+        raise UsageError("--only names no notebook: give a number such as 03")
     chosen = set()
-    for word in re.findall(r"[^,\s]+", ",".join(only)):
+    for word in words:
         name = word.removesuffix(".ipynb")
-        number = name.zfill(2) if name.isdigit() else name
-        hits = [n for n in notebooks if name in (n.stem, n.stem[3:]) or number == n.stem[:2]]
+        hits = {n for n in notebooks if name in (n.stem, n.stem[3:]) or name.zfill(2) == n.stem[:2]}
         if not hits:
             there = ", ".join(n.stem for n in notebooks)
             raise UsageError(f"--only {word}: no such notebook; there are {there}")
-        chosen.update(hits)
-    if not chosen:
-        raise UsageError("--only names no notebook: give a number such as 03")
-    return [n for n in notebooks if n in chosen]
+        chosen |= hits
+    return sorted(chosen)
 
 
 def check_parameters(notebook: Path, names: list[str]) -> None:
@@ -100,12 +99,11 @@ def check_parameters(notebook: Path, names: list[str]) -> None:
             f"{notebook.name} has no parameters: tag the cell that sets {', '.join(names)}"
             " 'parameters'"
         )
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"{notebook.name}: parameter {name!r} is not in its cell tagged 'parameters', which"
-                f" has {', '.join(known)}: add it there with a default"
-            )
+    if missing := [name for name in names if name not in known]:
+        raise UsageError(
+            f"{notebook.name}: parameter {missing[0]!r} is not in its cell tagged 'parameters',"
+            f" which has {', '.join(known)}: add it there with a default"
+        )
 
 
 # ---- an empty run folder
@@ -115,9 +113,8 @@ def check_run_folder(folder: Path) -> None:
     """Raise UsageError where `folder` holds things no run has put there: `--fresh` would delete
     them.
     """
-    entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    strange = sorted(entries - {".lock"})
-    if strange and "profile.yaml" not in entries:
+    strange = sorted(entry.name for entry in folder.glob("*") if entry.name != ".lock")
+    if strange and "profile.yaml" not in strange:
         raise UsageError(
             f"--fresh: {folder} is not a run folder (it has no profile.yaml but"
             f" {', '.join(strange[:3])}): empty it yourself"
@@ -155,40 +152,39 @@ class LiveLine(threading.Thread):
         while not self._closed.wait(REDRAW_S if self.terminal else LINE_S):
             record = progress.read(self.kernel.run_folder)
             text = _line(self.notebook, self.started, self.kernel, record)
-            if self.terminal:
-                width = shutil.get_terminal_size((80, 24)).columns
-                print("\r\x1b[2K" + text[: width - 1], end="", flush=True)
-            else:
-                print(text, flush=True)
+            width = shutil.get_terminal_size((80, 24)).columns
+            self._draw(text[: width - 1] if self.terminal else text + "\n")
 
     def close(self, outcome: str) -> None:
         """Replace the line by the notebook's summary."""
         self._closed.set()
         self.join()
+        self._draw(f"{_timed(self.notebook, self.started)}  {outcome}\n")
+
+    def _draw(self, text: str) -> None:
         clear = "\r\x1b[2K" if self.terminal else ""
-        print(f"{clear}{_timed(self.notebook, self.started)}  {outcome}", flush=True)
+        print(clear + text, end="", flush=True)
 
 
 def _timed(name: str, started: float) -> str:
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
-    clock = f"{minutes}:{seconds:02d}"
-    return f"{name:<20} {clock:>6}"
+    return f"{name:<20} {minutes:3d}:{seconds:02d}"
 
 
 def _line(name: str, started: float, kernel: Kernel, record: dict[str, Any] | None) -> str:
     """One line on where a notebook is: time, cell, and the record of progress.json where there is
     one.
     """
-    parts = [_timed(name, started)]
+    text = _timed(name, started)
     if kernel.cells:
-        parts.append(f"cell {kernel.cell}/{kernel.cells}")
+        text += f"  cell {kernel.cell}/{kernel.cells}"
     if kernel.stopping:
-        parts.append("stopping")
+        text += "  stopping"
     elif record:
         step, total = record["step"], record["total"]
         bar = "#" * round(12 * min(1.0, step / max(total, 1)))
-        parts.append(f"{record['label']} [{bar:-<12}] {step}/{total} {record['detail']}")
-    return "  ".join(parts).rstrip()
+        text += f"  {record['label']} [{bar:-<12}] {step}/{total} {record['detail']}"
+    return text.rstrip()
 
 
 # ---- running them
@@ -224,10 +220,11 @@ def _run(notebook: Path, parameters: dict[str, Any], kernel: Kernel) -> Failure 
     line = LiveLine(notebook.stem, kernel)
     line.start()
     failure = run_notebook(notebook, folder, parameters, kernel)
-    if failure is not None and (folder / "STOP").exists():  # someone put it there by hand
-        kernel.stopping = True
-    outcome = "stopped" if kernel.stopping else "FAILED"
-    line.close("ok" if failure is None else outcome)
+    outcome = "ok"
+    if failure is not None:
+        kernel.stopping |= (folder / "STOP").exists()  # someone may put it there by hand
+        outcome = "stopped" if kernel.stopping else "FAILED"
+    line.close(outcome)
     return failure
 
 
@@ -283,15 +280,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check() -> ModuleType:
-    """`latlib.planning.check`, loaded where it is asked for: it needs torch, which takes seconds
-    that a run of the made-up world's notebooks need not wait.
-    """
-    from latlib.planning import check
-
-    return check
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -313,10 +301,14 @@ def _main(options: argparse.Namespace) -> int:
             raise UsageError(
                 "--check goes with --profile, --out and --json, and --json with --check only"
             )
-        return _check().main(profile, layout.folder, options.json)
+        from latlib.planning.check import main as check  # with torch, which takes seconds
+
+        return check(profile, layout.folder, options.json)
     notebooks = choose(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
     if profile.model.source != "world" and not options.unchecked:
-        if lacks := _check().lacking(profile, layout.folder):
+        from latlib.planning.check import lacking  # as above
+
+        if lacks := lacking(profile, layout.folder):
             print(f"{lacks}\nprovide it, or run anyway with --unchecked", file=sys.stderr)
             return ExitStatus.INCOMPLETE
     if options.fresh:
@@ -333,9 +325,9 @@ def _run_in(layout: Layout, notebooks: list[Path], options: argparse.Namespace) 
     layout.claim()
     _forget_stop(folder)
     print(f"profile {layout.profile.name}: {len(notebooks)} notebook(s) into {folder}", flush=True)
-    is_file = Path(options.profile).suffix in (".yaml", ".yml")
-    profile = str(Path(options.profile).resolve()) if is_file else options.profile
-    parameters = {"profile": profile}
+    parameters = {"profile": options.profile}
+    if Path(options.profile).suffix in (".yaml", ".yml"):
+        parameters["profile"] = str(Path(options.profile).resolve())
     # the default is found again by the notebook, and an executed notebook names no one's disk
     if options.out:
         parameters["out"] = str(folder)
