@@ -21,6 +21,7 @@ import torch
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
+from latlib.io.progress import ExitStatus
 from latlib.models import LanguageModel
 from latlib.planning import estimate
 from latlib.planning.estimate import MEASURED_RATE, SHARE, RowLengths, spoken
@@ -41,7 +42,6 @@ from latlib.planning.requirements import (
 from latlib.planning.step_cost import adapter_of, bytes_of, fake_model
 from latlib.threat import resolve_sites
 
-COMPLETE, INCOMPLETE = 0, 3  # exit status
 LARGE = 1_000_000_000  # parameters above which we do not train on a CPU: our choice
 Found = TypeVar("Found")
 
@@ -284,10 +284,10 @@ def table(lines: list[Line], width: int = 120) -> str:
 
 def main(
     profile: Profile, folder: Path, as_json: bool = False, machine: Machine | None = None
-) -> int:
+) -> ExitStatus:
     """Print the check of `profile`; the exit status."""
     lines = check(profile, folder, machine)
-    status = INCOMPLETE if _missing(lines) else COMPLETE
+    status = ExitStatus.INCOMPLETE if _missing(lines) else ExitStatus.DONE
     if as_json:
         records = [asdict(line) for line in lines]
         found = {"profile": profile.name, "status": status, "lines": records}

@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ExitStatus.USAGE
 
 
-def _main(options: argparse.Namespace) -> int:
+def _main(options: argparse.Namespace) -> ExitStatus:
     profile = load_profile(options.profile)
     layout = Layout(profile, run_folder(profile.name, options.out))
     if options.check or options.json:
