@@ -37,13 +37,13 @@ from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.refusal.directions import Differences, random_directions
-from latlib.refusal.interventions import Direction, adding
+from latlib.refusal.interventions import Directions, adding
 
 
 def ablation(
     lm: LanguageModel,
     subject: Subject,
-    directions: Mapping[str, Mapping[str, Direction]],
+    directions: Mapping[str, Directions],
     differences: Differences,
     on_step: OnStep = unseen,
 ) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def ablation(
 
 
 def _directed(
-    target: str, directions: Mapping[str, Mapping[str, Direction]], differences: Differences
+    target: str, directions: Mapping[str, Directions], differences: Differences
 ) -> list[tuple[Cell, Tensor | None]]:
     """(cell, what is ablated in it): nothing, every source's directions, and the target's own
     difference of means at every site.

@@ -39,7 +39,7 @@ from latlib.refusal.activations import (
     sites_of,
 )
 from latlib.refusal.geometry import Streams, top_subspace
-from latlib.refusal.interventions import Direction
+from latlib.refusal.interventions import Direction, Directions
 from latlib.refusal.selection import select
 from latlib.threat import Site
 
@@ -137,9 +137,7 @@ def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) ->
     return norm * rows / rows.norm(dim=1, keepdim=True)
 
 
-def find_directions(
-    lm: LanguageModel, profile: Profile, found: Differences
-) -> dict[str, Direction]:
+def find_directions(lm: LanguageModel, profile: Profile, found: Differences) -> Directions:
     """rule -> direction of one model; see the module's docstring."""
     last = found.last()
     means = found.means()
@@ -183,14 +181,14 @@ def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts
     return max(scores, key=scores.__getitem__)
 
 
-def save_directions(found: Mapping[str, Direction], path: Path) -> None:
+def save_directions(found: Directions, path: Path) -> None:
     """Write directions, whole or not at all: workers may find the same ones at the same time."""
     about = {rule: dict(vars(direction)) for rule, direction in found.items()}
     vectors = {rule: fields.pop("vector") for rule, fields in about.items()}
     _save(vectors, about, path)
 
 
-def load_directions(path: Path) -> dict[str, Direction]:
+def load_directions(path: Path) -> Directions:
     """What `save_directions` wrote."""
     vectors, about = _load(path)
     return {rule: Direction(vectors[rule], **fields) for rule, fields in about.items()}

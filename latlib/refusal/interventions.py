@@ -35,6 +35,9 @@ class Direction:
     note: str = ""
 
 
+Directions = dict[str, Direction]  # how a direction was chosen -> it
+
+
 def adding(vector: Tensor, site: Site, strength: float = 1.0) -> Perturb:
     """The perturbation of a batch that adds `strength` times `vector` ([d_model], units of the
     stream) at a site, at every position."""
