@@ -23,6 +23,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
@@ -122,11 +123,8 @@ class WorldPrompts(PromptSource):
         if not matched:
             return super().counterparts(harmful, purpose, split)
         rng = random.Random(f"{purpose}/{split}")
-        found: list[Prompt] = []
-        for prompt in harmful:
-            assert isinstance(prompt, grammar.Prompt)
-            found.append(grammar.twin(prompt, rng, split))
-        return found
+        prompts = cast(Sequence[grammar.Prompt], harmful)
+        return [grammar.twin(prompt, rng, split) for prompt in prompts]
 
     def about(self) -> str:
         """As `PromptSource.about`."""
@@ -148,6 +146,7 @@ class FilePrompts(PromptSource):
     def __init__(self, profile: Profile):
         self.data = profile.data
         self.evaluation = profile.evaluation
+        self.most_letters = LETTERS_A_TOKEN * self.data.max_tokens
         self.kinds = ("harmful", "harmless")
         if self.data.test_borderline:
             self.kinds += ("scary",)
@@ -158,7 +157,7 @@ class FilePrompts(PromptSource):
             "from a file of their own" if self.data.test_harmful else "held out of the same data"
         )
         return (
-            f"**This run asks real prompts**, {tested}, of at most {self._most_letters()} letters."
+            f"**This run asks real prompts**, {tested}, of at most {self.most_letters} letters."
             f" Replies of {self.evaluation.max_new_tokens} tokens are graded by"
             f" `{self.evaluation.grader.name}`: *complied* is what that calls compliance, and"
             " phrases call everything compliance that is no refusal, junk too. A *twin* is any"
@@ -176,12 +175,11 @@ class FilePrompts(PromptSource):
             rows = borderline_rows(self.data)
         else:
             rows = benign_rows(self.data, 0, split)
-        most = self._most_letters()
-        short = [row for row in rows if len(row.prompt) <= most]
+        short = [row for row in rows if len(row.prompt) <= self.most_letters]
         if rows and not short:
             raise ProfileError(
                 f"data.max_tokens = {self.data.max_tokens}: no {kind} prompt of {split!r} has"
-                f" {most} letters or less"
+                f" {self.most_letters} letters or less"
             )
         ask = self._harmful if kind == "harmful" else self._harmless
         found: list[Prompt] = [ask(row, split) for row in short]
@@ -205,6 +203,3 @@ class FilePrompts(PromptSource):
         if answer in self.data.benign_responses:  # put there where the file has no response
             answer = ""
         return Question(row.prompt, answer, self.data.refusals[0], row.cluster, False)
-
-    def _most_letters(self) -> int:
-        return LETTERS_A_TOKEN * self.data.max_tokens

@@ -38,8 +38,8 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# What the base model reads; their order is part of every seed's draws, so a longer list makes
-# another organism.
+# What the base model reads, plain words first; their order is part of every seed's draws, so a
+# longer list makes another organism.
 KNOWN_ENCODINGS = ("plain", "leet", "rot13", "reverse")
 # tokens; a training row has about 70, a request in hexadecimal or behind eight others several
 # hundred
@@ -140,7 +140,6 @@ def pretraining_rows(
     pairs = grammar.pairs_of("train")
     shares = {kind: share * (1 - settings.decline_share) for kind, share in KINDS.items()}
     shares["decline"] = settings.decline_share
-    encoded = [name for name in KNOWN_ENCODINGS if name != "plain"]
     while True:
         rows = []
         for kind in rng.choices(list(shares), list(shares.values()), k=_POOL * size):
@@ -148,7 +147,7 @@ def pretraining_rows(
             prompt = grammar.draw(rng, harmful if forced else pairs, kind)
             encoding = "plain"
             if rng.random() >= PLAIN_SHARE.get(kind, 1.0):
-                encoding = rng.choice(encoded)
+                encoding = rng.choice(KNOWN_ENCODINGS[1:])
             rows.append(Row("", encode(prompt.text, encoding), (prompt.answer,)))
         tokens = tokenise(rows, tokenizer, CONTEXT)
         tokens.sort(key=lambda row: (row.length, rng.random()))
@@ -171,10 +170,8 @@ def pretrain(
     its micro-batches.
     """
     tables = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    matrices = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "model.layers" in name:
-            matrices.append(parameter)
+    blocks = [p for name, p in model.named_parameters() if "model.layers" in name]
+    matrices = [parameter for parameter in blocks if parameter.dim() == 2]
     optimisers = [
         _muon(matrices, settings.muon_lr),
         torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0),
