@@ -15,7 +15,6 @@ Sources: Carlini et al. 2019 (arXiv 1902.06705), sections 4 and 5; Tramer et al.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from latlib.evaluation.outcomes import (
     TRANSFER,
     pgd_by,
 )
+from latlib.io.files import read_json
 from latlib.report.evidence import (
     Evidence,
     MissingError,
@@ -311,4 +311,4 @@ def _check(rule: AttackRule, case: Case) -> Check:
 def read_gradients(folder: str | Path) -> Gradients | None:
     """The gradient norms that notebook 06 left in a results folder; None where it was not run."""
     file = Path(folder) / "robustness.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("gradients") if file.is_file() else None
+    return read_json(file).get("gradients") if file.is_file() else None

@@ -69,15 +69,11 @@ def printed(table: DataFrame, sign: bool = False) -> DataFrame:
     return table.astype(object).map(text)
 
 
-def plain(value: Any) -> Any:
-    """An interval as a dictionary; every other value as it is."""
-    return asdict(value) if isinstance(value, Interval) else value
-
-
 def records(table: DataFrame) -> list[dict]:
     """A table as plain values for a results file, a dictionary a row; a named index is kept."""
     named = table.reset_index() if table.index.names != [None] else table
-    return named.astype(object).map(plain).to_dict("records")
+    cells = named.astype(object).map(lambda c: asdict(c) if isinstance(c, Interval) else c)
+    return cells.to_dict("records")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
