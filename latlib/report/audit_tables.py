@@ -298,6 +298,7 @@ def price_table(e: Evidence, methods: Sequence[str] = ()) -> DataFrame:
     Direct requests and their twins must have been.
     """
     methods = list(methods) or [BASE, *e.profile.methods]
+    e.cell(methods, prompts=TWIN)  # without these there is no audit: an error
     encodings = list(e.profile.evaluation.encodings)
     coded = [name for name in encodings if name != PLAIN]
     further = {"encoding": e.profile.evaluation.further_encodings}
@@ -322,7 +323,6 @@ def price_table(e: Evidence, methods: Sequence[str] = ()) -> DataFrame:
         cell = {"attack": sought, "eps": eps, "where": "latent"}
         latent[f"latent, {e.radius(eps)}"] = cell
     asr = asr.join(rates_of(e, methods, latent)).add_prefix("ASR: ")
-    e.cell(methods, prompts=TWIN)  # without these there is no audit: an error
     table = rates_of(e, methods, refused, "refused").add_prefix("refused: ")
     table = table.join(asr).loc[methods].rename_axis("method")
     return none_where_absent(table).reset_index()
