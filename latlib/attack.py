@@ -88,27 +88,25 @@ def pgd(
     return best
 
 
-def project_l2(delta: Tensor, eps: float) -> Tensor:
+def project_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
     """Project each position's perturbation onto the L2 ball.
 
-    delta: [batch, seq, d_model], in units of the residual stream. eps: radius, > 0. Returns a
-    tensor of the same shape and dtype with norm <= eps along d_model, also after rounding to bf16.
-    Source: Sheshadri et al. 2024, section 3."""
-    if eps <= 0:
+    delta: [..., d_model], in units of the residual stream. eps: radius, > 0, or float64 radii that
+    broadcast with it. Returns a tensor of the same shape and dtype with norm <= eps along d_model,
+    also after rounding to bf16. Source: Sheshadri et al. 2024, section 3."""
+    if isinstance(eps, float | int) and eps <= 0:
         raise ValueError(f"eps = {eps} must be > 0: for no attack take no steps")
-    return _projected(delta, torch.tensor(eps, dtype=torch.float64, device=delta.device))
-
-
-def _projected(delta: Tensor, eps: Tensor) -> Tensor:
-    """`project_l2` for radii that were checked, float64."""
     wide = delta.to(wide_of(delta.dtype))
     norm = wide.norm(dim=-1, keepdim=True)
     # A hair inside the ball: the product is rounded to delta's dtype, and the norm is a rounded sum
     # of d_model terms.
-    slack = max(torch.finfo(delta.dtype).eps, 16 * torch.finfo(wide.dtype).eps)
-    inside = (eps * (1 - slack)).to(wide.dtype)
+    rounding = torch.finfo(delta.dtype).eps
+    slack = max(rounding, 16 * torch.finfo(wide.dtype).eps)
+    inside = eps * (1 - slack)
+    inside = torch.as_tensor(inside, dtype=wide.dtype)
     scale = norm.clamp(min=1e-30).reciprocal() * inside
-    return torch.where(norm > inside, wide * scale, wide).to(delta.dtype)
+    projected = torch.where(norm > inside, wide * scale, wide)
+    return projected.to(delta.dtype)
 
 
 def perturbed_positions(batch: Batch, positions: Positions) -> Tensor:
@@ -150,15 +148,16 @@ def greedy_matches(
 
     Exact, and one forward: under greedy decoding a reply equals a text iff each of its tokens is
     the argmax given the ones before. False for a row without that completion."""
-    index, n = batch.label_index(segment), batch.shape[0]
+    index = batch.label_index(segment)
     of = batch.label_rows[index]
     if prefilled:
-        counts = torch.bincount(of, minlength=n)
+        counts = torch.bincount(of)
         first = (counts.cumsum(0) - counts)[of]  # where the row's labels begin
         place = torch.arange(len(index), device=index.device) - first
-        index, of = index[place >= prefilled], of[place >= prefilled]
+        index = index[place >= prefilled]
+        of = batch.label_rows[index]
     right = argmax_matches(network.unembed, rows[index], batch.labels[index])
-    return row_means(right.float(), of, n) == 1
+    return row_means(right.float(), of, batch.shape[0]) == 1
 
 
 @torch.no_grad()
@@ -310,7 +309,7 @@ class _Descent:
             share = self.search.lr or 2 / self.search.steps
             length = (share * self.radii).to(gradient.dtype)
             moved = self.deltas - _along(gradient, self.search.rule, length)
-        self.deltas = _projected(moved, self.radii)
+        self.deltas = project_l2(moved, self.radii)
 
     def _adamw(self, gradient: Tensor, step: int) -> Tensor:
         lr = self.search.lr or ADAM_LR

@@ -50,16 +50,15 @@ def forwards_replaced(
 ) -> Iterator[None]:
     """Modules whose `forward` is another function inside, whatever wrapped it before. hooks=False:
     and which run no hook, as FSDP2's that gather a block's weights."""
-    names = ("forward",) if hooks else ("forward", "_forward_pre_hooks", "_forward_hooks")
-    own = [
-        (module, {name: module.__dict__[name] for name in names if name in module.__dict__})
-        for module in modules
-    ]
+    changes: dict[str, Any] = {"forward": forward}
+    if not hooks:
+        changes |= {"_forward_pre_hooks": OrderedDict(), "_forward_hooks": OrderedDict()}
+    own = [vars(module).copy() for module in modules]
     try:
         for module in modules:
-            module.__dict__.update({name: OrderedDict() for name in names} | {"forward": forward})
+            vars(module).update(changes)
         yield
     finally:
-        for module, before in own:
-            del module.__dict__["forward"]
-            module.__dict__.update(before)
+        for module, before in zip(modules, own, strict=True):
+            del vars(module)["forward"]
+            vars(module).update(before)

@@ -119,9 +119,14 @@ class Network(ABC):
     def _streams(
         self, batch: Batch, sites: Sequence[Site], deltas: Perturbation = None, start: Start = None
     ) -> dict[Site, Tensor]:
-        """site -> stream there, perturbed; of sites in order of depth."""
+        """site -> stream there, perturbed; of sites in order of depth. Raises ValueError for a
+        perturbation below the start: it would not be run."""
         site, stream = start or (EMBEDDING, self._embedded(batch))
-        check_start(site, deltas)
+        below = [other for other in deltas or () if depth(other) < depth(site)]
+        if below:
+            raise ValueError(
+                f"start is site {site} but site {below[0]} is perturbed: start at the lowest one"
+            )
         stream = perturbed(site, stream, deltas)
         found = {site: stream} if site in sites else {}
         for i in range(depth(site), depth(sites[-1])):
@@ -148,16 +153,6 @@ class Network(ABC):
         other = copy(self)
         vars(other).update(changes)
         return other
-
-
-def check_start(site: Site, deltas: Perturbation) -> None:
-    """Raise ValueError for a perturbation below the site a forward starts at: it would not be
-    run."""
-    below = [s for s in deltas or () if depth(s) < depth(site)]
-    if below:
-        raise ValueError(
-            f"start is site {site} but site {below[0]} is perturbed: start at the lowest one"
-        )
 
 
 def perturbed(site: Site, stream: Tensor, deltas: Perturbation) -> Tensor:

@@ -3,16 +3,18 @@
 To add one, subclass `Objective` and name it in `OBJECTIVES`; settings of its own are a section in
 `config.sections`, and a method of a profile says `objective: NAME`. A step of training:
 1. `rows` says which of the step's rows carry the perturbation and which are benign.
-2. `with_teacher` adds what the frozen model says to them, before the student runs.
-3. `losses` gives weighted terms, one dictionary a forward. Each is a sum over a micro-batch divided
-   by a count over the whole batch (`counts`), so that micro-batches change nothing.
+2. `with_teacher` adds what the frozen model says to them (`teacher`), before the student runs.
+3. `forwards` says what is run: each forward gives weighted terms that sum to the objective, and its
+   backward pass comes before the next forward, so that one graph exists at a time. A term is a sum
+   over a micro-batch divided by a count over the whole batch (`counts`), so that micro-batches
+   change nothing.
 
 Sources: Sheshadri et al. 2024, section 3; Casper et al. 2024; Zou et al. 2024, algorithm 1."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +29,6 @@ from latlib.losses import Unembed, kl_divergence, normalised, token_losses
 from latlib.network_protocol import Model, Network
 from latlib.threat import Site
 
-Terms = dict[str, Tensor]
 Rows = list[TokenRow]
 Counts = Mapping[str, int]
 Options = Any  # a `config.sections.TrainSettings`, or anything with its fields
@@ -35,27 +36,27 @@ Options = Any  # a `config.sections.TrainSettings`, or anything with its fields
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model together. attacked: rows that carry delta. benign: rows with
-    delta = 0. clean: [rows of attacked] bool, rows whose delta is put back to zero. number: its
-    place in the step's list, whichever process runs it. teacher: see `Objective.with_teacher`."""
+    """Rows that go through the model together. attacked: rows that carry a perturbation. benign:
+    rows without. clean: [rows of attacked] bool, rows whose perturbation is put back to zero.
+    number: its place in the step's list, whichever process runs it. teacher: see
+    `Objective.teacher`. deltas: what the attack found."""
 
     attacked: Batch
     benign: Batch | None
     clean: Tensor
     number: int = 0
     teacher: Any = None
+    deltas: Deltas | None = None
 
 
-# is shown the attacked rows' `label_rows` under the perturbation
-Observe = Callable[[MicroBatch, Tensor], None]
-
-
-def ignore(part: MicroBatch, rows: Tensor) -> None:
-    """An `Observe` that does nothing."""
+# weighted terms, and the attacked rows' `label_rows` under the perturbation where they were run
+Losses = tuple[dict[str, Tensor], Tensor | None]
+Forward = Callable[[Network, MicroBatch, Counts], Losses]
+Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective(ABC):
-    """Base of every defence; see the module's docstring. terms: names that `losses` may give."""
+    """Base of every defence; see the module's docstring. terms: names of all that it may give."""
 
     terms: ClassVar[tuple[str, ...]]
 
@@ -74,27 +75,28 @@ class Objective(ABC):
 
     def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with what the frozen model says to them."""
-        return parts
+        if not self.uses_teacher:
+            return parts
+        network = lm.network(adapter=False)
+        with torch.no_grad():
+            return [replace(part, teacher=self.teacher(network, part)) for part in parts]
+
+    @property
+    @abstractmethod
+    def uses_teacher(self) -> bool:
+        """Whether the frozen model plays a part."""
+
+    @abstractmethod
+    def teacher(self, network: Network, part: MicroBatch) -> Any:
+        """What the frozen model says to a micro-batch; it keeps nothing else of it alive."""
 
     @abstractmethod
     def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
         """What sums are divided by, over the whole batch."""
 
     @abstractmethod
-    def forwards(self, part: MicroBatch) -> int:
-        """How many dictionaries `losses` gives for a micro-batch."""
-
-    @abstractmethod
-    def losses(
-        self,
-        network: Network,
-        part: MicroBatch,
-        deltas: Deltas | None,
-        counts: Counts,
-        observe: Observe = ignore,
-    ) -> Iterator[Terms]:
-        """Weighted terms, scalars that sum to the objective: one dictionary for each forward, whose
-        backward pass belongs before the next is asked for, so that one graph exists at a time."""
+    def forwards(self, part: MicroBatch) -> list[Forward]:
+        """What a micro-batch takes."""
 
 
 class Teacher(NamedTuple):
@@ -124,88 +126,72 @@ class SafetyTraining(Objective):
         nor without an away term."""
         attack, away = self.settings.attack, self.settings.defence.away
         if attacked and not attack.targeted:
-            return wanted_only(harmful) + benign, benign
+            return _single(harmful, 1) + benign, benign
         if not attacked and (attack.steps or not away):
-            harmful = wanted_only(harmful)
+            harmful = _single(harmful, 1)
         return harmful, benign
 
-    def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
-        """See `Objective`: a `Teacher` for each micro-batch with benign rows, where there is KL."""
-        if not self.settings.defence.kl:
-            return parts
-        network = lm.network(adapter=False)
-        unembed = network.unembedding()
-        ready = []
-        with torch.no_grad():
-            for part in parts:
-                if part.benign is not None:
-                    teacher = Teacher(unembed, network.label_rows(part.benign))
-                    part = replace(part, teacher=teacher)
-                ready.append(part)
-        return ready
+    @property
+    def uses_teacher(self) -> bool:
+        return bool(self.settings.defence.kl)
+
+    def teacher(self, network: Network, part: MicroBatch) -> Teacher | None:
+        if part.benign is None:
+            return None
+        return Teacher(network.unembedding(), network.label_rows(part.benign))
 
     def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
         """See `Objective`: label tokens."""
-        first = sum(len(part.attacked.label_index(1)) for part in parts)
-        second = sum(len(part.attacked.label_index(2)) for part in parts)
+        labels = sum(len(part.attacked.labels) for part in parts)
+        toward = sum(len(_chosen(part.attacked)) for part in parts)
         benign = sum(len(part.benign.labels) for part in parts if part.benign is not None)
-        if any(part.attacked.packed for part in parts):
-            return {"toward": second, "away": first, "benign": benign}
-        return {"toward": first, "away": 0, "benign": benign}
+        return {"toward": toward, "away": labels - toward, "benign": benign}
 
-    def forwards(self, part: MicroBatch) -> int:
-        apart = self.uses_benign and part.benign is not None and not self.settings.shared_forward
-        return 2 if apart else 1
+    def forwards(self, part: MicroBatch) -> list[Forward]:
+        if part.benign is None or not self.uses_benign:
+            return [self._harmful]
+        return [self._together] if self.settings.shared_forward else [self._harmful, self._benign]
 
-    def losses(
-        self,
-        network: Network,
-        part: MicroBatch,
-        deltas: Deltas | None,
-        counts: Counts,
-        observe: Observe = ignore,
-    ) -> Iterator[Terms]:
-        benign = part.benign if self.uses_benign else None
-        if benign is not None and self.settings.shared_forward:
-            yield self._together(network, part, deltas, counts, observe)
-            return
-        rows = network.label_rows(part.attacked, deltas)
-        observe(part, rows)
-        yield self._harmful(network, rows, part.attacked, counts)
-        if benign is not None:
-            yield self._benign(network, network.label_rows(benign), part, counts)
+    def _harmful(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
+        rows = network.label_rows(part.attacked, part.deltas)
+        return self._of_harmful(network, rows, part.attacked, counts), rows
 
-    def _together(
-        self,
-        network: Network,
-        part: MicroBatch,
-        deltas: Deltas | None,
-        counts: Counts,
-        observe: Observe,
-    ) -> Terms:
+    def _benign(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
+        assert part.benign is not None, "there are benign rows"
+        rows = network.label_rows(part.benign)
+        return self._of_benign(network, rows, part, counts), None
+
+    def _together(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
         """Harmful and benign rows in one forward."""
         assert part.benign is not None, "there are benign rows"
         both = join(part.attacked, part.benign)
-        padded_deltas = {site: padded(delta, both) for site, delta in (deltas or {}).items()}
-        rows = network.label_rows(both, padded_deltas)
-        n = len(part.attacked.labels)
-        observe(part, rows[:n])
-        harmful = self._harmful(network, rows[:n], part.attacked, counts)
-        return harmful | self._benign(network, rows[n:], part, counts)
+        n, seq = part.attacked.shape
+        rows, length = both.shape
+        more = (0, 0, 0, length - seq, 0, rows - n)
+        deltas = part.deltas or {}
+        padded = {site: F.pad(delta, more) for site, delta in deltas.items()}
+        hidden = network.label_rows(both, padded)
+        labels = len(part.attacked.labels)
+        harmful, benign = hidden[:labels], hidden[labels:]
+        terms = self._of_harmful(network, harmful, part.attacked, counts)
+        return terms | self._of_benign(network, benign, part, counts), harmful
 
-    def _harmful(self, network: Network, rows: Tensor, batch: Batch, counts: Counts) -> Terms:
+    def _of_harmful(
+        self, network: Network, rows: Tensor, batch: Batch, counts: Counts
+    ) -> dict[str, Tensor]:
         weights = self.settings.defence
         rejected = batch.label_segments == 1 if batch.packed else None
         losses = token_losses(network.unembed, rows, batch.labels, away=rejected)
-        # a row with one completion has only the wanted one
-        chosen = batch.label_index(2 if batch.packed else 1)
-        terms = {"toward": weights.toward * losses[chosen].sum() / counts["toward"]}
+        toward = losses[_chosen(batch)].sum()
+        terms = {"toward": weights.toward * toward / counts["toward"]}
         if weights.away and batch.packed:
             away = losses[batch.label_index(1)].sum()
             terms["away"] = weights.away * away / counts["away"]
         return terms
 
-    def _benign(self, network: Network, rows: Tensor, part: MicroBatch, counts: Counts) -> Terms:
+    def _of_benign(
+        self, network: Network, rows: Tensor, part: MicroBatch, counts: Counts
+    ) -> dict[str, Tensor]:
         weights, terms = self.settings.defence, {}
         if weights.kl:
             unembed, frozen = part.teacher
@@ -222,6 +208,11 @@ class SafetyTraining(Objective):
         return terms
 
 
+def _chosen(batch: Batch) -> Tensor:
+    """Indices of the wanted completions' labels: a row with one completion has only that."""
+    return batch.label_index(2 if batch.packed else 1)
+
+
 class RepresentationRerouting(Objective):
     """Circuit breakers: what the model represents while it writes a harmful reply is turned away
     from what the frozen model represents there; on benign rows it stays where it was.
@@ -235,6 +226,7 @@ class RepresentationRerouting(Objective):
 
     terms = ("rerouting", "retain")
     uses_benign = True
+    uses_teacher = True
 
     def __init__(self, settings: Options) -> None:
         super().__init__(settings)
@@ -245,53 +237,53 @@ class RepresentationRerouting(Objective):
             )
 
     def rows(self, harmful: Rows, benign: Rows, attacked: bool) -> tuple[Rows, Rows]:
-        return [TokenRow(row.prompt, row.completions[:1]) for row in harmful], benign
+        return _single(harmful, 0), benign
 
-    def with_teacher(self, lm: Model, parts: list[MicroBatch]) -> list[MicroBatch]:
-        frozen = lm.network(adapter=False)
-        with torch.no_grad():
-            return [replace(part, teacher=self._streams(frozen, part)) for part in parts]
-
-    def _streams(self, network: Network, part: MicroBatch) -> list[dict[Site, Tensor]]:
+    def teacher(self, network: Network, part: MicroBatch) -> list[dict[Site, Tensor]]:
+        """See `Objective`: the streams of the attacked rows, and of the benign ones."""
         batches = [part.attacked] if part.benign is None else [part.attacked, part.benign]
-        return [network.streams(batch, self.settings.rerouting.sites) for batch in batches]
+        return [network.capture(batch, self.settings.rerouting.sites) for batch in batches]
 
     def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
-        rerouted = sum(int((part.attacked.segments == 1).sum()) for part in parts)
-        benign = [part.benign for part in parts if part.benign is not None]
-        retained = sum(int((batch.segments != PADDING).sum()) for batch in benign)
+        rerouted = sum(int(_replies(part.attacked).sum()) for part in parts)
+        retained = sum(int(_real(part.benign).sum()) for part in parts if part.benign is not None)
         return {"rerouting": rerouted, "retain": retained}
 
-    def forwards(self, part: MicroBatch) -> int:
-        return 1 if part.benign is None else 2
+    def forwards(self, part: MicroBatch) -> list[Forward]:
+        return [self._rerouting] if part.benign is None else [self._rerouting, self._retain]
 
-    def losses(
-        self,
-        network: Network,
-        part: MicroBatch,
-        deltas: Deltas | None,
-        counts: Counts,
-        observe: Observe = ignore,
-    ) -> Iterator[Terms]:
-        options, progress = self.settings.rerouting, self.step / (2 * self.settings.steps)
-        harmful = network.streams(part.attacked, options.sites)
-        where = part.attacked.segments == 1
-        turned = _over_sites(harmful, part.teacher[0], where, _overlap)
-        yield {"rerouting": options.alpha * (1 - progress) * turned / counts["rerouting"]}
-        if part.benign is not None:
-            benign = network.streams(part.benign, options.sites)
-            where = part.benign.segments != PADDING
-            moved = _over_sites(benign, part.teacher[1], where, _distance)
-            weight = options.alpha * options.retain * progress
-            yield {"retain": weight * moved / counts["retain"]}
+    def _rerouting(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
+        batch, weight = part.attacked, self.settings.rerouting.alpha * (1 - self._progress())
+        turned = self._over_sites(network, batch, part.teacher[0], _replies(batch), _overlap)
+        return {"rerouting": weight * turned / counts["rerouting"]}, None
+
+    def _retain(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
+        assert part.benign is not None, "there are benign rows"
+        options, batch = self.settings.rerouting, part.benign
+        moved = self._over_sites(network, batch, part.teacher[1], _real(batch), _distance)
+        weight = options.alpha * options.retain * self._progress()
+        return {"retain": weight * moved / counts["retain"]}, None
+
+    def _progress(self) -> float:
+        return self.step / (2 * self.settings.steps)
+
+    def _over_sites(
+        self, network: Network, batch: Batch, teacher: Deltas, where: Tensor, compare: Compare
+    ) -> Tensor:
+        """The sum over positions, and the mean over sites, of a comparison of student and
+        teacher."""
+        student = network.streams(batch, self.settings.rerouting.sites)
+        values = [compare(student[site][where], teacher[site][where]).sum() for site in student]
+        return torch.stack(values).mean()
 
 
-def _over_sites(
-    student: Deltas, teacher: Deltas, where: Tensor, compare: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """The sum over positions, and the mean over sites, of a comparison of two streams."""
-    values = [compare(student[site][where], teacher[site][where]).sum() for site in student]
-    return torch.stack(values).mean()
+def _replies(batch: Batch) -> Tensor:
+    """[batch, seq] bool: positions of the first completions."""
+    return batch.segments == 1
+
+
+def _real(batch: Batch) -> Tensor:
+    return batch.segments != PADDING
 
 
 def _overlap(student: Tensor, teacher: Tensor) -> Tensor:
@@ -309,12 +301,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def wanted_only(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Preference rows without their rejected completion."""
-    return [TokenRow(row.prompt, row.completions[1:]) for row in rows]
-
-
-def padded(delta: Tensor, batch: Batch) -> Tensor:
-    """A perturbation of the first rows of a joined batch, zero on all others."""
-    n, seq, _ = delta.shape
-    return F.pad(delta, (0, 0, 0, batch.shape[1] - seq, 0, batch.shape[0] - n))
+def _single(rows: Rows, number: int) -> Rows:
+    """Preference rows with one of their completions."""
+    return [TokenRow(row.prompt, (row.completions[number],)) for row in rows]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Result = TypeVar("Result")
 
@@ -53,24 +54,26 @@ ALONE = Processes()
 def full(value: Any) -> Any:
     """A copy on the CPU of tensors, also in dictionaries and lists, gathered where they are
     sharded. Every process must ask for the same."""
-    if isinstance(value, Tensor):
-        tensor = value.detach()
+
+    def gathered(tensor: Any) -> Tensor:
+        tensor = tensor.detach()
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
         return tensor.to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: full(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(full(item) for item in value)
-    return value
+
+    return tree_map_only(Tensor, gathered, value)
 
 
-def sharded(value: Tensor, like: Any) -> Tensor:
-    """A copy of a full tensor on the device of a parameter, sharded as that is. All processes have
-    the same: none is sent."""
-    value = value.to(like.device, copy=True)
-    if not hasattr(like, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def sharded(value: Any, like: Any) -> Any:
+    """A copy of full tensors, also in dictionaries and lists, on the device of a parameter, sharded
+    as that is (single numbers are not). All processes have the same: none is sent."""
 
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    def shared(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(like.device, copy=True)
+        if not tensor.dim() or not hasattr(like, "full_tensor"):
+            return tensor
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+    return tree_map_only(Tensor, shared, value)

@@ -84,30 +84,14 @@ class ThreatModel:
         return cls(sites, own, eps, positions=positions)
 
     @classmethod
-    def absolute(
-        cls,
-        sites: Iterable[int | float | str],
-        eps: float,
-        n_layers: int,
-        positions: Positions = "prompt",
-    ) -> ThreatModel:
-        """One radius at all sites, given as `hooks.resolve_sites` takes them."""
-        found = resolve_sites(sites, n_layers)
-        return cls(found, (eps,) * len(found), eps, positions=positions)
-
-    @classmethod
     def relative(
-        cls,
-        sites: Iterable[int | float | str],
-        eps: float,
-        norms: Mapping[Site, float],
-        n_layers: int,
-        positions: Positions = "prompt",
+        cls, eps: float, norms: Mapping[Site, float], positions: Positions = "prompt"
     ) -> ThreatModel:
-        """eps times each site's median residual norm; norms: of these sites, at least."""
-        found = resolve_sites(sites, n_layers)
-        own = tuple(norms[site] for site in found)
-        return cls(found, tuple(eps * norm for norm in own), eps, "relative", own, positions)
+        """eps times the median residual norm of each site."""
+        radii = {site: eps * norm for site, norm in norms.items()}
+        found = cls.within(radii, positions)
+        own = tuple(norms[site] for site in found.sites)
+        return replace(found, eps=eps, unit="relative", norms=own)
 
     @property
     def radius(self) -> dict[Site, float]:

@@ -22,20 +22,23 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latlib.attack import Attack, Deltas, judge, pgd
+from latlib.attack import Attack, judge, pgd
 from latlib.batch import Schedule, TokenRow, collate
 from latlib.errors import SettingError
 from latlib.network_protocol import Model, Network
-from latlib.objectives import OBJECTIVES, Counts, MicroBatch, Observe, Options, ignore
-from latlib.processes import Processes, full, sharded
-from latlib.threat import PGD, Site
+from latlib.objectives import OBJECTIVES, Counts, MicroBatch, Options
+from latlib.processes import full, sharded
+from latlib.threat import Site
 
 Metrics = dict[str, float]
+# how an attack of a step fared, name -> values of rows that kept their perturbation
+Noted = dict[str, list[Tensor]]
 
 
 class Trainer:
@@ -63,9 +66,10 @@ class Trainer:
         self.data = _digest((*self.harmful, *self.benign))
         self.step = 0
         self.objective = OBJECTIVES[settings.objective](settings)
-        self.threat: Any = None  # a ThreatModel, where there is an attack
-        if settings.attack.steps:
-            self.threat = settings.attack.threat_model(lm.n_layers, norms)
+        attack = settings.attack
+        self.threat: Any = None  # without an attack
+        if attack.steps:
+            self.threat = attack.threat_model(lm.n_layers, norms)
         self.parameters = [p for n, p in lm.model.named_parameters() if "lora_" in n]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -97,39 +101,53 @@ class Trainer:
         counts = self.objective.counts(batch)
         parts = self.objective.with_teacher(self.lm, self.processes.own(batch))
         network = self.lm.network(train=True)
-        deltas: list[Deltas | None] = [None] * len(parts)
-        outcome = _AttackMetrics(self.settings.attack.search())
+        noted: Noted = {}
         if attacked:
-            found = [self._attack(network.frozen(), part) for part in parts]
-            deltas = [without(a.deltas, p.clean) for a, p in zip(found, parts, strict=True)]
-            for attack, part in zip(found, parts, strict=True):
-                outcome.start(attack, part)
+            noted = {"attack_start": [], "attack_end": [], "attack_won": []}
+            parts = [self._perturbed(network, part, noted) for part in parts]
         rate = self._rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        observe = outcome.observer(network) if attacked else ignore
-        updates = [self._update(network, parts, deltas, counts, observe)]
+        updates = [self._update(network, parts, counts, noted)]
         while len(updates) < self.settings.iterations:
-            again = self.lm.network(train=True)
-            updates.append(self._update(again, parts, deltas, counts, ignore))
+            updates.append(self._update(self.lm.network(train=True), parts, counts, {}))
+        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        for name, values in noted.items():
+            mean = self.processes.mean(values)
+            if mean is not None:
+                means[name] = mean
         scale = self._eps_scale() if attacked else 0.0
         self.step += 1
-        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        if attacked:
-            means |= outcome.means(self.processes)
         return {**means, "eps_scale": scale, "lr": rate}
 
+    def _perturbed(self, network: Network, part: MicroBatch, noted: Noted) -> MicroBatch:
+        """The micro-batch under an attack on the weights as they are, and how that began noted."""
+        found = self._attack(network.frozen(), part)
+        noted["attack_start"].append(found.losses[0][~part.clean])
+        clean = part.clean[:, None, None]
+        return replace(part, deltas={s: d.masked_fill(clean, 0.0) for s, d in found.deltas.items()})
+
     def _update(
-        self,
-        network: Network,
-        parts: Sequence[MicroBatch],
-        deltas: Sequence[Deltas | None],
-        counts: Counts,
-        observe: Observe,
+        self, network: Network, parts: Sequence[MicroBatch], counts: Counts, noted: Noted
     ) -> Metrics:
-        """Forward, backward over all micro-batches, one optimiser step."""
+        """Forward, backward over all micro-batches, one optimiser step. noted: gets what the attack
+        came to, where it has its names."""
         self.optimiser.zero_grad()
-        sums = self._backward(network, parts, deltas, counts, observe)
+        sums: dict[str, float] = {}
+        work = [(part, run) for part in parts for run in self.objective.forwards(part)]
+        for number, (part, run) in enumerate(work, start=1):
+            self.processes.exchange(number == len(work))
+            terms, rows = run(network, part, counts)
+            total = torch.stack(list(terms.values())).sum()
+            (self.processes.world * total).backward()
+            network.flush_gradients()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + term.item()
+            if noted and rows is not None:  # the attack is judged in the defence's own forward
+                search = self.settings.attack.search()
+                end, won = judge(network, part.attacked, search, rows.detach())
+                noted["attack_end"].append(end[~part.clean])
+                noted["attack_won"].append(won[~part.clean].float())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         sums = self.processes.total(sums, self.objective.terms)
@@ -139,29 +157,6 @@ class Trainer:
                 f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps"
             )
         return metrics
-
-    def _backward(
-        self,
-        network: Network,
-        parts: Sequence[MicroBatch],
-        deltas: Sequence[Deltas | None],
-        counts: Counts,
-        observe: Observe,
-    ) -> dict[str, float]:
-        """name -> this process's sum of a term, its gradients left with the parameters."""
-        sums: dict[str, float] = {}
-        left = sum(self.objective.forwards(part) for part in parts)
-        for part, delta in zip(parts, deltas, strict=True):
-            self.processes.exchange(left == 1)
-            for terms in self.objective.losses(network, part, delta, counts, observe):
-                total = torch.stack(list(terms.values())).sum()
-                (self.processes.world * total).backward()
-                network.flush_gradients()
-                for name, term in terms.items():
-                    sums[name] = sums.get(name, 0.0) + term.item()
-                left -= 1
-                self.processes.exchange(left == 1)
-        return sums
 
     def _attack(self, network: Network, part: MicroBatch) -> Attack:
         threat = self.threat.scaled(self._eps_scale())
@@ -189,14 +184,12 @@ class Trainer:
     def _micro_batches(self, attacked: bool, generator: torch.Generator) -> list[MicroBatch]:
         harmful, benign = self._rows(attacked)
         count = self._count(len(harmful), len(benign))
-        parts: list[MicroBatch] = []
         groups = zip(_by_length(harmful, count), _by_length(benign, count), strict=True)
-        for rows, others in groups:
-            batch = self._collated(rows)
+        parts = []
+        for number, (rows, others) in enumerate(groups):
             chance = torch.rand(len(rows), generator=generator)
-            clean = chance < self.settings.clean_share
-            clean = clean.to(self.lm.device)
-            part = MicroBatch(batch, self._collated(others), clean, len(parts))
+            clean = (chance < self.settings.clean_share).to(self.lm.device)
+            part = MicroBatch(self._collated(rows), self._collated(others), clean, number)
             parts.append(part)
         return parts
 
@@ -249,46 +242,11 @@ class Trainer:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
                 parameter.copy_(sharded(value, parameter))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for i, values in state["optimiser"]["state"].items():
-            moments[i] = {}
-            for name, value in values.items():
-                own = sharded(value, self.parameters[i]) if value.dim() else value.clone()
-                moments[i][name] = own
+        moments = {
+            i: sharded(values, self.parameters[i])
+            for i, values in state["optimiser"]["state"].items()
+        }
         self.optimiser.load_state_dict({**state["optimiser"], "state": moments})
-
-
-class _AttackMetrics:
-    """How an attack of a step fared, over the rows that kept their perturbation."""
-
-    def __init__(self, search: PGD) -> None:
-        self.search = search
-        names = ("attack_start", "attack_end", "attack_won")
-        self.values: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def start(self, attack: Attack, part: MicroBatch) -> None:
-        """Note the losses from which an attack began."""
-        self.values["attack_start"].append(attack.losses[0][~part.clean])
-
-    def observer(self, network: Network) -> Observe:
-        """Judges the attack in the defence's own forward."""
-
-        def observe(part: MicroBatch, rows: Tensor) -> None:
-            end, won = judge(network, part.attacked, self.search, rows.detach())
-            self.values["attack_end"].append(end[~part.clean])
-            self.values["attack_won"].append(won[~part.clean].float())
-
-        return observe
-
-    def means(self, processes: Processes) -> Metrics:
-        """name -> mean over all processes' rows, of what has any."""
-        means = {name: processes.mean(values) for name, values in self.values.items()}
-        return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def without(deltas: Deltas, clean: Tensor) -> dict[Site, Tensor]:
-    """The perturbations with those of `clean` rows ([batch] bool) put back to zero."""
-    return {site: delta.masked_fill(clean[:, None, None], 0.0) for site, delta in deltas.items()}
 
 
 def _by_length(rows: Sequence[TokenRow], count: int) -> list[list[TokenRow]]:
@@ -303,9 +261,8 @@ def _check_rows(harmful: Sequence[TokenRow], benign: Sequence[TokenRow]) -> None
         raise ValueError(
             f"{len(harmful)} harmful and {len(benign)} benign rows: training needs both"
         )
-    paired = all(len(row.completions) == 2 for row in harmful)
-    single = all(len(row.completions) == 1 for row in benign)
-    if not paired or not single:
+    counts = {len(row.completions) for row in harmful}, {len(row.completions) for row in benign}
+    if counts != ({2}, {1}):
         raise ValueError("a harmful row needs (rejected, chosen) and a benign row (response,)")
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
-from latlib.threat import PGD, Site, ThreatModel
+from latlib.threat import PGD, Site, ThreatModel, resolve_sites
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -192,14 +192,16 @@ class AttackSettings(Section):
         median residual norm, needed for eps_mode 'relative'. Raises ValueError without them, or for
         a site outside the model.
         """
+        sites = resolve_sites(self.sites, n_layers)
         if self.eps_mode == "absolute":
-            return ThreatModel.absolute(self.sites, self.eps, n_layers, self.positions)
+            return ThreatModel.within(dict.fromkeys(sites, self.eps), self.positions)
         if norms is None:
             raise ValueError(
                 "eps_mode = 'relative' needs the median residual norms: measure them with"
                 " residual_norms()"
             )
-        return ThreatModel.relative(self.sites, self.eps, norms, n_layers, self.positions)
+        own = {site: norms[site] for site in sites}
+        return ThreatModel.relative(self.eps, own, self.positions)
 
     def search(self) -> PGD:
         """How it searches there."""

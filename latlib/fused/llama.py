@@ -73,14 +73,14 @@ def will_run_lean(config: PretrainedConfig) -> bool:
 
 def _plain_lora(layer: Any) -> bool:
     """LoRA without dropout, DoRA or a merged adapter, one active adapter, on a Linear."""
-    name = layer.active_adapters[0] if layer.active_adapters else None
+    names = layer.active_adapters
     return (
-        len(layer.active_adapters) == 1
-        and name in layer.lora_A
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not getattr(layer, "use_dora", {}).get(name, False)
+        len(names) == 1
+        and names[0] in layer.lora_A
+        and isinstance(layer.lora_dropout[names[0]], nn.Identity)
+        and not getattr(layer, "use_dora", {}).get(names[0], False)
         and not layer.merged
-        and isinstance(layer.get_base_layer(), nn.Linear)
+        and isinstance(layer.base_layer, nn.Linear)
     )
 
 

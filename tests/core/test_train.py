@@ -4,6 +4,7 @@ the same run.
 
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import reference
@@ -61,16 +62,24 @@ def gradients_of(trainer) -> list:
 
 def spy_on_terms(trainer) -> list:
     """(micro-batch, deltas, tokens, terms) of every micro-batch that is trained on."""
-    seen, terms_of = [], trainer.objective.losses
+    seen, forwards_of = [], trainer.objective.forwards
 
-    def spy(network, part, deltas, tokens, look=lambda part, rows: None):
-        found = {}
-        for terms in terms_of(network, part, deltas, tokens, look):
-            found |= {name: term.item() for name, term in terms.items()}
-            yield terms
-        seen.append((part, deltas, tokens, found))
+    def spy(part):
+        tokens, found = {}, {}
+        seen.append((part, part.deltas, tokens, found))
 
-    trainer.objective.losses = spy
+        def noted(run):
+            def forward(network, part, counts):
+                tokens.update(counts)
+                terms, rows = run(network, part, counts)
+                found.update({name: term.item() for name, term in terms.items()})
+                return terms, rows
+
+            return forward
+
+        return [noted(run) for run in forwards_of(part)]
+
+    trainer.objective.forwards = spy
     return seen
 
 
@@ -111,7 +120,7 @@ def test_steps_equal_the_reference(micro_batch, kind):
 def test_the_merged_teacher_is_gone_before_the_student_runs():
     """A merged copy of the frozen model beside the student's would be a second model in memory."""
     trainer, teachers, seen = trainer_for(micro_batch=2), [], []
-    network_of, terms_of = trainer.lm.network, trainer.objective.losses
+    network_of, forwards_of = trainer.lm.network, trainer.objective.forwards
 
     def network(adapter=True, train=False):
         found = network_of(adapter=adapter, train=train)
@@ -119,12 +128,16 @@ def test_the_merged_teacher_is_gone_before_the_student_runs():
             teachers.append(weakref.ref(found.weights.blocks[0].qkv))
         return found
 
-    def terms(*args, **kwargs):
-        seen.append([teacher() for teacher in teachers])
-        yield from terms_of(*args, **kwargs)
+    def forwards(part):
+        def first(*args):
+            seen.append([teacher() for teacher in teachers])
+            return run(*args)
+
+        run, *others = forwards_of(part)
+        return [first, *others]
 
     object.__setattr__(trainer.lm, "network", network)
-    trainer.objective.losses = terms
+    trainer.objective.forwards = forwards
     trainer.train_step()
     assert seen == [[None]] * 3
 
@@ -193,7 +206,7 @@ def test_layout_changes_no_gradient(kind, change):
 @pytest.mark.parametrize("kind", ["stock", "lean"])
 def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind):
     trainer = trainer_for(kind=kind, micro_batch=2)
-    terms_of = trainer.objective.losses
+    forwards_of = trainer.objective.forwards
     seen = spy_on_terms(trainer)
     before = adapter_of(trainer)
     trainer.train_step()
@@ -204,11 +217,9 @@ def test_every_micro_batch_is_attacked_and_changed_by_its_own_perturbation(kind)
     assert len(seen) == 3
     for part, deltas, tokens, terms in list(seen):
         assert all(d.norm(dim=-1).max() > 0.5 for d in deltas.values())
-        calm = {
-            k: v
-            for terms in terms_of(trainer.lm.network(), part, None, tokens)
-            for k, v in terms.items()
-        }
+        plain, calm = replace(part, deltas=None), {}
+        for run in forwards_of(plain):
+            calm |= run(trainer.lm.network(), plain, tokens)[0]
         assert all(abs(terms[name] - calm[name].item()) > 1e-3 for name in ("toward", "away"))
         # the attack made the rejected completion likelier
         assert terms["away"] > calm["away"].item()
