@@ -13,6 +13,7 @@ is trained.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,14 +224,48 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """
     path = _profile_file(name_or_path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ProfileError(f"profile {path} is not readable YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"profile {path} is not UTF-8 ({error}): save it as UTF-8") from None
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
     bases = (path.resolve().parent, find_share("profiles").parent)
     return validated(Profile, absolute(tree, bases))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key stands once, and a number is what it looks like: YAML 1.1 keeps the
+    last of two equal keys, reads 010 as 8 and 1:30 as 90."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        name = loader.construct_object(key, deep=True)
+        if name in seen:
+            problem = f"{name!r} stands twice: keep one of them"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        seen.add(name)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    text = str(node.value)
+    if ":" in text or re.match(r"[-+]?0[0-9_]", text):
+        problem = f"{text} is not a decimal number: write 10 for 010, 90 for 1:30, or quote a text"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    if node.tag.endswith(":int"):
+        return loader.construct_yaml_int(node)
+    return loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def _profile_file(name_or_path: str | os.PathLike[str]) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
+from latlib.config.sections import ProfileError
 from latlib.data.prompts import Prompt, Prompts, prompt_source
 from latlib.evaluation.outcomes import HARMFUL, PLAIN, TWIN, split_encoding
 from latlib.models import LanguageModel
@@ -64,8 +65,11 @@ def prompt_set(name: str, profile: Profile, n: int | None = None) -> list[Prompt
     """The evaluation prompts of a set: one of the source's kinds, or 'twin', one harmless for each
     harmful one.
 
-    The same prompts for every seed and method. Raises ProfileError for an unknown name.
+    The same prompts for every seed and method. Raises ProfileError for an unknown name, and for n
+    = 0.
     """
+    if n is not None and n < 1:
+        raise ProfileError(f"{n} prompts ask nothing: give 1 or more")
     split, count = profile.evaluation.split, profile.evaluation.prompts
     if name == TWIN:
         harmful = prompt_set(HARMFUL, profile, n)

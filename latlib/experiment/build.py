@@ -190,7 +190,7 @@ def _save(
         model.save_pretrained(folder, state_dict=adapter)
         _name_base(folder, record["base"])
         write_record(folder, record, layout.profile, model_card(record))
-    for left in target.parent.glob(f".{spec.folder}-????????"):
+    for left in target.parent.glob(f".{spec.folder}.{'?' * 32}"):  # see `io.files.aside`
         shutil.rmtree(left, ignore_errors=True)
 
 

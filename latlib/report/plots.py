@@ -238,7 +238,8 @@ class HeatMap:
         }
         for (y, x), text in np.ndenumerate(texts.to_numpy(object)):
             colour = "white" if shades[y, x] > self.white_from else "black"
-            ax.text(x, y, text, color=colour, **style)
+            if text:
+                ax.text(x, y, text, color=colour, **style)
         ax.set_xticks(range(len(grid.columns)), map(_tick, grid.columns))
         ax.set_yticks(range(len(grid)), map(_tick, grid.index))
 

@@ -90,7 +90,7 @@ def between_markers(text: str, name: str, new: str) -> str:
     """
     begin = f"<!-- {name}:begin -->"
     end = f"<!-- {name}:end -->"
-    before, *between, after = re.split(f"({begin}|{end})", text)
-    if between[::2] != [begin, end]:
+    parts = re.split(f"({begin}|{end})", text)
+    if parts[1::2] != [begin, end]:
         raise ValueError(f"the README needs the markers {begin} and {end}, once each")
-    return f"{before}{begin}\n{new}\n{end}{after}"
+    return f"{parts[0]}{begin}\n{new}\n{end}{parts[-1]}"

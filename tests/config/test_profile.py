@@ -248,3 +248,29 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(
     (mine / "world").mkdir()
     file.write_text(yaml.safe_dump(tree | {"model": {"source": "world"}}))
     assert load_profile(file).model.source == "world"  # a folder of that name is none
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name: a\nname: b\n", "line 2.*|'name' stands twice"),
+        ("train:\n  steps: 4\n  lr: 0.1\n  steps: 5\n", "'steps' stands twice"),
+        ("methods:\n  lat: {attack.eps: 1, attack.eps: 2}\n", "'attack.eps' stands twice"),
+        ("train: {steps: 010}\n", "010 is not a decimal number"),
+        ("train: {steps: 1:30}\n", "1:30 is not a decimal number"),
+        ("train: {lr: 1:30.5}\n", "1:30.5 is not a decimal number"),
+    ],
+)
+def test_yaml_that_would_be_read_as_something_else_is_an_error_with_its_line(
+    tmp_path, text, reason
+):
+    (tmp_path / "mine.yaml").write_text("description: x\n" + text)
+    with pytest.raises(ProfileError, match=reason) as error:
+        load_profile(tmp_path / "mine.yaml")
+    assert "line" in str(error.value)
+
+
+def test_a_profile_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"description: \xff\n")
+    with pytest.raises(ProfileError, match="mine.yaml is not UTF-8"):
+        load_profile(tmp_path / "mine.yaml")
