@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from latlib.attack import ADAM_LR
 from latlib.batch import Schedule, TokenRow
+from latlib.blocks import blocks_of
 from latlib.config.sections import TrainSettings
-from latlib.hooks import EMBEDDING, Site, blocks_of
+from latlib.threat import EMBEDDING, Site
 
 
 class NaiveTrainer:

@@ -386,6 +386,28 @@ def table(title: str, found: Mapping[str, Sequence[Comparison]]) -> str:
     return "\n".join(lines)
 
 
+PAGE = Path(__file__).with_name("method.template.md")
+TABLE = "| | what | theirs | ours | greatest difference |\n|---|---|---|---|---|"
+
+
+def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Comparisons as a table, from what was written as JSON."""
+    lines = [TABLE]
+    for name, comparisons in found.items():
+        for c in comparisons:
+            numbers = f"{c['authors']:.4g} | {c['ours']:.4g} | {c['difference']:.1e}"
+            lines.append(f"| {name} | {c['what']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/method.md: its text with the tables of these results."""
+    text = PAGE.read_text(encoding="utf-8")
+    for title in ("agree", "differ on purpose"):
+        text = text.replace(f"{{{{ {title} }}}}", markdown(results[title]))
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Compare, print, write; returns what is written."""
     parser = argparse.ArgumentParser(
@@ -393,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     parser.add_argument("--authors", type=Path, required=True, help="a checkout of their code")
     parser.add_argument("--json", type=Path, help="where results go")
+    parser.add_argument("--write", type=Path, help="where the page goes: docs/method.md")
     arguments = parser.parse_args(argv)
     authors = load_authors(arguments.authors)
     lm = tiny_llama()
@@ -402,6 +425,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         print(table(title, found), flush=True)
         out[title] = {name: [asdict(c) for c in all_of] for name, all_of in found.items()}
     write(out, arguments.json)
+    if arguments.write:
+        arguments.write.write_text(page(out), encoding="utf-8")
     return out
 
 

@@ -13,38 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from unittest.mock import patch
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from latlib.batch import PADDING, Batch
+from latlib.batch import Batch
 from latlib.hooks import Site
 from latlib.losses import Unembed, at_labels
 from latlib.network_protocol import Network, Start
+from latlib.proof.separate import Around, SeparateRows
 from latlib.train import Trainer
 
 Deltas = Mapping[Site, Tensor] | None
-
-
-class Around:
-    """A network that does what another one does."""
-
-    def __init__(self, inner: Network) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str):
-        return getattr(self.inner, name)
-
-    def frozen(self) -> Around:
-        """See `Network`."""
-        return type(self)(self.inner.frozen())
-
-    def ablated(self, directions: Tensor) -> Around:
-        """See `Network`."""
-        return type(self)(self.inner.ablated(directions))
 
 
 class FromTheStart(Around):
@@ -93,117 +74,6 @@ class AllLogits(Around):
     def unembedding(self) -> Unembed:
         """See `Network`."""
         return self.unembed
-
-
-class SeparateRows(Around):
-    """A packed batch runs as two padded ones, [prompt | rejected] and [prompt | chosen]."""
-
-    def __init__(self, inner: Network) -> None:
-        super().__init__(inner)
-        self._split: WeakKeyDictionary[Batch, tuple[tuple[Batch, Tensor], ...]] = (
-            WeakKeyDictionary()
-        )
-
-    def frozen(self) -> SeparateRows:
-        """See `Network`."""
-        other = super().frozen()
-        other._split = self._split
-        return other
-
-    def _parts(self, batch: Batch) -> tuple[tuple[Batch, Tensor], ...]:
-        """The two batches, and where in the packed one each of their positions is."""
-        if batch not in self._split:
-            self._split[batch] = tuple(_with_one_completion(batch, segment) for segment in (1, 2))
-        return self._split[batch]
-
-    def label_rows(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
-        """See `Network`."""
-        if not batch.packed:
-            return self.inner.label_rows(batch, deltas, start)
-        found = [
-            self.inner.label_rows(part, *_gathered(deltas, start, part, index))
-            for part, index in self._parts(batch)
-        ]
-        order = torch.cat([batch.label_index(segment) for segment in (1, 2)])
-        return torch.empty_like(torch.cat(found)).index_copy(0, order, torch.cat(found))
-
-    def hidden(self, batch: Batch, deltas: Deltas = None, start: Start = None) -> Tensor:
-        """See `Network`; positions of the prompt come from the first batch."""
-        if not batch.packed:
-            return self.inner.hidden(batch, deltas, start)
-        parts = [
-            (part, index, self.inner.hidden(part, *_gathered(deltas, start, part, index)))
-            for part, index in self._parts(batch)
-        ]
-        return _scattered(batch, parts)
-
-    def capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        """See `Network`."""
-        if not batch.packed:
-            return self.inner.capture(batch, sites, index)
-        parts = [
-            (part, places, self.inner.capture(part, sites)) for part, places in self._parts(batch)
-        ]
-        whole = {
-            site: _scattered(batch, [(part, at, found[site]) for part, at, found in parts])
-            for site in sites
-        }
-        return {
-            site: stream if index is None else at_labels(stream, index)
-            for site, stream in whole.items()
-        }
-
-
-def _with_one_completion(batch: Batch, segment: int) -> tuple[Batch, Tensor]:
-    """The rows with one of their completions, right-padded, and [batch * seq] the position in the
-    flattened packed batch that each of their positions has (padding has some position, which nobody
-    reads)."""
-    kept = (batch.segments == 0) | (batch.segments == segment)
-    seq = int(kept.sum(1).max())
-    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
-    columns, first = order[:, :seq], torch.arange(batch.shape[0], device=order.device)[:, None]
-    labels = batch.label_index(segment)
-    source = batch.source[labels]
-    row = source // batch.shape[1]
-    segments = (
-        batch.segments.gather(1, columns)
-        .clamp(max=1)
-        .masked_fill(~kept.gather(1, columns), PADDING)
-    )
-    part = replace(
-        batch,
-        ids=batch.ids.gather(1, columns),
-        positions=batch.positions.gather(1, columns),
-        segments=segments,
-        source=row * seq + order.argsort(1)[row, source % batch.shape[1]],
-        labels=batch.labels[labels],
-        label_segments=torch.ones_like(labels),
-        label_rows=batch.label_rows[labels],
-        packed=False,
-    )
-    return part, (columns + first * batch.shape[1]).flatten()
-
-
-def _gathered(
-    deltas: Deltas, start: Start, part: Batch, index: Tensor
-) -> tuple[Deltas, Start | None]:
-    def moved(stream: Tensor) -> Tensor:
-        return at_labels(stream, index).view(*part.shape, -1)
-
-    found = None if deltas is None else {site: moved(delta) for site, delta in deltas.items()}
-    return found, None if start is None else (start[0], moved(start[1]))
-
-
-def _scattered(batch: Batch, parts: Sequence[tuple[Batch, Tensor, Tensor]]) -> Tensor:
-    """[batch, seq, width] of the packed batch from its two parts; zero on padding."""
-    width = parts[0][2].shape[-1]
-    out = parts[0][2].new_zeros(batch.ids.numel(), width)
-    for number, (part, index, stream) in enumerate(parts):
-        wanted = (part.segments != PADDING if number == 0 else part.segments == 1).flatten()
-        out = out.index_copy(0, index[wanted], stream.flatten(0, 1)[wanted])
-    return out.view(*batch.shape, width)
 
 
 class TrainableAttack(Around):

@@ -110,7 +110,7 @@ class Bench:
         key = "_lean_" + forward
         if key not in self.__dict__:
             on_meta = build(self.shape, torch.float32, "meta")
-            self.__dict__[key] = computing_in(on_meta, torch.float32, forward).lean
+            self.__dict__[key] = computing_in(on_meta, torch.float32, forward).paths.lean
         return self.__dict__[key]
 
     def trainer(self, variant: Variant, dtype: torch.dtype):

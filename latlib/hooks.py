@@ -20,41 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latlib.blocks import CausalLM, blocks_of, stream_of, text_config, writers_of
 from latlib.threat import EMBEDDING, Site, resolve_sites
 
-# a causal LM of transformers, perhaps inside PEFT: an nn.Module whose parts are named by its family
-CausalLM = Any
 # what is done with the residual stream at a site: None leaves it as it is
 Change = Callable[[Tensor], Tensor | None]
-
-
-def decoder_of(model: CausalLM) -> nn.Module:
-    """The stack of blocks inside any wrapping (PEFT, causal-LM head): the module that owns
-    embedding and blocks.
-
-    Raises ValueError when there is no list of `config.num_hidden_layers` blocks."""
-    return _decoder_and_blocks(model)[0]
-
-
-def blocks_of(model: CausalLM) -> nn.ModuleList:
-    """The list of decoder blocks, in order. Raises ValueError as `decoder_of` does."""
-    return _decoder_and_blocks(model)[1]
-
-
-def _decoder_and_blocks(model: CausalLM) -> tuple[nn.Module, nn.ModuleList]:
-    n = model.config.num_hidden_layers
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == n:
-                return module, child
-    raise ValueError(
-        f"{type(model).__name__} has no list of {n} blocks: not a decoder latlib knows"
-    )
-
-
-def stream_of(output: Any) -> Tensor:
-    """The residual stream in what a block returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class _Hooks(ABC):
@@ -85,7 +55,7 @@ class _Hooks(ABC):
 
 def _at(site: Site, model: CausalLM, change: Change) -> Any:
     """Let `change` see the residual stream at a site; returns the hook's handle."""
-    (site,) = resolve_sites([site], model.config.num_hidden_layers)
+    (site,) = resolve_sites([site], text_config(model).num_hidden_layers)
     blocks = blocks_of(model)
     return _on_input(blocks[0], change) if site == EMBEDDING else _on_output(blocks[site], change)
 
@@ -158,11 +128,16 @@ def check_delta(site: Site, delta: Tensor, stream: Tensor) -> None:
 class Capture(_Hooks):
     """Read the residual stream at sites: after the forward, `capture[site]` is [batch, seq,
     d_model], or [batch, len(positions), d_model] when `positions` names token positions (negative
-    ones count from the end)."""
+    ones count from the end). graph: gradients flow through what was read."""
 
     def __init__(
-        self, model: CausalLM, sites: Sequence[Site], positions: Sequence[int] | None = None
+        self,
+        model: CausalLM,
+        sites: Sequence[Site],
+        positions: Sequence[int] | None = None,
+        graph: bool = False,
     ) -> None:
+        self.graph = graph
         self.model, self.sites, self.positions = model, tuple(sites), positions
         self._streams: dict[Site, Tensor] = {}
 
@@ -172,7 +147,7 @@ class Capture(_Hooks):
 
     def _keep(self, site: Site, stream: Tensor) -> None:
         at = stream if self.positions is None else stream[:, list(self.positions)]
-        self._streams[site] = at.detach()
+        self._streams[site] = at if self.graph else at.detach()
 
     def __getitem__(self, site: Site) -> Tensor:
         if site not in self._streams:
@@ -187,41 +162,19 @@ class Ablate(_Hooks):
     """Project directions out of everything written to the residual stream, at every position.
 
     directions: [d_model] or [k, d_model], any length; they are orthonormalised. Applied to the
-    embedding and to the output of every block, attention and MLP, so that the stream never holds
-    them. Source: Arditi et al. 2024, section 2.4."""
+    embedding, to the output of every block and of what writes inside it (`blocks.writers_of`), so
+    that the stream never holds them. Source: Arditi et al. 2024, section 2.4."""
 
     def __init__(self, model: CausalLM, directions: Tensor) -> None:
         self.model, self.basis = model, orthonormal(directions)
+        self.writers = writers_of(model)  # before any hook of the caller's is in place
 
     def _install(self) -> Iterator[Any]:
         project = partial(project_out, basis=self.basis)
-        for block in blocks_of(self.model):
+        for block, writers in zip(blocks_of(self.model), self.writers, strict=True):
             yield _on_input(block, project)
-            for module in (*writers_of(block), block):
+            for module in (*writers, block):
                 yield _on_output(module, project)
-
-
-# the norms behind attention and MLP in families that have them (Gemma 2, OLMo 2)
-_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "block_sparse_moe")
-
-
-def writers_of(block: nn.Module) -> list[nn.Module]:
-    """The attention and MLP modules of a block, whose outputs are added to the residual stream; in
-    families that put a norm behind them these norms.
-
-    Raises ValueError when they cannot be told from their names.
-    """
-    children = dict(block.named_children())
-    norms = [child for name, child in children.items() if name in _NORMS]
-    if len(norms) == 2:
-        return norms
-    writers = [child for name, child in children.items() if name in _ATTENTION + _MLP]
-    if len(writers) != 2:
-        names = list(children)
-        raise ValueError(f"cannot tell attention and MLP of {type(block).__name__} among {names}")
-    return writers
 
 
 def project_out(stream: Tensor, basis: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from latlib.hooks import CausalLM
+from latlib.blocks import CausalLM
 
 
 @contextmanager

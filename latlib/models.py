@@ -5,16 +5,16 @@ The frozen teacher is the same weights with the adapter off; there is never a se
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
+from latlib.blocks import CausalLM, text_config
 from latlib.errors import SettingError
-from latlib.fused.llama import LeanNetwork, fits, runs_lean, will_run_lean
-from latlib.hooks import CausalLM
+from latlib.fused.llama import runs_lean, will_run_lean
 from latlib.io.hub import (
     Allowed,
     located,
@@ -25,9 +25,11 @@ from latlib.io.hub import (
     quietly,
 )
 from latlib.io.machine import can_compile, resolve_device, resolve_dtype
-from latlib.network import StockNetwork
+from latlib.io.weights import check_tokens
 from latlib.network_protocol import Network
 from latlib.processes import ALONE, Processes
+from latlib.proof.prove import Paths, check_targets, check_teacher, network_of, prove
+from latlib.text.chat import templated
 
 Options = Any  # a section of `config.sections`, or anything with its fields
 
@@ -43,26 +45,30 @@ class LanguageModel:
     processes: Processes = ALONE  # those that train it together (`latlib.distributed.ranks.wrap`)
 
     @property
-    def lean(self) -> bool:
-        """Whether networks run the lean forward: asked for, or small and of the Llama family."""
-        if self.settings.forward == "lean" and not fits(self.model):
+    def paths(self) -> Paths:
+        """The shortcuts that are this model's own function (`latlib.proof`), found once.
+
+        Raises SettingError for a model that latlib cannot run rightly."""
+        # 'auto' takes the lean forward where it pays, in one process
+        auto = self.settings.forward == "auto" and self.processes.mode is None
+        wanted = self.settings.forward == "lean" or (auto and runs_lean(self.model))
+        paths = prove(self.model, self.dtype, wanted)
+        if self.settings.forward == "lean" and not paths.lean:
             raise SettingError(
                 f"model.forward = 'lean' does not fit {type(self.model).__name__} with this"
                 " adapter: set it to 'auto'"
             )
-        if self.processes.mode is not None or self.settings.forward == "stock":
-            return False
-        return self.settings.forward == "lean" or runs_lean(self.model)
+        return paths
 
     @property
     def n_layers(self) -> int:
         """Number of decoder blocks."""
-        return self.model.config.num_hidden_layers
+        return text_config(self.model).num_hidden_layers
 
     @property
     def context(self) -> int:
         """Longest sequence the model takes, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", 1 << 30)
+        return getattr(text_config(self.model), "max_position_embeddings", 1 << 30)
 
     @property
     def device(self) -> torch.device:
@@ -72,12 +78,13 @@ class LanguageModel:
     def network(self, adapter: bool = True, train: bool = False) -> Network:
         """A view of the weights as they are now. adapter=False is the frozen teacher; train=True
         keeps the graph."""
-        if self.lean:
-            return LeanNetwork(self.model, adapter, train, self.dtype)
+        if not adapter:
+            check_teacher(self.model)
         # a compiled block would not be gathered
         spread = self.processes.mode == "fsdp2"
         compiled = self.settings.compile and not spread and can_compile(self.device.type)
-        return StockNetwork(self.model, adapter, train, compiled=compiled, processes=self.processes)
+        options = {"compiled": compiled, "processes": self.processes}
+        return network_of(self.model, self.dtype, self.paths, adapter, train, **options)
 
 
 def load_model(
@@ -98,29 +105,30 @@ def load_model(
     source = located(folder, field)
     lean = settings.forward != "stock" and will_run_lean(open_config(source, field, allowed))
     weights = torch.float32 if lean and dtype == torch.bfloat16 else dtype
-    tokenizer = open_tokenizer(source, field, allowed)
-    model = _cast(open_model(source, field, allowed, weights), weights).to(device).eval()
+    tokenizer = templated(open_tokenizer(source, field, allowed), settings.template, settings.date)
+    model: Any = open_model(source, field, allowed, weights).to(device).eval()
     if adapter is not None:
         model = open_adapter(
             model, located(adapter, "adapter"), "adapter", Allowed.by(settings, revision=False)
         ).eval()
     model.requires_grad_(False)
-    return LanguageModel(model, tokenizer, settings, dtype)
+    check_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], f"{field} = {source!r}")
+    return _proven(LanguageModel(model, tokenizer, settings, dtype))
 
 
-def _cast(model: CausalLM, dtype: torch.dtype) -> nn.Module:
-    """Parameters in `dtype`; buffers stay: rotary frequencies rounded to bf16 turn far positions by
-    the wrong angle."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+def _proven(lm: LanguageModel) -> LanguageModel:
+    """`lm`, looked at before it is used; what is not the fast way is said."""
+    if lm.paths.note:
+        warnings.warn(lm.paths.note, stacklevel=3)
+    return lm
 
 
 def with_adapter(lm: LanguageModel, lora: Options, seed: int) -> LanguageModel:
     """A new LoRA adapter on a plain model; B starts at zero, so the model is unchanged until it is
     trained.
 
-    Raises SettingError when a target module does not exist."""
+    Raises SettingError for a target that is no layer of the model."""
+    check_targets(lm.model, lora.targets)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -134,4 +142,4 @@ def with_adapter(lm: LanguageModel, lora: Options, seed: int) -> LanguageModel:
             model = get_peft_model(lm.model, config)
         except ValueError as error:
             raise SettingError(f"lora.targets = {list(lora.targets)}: {error}") from None
-    return LanguageModel(model.eval(), lm.tokenizer, lm.settings, lm.dtype)
+    return _proven(LanguageModel(model.eval(), lm.tokenizer, lm.settings, lm.dtype))

@@ -6,24 +6,28 @@ states that predict labels, through the model's own modules.
    and not by a `LATHook`, so that gradient checkpointing recomputes the same thing; the sum is the
    one that the hook makes.
 3. A packed batch has an attention mask of its own, under which completions do not see each other.
-4. Where several processes train the model, its blocks run inside `Processes.through`."""
+4. Where several processes train the model, its blocks run inside `Processes.through`.
+
+Steps 1 to 3 are shortcuts, proven by `latlib.proof`; without them the decoder runs whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from latlib.batch import Batch
-from latlib.hooks import Ablate, Capture, CausalLM, blocks_of, decoder_of, orthonormal, stream_of
+from latlib.blocks import CausalLM, blocks_of, decoder_of, stream_of
+from latlib.hooks import Ablate, Capture, LATHook, orthonormal
 from latlib.model_state import adapter_off, forwards_replaced, frozen
-from latlib.network_protocol import Network
+from latlib.network_protocol import Network, Perturbation, Start
 from latlib.processes import ALONE, Processes, Result
-from latlib.threat import EMBEDDING
+from latlib.threat import EMBEDDING, Site
 
 # of each block: the arguments and keyword arguments beside the stream
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -35,7 +39,7 @@ class StockNetwork(Network):
     adapter: False runs a PEFT model with its adapter off (the teacher). train: False freezes the
     weights while it runs. compiled: run the blocks through `torch.compile`, one compilation for all
     of them (not under ablation hooks or gradient checkpointing, which need the modules' own calls).
-    processes: those that train the model together."""
+    processes: those that train the model together. walks: blocks are called one by one."""
 
     def __init__(
         self,
@@ -44,8 +48,10 @@ class StockNetwork(Network):
         train: bool = False,
         compiled: bool = False,
         processes: Processes = ALONE,
+        walks: bool = True,
     ) -> None:
         super().__init__(model, train)
+        self.walks = walks
         self.adapter, self.compiled, self.processes = adapter, compiled, processes
         self.decoder, self.blocks = decoder_of(model), blocks_of(model)
         # the same whatever the weights do
@@ -64,8 +70,8 @@ class StockNetwork(Network):
         with self.frozen_mode():
             return self.processes.through(self.train, call)
 
-    def _decode(self, batch: Batch) -> None:
-        """Run the decoder, some of whose blocks are others for now."""
+    def _decode(self, batch: Batch) -> Tensor:
+        """[batch, seq, d_model]: the decoder's output, its blocks perhaps others for now."""
         # plain rows are padded on the right, where causal attention never looks
         mask = torch.ones_like(batch.ids)
         if batch.packed:
@@ -73,7 +79,25 @@ class StockNetwork(Network):
             mask = torch.zeros_like(seen, dtype=self.dtype)
             mask.masked_fill_(~seen, torch.finfo(self.dtype).min)
         positions = batch.positions
-        self.decoder(batch.ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        inputs = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+        return self.decoder(batch.ids, **inputs)[0]
+
+    def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
+        """See `Network`."""
+        if self.walks:
+            return super().hidden(batch, deltas, start)
+        outside = self._outside(deltas) or {}
+        with LATHook(self.model, outside):  # nothing is perturbed below the start
+            return self._run(lambda: self._decode(batch))
+
+    def _streams(
+        self, batch: Batch, sites: Sequence[Site], deltas: Perturbation = None, start: Start = None
+    ) -> dict[Site, Tensor]:
+        if self.walks:
+            return super()._streams(batch, sites, deltas, start)
+        with Capture(self.model, sites, graph=True) as streams:
+            self._decode(batch)
+        return {site: streams[site] for site in sites}
 
     def _calls_of_blocks(self, batch: Batch) -> Calls:
         """The arguments beside the stream that each block receives for this batch (masks, rotary
@@ -127,16 +151,18 @@ class StockNetwork(Network):
         return block._latlib_compiled
 
     def _norm(self, stream: Tensor) -> Tensor:
-        for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f"):
+        for name in _FINAL_NORMS:
             if hasattr(self.decoder, name):
                 return getattr(self.decoder, name)(stream)
         raise ValueError(f"{type(self.decoder).__name__} has no final norm latlib knows")
 
     def unembed(self, rows: Tensor) -> Tensor:
-        with self.frozen_mode():
-            logits = self.model.get_output_embeddings()(rows)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if not cap else cap * torch.tanh(logits / cap)
+        # by the model's own forward, whose decoder returns the rows: families scale, cap and shift
+        output = _Decoded(last_hidden_state=rows[None])
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=self.device)
+        decoded = forwards_replaced([self.decoder], lambda *_, **__: output, hooks=False)
+        with self.frozen_mode(), decoded:
+            return self.model(ids, use_cache=False).logits[0]
 
     def ablated(self, directions: Tensor) -> StockNetwork:
         every = self._and(directions)
@@ -147,6 +173,19 @@ class StockNetwork(Network):
 
     def flush_gradients(self) -> None:
         """See `Network`: gradients are with the parameters already."""
+
+
+# its name by family; `proof` finds a wrong one
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm")
+
+
+class _Decoded(BaseModelOutputWithPast):
+    """A decoder's output, with nothing in it but the hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class _EnoughError(Exception):

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from latlib.batch import Batch
-from latlib.hooks import CausalLM, check_delta, project_out
+from latlib.blocks import CausalLM, text_config
+from latlib.hooks import check_delta, project_out
 from latlib.losses import Unembed, at_labels
 from latlib.processes import Result
 from latlib.threat import EMBEDDING, Site, depth, resolve_sites
@@ -38,7 +39,8 @@ class Network(ABC):
 
     def __init__(self, model: CausalLM, train: bool, dtype: torch.dtype | None = None) -> None:
         self.model, self.train = model, train
-        self.n_layers, self.d_model = model.config.num_hidden_layers, model.config.hidden_size
+        config = text_config(model)
+        self.n_layers, self.d_model = config.num_hidden_layers, config.hidden_size
         weight = model.get_input_embeddings().weight
         self.dtype, self.device = dtype or weight.dtype, weight.device
         self.directions: Tensor | None = None

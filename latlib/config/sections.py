@@ -7,6 +7,7 @@ code: github.com/aengusl/latent-adversarial-training at commit 53ac752.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -82,6 +83,10 @@ class ModelSettings(Section):
     # torch.compile of the stock forward's blocks; falls back with a warning where it cannot. Our
     # choice: it costs 8 to 23 s a process (docs/lab-log.md)
     compile: Flag = False
+    # what the chat template gets beside the messages, such as {enable_thinking: false}. Our choice
+    template: dict[str, bool | int | str] = {}
+    # what a chat template writes for today. Our choice: the day on which the run began
+    date: datetime.date | None = None
     # The fields from here on describe the organism and are unused for other sources. Our choice:
     # the smallest that reads every encoding (docs/lab-log.md)
     dim: Count = 128

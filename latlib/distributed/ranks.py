@@ -35,12 +35,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from latlib.blocks import CausalLM, blocks_of
 from latlib.config.sections import ModelSettings, ProfileError
-from latlib.hooks import CausalLM, blocks_of
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.models import LanguageModel
 from latlib.processes import Processes, Result, full
+from latlib.proof.prove import prove
 
 Mode = Literal["ddp", "fsdp2"]
 # others wait while the first process makes a base model or writes a large adapter
@@ -184,6 +185,7 @@ def wrap(lm: LanguageModel, mode: Mode, device: torch.device | None = None) -> L
             "model.forward = 'lean' runs in one process: set it to 'auto', or parallel.processes"
             " to 1"
         )
+    prove(lm.model, lm.dtype)  # before its weights are spread
     for name, parameter in lm.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     root: nn.Module = Root(lm.model)

@@ -20,6 +20,7 @@ from latlib.batch import Batch, TokenRow, collate
 from latlib.evaluation.phrases import Texts
 from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
+from latlib.proof.prove import greedy
 from latlib.text.chat import Row, tokenise
 from latlib.threat import Site
 
@@ -76,18 +77,17 @@ def write(
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
-        # a chat model's own would only make a greedy one warn
-        **dict.fromkeys(("temperature", "top_p", "top_k")),
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
     replies = [""] * len(rows)
-    for index, batch in batches(rows, size, lm.device):
+    for index, batch in _prompt_batches(lm, rows, size):
         packed = perturb(batch) if perturb else {}
         deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
         inputs = left_padded(lm, [rows[i].prompt for i in index])
         ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
         # in this order, so that what a perturbation writes is ablated too
-        with torch.no_grad(), LATHook(lm.model, deltas, decoding=True), ablation:
+        hook = LATHook(lm.model, deltas, decoding=True)
+        with torch.no_grad(), hook, ablation, greedy(lm.model):
             # through the processes, if several hold the model between them: each writes all replies
             run = partial(lm.model.generate, **inputs, **options)
             out = lm.processes.through(False, run)
@@ -96,6 +96,21 @@ def write(
         for i, reply in zip(index, written, strict=True):
             replies[i] = reply.strip()
     return replies
+
+
+def _prompt_batches(
+    lm: LanguageModel, rows: TokenRows, size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """`batches`; of prompts of one length each, where the model cannot be padded."""
+    if lm.paths.padded:
+        yield from batches(rows, size, lm.device)
+        return
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row.prompt), []).append(i)
+    for group in by_length.values():
+        for index, batch in batches([rows[i] for i in group], size, lm.device):
+            yield [group[i] for i in index], batch
 
 
 def left_padded(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

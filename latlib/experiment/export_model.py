@@ -103,7 +103,8 @@ def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
     allowed = Allowed.by(settings, revision=str(base) == settings.source)
     config = open_config(located(base, field), field, allowed)
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    changes = {"dtype": dtype, "device": "cpu", "forward": "stock", "compile": False}
+    # without a date: the exported template writes today's
+    changes = {"date": None, "dtype": dtype, "device": "cpu", "forward": "stock", "compile": False}
     return settings.model_copy(update=changes)
 
 

@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
-    layout = Layout(profile, run_folder(profile.name, options.out))
+    layout = Layout(profile, run_folder(profile.name, options.out)).dated()
     method = options.method or profile.main
     spec = find_spec(profile, method, options.seed, options.variant)
     try:

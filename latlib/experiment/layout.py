@@ -1,6 +1,7 @@
 """Which file of a run lies where in its folder.
 
     profile.yaml                                what the run was made with
+    began.json                                  the day on which it began
     models/<model>/                             an adapter or a base, with its card and its record
     models/.<model>.checkpoints/                of a training that is not finished
     metrics/<model>.jsonl                       a line a training step
@@ -15,10 +16,11 @@ where <model> is `Spec.folder`, such as 'lat-seed0'.
 
 from __future__ import annotations
 
+import datetime
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.spec import Spec
-from latlib.io.files import Json, write_text
+from latlib.io.files import Json, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
@@ -76,6 +78,19 @@ class Layout:
                 + "\n  ".join(lines)
                 + "\nstart over with --fresh, or keep both by giving another folder with --out"
             )
+
+    def dated(self) -> Layout:
+        """This layout, its profile's model.date set: the day on which the run began, where the
+        profile names none."""
+        model = self.profile.model
+        if model.date is not None:
+            return self
+        file = self.folder / "began.json"
+        if not file.exists():
+            write_json({"date": datetime.date.today().isoformat()}, file)
+        day = datetime.date.fromisoformat(read_json(file)["date"])
+        model = model.model_copy(update={"date": day})
+        return replace(self, profile=self.profile.model_copy(update={"model": model}))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,7 +186,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def fixed_settings(profile: Json) -> Json:
     """The part of a dumped profile that a run folder is made with: a grid names trials and changes
-    none, and a file stays the same wherever it lies."""
+    none, a file stays the same wherever it lies, and the day is the folder's."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
     kept.get("sweep", {}).pop("grid", None)
+    kept.get("model", {}).pop("date", None)  # of the run's own making
     return kept

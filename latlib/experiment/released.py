@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from latlib.config.sections import ModelSettings
 from latlib.io.hub import Allowed, is_adapter, located, open_adapter, open_tokenizer
 from latlib.models import LanguageModel, load_model
+from latlib.text.chat import templated
 
 
 def load_tokenizer(
@@ -18,7 +19,8 @@ def load_tokenizer(
     """The tokenizer of what `load_model` loads, without its weights."""
     field = "model.source"
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
-    return open_tokenizer(located(folder, field), field, allowed)
+    tokenizer = open_tokenizer(located(folder, field), field, allowed)
+    return templated(tokenizer, settings.template, settings.date)
 
 
 def load_released(

@@ -77,8 +77,10 @@ class Run:
             profile = load_profile(profile)
         self.profile = profile
         self.folder = run_folder(self.profile.name, out)
-        self.layout = Layout(self.profile, self.folder)
-        self.layout.claim()
+        layout = Layout(self.profile, self.folder)
+        layout.claim()
+        self.layout = layout.dated()
+        self.profile = self.layout.profile
         prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
 
     def spec(

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
+from latlib.blocks import CausalLM, decoder_of
 from latlib.fused.kernels import MLP, Attention, RMSNorm, Tables, padded_keys
-from latlib.hooks import CausalLM, check_delta, decoder_of, orthonormal
+from latlib.hooks import check_delta, orthonormal
 from latlib.losses import Unembed, at_labels, wide_of
 from latlib.network_protocol import Network, Perturbation, Start
 from latlib.threat import EMBEDDING, Site

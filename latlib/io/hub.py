@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -40,10 +40,15 @@ from transformers.utils import logging as transformers_logging
 
 from latlib.errors import SettingError
 from latlib.io.files import read_json
+from latlib.io.weights import check_loaded, check_not_quantised, headers
 
-_SAFE = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_SAFE_ADAPTER, _PICKLED_ADAPTER = ("adapter_model.safetensors",), ("adapter_model.bin",)
+# names of weights that are read, and of pickles, which may run code
+MODEL_FILES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+ADAPTER_FILES = (("adapter_model.safetensors",), ("adapter_model.bin",))
+Files = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 Permissions = Any  # a `config.sections.ModelSettings`, or anything with its fields
@@ -148,12 +153,25 @@ def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
 
 def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) -> nn.Module:
     """A causal LM on the CPU, its weights read in `dtype`. Raises SettingError naming the field."""
-    open_config(source, field, allowed)
-    safe = _weights_are_safe(source, field, allowed, _SAFE, _PICKLED)
+    config = open_config(source, field, allowed)
+    safe = weights_are_safe(source, field, allowed, MODEL_FILES)
+    named = f"{field} = {source!r}"
+    check_not_quantised(config, named)
+    if Path(source).is_dir():
+        headers(Path(source), named)
     with _explaining(field, source, allowed):
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=safe, **allowed.options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=safe,
+            output_loading_info=True,
+            **allowed.options,
         )
+    check_loaded(model, info, named)
+    # buffers stay: rotary frequencies rounded to bf16 turn far positions by the wrong angle
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedTokenizerBase:
@@ -166,17 +184,63 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
     """`model` with an adapter on it, its weights not copied. Raises SettingError naming the
     field.
     """
-    _weights_are_safe(source, field, allowed, _SAFE_ADAPTER, _PICKLED_ADAPTER)
-    with _explaining(field, source, allowed):
-        return PeftModel.from_pretrained(model, source)
+    weights_are_safe(source, field, allowed, ADAPTER_FILES)
+    check_adapter(open_adapter_config(source, field), model, f"{field} = {source!r}")
+    with _explaining(field, source, allowed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # missing keys are an error below
+        adapted = PeftModel.from_pretrained(model, source)
+        kept = load_peft_weights(source, device="cpu")
+    check_adapter_keys(adapted, kept, f"{field} = {source!r}")
+    return adapted
 
 
-def _weights_are_safe(
-    source: str, field: str, allowed: Allowed, safe: tuple[str, ...], pickled: tuple[str, ...]
-) -> bool:
-    """Whether the weights are safetensors, or pickles that are allowed. Raises SettingError where
-    they are neither.
+def open_adapter_config(source: str, field: str) -> PeftConfig:
+    """What an adapter says of itself. Raises SettingError for one that adds tokens instead of
+    changing the model's layers."""
+    with _explaining(field, source, Allowed()):
+        config = PeftConfig.from_pretrained(source)
+    if config.is_prompt_learning:
+        raise SettingError(
+            f"{field} = {source!r} is a {config.peft_type} adapter, which adds tokens of its own:"
+            " give one that changes the model's layers, such as LoRA"
+        )
+    return config
+
+
+def check_adapter(config: PeftConfig, model: nn.Module, field: str) -> None:
+    """Raise SettingError for an adapter that was trained on another base."""
+    base = config.base_model_name_or_path or ""
+    own = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if _is_hub_id(base) and _is_hub_id(own) and base.lower() != own.lower():
+        raise SettingError(
+            f"{field} was trained on {base!r}, and is put on {own!r}: set the model to {base!r}"
+        )
+
+
+def check_adapter_keys(adapted: PeftModel, kept: Mapping[str, Any], field: str) -> None:
+    """Raise SettingError unless every weight of the adapter has its place, and every place its
+    weight. kept: the file's."""
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    whole = {f"base_model.model.{name}" for name, _ in adapted.get_base_model().named_parameters()}
+    absent = sorted(wanted - set(kept))
+    strange = sorted(set(kept) - wanted - whole)
+    for names, said in ((absent, "lacks"), (strange, "has, and the model has no place for,")):
+        if names:
+            raise SettingError(
+                f"{field} {said} {names[0]} and {len(names) - 1} more of its weights: it was made"
+                " for another model, or is not whole"
+            )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def weights_are_safe(source: str, field: str, allowed: Allowed, files: Files) -> bool:
+    """Whether the weights are safetensors, or pickles that are allowed. files: MODEL_FILES or
+    ADAPTER_FILES. Raises SettingError where they are neither.
     """
+    safe, pickled = files
 
     def has(names: tuple[str, ...]) -> bool:
         return any(source_file(source, name, field, allowed.revision) for name in names)

@@ -251,6 +251,11 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
     if processes > 1:
         scope += f", split over {processes} processes without loss"
     yield Line("time", NOTE, f"{spoken(total)} ({each}); {scope}; {how}")
+    if not of_world and job.device == "cpu":
+        rate = estimate.cpu_rate()
+        here = spoken(total * SHARE * MEASURED_RATE / rate)
+        text = f"{here} on this CPU, at {rate / 1e9:.0f} GFLOP/s as measured here just now"
+        yield Line("time here", NOTE, text)
     if not of_world:
         price, gpu_hours = profile.budget.usd_per_hour, total * processes
         text = (

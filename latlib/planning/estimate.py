@@ -43,9 +43,22 @@ MEASURED_RATE = 790e12
 SHARE = 0.35
 # where no row can be read: the middle of the benchmarks' rows, our choice
 ASSUMED_MEAN = Lengths(150, 150)
+CPU_SIZE = 1024  # of the matrices whose product tells a CPU's rate: a second at most; our choice
 SPARE = 1.1  # times the prediction, for fragmentation: our choice
 CONTEXT = 2**30  # bytes of CUDA's own context: our choice
 TIMED = 2  # steps of each kind, after one that warms up: our choice
+
+
+def cpu_rate() -> float:
+    """FLOP/s of a float32 matrix product on this CPU, the best of three: what a training step comes
+    near where no kernel has to be launched."""
+    a = torch.randn(CPU_SIZE, CPU_SIZE)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        _ = a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * CPU_SIZE**3 / min(seconds)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def local_folder(source: str, revision: str | None = None, kind: str = "model") 
 
 
 def config_of(settings: ModelSettings) -> PretrainedConfig | None:
-    """The config of a profile's model; None for a model that is neither here nor in `PUBLISHED`.
+    """The config of a profile's language model (of one that also sees, that part); None for a model
+    that is neither here nor in `PUBLISHED`.
 
     Raises ProfileError for a config.json that cannot be read.
     """
@@ -64,7 +65,8 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
     folder = local_folder(source, settings.revision)
     if folder is not None and (folder / "config.json").is_file():
         try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            return config.get_text_config()
         except (OSError, ValueError, KeyError) as error:
             raise ProfileError(
                 f"model.source = {source!r}: {folder} cannot be read: {error}"

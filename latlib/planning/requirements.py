@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import constants, get_token
-from transformers import AutoTokenizer
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
@@ -29,9 +30,20 @@ from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import benign_rows, check_overlap, preference_rows
 from latlib.io.files import read_json
+from latlib.io.hub import (
+    ADAPTER_FILES,
+    MODEL_FILES,
+    Allowed,
+    check_adapter_keys,
+    open_adapter_config,
+    open_config,
+    open_tokenizer,
+    weights_are_safe,
+)
+from latlib.io.weights import check_folder, check_tokens, header
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED, local_folder
-from latlib.text.chat import Row, tokenise
+from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world.organism import build_tokenizer
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -136,12 +148,15 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     for source, subject in used.items():
         folder = Path(source).expanduser()
         if folder.is_dir():
-            yield _folder_line(subject, source, _files(folder))
+            yield _folder_line(profile, subject, source, folder)
         elif not is_hub_id(source):
             fix = "check the path, or give a hub id owner/name"
             yield Line(subject, MISSING, f"{source}: no such folder", fix)
         elif _is_here(profile, source):
-            yield Line(subject, OK, f"{source}: in the hub cache")
+            revision = profile.model.revision if subject == "model" else None
+            cached = local_folder(source, revision)
+            assert cached is not None, "it is here"
+            yield _whole_line(profile, subject, f"{source}: in the hub cache", cached)
         else:
             known = PUBLISHED.get(source)
             size = f"about {gigabytes(known.download)}" if known else "size not known here"
@@ -151,17 +166,56 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
                 yield _licence_line(source, machine)
 
 
-def _folder_line(subject: str, source: str, files: set[str]) -> Line:
+def _folder_line(profile: Profile, subject: str, source: str, folder: Path) -> Line:
+    files = _files(folder)
     configs = {"config.json"} if subject == "model" else {"config.json", "adapter_config.json"}
     lacks = ""
     if not files & configs:
         lacks = "config.json"
     elif subject == "model" and not files & _TOKENIZERS:
         lacks = "tokenizer"
-    if not lacks:
-        return Line(subject, OK, f"folder {source}")
-    fix = f"give a folder with its {lacks}, as save_pretrained writes it"
-    return Line(subject, MISSING, f"folder {source}: no {lacks}", fix)
+    if lacks:
+        fix = f"give a folder with its {lacks}, as save_pretrained writes it"
+        return Line(subject, MISSING, f"folder {source}: no {lacks}", fix)
+    return _whole_line(profile, subject, f"folder {source}", folder)
+
+
+def _whole_line(profile: Profile, subject: str, text: str, folder: Path) -> Line:
+    try:
+        _look_into(profile, subject, folder)
+    except ValueError as error:
+        wrong, _, fix = str(error).rpartition(": ")
+        return Line(subject, MISSING, wrong, fix)
+    return Line(subject, OK, text)
+
+
+def _look_into(profile: Profile, subject: str, folder: Path) -> None:
+    """Raise ValueError for a model, adapter, tokenizer or template that would stop the run later,
+    as far as it can be told without loading weights."""
+    field = f"{subject} {folder}"
+    allowed = Allowed.by(profile.model, revision=False)
+    adapter = (folder / "adapter_config.json").is_file()
+    weights_are_safe(str(folder), subject, allowed, ADAPTER_FILES if adapter else MODEL_FILES)
+    if adapter:
+        _look_into_adapter(profile, subject, folder)
+        return
+    config = open_config(str(folder), field, allowed)
+    check_folder(folder, config, field)
+    tokenizer = open_tokenizer(str(folder), field, allowed)
+    check_tokens(tokenizer, config.get_text_config().vocab_size, field)
+    chat_text(tokenizer, "A", profile.data.system_prompt)
+
+
+def _look_into_adapter(profile: Profile, subject: str, folder: Path) -> None:
+    adapter = open_adapter_config(str(folder), subject)
+    file = folder / "adapter_model.safetensors"
+    base = local_folder(profile.model.source, profile.model.revision)
+    if base is None or not file.is_file():  # pickles, which were allowed, have no header
+        return
+    config = open_config(str(base), "model.source", Allowed.by(profile.model, revision=False))
+    with torch.device("meta"):
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+    check_adapter_keys(adapted, header(file, subject), f"{subject} {folder}")
 
 
 def _download_line(subject: str, source: str, size: str, otherwise: str, machine: Machine) -> Line:

@@ -45,8 +45,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from latlib.batch import TokenRow
+from latlib.blocks import blocks_of
 from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
-from latlib.hooks import blocks_of
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, with_adapter
 from latlib.network import StockNetwork

@@ -45,7 +45,6 @@ from latlib.evaluation.phrases import Texts
 from latlib.io.progress import OnStep, unseen
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
-from latlib.network import StockNetwork
 from latlib.text.chat import Row, chat_text, shared_end, shared_start, token_ids, tokenise
 from latlib.threat import EMBEDDING
 
@@ -331,7 +330,9 @@ class SuffixLoss:
         self.frames = Frames(lm, prompts, settings)
         self.initial = self.frames.initial()
         self.targets = self._completions(lm, targets)
-        self.cached = isinstance(network, StockNetwork) and not lm.model.training
+        # a recurrent layer's state is not what the cache holds
+        kept = lm.paths.walks and lm.paths.packed != 0 and not lm.paths.lean
+        self.cached = kept and not lm.model.training
         self.batch = settings.batch
         alone = [TokenRow((token,), ()) for token in self.frames.allowed.tolist()]
         tokens = collate(alone, device=network.device)
@@ -397,8 +398,7 @@ class SuffixLoss:
 
     def _behind_cache(self, prompt: int, batch: Batch) -> Tensor:
         """[labels, d_model] states of rows whose tokens before the suffix are in the cache."""
-        network = self.network
-        assert isinstance(network, StockNetwork)
+        network: Any = self.network  # a stock one, see `cached`
         before, _ = self.frames.around[prompt]
         with network.frozen_mode():
             if prompt not in self._caches:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from latlib.batch import Batch
+from latlib.blocks import decoder_of, writers_of
 from latlib.evaluation.generate import Perturb
-from latlib.hooks import blocks_of, decoder_of, orthonormal, project_out, writers_of
+from latlib.hooks import orthonormal, project_out
 from latlib.models import LanguageModel
 from latlib.threat import Site
 
@@ -71,8 +72,8 @@ def orthogonalised(lm: LanguageModel, directions: Tensor) -> LanguageModel:
         model.config.tie_word_embeddings = False
     for table in (m for m in decoder_of(model).children() if isinstance(m, nn.Embedding)):
         table.weight.copy_(without(table.weight))
-    for block in blocks_of(model):
-        for layer in map(_last_linear, writers_of(block)):
+    for writers in writers_of(model):
+        for layer in map(_last_linear, writers):
             layer.weight.copy_(without(layer.weight.T).T)
             if layer.bias is not None:
                 layer.bias.copy_(without(layer.bias))

@@ -5,21 +5,32 @@
 2. `chat_text` puts a prompt through the tokenizer's own chat template, once; `tokenise` adds no
    second BOS.
 3. What the template writes between the prompt and a reply, and behind a reply, is found by giving
-   it a word that stands for the reply.
+   it a word that stands for the reply. What stands before every reply belongs to the prompt (an
+   empty thought, the name of a channel), unless a tokenizer joins it with the reply's first word.
+4. Prompt and reply are tokenised as one text, as the model meets them: the reply's tokens are what
+   follows the prompt's. A reply that would change the prompt's tokens is an error.
 """
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from latlib.batch import TokenRow
 
 Turn = tuple[str, str]  # what the user said and what the assistant replied
+Ids = tuple[int, ...]
+THOUGHT, THOUGHT_END = "<think>", "</think>"  # as Qwen3, DeepSeek-R1 and SmolLM3 write them
 _REPLY = "Xyzzy"  # stands for the reply while the chat template is looked at; no template holds it
+
+
+_WORDS = (_REPLY, "Sure", "I", "No", "The", "a", "1")  # how replies begin
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,10 @@ class Row:
 def chat_text(
     tokenizer: Any, prompt: str, system_prompt: str | None = None, shots: Sequence[Turn] = ()
 ) -> str:
-    """The templated prompt as text, ready for the assistant's reply; `shots` are earlier turns of
-    the chat.
+    """The templated prompt as text, with all that stands before every reply; `shots` are earlier
+    turns of the chat.
 
-    Raises ValueError when the tokenizer has no chat template.
+    Raises ValueError when the tokenizer has no chat template, or one that refuses a message.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -54,22 +65,101 @@ def chat_text(
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": replied})
     messages.append({"role": "user", "content": prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return _rendered(tokenizer, messages, open_turn=True) + _around_reply(tokenizer).before
 
 
-def _around_reply(tokenizer: Any) -> tuple[str, str]:
-    """(text between prompt and reply, text that ends the reply) as the template writes them."""
+def templated(tokenizer: Any, arguments: Mapping[str, Any], day: datetime.date | None) -> Any:
+    """The tokenizer, its chat template given `arguments` beside the messages, and `day` written
+    where it writes today: what a template writes must not change from one day of a run to the
+    next."""
+    if day is not None and isinstance(tokenizer.chat_template, str):
+        noon = datetime.datetime.combine(day, datetime.time(12))
+        written = partial(_dated, noon)
+        tokenizer.chat_template = _TODAY.sub(written, tokenizer.chat_template)
+    if arguments:
+        own = tokenizer.apply_chat_template
+        tokenizer.apply_chat_template = partial(own, **arguments)
+    return tokenizer
+
+
+# a call of the function by which templates ask for the date, as Llama 3.2 and SmolLM3 do
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def _dated(day: datetime.datetime, call: re.Match[str]) -> str:
+    return repr(day.strftime(call[2]))
+
+
+def accepts(tokenizer: Any, system_prompt: str | None = None, shots: Sequence[Turn] = ()) -> bool:
+    """Whether the tokenizer's template can write such messages around a request."""
+    try:
+        chat_text(tokenizer, "A", system_prompt, shots)
+    except ValueError:
+        return False
+    return True
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], open_turn: bool = False) -> str:
+    """Messages as text; open_turn: up to where the assistant's reply begins. Raises ValueError
+    saying which message a template refuses."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn
+        )
+    except Exception as error:  # templates are code, and raise what they like
+        roles = [message["role"] for message in messages]
+        what, fix = "a plain request", "use another model or tokenizer"
+        if "system" in roles:
+            what, fix = (
+                "a system message",
+                "leave out data.system_prompt and the jailbreak 'system'",
+            )
+        elif len(roles) > 2:
+            what, fix = "earlier turns", "leave out the jailbreak 'many-shot'"
+        name = getattr(tokenizer, "name_or_path", "")
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the chat template of {name!r} cannot write {what} ({said}): {fix}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What a template writes around a reply. before: between the prompt and every reply; joined:
+    the same, where the tokenizer joins it with the reply's first word; after: what ends a reply."""
+
+    before: str
+    joined: str
+    after: str
+
+
+def _around_reply(tokenizer: Any) -> _Around:
+    return _looked_at(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=16)
+def _looked_at(tokenizer: Any, template: str) -> _Around:
     user = {"role": "user", "content": "A"}
     reply = {"role": "assistant", "content": _REPLY}
-    head = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    chat = tokenizer.apply_chat_template([user, reply], tokenize=False)
-    end_of_text = tokenizer.eos_token or ""
+    head = _rendered(tokenizer, [user], open_turn=True)
+    chat = _rendered(tokenizer, [user, reply])
+    between = _between(head, chat)
+    after = chat.rpartition(_REPLY)[2].rstrip("\n") or tokenizer.eos_token or ""
+    alone, *together = token_ids(tokenizer, [head + between + word for word in ("", *_WORDS)])
+    if all(ids[: len(alone)] == alone for ids in together):
+        return _Around(between, "", after)
+    return _Around("", between, after)
+
+
+def _between(head: str, chat: str) -> str:
+    """What stands between the prompt and a reply: in the chat, or, where the prompt opens a thought
+    which the chat leaves out, the end of that thought."""
     stem = head.rstrip()  # some templates trim the space or newlines before a reply
-    if not chat.startswith(stem) or _REPLY not in chat[len(stem) :]:
-        return "", end_of_text
-    before, after = chat[len(stem) :].split(_REPLY, 1)
-    trimmed = len(head) - len(stem)
-    return before[trimmed:], after.rstrip("\n") or end_of_text
+    if chat.startswith(stem) and _REPLY in chat[len(stem) :]:
+        trimmed = len(head) - len(stem)
+        return chat[len(stem) :].split(_REPLY, 1)[0][trimmed:]
+    opened = head.rpartition(THOUGHT)[2] if THOUGHT in head else THOUGHT_END
+    return "" if THOUGHT_END in opened else f"\n{THOUGHT_END}\n\n"
 
 
 def tokenise(
@@ -86,24 +176,29 @@ def tokenise(
     row whose prompt and either completion have more than `max_tokens` tokens, 'error', or 'drop' or
     'truncate' (see `fitted`) with one warning that counts.
 
-    Raises ValueError naming the row that is too long or that has an empty completion, or if no row
-    is left.
+    Raises ValueError naming the row that is too long, that has an empty completion or one that
+    changes the prompt's tokens, or if no row is left.
     """
-    before, after = _around_reply(tokenizer)
-    prefilled = before + prefill if prefill else ""
-    ahead = "" if prefill else before
-    prompts = []
-    completions = []
+    around = _around_reply(tokenizer)
+    # it stands before a reply's first word, wherever that is
+    joined, first = ("", around.joined + prefill) if prefill else (around.joined, "")
+    prompts, replies, chats = [], [], []
     for row in rows:
-        prompts.append(chat_text(tokenizer, row.prompt, system_prompt, shots) + prefilled)
-        for text in row.completions:
-            completions.append(ahead + _without_prefill(row, text, prefill) + after)
+        asked = chat_text(tokenizer, row.prompt, system_prompt, shots) + first
+        own = [joined + _without_prefill(row, c, prefill) + around.after for c in row.completions]
+        prompts.append(asked)
+        replies += own
+        chats += [asked + reply for reply in own]
     prompt_ids = token_ids(tokenizer, prompts)
-    completion_ids = iter(token_ids(tokenizer, completions))
+    chat_ids = iter(token_ids(tokenizer, chats))
+    reply_ids = iter(token_ids(tokenizer, replies) if prefill else [()] * len(replies))
     found = []
     for row, prompt in zip(rows, prompt_ids, strict=True):
-        own = tuple(next(completion_ids) for _ in row.completions)
-        found.append(TokenRow(prompt, own))
+        completions = []
+        for _ in row.completions:
+            whole, alone = next(chat_ids), next(reply_ids)
+            completions.append(_behind(row, prompt, whole, alone))
+        found.append(TokenRow(prompt, tuple(completions)))
     if too_long != "error":
         return _all_fitted(found, max_tokens, too_long)
     for row, tokens in zip(rows, found, strict=True):
@@ -116,7 +211,26 @@ def tokenise(
     return found
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+def _behind(row: Row, prompt: Ids, whole: Ids, alone: Ids) -> Ids:
+    """The tokens of a completion behind the prompt's. alone: for a prefill that ends inside a
+    token, the rest as the model goes on from there."""
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    if alone:
+        return alone
+    raise ValueError(
+        f"row {row.row_id!r}: the completion's beginning changes the tokens of the prompt: remove"
+        " white space where it begins"
+    )
+
+
+def behind_thoughts(reply: str) -> str | None:
+    """What a reply says once its thought has ended; None where the thought has not."""
+    said = reply.rpartition(THOUGHT_END)[2]
+    return None if THOUGHT in said else said.strip()
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     """Ids of texts that went through a chat template: nothing is put before or behind them."""
     if not texts:
         return []

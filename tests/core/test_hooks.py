@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, LAYERS, D, language_model, model_of, noise_like
 from torch import nn
 
+from latlib.blocks import blocks_of, decoder_of, writers_of
 from latlib.hooks import (
     EMBEDDING,
     Ablate,
     Capture,
     LATHook,
-    blocks_of,
-    decoder_of,
     orthonormal,
     resolve_sites,
-    writers_of,
 )
 
 IDS = torch.tensor([[5, 3, 9, 1, 7, 2], [8, 8, 4, 6, 2, 1]])
@@ -242,12 +240,13 @@ def test_ablated_directions_are_nowhere_in_the_stream(family):
     model, directions = model_of(family), torch.randn(2, D, dtype=torch.float64)
     sites = (EMBEDDING, *range(LAYERS))
     reads_stream = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
+    ablation = Ablate(model, directions)
     halfway = []  # the stream between attention and MLP
     for block in blocks_of(model):
         getattr(block, reads_stream).register_forward_pre_hook(
             lambda _, args: halfway.append(args[0])
         )
-    with Ablate(model, directions), Capture(model, sites) as streams:
+    with ablation, Capture(model, sites) as streams:
         changed = model(IDS).logits
     assert len(halfway) == LAYERS
     for stream in (*(streams[s] for s in sites), *halfway):
@@ -301,7 +300,7 @@ def test_a_site_outside_the_model_is_named(spec):
 def test_blocks_and_writers_are_found_inside_any_wrapping(family):
     model = model_of(family)
     assert len(blocks_of(model)) == LAYERS
-    assert [len(writers_of(b)) for b in blocks_of(model)] == [2] * LAYERS
+    assert [len(writers) for writers in writers_of(model)] == [2] * LAYERS
 
 
 def test_the_blocks_of_a_peft_model_are_the_models_own():
@@ -314,5 +313,3 @@ def test_a_model_without_blocks_is_refused():
     bare.config = SimpleNamespace(num_hidden_layers=2)
     with pytest.raises(ValueError, match="Linear has no list of 2 blocks"):
         decoder_of(bare)
-    with pytest.raises(ValueError, match="cannot tell attention and MLP of Block"):
-        writers_of(Block(False))

@@ -111,9 +111,9 @@ def test_an_adapter_does_not_change_how_a_model_runs(folder, monkeypatch):
     monkeypatch.setattr(
         "latlib.fused.llama.LEAN_LIMIT", sum(p.numel() for p in base.model.parameters())
     )
-    assert base.lean and with_adapter(base, LoraSettings(r=4), seed=0).lean
+    assert base.paths.lean and with_adapter(base, LoraSettings(r=4), seed=0).paths.lean
     monkeypatch.setattr("latlib.fused.llama.LEAN_LIMIT", latlib.fused.llama.LEAN_LIMIT - 1)
-    assert not base.lean
+    assert not base.paths.lean
 
 
 def test_other_families_take_the_stock_network_and_lean_is_refused():

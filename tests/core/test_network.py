@@ -21,9 +21,10 @@ from tiny_models import (
 )
 
 from latlib.batch import TokenRow, collate
+from latlib.blocks import decoder_of
 from latlib.fused.kernels import padded_keys
 from latlib.fused.llama import LeanNetwork, fits
-from latlib.hooks import EMBEDDING, Ablate, LATHook, decoder_of
+from latlib.hooks import EMBEDDING, Ablate, LATHook
 from latlib.io.machine import can_compile
 from latlib.losses import at_labels
 from latlib.network import StockNetwork, adapter_off, frozen

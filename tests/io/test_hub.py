@@ -200,7 +200,7 @@ def test_an_adapter_of_another_model_is_named(tmp_path):
 
 def test_broken_files_are_named(tmp_path):
     (saved(tmp_path) / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ProfileError, match="model.source = .* cannot be loaded"):
+    with pytest.raises(ProfileError, match="model.source = .* no safetensors file"):
         load_model(tmp_path, settings_for())
 
 

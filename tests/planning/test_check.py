@@ -15,7 +15,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from tiny_models import world_tokenizer
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from latlib.config.profile import find_share, load_profile
 from latlib.planning import check as planning
@@ -69,13 +69,14 @@ def small(tmp_path, monkeypatch):
     size is made up.
     """
     cheap_steps(monkeypatch)
-    LlamaConfig(
-        vocab_size=97,
+    config = LlamaConfig(
+        vocab_size=512,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=3,
         num_attention_heads=2,
-    ).save_pretrained(tmp_path / "model")
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     world_tokenizer().save_pretrained(tmp_path / "model")
     rows = "goal,target\n" + "".join(f"do {i},Sure {i}\n" for i in range(20))
     (tmp_path / "harmful.csv").write_text(rows)
@@ -136,7 +137,7 @@ def test_a_shipped_profile_of_eight_billion_parameters_is_predicted(capsys, tmp_
     """The real prediction; that there is no file is the only thing missing."""
     status, lines = status_of("llama3-8b-seed", BIG, capsys)
     assert status == 3 and lines["data.harmful"]["state"] == "missing"
-    assert "24.1 GB predicted: weights 16.1" in lines["memory"]["text"]
+    assert "24.0 GB predicted: weights 16.1" in lines["memory"]["text"]
     assert lines["memory"]["state"] == "ok"
     assert lines["time"]["text"].startswith("3.0 h")
     cheap_steps(monkeypatch)
@@ -207,19 +208,17 @@ def test_what_is_in_the_hub_cache_is_not_downloaded(small, tmp_path):
     cached(tmp_path / "hub" / "datasets--someone--prompts")
     model = cached(tmp_path / "hub" / "models--someone--model")
     shutil.copytree(tmp_path / "model", model, dirs_exist_ok=True)
+    weights = (model / "model.safetensors").rename(tmp_path / "weights")
     changes = {"model": {"source": "someone/model"}, "data": {"benign": "someone/prompts"}}
     lines = small(replace(CPU, offline=True), **changes)
     assert missing(lines) == ["model"]  # its weights are not there
     assert lines["data.benign"].text == "someone/prompts: in the cache"
-    (model / "model.safetensors").touch()
+    shutil.copy(weights, model / "model.safetensors")
     lines = small(replace(CPU, offline=True), **changes)
     assert missing(lines) == [] and lines["model"].text == "someone/model: in the hub cache"
-    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    index = {"weight_map": {"a": "model.safetensors", "b": "2.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    (model / "1.safetensors").touch()
     assert missing(small(replace(CPU, offline=True), **changes)) == ["model"]
-    (model / "2.safetensors").touch()
-    assert missing(small(replace(CPU, offline=True), **changes)) == []
 
 
 def cached(repository: Path) -> Path:

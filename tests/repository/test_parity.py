@@ -1,5 +1,6 @@
 """Ours against the authors' code, where a checkout of it is at hand: LATLIB_AUTHORS=PATH."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import parity
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = os.environ.get("LATLIB_AUTHORS", "")
 
 
@@ -49,3 +51,8 @@ def test_rows_in_the_authors_form_keep_every_token():
         for name, completion in zip(("adv", "def"), row.completions, strict=True):
             marked = batch[f"{name}_tokens"][i][batch[f"{name}_labels_mask"][i]]
             assert tuple(marked.tolist()) == tuple(completion)
+
+
+def test_the_page_is_made_from_the_results():
+    results = json.loads((ROOT / "benchmarks/results/parity.json").read_text())
+    assert (ROOT / "docs/method.md").read_text() == parity.page(results)

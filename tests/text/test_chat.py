@@ -1,15 +1,17 @@
 """Text to tokens: as the model's own chat template writes it, and never longer than asked."""
 
+import copy
+import datetime
 import warnings
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from latlib.batch import TokenRow
-from latlib.text.chat import Row, chat_text, fitted, tokenise
+from latlib.text.chat import Row, behind_thoughts, chat_text, fitted, templated, tokenise
 
 ids = st.integers(1, 99)
 completion = st.lists(ids, min_size=1, max_size=5).map(tuple)
@@ -40,9 +42,12 @@ def tokenizer():
     )
 
 
+BYTES = str.maketrans({"Ġ": " ", "Ċ": "\n"})
+
+
 def text_of(tokenizer, tokens):
     """Byte-level tokens back to text, special tokens included."""
-    return "".join(tokenizer.convert_ids_to_tokens(list(tokens))).replace("Ġ", " ")
+    return "".join(tokenizer.convert_ids_to_tokens(list(tokens))).translate(BYTES)
 
 
 def row(prompt="why ?", *completions, row_id="r7"):
@@ -202,3 +207,203 @@ def test_a_prefill_comes_behind_the_turns(tokenizer):
         "[assistant] sure : so .</s>[user] why ?[assistant] sure :"
     )
     assert text_of(tokenizer, found.completions[0]) == " go .</s>"
+
+
+# ---- prompt and reply as one text --------------------------------------------------------------
+
+CORPUS = (
+    "Sure, here is how to bake a good loaf of bread",
+    "I cannot help with that request, sorry",
+    "please tell me how to bake bread now",
+)
+SPACE = "\u2581"
+STYLES = {
+    "llama2": (
+        normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]),
+        pre_tokenizers.Split(SPACE, "merged_with_next"),
+    ),
+    "metaspace": (None, pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first")),
+    "gemma": (
+        normalizers.Replace(" ", SPACE),
+        pre_tokenizers.Split(SPACE, "merged_with_next"),
+    ),
+}
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{m.content}} [/INST]"
+    "{% else %} {{m.content}} </s>{% endif %}{% endfor %}"
+)
+LINES = (
+    "<s>{% for m in messages %}{{m.role}}\n{{m.content}}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def sentencepiece_like(style: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words begin with their space, and whose texts begin with one."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    normaliser, pre_tokenizer = STYLES[style]
+    if normaliser is not None:
+        made.normalizer = normaliser
+    made.pre_tokenizer = pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list("[INST]/:\nA!"),
+    )
+    made.train_from_iterator(CORPUS * 50, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=template,
+    )
+
+
+@pytest.mark.parametrize("template", [INST, LINES], ids=["inst", "lines"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("reply", ["Sure, here is", "I cannot help"])
+def test_a_reply_is_the_tokens_that_follow_the_prompt_in_one_text(style, template, reply):
+    tokenizer = sentencepiece_like(style, template)
+    (found,) = tokenise([Row("0", "please tell me", (reply,))], tokenizer, 500)
+    chat = [
+        {"role": "user", "content": "please tell me"},
+        {"role": "assistant", "content": reply},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = [*found.prompt, *found.completions[0]]
+    assert own == whole[: len(own)]
+    asked = chat_text(tokenizer, "please tell me")
+    assert list(found.prompt) == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+def test_a_reply_that_changes_the_prompts_tokens_is_an_error_that_names_the_row():
+    corpus = ["assistant\n\n\nSure", "user\n\nplease"] * 50
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Split("never", "isolated")
+    alphabet = sorted(set("".join(corpus)) | set("</s>Xyzwq1IthaNo."))
+    made.train_from_iterator(corpus, trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=80))
+    template = "{% for m in messages %}{{m.role}}\n\n{{m.content}}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant\n\n{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template)
+    with pytest.raises(ValueError, match="row 'r7': the completion's beginning changes the tokens"):
+        tokenise([row("please", "\nSure", "\nSure")], tokenizer, 500)
+
+
+TURN = "<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n"
+FAMILIES = {
+    # name: (template, what the prompt ends in, what a reply ends in)
+    "chatml": (
+        "{% for m in messages %}" + TURN + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    # an empty thought before the last reply, which the generation prompt leaves to the model
+    "qwen3": (
+        "{% for m in messages %}<|im_start|>{{m.role}}\n{% if m.role == 'assistant' %}<think>\n\n"
+        "</think>\n\n{% endif %}{{m.content}}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    # the generation prompt opens a thought, which the written chat has not
+    "r1": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{m.content}}{% else %}"
+        "<|Assistant|>{{m.content}}<|eos|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+        "<|Assistant|><think>\n\n</think>\n\n",
+        "<|eos|>",
+    ),
+    # a channel that the generation prompt does not name
+    "harmony": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final"
+        "<|message|>{{m.content}}<|return|>{% else %}<|start|>user<|message|>{{m.content}}<|end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+        "<|start|>assistant<|channel|>final<|message|>",
+        "<|return|>",
+    ),
+    "without a generation prompt": (
+        "{% for m in messages %}{{m.role}}: {{m.content}}\n{% endfor %}",
+        "assistant: ",
+        "</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_before_every_reply_belongs_to_the_prompt(tokenizer, family):
+    template, before, after = FAMILIES[family]
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    (found,) = tokenise([row("Bake bread?", "Sure, bake", "No.")], other, 500)
+    assert text_of(other, found.prompt).endswith("Bake bread?" + between(template) + before)
+    replies = [text_of(other, ids) for ids in found.completions]
+    assert replies == ["Sure, bake" + after, "No." + after]
+
+
+def between(template: str) -> str:
+    """What ends the user's turn."""
+    ends = {"<|im_end|>": "<|im_end|>\n", "<|User|>": "", "<|end|>": "<|end|>"}
+    return next((end for mark, end in ends.items() if mark in template), "\n")
+
+
+def test_an_unfinished_thought_has_said_nothing():
+    assert behind_thoughts("I can not.") == "I can not."
+    assert behind_thoughts("<think>\nhm\n</think>\n\nNo.") == "No."
+    assert behind_thoughts("hm\n</think>\n\nNo.") == "No."
+    assert behind_thoughts("<think>\nI will not") is None
+    assert behind_thoughts("<think>a</think> so <think> b") is None
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not"
+    " supported') }}{% endif %}[{{m.role}}]{{m.content}}{% endfor %}[assistant]"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "{{ raise_exception('no earlier turns') }}{% endif %}[{{m.role}}]{{m.content}}{% endfor %}"
+)
+BROKEN = "{{ messages[0].content.nothing.here }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "reason"),
+    [
+        (NO_SYSTEM, {"system_prompt": "Be kind."}, "cannot write a system message .*not supported"),
+        (NO_SYSTEM, {"system_prompt": "Be kind."}, r"leave out data\.system_prompt"),
+        (ALTERNATING, {"shots": [("a", "b")]}, "cannot write earlier turns .*many-shot"),
+        (BROKEN, {}, "cannot write a plain request"),
+    ],
+)
+def test_what_a_template_refuses_is_named(tokenizer, template, options, reason):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(ValueError, match=reason):
+        tokenise([row()], other, 200, **options)
+
+
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '. ' }}" + TEMPLATE
+
+
+def test_a_template_writes_the_day_of_the_run_on_every_day(tokenizer):
+    day = datetime.date(2020, 2, 29)
+    fixed = templated(with_template(tokenizer, DATED), {}, day)
+    assert chat_text(fixed, "a").startswith("Today: 29 Feb 2020. ")
+    free = chat_text(templated(with_template(tokenizer, DATED), {}, None), "a")
+    assert datetime.date.today().strftime("%d %b %Y") in free
+
+
+def test_a_template_gets_its_arguments(tokenizer):
+    template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    plain = with_template(tokenizer, template)
+    assert not chat_text(plain, "a").endswith("<think></think>")
+    without = templated(with_template(tokenizer, template), {"enable_thinking": False}, None)
+    assert chat_text(without, "a").endswith("<think></think>")
+
+
+def with_template(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other

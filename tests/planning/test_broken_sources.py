@@ -1,0 +1,241 @@
+"""`--check` never says that everything is there for a run that a file on disk would stop later."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import world_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from latlib.config.profile import load_profile
+from latlib.config.sections import ProfileError
+from latlib.io.weights import INDEX
+from latlib.planning import check as planning
+from latlib.planning import estimate
+from latlib.planning.requirements import Machine
+from latlib.planning.step_cost import Memory
+
+MACHINE = Machine((), "", False, 2**40, 2**40, 2**40, True, False, True)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}[{{m.role}}]{{m.content}}{% endfor %}[assistant]"
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A folder with a model in three shards, an adapter for it, and two files of prompts."""
+    home = tmp_path_factory.mktemp("sources")
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(home / "model", max_shard_size="100KB")
+    world_tokenizer().save_pretrained(home / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(home / "adapter")
+    rows = "goal,target\n" + "".join(f"do thing {i} now,Sure thing {i}\n" for i in range(20))
+    (home / "harmful.csv").write_text(rows)
+    benign = rows.replace("goal", "instruction").replace("do", "bake")
+    (home / "benign.csv").write_text(benign)
+    return home
+
+
+@pytest.fixture
+def home(sources, tmp_path, monkeypatch) -> Path:
+    """A copy that may be broken; a step's size is made up."""
+    monkeypatch.setattr(estimate, "predicted_flop", lambda *_: 1e15)
+    memory = Memory(10**9, 10**7, 10**7, 10**9)
+    monkeypatch.setattr(estimate, "predicted_memory", lambda *_: memory)
+    copied = Path(shutil.copytree(sources, tmp_path / "home"))
+    monkeypatch.chdir(copied)
+    return copied
+
+
+def checked(home: Path, **sections) -> str:
+    """What is missing, as text; '' for nothing. An unusable setting is named by its error."""
+    tree = {
+        "name": "broken",
+        "description": "a test",
+        "seeds": [0],
+        "model": {"source": "model", "device": "cpu"},
+        "released": {"theirs": "adapter"},
+        "data": {"source": "files", "harmful": "harmful.csv", "benign": "benign.csv"},
+        "train": {
+            "steps": 4,
+            "batch": 2,
+            "benign_batch": 2,
+            "micro_batch": 2,
+            "attack": {"sites": [1], "steps": 2},
+        },
+        "methods": {"lat": {}, "theirs": {}},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    (home / "broken.yaml").write_text(yaml.safe_dump(tree))
+    try:
+        lines = planning.check(load_profile(home / "broken.yaml"), home / "run", MACHINE)
+    except ProfileError as error:
+        return str(error)
+    wrong = [line for line in lines if line.state == "missing"]
+    assert all(line.fix for line in wrong), "every one has a fix"
+    return "\n".join(f"[{line.subject}] {line.text}: {line.fix}" for line in wrong)
+
+
+def test_whole_sources_lack_nothing(home):
+    assert checked(home) == ""
+
+
+def shard(home: Path) -> Path:
+    return sorted((home / "model").glob("model-*.safetensors"))[1]
+
+
+def config_with(home: Path, **changes) -> None:
+    path = home / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def template(home: Path, text: str | None) -> None:
+    tokenizer = world_tokenizer()
+    shutil.rmtree(home / "tokenizer", ignore_errors=True)
+    for path in (home / "model").glob("chat_template*"):
+        path.unlink()
+    tokenizer.chat_template = text
+    tokenizer.save_pretrained(home / "model")
+
+
+def more_tokens(home: Path) -> None:
+    tokenizer = world_tokenizer()
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(600)])
+    tokenizer.save_pretrained(home / "model")
+
+
+def without_layer(home: Path) -> None:
+    folder = home / "model"
+    index = json.loads((folder / INDEX).read_text())
+    for path in folder.glob("model-*.safetensors"):
+        kept = {n: v for n, v in load_file(path).items() if ".layers.3." not in n}
+        save_file(kept, path, metadata={"format": "pt"})
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if ".layers.3." not in n}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def prompt_tuned(home: Path) -> None:
+    shutil.rmtree(home / "adapter")
+    model = LlamaForCausalLM.from_pretrained(home / "model")
+    config = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(home / "adapter")
+
+
+def adapter_lacks(home: Path) -> None:
+    path = home / "adapter/adapter_model.safetensors"
+    kept = {n: v for n, v in load_file(path).items() if "layers.2" not in n}
+    save_file(kept, path)
+
+
+def tokenizer_files(home: Path) -> None:
+    for path in (home / "model").glob("*token*"):
+        path.unlink()
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
+BREAKS = {
+    "no model": (lambda h: shutil.rmtree(h / "model"), "[model] model: no such folder"),
+    "no config": (lambda h: (h / "model/config.json").unlink(), "config.json"),
+    "broken config": (lambda h: (h / "model/config.json").write_text("{"), "model"),
+    "config of a list": (lambda h: (h / "model/config.json").write_text("[]"), "model"),
+    "unknown kind": (lambda h: config_with(h, model_type="nothing-known"), "model"),
+    "its own code": (
+        lambda h: config_with(
+            h,
+            model_type="mine",
+            auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "m.M"},
+        ),
+        "model",
+    ),
+    "no tokenizer": (tokenizer_files, "tokenizer"),
+    "broken tokenizer": (lambda h: (h / "model/tokenizer.json").write_text("{"), "model"),
+    "no weights": (
+        lambda h: [p.unlink() for p in (h / "model").glob("*.safetensors*")],
+        "holds no model.safetensors",
+    ),
+    "a shard missing": (lambda h: shard(h).unlink(), "lacks model-00002"),
+    "a shard cut": (lambda h: shard(h).write_bytes(shard(h).read_bytes()[:-50]), "bytes long"),
+    "a header cut": (lambda h: shard(h).write_bytes(shard(h).read_bytes()[:30]), "header"),
+    "an empty shard": (lambda h: shard(h).write_bytes(b""), "no safetensors file"),
+    "a git-lfs pointer": (lambda h: shard(h).write_text(LFS), "pointer of git-lfs"),
+    "broken index": (lambda h: (h / "model" / INDEX).write_text("[1"), "is no index"),
+    "a layer missing": (without_layer, r"model.layers.3."),
+    "another width": (lambda h: config_with(h, intermediate_size=64), "its config says"),
+    "another depth": (lambda h: config_with(h, num_hidden_layers=6), "model.layers.4."),
+    "gptq": (
+        lambda h: config_with(h, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised (gptq)",
+    ),
+    "8 bit": (
+        lambda h: config_with(
+            h, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}
+        ),
+        "quantised (bitsandbytes)",
+    ),
+    "fp8": (
+        lambda h: config_with(h, quantization_config={"quant_method": "fp8"}),
+        "quantised (fp8)",
+    ),
+    "too many tokens": (more_tokens, "largest token id"),
+    "no template": (lambda h: template(h, None), "no chat template"),
+    "a template that raises": (lambda h: template(h, "{{ nothing.here.at.all }}"), "cannot write"),
+    "a broken template": (lambda h: template(h, "{% for m in %}"), "cannot write"),
+    "an adapter without weights": (
+        lambda h: (h / "adapter/adapter_model.safetensors").unlink(),
+        "holds no adapter_model.safetensors",
+    ),
+    "an adapter cut": (
+        lambda h: (h / "adapter/adapter_model.safetensors").write_bytes(
+            (h / "adapter/adapter_model.safetensors").read_bytes()[:-9]
+        ),
+        "bytes long",
+    ),
+    "an adapter's config broken": (
+        lambda h: (h / "adapter/adapter_config.json").write_text("{"),
+        "theirs",
+    ),
+    "a prompt-learning adapter": (prompt_tuned, "PROMPT_TUNING"),
+    "an adapter lacks weights": (adapter_lacks, "theirs"),
+    "no harmful file": (lambda h: (h / "harmful.csv").unlink(), "harmful.csv"),
+    "an empty file": (lambda h: (h / "harmful.csv").write_text(""), "harmful.csv"),
+    "another column": (lambda h: (h / "benign.csv").write_text("a,b\n1,2\n"), "instruction"),
+    "a field too many": (
+        lambda h: (h / "harmful.csv").write_text("goal,target\na,b,c\n"),
+        "harmful.csv",
+    ),
+    "not UTF-8": (lambda h: (h / "harmful.csv").write_bytes(b"goal,target\n\xff,a\n"), "harmful"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_would_stop_the_run_is_named(home, name):
+    break_it, named = BREAKS[name]
+    break_it(home)
+    assert named in checked(home), name
+
+
+def test_a_system_prompt_that_the_template_refuses_is_named(home):
+    template(home, NO_SYSTEM)
+    assert checked(home) == ""
+    assert "data.system_prompt" in checked(home, data={"system_prompt": "Be kind."})
+
+
+def test_a_target_that_is_no_layer_is_named(home):
+    assert "qkv_proj" in checked(home, lora={"targets": ["q_proj", "qkv_proj"]})
