@@ -35,6 +35,7 @@ from latlib.batch import Batch, TokenRow, collate
 from latlib.blocks import blocks_of, text_config
 from latlib.config.sections import ModelSettings
 from latlib.evaluation.generate import write
+from latlib.experiment.export_model import merged
 from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
 from latlib.threat import EMBEDDING
@@ -264,8 +265,8 @@ def merge(subject: Subject) -> float:
     _ = adapted.lm.paths  # refuses what cannot be run at all
     row = adapted.rows(SHORT[-1:])[0]
     before = own_log_p(adapted.lm.model, row, row.completions[0])
-    merged = adapted.lm.model.merge_and_unload(safe_merge=True)
-    return (own_log_p(merged, row, row.completions[0]) - before).abs().max().item()
+    alone, _ = merged(adapted.lm.model, torch.float32)  # an error where it says other things
+    return (own_log_p(alone, row, row.completions[0]) - before).abs().max().item()
 
 
 CHECKS: dict[str, Callable[[Subject], float]] = {
@@ -305,7 +306,8 @@ def look_at(name: str, uses: Sequence[str] = USES) -> Found:
         except ValueError as refusal:
             cells[use] = "refused"
             notes.append(str(refusal))
-    return Found(name, cells, "; ".join(dict.fromkeys(filter(None, notes))))
+    lines = (" ".join(note.split()) for note in notes if note)
+    return Found(name, cells, "; ".join(dict.fromkeys(lines)))
 
 
 def table(found: Sequence[Found]) -> str:

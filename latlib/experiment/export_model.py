@@ -81,20 +81,28 @@ def _merged(run: Run, spec: Spec) -> tuple[Any, Any, float]:
     """(merged model, tokenizer, largest difference of a logit from the adapter on its base)"""
     base = run.layout.model_folder(spec.base)
     lm = load_model(base, _as_stored(base, run.profile.model), run.layout.model_folder(spec))
-    before = _logits(lm.model)
+    try:
+        model, difference = merged(lm.model, lm.dtype)
+    except ValueError as error:
+        raise ValueError(f"{spec.label} seed {spec.seed}: {error}") from None
+    return model, lm.tokenizer, difference
+
+
+def merged(model: Any, dtype: torch.dtype) -> tuple[Any, float]:
+    """(the model with its adapter in its weights, largest difference of a logit). Raises ValueError
+    where it then says other things. dtype: of the weights."""
+    before = _logits(model)
     with quietly():
-        model: Any = lm.model
-        model = model.merge_and_unload(safe_merge=True)
-    after = _logits(model)
-    difference = (after - before).abs().max().item()
-    allowed = CLOSE.get(lm.dtype, ROUNDED) * before.std().item()
+        alone = model.merge_and_unload(safe_merge=True)
+    difference = (_logits(alone) - before).abs().max().item()
+    allowed = CLOSE.get(dtype, ROUNDED) * before.std().item()
     if not difference <= allowed:
         raise ValueError(
-            f"merged, {spec.label} seed {spec.seed} says other things: a logit differs by"
-            f" {difference:.3g}, more than rounding ({allowed:.3g}); if lora.targets names a matrix"
-            " that two layers share, it cannot be merged"
+            f"merged, it says other things: a logit differs by {difference:.3g}, more than rounding"
+            f" ({allowed:.3g}); if lora.targets names a matrix that two layers share, it cannot be"
+            " merged"
         )
-    return model, lm.tokenizer, difference
+    return alone, difference
 
 
 def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:

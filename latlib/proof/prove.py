@@ -101,7 +101,7 @@ def _proven_kind(model: CausalLM, dtype: torch.dtype, lean: bool) -> Paths:
                 raise
             except _FAILURES as error:
                 raise SettingError(
-                    f"model.source: {type(model).__name__} cannot be run and attacked: {error}"
+                    f"model.source: {_name(model)} cannot be run and attacked: {error}"
                 ) from error
             _kinds[key] = proof.paths(lean)
     return _kinds[key]
@@ -135,6 +135,12 @@ def check_targets(model: CausalLM, targets: Iterable[str]) -> None:
             f"lora.targets = {list(targets)}: {type(model).__name__} has no {', '.join(absent)};"
             f" its layers are {', '.join(last)}"
         )
+
+
+def _name(model: CausalLM) -> str:
+    """What kind of model it is, inside any adapter."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(inner).__name__
 
 
 def _has_bias(model: CausalLM) -> bool:
@@ -270,8 +276,7 @@ class _Proof:
             shared = replace(fast, walks=walks)
             tried += [shared, replace(shared, packed=0)]
         paths = next(filter(self._holds, tried), None)
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        kind = type(inner).__name__
+        kind = _name(self.model)
         if paths is None:
             raise SettingError(
                 f"model.source: {kind} says other things through latlib than through its own"

@@ -164,7 +164,7 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
-    with pytest.raises(ValueError, match=r"merged, lat\[no-kl\] seed 0 says other things"):
+    with pytest.raises(ValueError, match=r"lat\[no-kl\] seed 0: merged, it says other things"):
         export_model.export(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
 
