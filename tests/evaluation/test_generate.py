@@ -5,6 +5,7 @@ gives.
 import pytest
 import torch
 from tiny_models import plain_model, world_tokenizer
+from transformers import GenerationConfig
 
 from latlib.batch import collate
 from latlib.evaluation.generate import generate, left_padded
@@ -116,3 +117,29 @@ def test_prompts_are_padded_on_the_left(lm):
     assert (encoded["attention_mask"][:, -1] == 1).all() and encoded[
         "attention_mask"
     ].sum() < encoded["input_ids"].numel()
+
+
+ASKED = {
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "repetition_penalty": {"repetition_penalty": 1.1},  # Qwen2.5's own
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "num_beams": {"num_beams": 4},
+    "num_return_sequences": {"num_beams": 2, "num_return_sequences": 2},
+    "min_new_tokens": {"min_new_tokens": 8},
+    "suppress_tokens": {"suppress_tokens": list(range(5, 300))},
+    "max_length": {"max_length": 12},
+    "forced_bos": {"forced_bos_token_id": 9},
+    "return_dict_in_generate": {"return_dict_in_generate": True},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_replies_are_greedy_whatever_the_checkpoint_asks_for(lm, asked, monkeypatch):
+    plain = generate(lm, PROMPTS, max_new_tokens=6)
+    own = GenerationConfig(eos_token_id=lm.tokenizer.eos_token_id, **ASKED[asked])
+    monkeypatch.setattr(lm.model, "generation_config", own)
+    assert generate(lm, PROMPTS, max_new_tokens=6) == plain
+    assert lm.model.generation_config is own, "it is the checkpoint's again"
+    batch = prompt_batch(lm)
+    perturb = as_asked(batch, noise(lm, batch, size=0.0))
+    assert generate(lm, PROMPTS, perturb, max_new_tokens=6) == plain

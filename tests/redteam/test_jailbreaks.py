@@ -2,6 +2,7 @@
 on other requests.
 """
 
+import copy
 import hashlib
 from dataclasses import replace
 
@@ -234,3 +235,14 @@ def test_found_again_from_the_same_seed(lm, subject):
     one, again, other = (find_suffixes(lm, subject.profile, seed) for seed in (0, 0, 1))
     assert one == again and one != other
     assert all(p.grad is None for p in lm.model.parameters()) and torch.is_grad_enabled()
+
+
+def test_a_jailbreak_that_the_template_refuses_is_left_out_and_said(lm, subject, monkeypatch):
+    """Gemma 2's template has no system role."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    ) + tokenizer.chat_template
+    with pytest.warns(UserWarning, match="jailbreak 'system' is left out"):
+        table, _ = jailbreaks(replace(lm, tokenizer=tokenizer), without_suffixes(subject))
+    assert set(table["attack"]) == {"many-shot"}
