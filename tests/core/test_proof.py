@@ -46,13 +46,19 @@ KINDS = {
     "gpt-oss-window": {"packed": 8},
     "llama4": {"packed": 8},  # chunks
     "bamba": {"walks": False, "packed": 0},
+    "mpt": {"packed": 0},  # ALiBi counts positions of the row
+    "phimoe": {},  # experts that a rounding changes
     "recurrent-gemma": {"walks": False, "packed": 0, "padded": False},
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_model_takes_the_fastest_way_that_is_its_own_function(name):
-    paths = proof.prove(random_model(name), torch.float32)
+def test_a_model_takes_the_fastest_way_that_is_its_own_function(name, dtype):
+    """In 16 bits as in 32: how much is rounding is measured on the model itself."""
+    if name == "recurrent-gemma" and dtype == torch.bfloat16:
+        pytest.skip("its recurrence is less than rounding in the one row within its window")
+    paths = proof.prove(random_model(name, dtype), dtype)
     expected = {"walks": True, "packed": None, "padded": True} | KINDS[name]
     assert {field: getattr(paths, field) for field in expected} == expected
     slower = not (paths.walks and paths.padded and paths.packed != 0)
@@ -85,9 +91,7 @@ def test_most_architectures_run():
     """A table of refusals would be no table."""
     names = ("llama", "qwen2", "gemma3", "phi3", "olmo2", "glm4", "mixtral", "gpt2")
     for name in names:
-        assert look_at(name, ["packed"]).cells == {"packed": "general"} or look_at(
-            name, ["packed"]
-        ).cells == {"packed": "right"}
+        assert look_at(name, ["packed"]).cells["packed"] in ("right", "general"), name
 
 
 def test_a_model_whose_stream_is_none_is_refused_by_name():

@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from broken_weights import (
+    cut,
+    cut_in_the_header,
+    emptied,
+    pointer,
+    without_a_layer,
+    without_a_shard,
+)
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_profile import small_run
 from tiny_models import world_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,22 +74,10 @@ def home(sources, tmp_path, monkeypatch) -> Path:
 
 def checked(home: Path, **sections) -> str:
     """What is missing, as text; '' for nothing. An unusable setting is named by its error."""
-    tree = {
-        "name": "broken",
-        "description": "a test",
-        "seeds": [0],
-        "model": {"source": "model", "device": "cpu"},
-        "released": {"theirs": "adapter"},
-        "data": {"source": "files", "harmful": "harmful.csv", "benign": "benign.csv"},
-        "train": {
-            "steps": 4,
-            "batch": 2,
-            "benign_batch": 2,
-            "micro_batch": 2,
-            "attack": {"sites": [1], "steps": 2},
-        },
-        "methods": {"lat": {}, "theirs": {}},
-    }
+    tree = small_run()
+    tree["model"]["device"] = "cpu"
+    tree["released"] = {"theirs": "adapter"}
+    tree["methods"]["theirs"] = {}
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
     (home / "broken.yaml").write_text(yaml.safe_dump(tree))
@@ -95,10 +92,6 @@ def checked(home: Path, **sections) -> str:
 
 def test_whole_sources_lack_nothing(home):
     assert checked(home) == ""
-
-
-def shard(home: Path) -> Path:
-    return sorted((home / "model").glob("model-*.safetensors"))[1]
 
 
 def config_with(home: Path, **changes) -> None:
@@ -121,16 +114,6 @@ def more_tokens(home: Path) -> None:
     tokenizer.save_pretrained(home / "model")
 
 
-def without_layer(home: Path) -> None:
-    folder = home / "model"
-    index = json.loads((folder / INDEX).read_text())
-    for path in folder.glob("model-*.safetensors"):
-        kept = {n: v for n, v in load_file(path).items() if ".layers.3." not in n}
-        save_file(kept, path, metadata={"format": "pt"})
-    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if ".layers.3." not in n}
-    (folder / INDEX).write_text(json.dumps(index))
-
-
 def prompt_tuned(home: Path) -> None:
     shutil.rmtree(home / "adapter")
     model = LlamaForCausalLM.from_pretrained(home / "model")
@@ -149,7 +132,6 @@ def tokenizer_files(home: Path) -> None:
         path.unlink()
 
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
 BREAKS = {
     "no model": (lambda h: shutil.rmtree(h / "model"), "[model] model: no such folder"),
     "no config": (lambda h: (h / "model/config.json").unlink(), "config.json"),
@@ -170,13 +152,13 @@ BREAKS = {
         lambda h: [p.unlink() for p in (h / "model").glob("*.safetensors*")],
         "holds no model.safetensors",
     ),
-    "a shard missing": (lambda h: shard(h).unlink(), "lacks model-00002"),
-    "a shard cut": (lambda h: shard(h).write_bytes(shard(h).read_bytes()[:-50]), "bytes long"),
-    "a header cut": (lambda h: shard(h).write_bytes(shard(h).read_bytes()[:30]), "header"),
-    "an empty shard": (lambda h: shard(h).write_bytes(b""), "no safetensors file"),
-    "a git-lfs pointer": (lambda h: shard(h).write_text(LFS), "pointer of git-lfs"),
+    "a shard missing": (lambda h: without_a_shard(h / "model"), "lacks model-00002"),
+    "a shard cut": (lambda h: cut(h / "model"), "bytes long"),
+    "a header cut": (lambda h: cut_in_the_header(h / "model"), "header"),
+    "an empty shard": (lambda h: emptied(h / "model"), "no safetensors file"),
+    "a git-lfs pointer": (lambda h: pointer(h / "model"), "pointer of git-lfs"),
     "broken index": (lambda h: (h / "model" / INDEX).write_text("[1"), "is no index"),
-    "a layer missing": (without_layer, r"model.layers.3."),
+    "a layer missing": (lambda h: without_a_layer(h / "model"), "model.layers.3."),
     "another width": (lambda h: config_with(h, intermediate_size=64), "its config says"),
     "another depth": (lambda h: config_with(h, num_hidden_layers=6), "model.layers.4."),
     "gptq": (

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from small_profile import small_run
 from tiny_models import world_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,21 +84,7 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "benign.csv").write_text(rows.replace("goal", "instruction"))
 
     def check(machine=CPU, **sections):
-        tree = {
-            "name": "small",
-            "description": "a test",
-            "seeds": [0],
-            "model": {"source": "model"},
-            "data": {"source": "files", "harmful": "harmful.csv", "benign": "benign.csv"},
-            "train": {
-                "steps": 4,
-                "batch": 2,
-                "benign_batch": 2,
-                "micro_batch": 2,
-                "attack": {"sites": [1], "steps": 2},
-            },
-            "methods": {"lat": {}},
-        }
+        tree = small_run()
         for section, values in sections.items():
             tree[section] = {**tree.get(section, {}), **values}
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))

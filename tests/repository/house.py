@@ -437,8 +437,8 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
     """Public functions, classes and methods that neither latlib nor `users` use.
 
     users: texts that count as use: notebooks, benchmarks, pages, scripts; not the tests. A method
-    of a class with bases may be there for its base to call, and a decorated function for whatever
-    its decorator enters it in (a claim in the ledger), so these are left out.
+    of a class with bases may be there for its base to call, and a claim is there for the
+    ledger that `@claim(...)` enters it in, so these are left out.
     """
     used: set[str] = set()
     for module in sources.values():
@@ -448,7 +448,7 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
     found = []
     for module in sources.values():
         for node in public(module):
-            if isinstance(node, Function) and node.decorator_list:
+            if isinstance(node, Function) and _is_entered(node):
                 continue
             names = [node.name]
             if isinstance(node, ast.ClassDef) and not node.bases:
@@ -458,6 +458,11 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
                 if name.rpartition(".")[2] not in used:
                     found.append(f"{module.name}.{name}")
     return found
+
+
+def _is_entered(node: Function) -> bool:
+    calls = [d for d in node.decorator_list if isinstance(d, ast.Call)]
+    return any(isinstance(call.func, ast.Name) and call.func.id == "claim" for call in calls)
 
 
 def _used(node: ast.AST) -> tuple[str, ...]:
