@@ -625,7 +625,8 @@ def launch_and_tell(folder):
     """To be killed in the middle."""
 
     def tell(step, total, detail) -> None:
-        (folder / "pid").write_text(detail)
+        (folder / "writing").write_text(detail)
+        (folder / "writing").rename(folder / "pid")
 
     parallel._one_of_several = says_who_it_is
     run = Run(smoke("ddp", 2), folder / "launched")
