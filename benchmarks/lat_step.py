@@ -1,8 +1,10 @@
-"""One LAT step: naive beside the engine, and the engine with each of its points off.
+r"""One LAT step: naive beside the engine, and the engine with each of its points off.
 
-    python benchmarks/lat_step.py --shape cpu --json out.json python benchmarks/lat_step.py --shape
-    llama3-8b --dtype bfloat16 --variants naive,engine --steps 16 python benchmarks/lat_step.py
-    --shape llama3-8b --dtype bfloat16 --meta       memory and FLOPs, no weights needed
+    python benchmarks/lat_step.py --shape cpu --json out.json
+    python benchmarks/lat_step.py --shape llama3-8b --dtype bfloat16 --variants naive,engine \
+        --steps 16
+    python benchmarks/lat_step.py --shape llama3-8b --dtype bfloat16 --meta
+        memory and FLOPs, no weights needed
 
 1. A first step of every variant is counted: FLOPs, and peak memory beyond one copy of the weights
    and the adapter.

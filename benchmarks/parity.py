@@ -34,7 +34,7 @@ from shapes import Shape, build, rows
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from latlib.attack import Attack, pgd
+from latlib.attack import Attack, perturbed_positions, pgd
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
 from latlib.losses import kl_divergence
@@ -64,6 +64,7 @@ UNEVEN = replace(SHAPE, completions=(3, 12))
 SITES = (EMBEDDING, 1, 3)
 BLOCKS = "base_model.model.model.layers"
 DEFENCE = {"toward": 0.5, "away": 0.5, "sft": 1.5}  # theirs for Llama-2-7B
+DEFENCE_KL = {"toward": 0.5, "away": 0.5, "kl": 0.1}  # theirs for Llama-3-8B
 NEVER = 1e9  # a norm that no gradient has: no clipping
 
 
@@ -200,17 +201,20 @@ def settings(eps: float, lr: float, positions: str = "prompt") -> AttackSettings
 def attacks(
     authors: types.ModuleType, lm: LanguageModel, own: Sequence[TokenRow], attack: AttackSettings
 ) -> tuple[Comparison, Comparison]:
-    """The losses of an attack, and the perturbation that it found, at the prompt's positions."""
+    """The losses of an attack, and the perturbation that it found, at the positions of the prompt
+    and the first completion, which both have in the same order."""
     theirs, deltas = their_attack(authors, lm, own, attack)
     batch = collate(own)
     found = our_attack(lm, batch, attack)
     ours = found.losses[:-1].mean(1)
-    prompt = max(len(row.prompt) for row in own)
-    here = (batch.segments == 0)[:, :prompt, None]
+    allowed = perturbed_positions(batch, attack.threat_model(SHAPE.layers).positions)
+    here = allowed & (batch.segments != 2)[:, :, None]
+    seq = max(len(row.prompt) + len(row.completions[0]) - 1 for row in own)
+    here = here[:, :seq]
     apart, norms = [], []
     for site, delta in deltas.items():
-        masked = delta[:, :prompt] * here
-        own_delta = found.deltas[site][:, :prompt] * here
+        masked = delta[:, :seq] * here
+        own_delta = found.deltas[site][:, :seq] * here
         apart.append((masked - own_delta).abs().max().item())
         norms.append((masked.norm(dim=-1).max().item(), own_delta.norm(dim=-1).max().item()))
     losses = Comparison(
@@ -230,8 +234,8 @@ def trained(
     renewed: bool = True,
     steps: int = 3,
 ) -> Comparison:
-    """The adapter after some steps of LAT, 4 updates each. renewed: ours makes its optimiser anew
-    every step, as theirs does."""
+    """The adapter after some steps of LAT, 4 updates each. renewed: ours forgets its optimiser's
+    moments before every step, as theirs does."""
     models = [tiny_llama() for _ in range(2)]
     attack = settings(eps=0.05, lr=1e-2)
     scale = sum(coefficients.values())
@@ -246,6 +250,7 @@ def trained(
         lr_warmup=0,
         lr_decay_share=0.0,
         weight_decay=0.01,
+        fresh_optimiser=renewed,
         clip=clip,
         attack=attack,
         defence=DefenceSettings(**{"kl": 0.0, "kl_mode": "reference", **weights}),
@@ -260,8 +265,6 @@ def trained(
         theirs.def_optim = torch.optim.AdamW(models[1].model.parameters(), lr=options.lr)
         with running(authors, SHAPE.d_model):
             theirs.lat_training_step(step, as_theirs(picked), as_theirs(others))
-        if renewed:
-            ours.optimiser = torch.optim.AdamW(ours.parameters, lr=options.lr, weight_decay=0.01)
         ours.train_step()
     other = [p for name, p in models[1].model.named_parameters() if "lora_" in name]
     apart = [(a - b).abs().max().item() for a, b in zip(other, ours.parameters, strict=True)]
@@ -343,7 +346,11 @@ def agreements(authors: types.ModuleType, lm: LanguageModel) -> dict[str, Sequen
         "attack, eps .05 (binds), Adam 1e-2": attacks(authors, lm, one, settings(0.05, 1e-2)),
         "attack, eps 6, Adam 5e-2": attacks(authors, lm, one, settings(6.0, 5e-2)),
         "KL at the authors' positions": [divergence(authors, lm, shifted=False)],
+        "attack on prompt and completions (`prompt+shared`)": attacks(
+            authors, lm, one, settings(0.05, 1e-2, "prompt+shared")
+        ),
         "3 LAT steps of 4 updates: toward, away, sft": [trained(authors, DEFENCE)],
+        "3 LAT steps of 4 updates: toward, away, kl": [trained(authors, DEFENCE_KL)],
     }
 
 
@@ -358,13 +365,11 @@ def deviations(authors: types.ModuleType, lm: LanguageModel) -> dict[str, Sequen
         "a row's tokens share its weight (theirs: a micro-batch's)": attacks(
             authors, lm, uneven, settings(0.05, 1e-2)
         ),
-        "each completion has its own perturbation (theirs: one for both)": attacks(
+        "each completion has its own perturbation (`prompt+completion`)": attacks(
             authors, lm, one, everywhere
         ),
-        "KL where labels are predicted (theirs: one position later)": [
-            divergence(authors, lm, shifted=True)
-        ],
-        "the optimiser is kept (theirs: anew every LAT step)": [
+        "KL where labels are predicted (`kl_mode: token`)": [divergence(authors, lm, shifted=True)],
+        "the optimiser is kept (`fresh_optimiser: false`)": [
             trained(authors, DEFENCE, renewed=False)
         ],
         "the clipped norm is the adapter's (theirs: the perturbations' too)": [

@@ -1,7 +1,7 @@
-"""How one engine step grows with prompt length, completion length, batch, K, depth and vocabulary.
+r"""How one engine step grows with prompt length, completion length, batch, K, depth and vocabulary.
 
-    python benchmarks/scaling.py --shape cpu --dtype float32 --json scaling.json --figure
-    scaling.png
+    python benchmarks/scaling.py --shape cpu --dtype float32 --json scaling.json \
+        --figure scaling.png
 
 1. One quantity varies at a time around a base: the shape with all prompts and all completions of
    its mean length.

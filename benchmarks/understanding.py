@@ -1,8 +1,8 @@
-"""Does the likelihood of an answer tell whether its request was understood? Asked where
+r"""Does the likelihood of an answer tell whether its request was understood? Asked where
 understanding is known exactly.
 
-    python benchmarks/understanding.py --out runs/tiny --json
-    benchmarks/results/understanding-tiny.json
+    python benchmarks/understanding.py --out runs/tiny \
+        --json benchmarks/results/understanding-tiny.json
 
 On the base of the tiny profile, which refuses nothing: for every harmful test prompt in every
 encoding, whether the base would finish the right recipe once its first words stand there (exact),

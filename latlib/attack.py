@@ -26,7 +26,7 @@ from torch import Tensor
 from latlib.batch import PADDING, Batch
 from latlib.losses import argmax_matches, row_means, token_losses, wide_of
 from latlib.network_protocol import Network
-from latlib.threat import PGD, Positions, Rule, Site, ThreatModel
+from latlib.threat import PGD, Positions, Rule, Site, ThreatModel, check_positions
 
 Deltas = Mapping[Site, Tensor]
 Random = torch.Generator | None
@@ -110,13 +110,10 @@ def project_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
 
 
 def perturbed_positions(batch: Batch, positions: Positions) -> Tensor:
-    """[batch, seq, 1] bool: where delta may be non-zero ('prompt' or 'prompt+completion'); never on
-    padding."""
-    if positions == "prompt":
-        return (batch.segments == 0).unsqueeze(-1)
-    if positions == "prompt+completion":
-        return (batch.segments != PADDING).unsqueeze(-1)
-    raise ValueError(f"positions = {positions!r}: choose 'prompt' or 'prompt+completion'")
+    """[batch, seq, 1] bool: where delta may be non-zero; never on padding."""
+    check_positions(positions)
+    prompt, anywhere = batch.segments == 0, batch.segments != PADDING
+    return (prompt if positions == "prompt" else anywhere).unsqueeze(-1)
 
 
 def attack_losses(network: Network, batch: Batch, search: PGD, rows: Tensor) -> Tensor:
@@ -196,15 +193,21 @@ def _noise(
 class _Rows:
     """Rows that are attacked. start: the lowest site and the stream there, [n, seq, d_model].
     allowed: [n, seq, 1] bool, where they may be perturbed. free: [m] int64, these positions among
-    the flattened [n * seq], row after row.
+    the flattened [n * seq]. row: [u] int64, whose each perturbation is, row after row; taken: [m]
+    int64, which one a free position takes where completions share them (otherwise u = m).
 
-    Perturbations are [sites, m, d_model]: of the free positions alone, float32 or better."""
+    Perturbations are [sites, u, d_model], float32 or better."""
 
     def __init__(
         self, batch: Batch, threat: ThreatModel, start: tuple[Site, Tensor], allowed: Tensor
     ) -> None:
         self.batch, self.threat, self.start, self.allowed = batch, threat, start, allowed
         self.free = allowed.flatten().nonzero().squeeze(1)
+        self.row, self.taken = self.free // batch.shape[1], None
+        if threat.positions == "prompt+shared":
+            place = torch.stack((self.row, batch.positions.flatten()[self.free]))
+            places, self.taken = place.unique(dim=1, return_inverse=True)
+            self.row = places[0]
 
     @classmethod
     def of(cls, network: Network, batch: Batch, threat: ThreatModel) -> _Rows:
@@ -223,7 +226,7 @@ class _Rows:
 
     def starts(self, network: Network, generator: Random, random: bool) -> Tensor:
         """Where a restart begins."""
-        shape = (len(self.free), network.d_model)
+        shape = (len(self.row), network.d_model)
         if random:
             radii = self.threat.radii
             return torch.stack([_noise(shape, network, r, generator, True) for r in radii])
@@ -237,7 +240,8 @@ class _Rows:
     def _scatter(self, delta: Tensor) -> Tensor:
         d_model = delta.shape[1]
         flat = delta.new_zeros(self.batch.ids.numel(), d_model)
-        return flat.index_copy(0, self.free, delta).view(*self.batch.shape, d_model)
+        own = delta if self.taken is None else delta.index_select(0, self.taken)
+        return flat.index_copy(0, self.free, own).view(*self.batch.shape, d_model)
 
 
 class _Descent:
@@ -293,7 +297,7 @@ class _Descent:
         if not won.any():
             return gradient
         self.aside = self._of_all_rows()
-        still = ~won[self.rows.free // self.rows.batch.shape[1]]
+        still = ~won[self.rows.row]
         self.rows = self.rows.select((~won).nonzero().squeeze(1))
         self.index = self.index[~won]
         self.deltas = self.deltas[:, still]

@@ -24,8 +24,7 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of a row: the templated prompt, and each completion ended by the end-of-turn
-    token."""
+    """Token ids of a row: the templated prompt, and completions, each with what ends it."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -75,8 +74,7 @@ class Batch:
         return (seen & (place[:, None] >= place)) | (place[:, None] == place)
 
     def label_index(self, segment: int) -> Tensor:
-        """Indices into the label tensors of one completion; found once, for looking makes a GPU
-        wait."""
+        """Indices into the label tensors of one completion; found once: a GPU waits for that."""
         return self._label_indices[segment - 1]
 
     @cached_property
@@ -88,8 +86,7 @@ class Batch:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows: Tensor) -> Batch:
-        """The batch of some rows ([n] int64 indices, repeated or not), in that order, as long as
-        this one."""
+        """The batch of some rows ([n] int64, repeated or not) in that order, as long as this."""
         # in the order of `rows`
         own, kept = (rows[:, None] == self.label_rows).nonzero(as_tuple=True)
         parts = {name: getattr(self, name)[rows] for name in ("ids", "positions", "segments")}
@@ -164,8 +161,7 @@ def _as_long_as(batch: Batch, seq: int) -> Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which of `n` rows step `step` takes, `batch` at a time, reshuffled every epoch from (seed,
-    epoch)."""
+    """Which of `n` rows step `step` takes, `batch` at a time; (seed, epoch) shuffles each epoch."""
 
     n: int
     batch: int

@@ -23,8 +23,7 @@ CausalLM = Any
 
 
 def text_config(model: CausalLM) -> Any:
-    """The config of the language model: of a model that also sees or hears, that part of its
-    own."""
+    """The config of the language model; of one that also sees or hears, that part of it."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 

@@ -178,8 +178,7 @@ class Ablate(_Hooks):
 
 
 def project_out(stream: Tensor, basis: Tensor) -> Tensor:
-    """`stream` ([..., d_model]) without its part along the orthonormal rows of `basis` ([k,
-    d_model])."""
+    """`stream` ([..., d_model]) without its part along orthonormal `basis` ([k, d_model])."""
     basis = basis.to(stream.device, stream.dtype)
     return stream - (stream @ basis.T) @ basis
 

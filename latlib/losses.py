@@ -32,8 +32,7 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def at_labels(hidden: Tensor, source: Tensor) -> Tensor:
-    """[labels, d_model]: the hidden states ([batch, seq, d_model]) of the positions that predict a
-    label."""
+    """[labels, d_model]: the hidden states ([batch, seq, d_model]) where labels are predicted."""
     return hidden.flatten(0, 1).index_select(0, source)
 
 
@@ -108,8 +107,7 @@ def kl_divergence(
     """KL between teacher and student at each label position, [labels].
 
     token: KL(teacher || student) in nats, summed over the vocabulary. reference: KL(student ||
-    teacher) divided by the vocabulary's size, as in the authors' code, whose mean is then divided
-    by its own detached value (see `normalised`)."""
+    teacher) divided by the vocabulary's size, as in the authors' code; its mean is `normalised`."""
 
     def divergence(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
         new = _log_softmax(student(student_rows))
@@ -146,8 +144,7 @@ def _by_row(function: Callable[..., Tensor], unembed: Unembed, *rows: Tensor) ->
 
 
 class _ByRow(torch.autograd.Function):
-    """Values [n] of a function of rows; the gradient in the first argument is found in the forward
-    pass."""
+    """Values [n] of a function of rows, whose gradient in the first is found in the forward."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
@@ -172,14 +169,13 @@ class _ByRow(torch.autograd.Function):
 
 
 def normalised(loss: Tensor) -> Tensor:
-    """loss / its own detached value, as the authors scale their KL: the value is 1, the direction
-    is kept."""
-    return loss / loss.detach().clamp(min=1e-8)
+    """loss / (its own detached value + 1e-8), as the authors scale their KL: the value is 1, the
+    direction is kept."""
+    return loss / (loss.detach() + 1e-8)
 
 
 def row_means(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    """[n] mean of the label values of each row; 0 for a row without labels. values, rows:
-    [labels]."""
+    """[n] mean of each row's values; 0 for a row without labels. values, rows: [labels]."""
     total = torch.zeros(n, dtype=values.dtype, device=values.device).index_add(0, rows, values)
     count = torch.zeros_like(total).index_add(0, rows, torch.ones_like(values))
     return total / count.clamp(min=1)

@@ -26,8 +26,7 @@ def _requires_grad_kept(model: CausalLM) -> Iterator[None]:
 
 @contextmanager
 def adapter_off(model: CausalLM) -> Iterator[None]:
-    """Run a PEFT model as its base. Unlike `disable_adapter()` alone, leaves every requires_grad as
-    it was."""
+    """Run a PEFT model as its base. Unlike `disable_adapter()`, keeps every requires_grad."""
     if not hasattr(model, "disable_adapter"):
         yield
         return

@@ -89,8 +89,7 @@ class Network(ABC):
 
     @abstractmethod
     def ablated(self, directions: Tensor) -> Network:
-        """The same network with directions ([d_model] or [k, d_model]) removed from all that is
-        written to the stream."""
+        """The same network with directions ([d_model] or [k, d_model]) nowhere in the stream."""
 
     @abstractmethod
     def frozen(self) -> Network:

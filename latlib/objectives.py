@@ -126,10 +126,19 @@ class SafetyTraining(Objective):
         nor without an away term."""
         attack, away = self.settings.attack, self.settings.defence.away
         if attacked and not attack.targeted:
-            return _single(harmful, 1) + benign, benign
-        if not attacked and (attack.steps or not away):
+            harmful = _single(harmful, 1) + benign
+        elif not attacked and (attack.steps or not away):
             harmful = _single(harmful, 1)
+        if self._compares_at_tokens:
+            benign = [_with_a_label_more(row) for row in benign]
         return harmful, benign
+
+    @property
+    def _compares_at_tokens(self) -> bool:
+        """Whether the KL is taken where a response's tokens are, as in the authors' code, and not
+        where they are predicted: the last one then needs a label of its own."""
+        defence = self.settings.defence
+        return bool(defence.kl) and defence.kl_mode == "reference"
 
     @property
     def uses_teacher(self) -> bool:
@@ -144,7 +153,8 @@ class SafetyTraining(Objective):
         """See `Objective`: label tokens."""
         labels = sum(len(part.attacked.labels) for part in parts)
         toward = sum(len(_chosen(part.attacked)) for part in parts)
-        benign = sum(len(part.benign.labels) for part in parts if part.benign is not None)
+        own = [part.benign for part in parts if part.benign is not None]
+        benign = sum(len(batch.labels) - batch.shape[0] * self._compares_at_tokens for batch in own)
         return {"toward": toward, "away": labels - toward, "benign": benign}
 
     def forwards(self, part: MicroBatch) -> list[Forward]:
@@ -193,19 +203,32 @@ class SafetyTraining(Objective):
         self, network: Network, rows: Tensor, part: MicroBatch, counts: Counts
     ) -> dict[str, Tensor]:
         weights, terms = self.settings.defence, {}
+        assert part.benign is not None, "there are benign rows"
+        learned: Any = slice(None)
+        compared = learned
+        if self._compares_at_tokens:
+            other_row = part.benign.label_rows.diff() != 0
+            learned = ~F.pad(other_row, (0, 1), value=True)  # all but each row's last label
+            compared = ~F.pad(other_row, (1, 0), value=True)  # all but its first
         if weights.kl:
             unembed, frozen = part.teacher
-            kl = kl_divergence(network.unembed, rows, unembed, frozen, weights.kl_mode)
+            student, frozen = rows[compared], frozen[compared]
+            kl = kl_divergence(network.unembed, student, unembed, frozen, weights.kl_mode)
             if weights.kl_mode == "token":
                 total = kl.sum()
             else:
                 total = normalised(kl.mean()) * len(kl)
             terms["kl"] = weights.kl * total / counts["benign"]
         if weights.sft:
-            assert part.benign is not None, "there are benign rows"
-            sft = token_losses(network.unembed, rows, part.benign.labels).sum()
+            labels = part.benign.labels[learned]
+            sft = token_losses(network.unembed, rows[learned], labels).sum()
             terms["sft"] = weights.sft * sft / counts["benign"]
         return terms
+
+
+def _with_a_label_more(row: TokenRow) -> TokenRow:
+    response = row.completions[0]
+    return TokenRow(row.prompt, ((*response, response[-1]),))
 
 
 def _chosen(batch: Batch) -> Tensor:

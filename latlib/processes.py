@@ -30,8 +30,7 @@ class Processes:
         return call()
 
     def exchange(self, now: bool) -> None:
-        """Whether the next forward is the last of an update, whose backward pass exchanges all
-        gradients."""
+        """Whether the next forward is an update's last, whose backward pass exchanges gradients."""
 
     def own(self, parts: Sequence[Result]) -> list[Result]:
         """This process's share of a list that all have alike."""
@@ -47,33 +46,15 @@ class Processes:
             return None
         return torch.cat(list(values)).mean().item()
 
+    def full(self, value: Any) -> Any:
+        """A copy on the CPU of tensors, also in dictionaries and lists, gathered where they are
+        sharded. Every process must ask for the same."""
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
+
+    def sharded(self, value: Any, like: Any) -> Any:
+        """A copy of full tensors, also in dictionaries and lists, on the device of a parameter,
+        sharded as that is. All processes have the same: none is sent."""
+        return tree_map_only(Tensor, lambda tensor: tensor.to(like.device, copy=True), value)
+
 
 ALONE = Processes()
-
-
-def full(value: Any) -> Any:
-    """A copy on the CPU of tensors, also in dictionaries and lists, gathered where they are
-    sharded. Every process must ask for the same."""
-
-    def gathered(tensor: Any) -> Tensor:
-        tensor = tensor.detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        return tensor.to("cpu", copy=True)
-
-    return tree_map_only(Tensor, gathered, value)
-
-
-def sharded(value: Any, like: Any) -> Any:
-    """A copy of full tensors, also in dictionaries and lists, on the device of a parameter, sharded
-    as that is (single numbers are not). All processes have the same: none is sent."""
-
-    def shared(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(like.device, copy=True)
-        if not tensor.dim() or not hasattr(like, "full_tensor"):
-            return tensor
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-    return tree_map_only(Tensor, shared, value)

@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 Site = int | Literal["embedding"]
 EMBEDDING: Literal["embedding"] = "embedding"
-Positions = Literal["prompt", "prompt+completion"]
+Positions = Literal["prompt", "prompt+completion", "prompt+shared"]
 Unit = Literal["absolute", "relative"]
 Rule = Literal["adamw", "sign", "l2"]
 
 
 def depth(site: Site) -> int:
-    """Blocks that have run when the stream reaches the site: 0 for the embedding, i + 1 after block
-    i."""
+    """Blocks that have run when the stream reaches the site: 0 at the embedding, i + 1 at i."""
     return 0 if site == EMBEDDING else int(site) + 1
 
 
@@ -42,6 +41,12 @@ def resolve_sites(specs: Iterable[int | float | str], n_layers: int) -> tuple[Si
     return tuple(sorted(sites, key=depth))
 
 
+def check_positions(positions: str) -> None:
+    """Raise ValueError for what is none of `Positions`."""
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions = {positions!r}: choose one of {get_args(Positions)}")
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """What an adversary may do: perturb the residual stream at some sites, each position within an
@@ -50,7 +55,8 @@ class ThreatModel:
     sites: lowest first. radii: one a site, in units of the residual stream. eps: the radius in
     `unit`; NaN where sites have radii of their own. unit: 'absolute' (eps is the radius, as in the
     paper), or 'relative' (eps times `norms`, the sites' median residual norms on harmless prompts).
-    positions: where delta may be non-zero. Raises ValueError for what is no threat model."""
+    positions: where delta may be non-zero; with 'prompt+shared' both completions' tokens at a place
+    share one, as in the authors' code. Raises ValueError for what is no threat model."""
 
     sites: tuple[Site, ...]
     radii: tuple[float, ...]
@@ -68,10 +74,7 @@ class ThreatModel:
             raise ValueError(f"radii = {self.radii}: give one for each of the sites {self.sites}")
         if any(not radius > 0 for radius in self.radii):
             raise ValueError(f"radii = {self.radii} must be > 0: for no attack take no steps")
-        if self.positions not in ("prompt", "prompt+completion"):
-            raise ValueError(
-                f"positions = {self.positions!r}: choose 'prompt' or 'prompt+completion'"
-            )
+        check_positions(self.positions)
         if (self.unit == "relative") != (self.norms is not None):
             raise ValueError(f"unit = {self.unit!r}: norms belong to 'relative', and to it alone")
 

@@ -33,7 +33,6 @@ from latlib.batch import Schedule, TokenRow, collate
 from latlib.errors import SettingError
 from latlib.network_protocol import Model, Network
 from latlib.objectives import OBJECTIVES, Counts, MicroBatch, Options
-from latlib.processes import full, sharded
 from latlib.threat import Site
 
 Metrics = dict[str, float]
@@ -84,8 +83,7 @@ class Trainer:
             self._count(*map(len, self._rows(attacked)))
 
     def run(self, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> None:
-        """Train up to `settings.steps`; `on_step(step, metrics)` after each, `step` counted
-        from 1."""
+        """Train up to `settings.steps`; `on_step(step, metrics)` after each, counted from 1."""
         while self.step < self.settings.steps:
             start = time.perf_counter()
             metrics = self.train_step()
@@ -105,6 +103,8 @@ class Trainer:
         if attacked:
             noted = {"attack_start": [], "attack_end": [], "attack_won": []}
             parts = [self._perturbed(network, part, noted) for part in parts]
+        if self.settings.fresh_optimiser:
+            self.optimiser.state.clear()
         rate = self._rate()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -151,7 +151,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimiser.step()
         sums = self.processes.total(sums, self.objective.terms)
-        metrics = {"total": sum(sums.values()), **sums, "grad_norm": full(norm).item()}
+        norm = self.processes.full(norm).item()
+        metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm}
         if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(
                 f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps"
@@ -228,7 +229,7 @@ class Trainer:
         """All that a resumed run needs: the step, the adapter and the optimiser, full, on the CPU,
         the same for any number of processes, each of which must ask; and a digest of the rows."""
         kept = {"adapter": self.parameters, "optimiser": self.optimiser.state_dict()}
-        return {"step": self.step, "data": self.data, **full(kept)}
+        return {"step": self.step, "data": self.data, **self.processes.full(kept)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state()`, made by as many processes or not. Raises ValueError where the
@@ -238,7 +239,7 @@ class Trainer:
                 f"the checkpoint of step {state['step']} was made with other rows than these: put"
                 " the data and the tokenizer back as they were, or delete it to begin again"
             )
-        self.step = state["step"]
+        self.step, sharded = state["step"], self.processes.sharded
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
                 parameter.copy_(sharded(value, parameter))

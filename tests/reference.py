@@ -151,6 +151,18 @@ def kl(teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def reverse_kl_at_tokens(llama: Llama, row) -> list[Tensor]:
+    """KL(student || teacher) over the vocabulary's size, at the tokens of the response themselves
+    and not where they are predicted.
+    """
+    prompt, response = list(row[0]), list(row[1])
+    student, teacher = (
+        torch.log_softmax(llama.logits(prompt + response, {}, adapter), -1)[len(prompt) :]
+        for adapter in (True, False)
+    )
+    return list((student.exp() * (student - teacher.detach())).mean(-1))
+
+
 def mean(values: list[Tensor]) -> Tensor:
     """Plain mean."""
     return sum(values) / len(values)
@@ -189,12 +201,20 @@ def pgd(
     c_away=0.5,
     completions=False,
     targeted=True,
+    shared=False,
 ):
     """(site -> perturbation, losses before every step and at the end) for one row, from a zero
-    start.
+    start. shared: both completions take the same one, token by token.
     """
+    takes = list(range(length(row)))
+    if shared:
+        begin = len(row[0])
+        takes = [*range(begin)]
+        for completion in row[1:]:
+            takes += range(begin, begin + len(completion) - 1)
     deltas = {
-        site: torch.zeros(length(row), d, dtype=torch.float64, requires_grad=True) for site in eps
+        site: torch.zeros(max(takes) + 1, d, dtype=torch.float64, requires_grad=True)
+        for site in eps
     }
     free = torch.zeros(length(row), 1, dtype=torch.float64)
     free[: length(row) if completions else len(row[0])] = 1.0
@@ -202,7 +222,7 @@ def pgd(
     losses = []
     for _ in range(steps):
         optimiser.zero_grad()
-        masked = {site: delta * free for site, delta in deltas.items()}
+        masked = {site: delta[takes] * free for site, delta in deltas.items()}
         loss = attack_loss(llama, row, masked, c_toward, c_away, targeted)
         loss.backward()
         losses.append(loss.item())
@@ -217,7 +237,7 @@ def pgd(
                     if rule == "l2" and gradient.norm() > 0:
                         delta[i] -= lr * eps[site] * gradient / gradient.norm()
                 project(delta, eps[site])
-    deltas = {site: delta.detach() * free for site, delta in deltas.items()}
+    deltas = {site: delta.detach()[takes] * free for site, delta in deltas.items()}
     losses.append(attack_loss(llama, row, deltas, c_toward, c_away, targeted).item())
     return deltas, losses
 

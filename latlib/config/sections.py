@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
-from latlib.threat import PGD, Site, ThreatModel, resolve_sites
+from latlib.threat import PGD, Positions, Site, ThreatModel, resolve_sites
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -152,6 +152,9 @@ class DataSettings(Section):
     # truncate: cut a completion, drop a row whose prompt is
     too_long: Literal["error", "drop", "truncate"] = "error"
     system_prompt: Text | None = None
+    # which completions a token ends: all, or the benign ones alone (Sheshadri et al. 2024, authors'
+    # code). Our choice: all, or a model does not learn where a refusal ends
+    end_of_turn: Literal["all", "benign"] = "all"
 
 
 class LoraSettings(Section):
@@ -185,8 +188,9 @@ class AttackSettings(Section):
     lr: Positive | None = None
     start: Literal["zero", "random"] = "zero"  # Sheshadri et al. 2024, authors' code
     restarts: Count = 1  # Sheshadri et al. 2024, authors' code
-    # Sheshadri et al. 2024, authors' code: the prompt for Llama-2, both for Llama-3
-    positions: Literal["prompt", "prompt+completion"] = "prompt"
+    # Sheshadri et al. 2024, authors' code: the prompt for Llama-2, 'prompt+shared' for Llama-3:
+    # one perturbation a token, the same in both completions
+    positions: Positions = "prompt"
     toward: NonNegative = 0.5  # Sheshadri et al. 2024, authors' code
     away: NonNegative = 0.5  # Sheshadri et al. 2024, authors' code
     # False: maximise the loss of the benign response (Casper et al. 2024). Sheshadri et al. 2024
@@ -224,7 +228,7 @@ class DefenceSettings(Section):
     away: NonNegative = 0.5
     kl: NonNegative = 0.1
     sft: NonNegative = 0.0
-    # reference: the authors' normalised reverse KL. Our choice: KL in nats a token
+    # reference: the authors' normalised reverse KL, at their positions. Our choice: nats a token
     kl_mode: Literal["token", "reference"] = "token"
 
 
@@ -264,6 +268,8 @@ class TrainSettings(Section):
     lr_warmup: Natural = 10
     lr_decay_share: Share = 0.3
     weight_decay: NonNegative = 0.0
+    # forget the optimiser's moments before every step, as the authors' code does. Our choice: no
+    fresh_optimiser: Flag = False
     clip: Positive = 1.0  # Sheshadri et al. 2024, authors' code
     checkpoint_every: Count = 50  # steps
     checkpoint_minutes: Positive = 10.0  # and at least as often as this

@@ -93,8 +93,10 @@ def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -
     world does not have.
     """
     if _of_world(settings, split):
-        return world_preference_rows(settings.rows, seed)
-    return _rows(settings, "harmful", split, seed)
+        rows = world_preference_rows(settings.rows, seed)
+    else:
+        rows = _rows(settings, "harmful", split, seed)
+    return [replace(row, ended=settings.end_of_turn == "all") for row in rows]
 
 
 def benign_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:

@@ -17,8 +17,8 @@ over all of them.
    different numbers of labels, but must gather equally often.
 5. Both average gradients over the processes, so a share of a sum over the whole batch is multiplied
    by their number.
-6. Tensors leave (`processes.full`) and enter (`processes.sharded`) a training state gathered: what
-   is saved knows nothing of processes.
+6. Tensors leave (`Group.full`) and enter (`Group.sharded`) a training state gathered: what is saved
+   knows nothing of processes.
 
 Source: FSDP2, torch.distributed.fsdp.fully_shard.
 """
@@ -34,13 +34,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from latlib.blocks import CausalLM, blocks_of
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.models import LanguageModel
-from latlib.processes import Processes, Result, full
+from latlib.processes import Processes, Result
 from latlib.proof.prove import prove
 
 Mode = Literal["ddp", "fsdp2"]
@@ -159,6 +161,23 @@ class Group(Processes):
         sums = self.total(sums, list(sums))
         return sums["total"] / sums["count"] if sums["count"] else None
 
+    def full(self, value: Any) -> Any:
+        """See `Processes`."""
+        return super().full(tree_map_only(DTensor, DTensor.full_tensor, value))
+
+    def sharded(self, value: Any, like: Any) -> Any:
+        """See `Processes`; single numbers are whole everywhere."""
+        copied = super().sharded(value, like)
+        if not isinstance(like, DTensor):
+            return copied
+
+        def shared(tensor: Tensor) -> Tensor:
+            if not tensor.dim():
+                return tensor
+            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+        return tree_map_only(Tensor, shared, copied)
+
 
 def load_settings(settings: ModelSettings, mode: Mode) -> ModelSettings:
     """`settings` for a model that is about to be wrapped: one to be spread is loaded into the
@@ -218,4 +237,5 @@ def _spread(root: nn.Module, model: CausalLM, device: torch.device) -> None:
 def adapter_state(lm: LanguageModel) -> dict[str, Tensor]:
     """The adapter's parameters, full and on the CPU, for PEFT's
     `save_pretrained(folder, state_dict=...)`. Every process must ask for it."""
-    return full({name: p for name, p in lm.model.named_parameters() if "lora_" in name})
+    own = {name: p for name, p in lm.model.named_parameters() if "lora_" in name}
+    return lm.processes.full(own)

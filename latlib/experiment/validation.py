@@ -43,7 +43,6 @@ from latlib.io.files import Json
 from latlib.losses import kl_divergence
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.processes import full, sharded
 from latlib.text.chat import Row, tokenise
 from latlib.threat import Site
 from latlib.train import Trainer
@@ -152,7 +151,7 @@ class Validator:
         self.last = found
         if found.counts and (self.best is None or found.rank > self.best.rank):
             self.best = found
-            self.adapter = full(self.trainer.parameters)
+            self.adapter = self.trainer.processes.full(self.trainer.parameters)
         if ranks.is_main():
             self._warn(found, before)
         return found.metrics()
@@ -200,6 +199,7 @@ class Validator:
         """Put the adapter that is to be saved into the model; returns the step it is of."""
         if self.settings.keep == "last" or self.best is None:
             return self.trainer.step
+        sharded = self.trainer.processes.sharded
         with torch.no_grad():
             for parameter, value in zip(self.trainer.parameters, self.adapter, strict=True):
                 parameter.copy_(sharded(value, parameter))

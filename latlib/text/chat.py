@@ -36,13 +36,14 @@ _WORDS = (_REPLY, "Sure", "I", "No", "The", "a", "1")  # how replies begin
 @dataclass(frozen=True)
 class Row:
     """A prompt and its completions as text; `row_id` names it in results, `cluster` groups
-    dependent rows.
+    dependent rows. ended: whether a token ends each completion.
     """
 
     row_id: str
     prompt: str
     completions: tuple[str, ...]
     cluster: str = ""
+    ended: bool = True
 
 
 def chat_text(
@@ -185,7 +186,8 @@ def tokenise(
     prompts, replies, chats = [], [], []
     for row in rows:
         asked = chat_text(tokenizer, row.prompt, system_prompt, shots) + first
-        own = [joined + _without_prefill(row, c, prefill) + around.after for c in row.completions]
+        after = around.after if row.ended else ""
+        own = [joined + _without_prefill(row, c, prefill) + after for c in row.completions]
         prompts.append(asked)
         replies += own
         chats += [asked + reply for reply in own]

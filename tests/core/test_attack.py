@@ -3,6 +3,7 @@ on the weights.
 """
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import reference
@@ -34,11 +35,12 @@ from latlib.batch import TokenRow, collate
 from latlib.config.sections import AttackSettings
 from latlib.hooks import EMBEDDING
 from latlib.refusal.activations import residual_norms
-from latlib.threat import PGD, ThreatModel
+from latlib.threat import PGD, Positions, ThreatModel
 
 KINDS = ["stock", "lean"]
 RULES = ["adamw", "sign", "l2"]
 EPS = {EMBEDDING: 0.7, 1: 1.5, 2: 2.0}
+POSITIONS = get_args(Positions)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -94,11 +96,10 @@ def test_a_ball_without_radius_is_refused(eps):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("completions", [False, True], ids=["prompt", "prompt+completion"])
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("rule", RULES)
-def test_pgd_equals_the_reference(rule, completions, kind):
+def test_pgd_equals_the_reference(rule, positions, kind):
     lm, rows = language_model(kind, trained=True), token_rows(3, 2)
-    positions = "prompt+completion" if completions else "prompt"
     settings = settings_for(rule, toward=0.7, away=0.4)
     found = pgd(lm.network(), collate(rows, pad_to=16), EPS, settings, positions=positions)
     llama = reference.Llama.of(lm.model, SCALING)
@@ -113,7 +114,8 @@ def test_pgd_equals_the_reference(rule, completions, kind):
             lr=settings.lr or 0.5,
             c_toward=0.7,
             c_away=0.4,
-            completions=completions,
+            completions=positions != "prompt",
+            shared=positions == "prompt+shared",
         )
         torch.testing.assert_close(
             found.losses[:, n], torch.tensor(losses, dtype=torch.float64), rtol=0, atol=1e-10
@@ -151,7 +153,7 @@ def test_untargeted_pgd_equals_the_reference(rule):
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_perturbations_stay_in_the_ball_and_off_the_padding(start, rule, kind, dtype):
     network = language_model(kind, dtype).network()
-    for positions in ("prompt", "prompt+completion"):
+    for positions in POSITIONS:
         batch = preference_batch()
         found = pgd(
             network, batch, EPS, settings_for(rule, start=start), seeded(), positions=positions
@@ -368,7 +370,7 @@ def test_an_attack_without_sites_or_with_unknown_positions_is_refused():
     network, batch = language_model().network(), preference_batch()
     with pytest.raises(ValueError, match="sites = .. names no site"):
         pgd(network, batch, {}, settings_for())
-    with pytest.raises(ValueError, match="'completion': choose 'prompt' or 'prompt.completion'"):
+    with pytest.raises(ValueError, match="'completion': choose one of .'prompt', 'prompt.comple"):
         perturbed_positions(batch, "completion")
 
 
@@ -417,7 +419,7 @@ STRONG = {site: 3 * eps for site, eps in EPS.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("positions", ["prompt", "prompt+completion"])
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_row_is_attacked_as_ever_until_it_is_won_and_then_left_alone(rule, positions, kind):
     """Against a run that goes on, of which every step's perturbation is known."""

@@ -123,6 +123,15 @@ def test_an_optional_column_that_is_named_must_be_there(tmp_path):
         benign_rows(settings, 0)
 
 
+def test_benign_rows_alone_are_ended_where_that_is_asked(tmp_path):
+    for source in ({"source": "world", "rows": 8}, None):
+        made = DataSettings(**source) if source else settings_for(tmp_path)
+        for ends in ("all", "benign"):
+            settings = made.model_copy(update={"end_of_turn": ends})
+            assert {row.ended for row in preference_rows(settings, 0)} == {ends == "all"}
+            assert all(row.ended for row in benign_rows(settings, 0))
+
+
 def test_no_more_rows_are_read_than_asked(tmp_path):
     settings = settings_for(tmp_path, rows=1)
     assert len(preference_rows(settings, 0)) == len(benign_rows(settings, 0)) == 1

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import warnings
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,16 @@ def test_a_row_reads_as_the_chat_template_writes_it(tokenizer):
     assert text_of(tokenizer, found.prompt) == "<s>[user] why ?[assistant] "
     assert text_of(tokenizer, found.prompt + found.completions[0]) == whole
     assert text_of(tokenizer, found.completions[1]) == "no .</s>"
+
+
+def test_a_row_that_is_not_ended_stops_with_its_last_word(tokenizer):
+    ended = row("why ?", "because", "so")
+    (whole,) = tokenise([ended], tokenizer, 64)
+    (open_end,) = tokenise([replace(ended, ended=False)], tokenizer, 64)
+    assert open_end.prompt == whole.prompt
+    for short, long in zip(open_end.completions, whole.completions, strict=True):
+        assert short == long[: len(short)]
+        assert text_of(tokenizer, long[len(short) :]).strip() == tokenizer.eos_token
 
 
 def test_no_second_bos(tokenizer):
