@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, Strict, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from latlib.config.paths import absolute, node_of
 from latlib.config.sections import (
     BudgetSettings,
     DataSettings,
+    EachOnce,
     EvaluationSettings,
     LoraSettings,
     ModelSettings,
+    Name,
     Natural,
     ParallelSettings,
     PretrainSettings,
@@ -45,15 +47,15 @@ from latlib.config.sections import (
 class Profile(Section):
     """Everything a run depends on."""
 
-    name: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     description: Text
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1), EachOnce] = (0, 1, 2)
     model: ModelSettings = ModelSettings()
     pretrain: PretrainSettings = PretrainSettings()
     data: DataSettings = DataSettings()
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
-    methods: Annotated[dict[Text, dict[str, Any]], Field(min_length=1)]
+    methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     roles: RolesSettings = RolesSettings()
     # method -> folder or hub id of somebody's model or adapter, which is not trained
     released: dict[Text, Text] = {}
@@ -93,14 +95,26 @@ class Profile(Section):
         attacked = {method: self.training(method).attack.steps > 0 for method in self.methods}
         # the class is frozen for its users; here the value is still being made
         object.__setattr__(self, "roles", self.roles.resolved(attacked))
+        self._check_names()
         self._check_sweep()
         self._check_data()
         for name in self.released:
             if name not in self.methods:
                 raise ValueError(f"released.{name} is no method of this profile: add it to methods")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: list each once")
         return self
+
+    def _check_names(self) -> None:
+        """No two models of a seed share a folder, also on disks where case does not matter."""
+        names = ["base", *self.methods]
+        for method in self.methods:
+            names += [f"{method}-{variant}" for variant in self.sweep.variants]
+        folded = [name.lower() for name in names]
+        for name in names:
+            if folded.count(name.lower()) > 1:
+                raise ValueError(
+                    f"{name!r} would be the folder of two models: a variant's is method-variant,"
+                    " 'base' is the model before safety training: rename a method or a variant"
+                )
 
     def _check_sweep(self) -> None:
         changes = [(f"variants.{name}", change) for name, change in self.sweep.variants.items()]
@@ -117,6 +131,12 @@ class Profile(Section):
                 raise ValueError(f"sweep.{place}: {error}") from error
 
     def _check_data(self) -> None:
+        for name in self.evaluation.further_encodings:
+            if name in self.evaluation.encodings:
+                raise ValueError(
+                    f"evaluation.further_encodings = {name!r} stands in evaluation.encodings, too:"
+                    " list it in one of them"
+                )
         if self.data.source == "files" and not (self.data.harmful and self.data.benign):
             raise ValueError(
                 "data.source = 'files' needs data.harmful and data.benign: give both paths"
@@ -176,6 +196,8 @@ def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
     """One error of pydantic's as field, value and fix."""
     kind, value = item["type"], item["input"]
     place = [str(part) for part in item["loc"]]
+    if place[-1:] == ["[key]"]:  # the name is wrong, not what stands behind it
+        del place[-2:]
     if kind == "value_error" and not place:
         return str(item["ctx"]["error"])
     field = ".".join([where, *place]).strip(".") or "profile"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -27,6 +28,9 @@ Count = Annotated[int, Strict(), Field(ge=1)]
 Natural = Annotated[int, Strict(), Field(ge=0)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
+# Windows has files of these names already, whatever follows behind a dot
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_LONGEST_NAME = 64
 
 
 def _site(value: Any) -> int | float | str:
@@ -43,6 +47,24 @@ def _encoding(name: str) -> str:
     return name
 
 
+def _name(text: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?", text)
+    if not plain or _RESERVED.fullmatch(text) or len(text) > _LONGEST_NAME:
+        raise ValueError(
+            "folders are named after it: use at most 64 letters, digits, '.', '_' and '-', begin"
+            " with a letter or digit, end with no dot, and leave out names that Windows keeps for"
+            " itself (con, nul, com1)"
+        )
+    return text
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ValueError(f"{value!r} stands twice: list each once")
+    return values
+
+
 ProfileError = SettingError  # its name where a profile is read
 
 
@@ -55,6 +77,10 @@ def suggestion(name: str, known: Iterable[str], otherwise: str) -> str:
 SiteSpec = Annotated[Any, AfterValidator(_site)]
 SomeSites = Annotated[tuple[SiteSpec, ...], Field(min_length=1)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
+Name = Annotated[str, Strict(), AfterValidator(_name)]
+EachOnce = AfterValidator(_each_once)
+Radii = Annotated[tuple[Positive, ...], EachOnce]
+Encodings = Annotated[tuple[EncodingName, ...], EachOnce]
 
 
 class Section(BaseModel):
@@ -321,19 +347,19 @@ class EvaluationSettings(Section):
     pgd_steps: Count = 10
     strong_steps: Count = 40  # the converged attack at the trained eps
     # where steps, restarts, rules and sites are varied, and transfer tried
-    strong_eps: tuple[Positive, ...] = (0.05,)
+    strong_eps: Radii = (0.05,)
     restarts: Count = 2  # random starts beside the zero start
     # beside the profile's own
-    rules: tuple[Literal["adamw", "sign", "l2"], ...] = ("sign", "adamw")
+    rules: Annotated[tuple[Literal["adamw", "sign", "l2"], ...], EachOnce] = ("sign", "adamw")
     shots: Count = 8  # answered requests in the chat before the harmful one
     suffix: SuffixSearchSettings = SuffixSearchSettings()
     # in the unit of train.attack.eps_mode
-    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05,)
-    embedding_eps: tuple[Positive, ...] = (0.1, 0.2)  # for the attack at the embedding
+    eps: Annotated[Radii, Field(min_length=1)] = (0.05,)
+    embedding_eps: Radii = (0.1, 0.2)  # for the attack at the embedding
     # audited with harmless requests too
-    encodings: tuple[EncodingName, ...] = ("plain", "leet", "rot13", "reverse")
+    encodings: Encodings = ("plain", "leet", "rot13", "reverse")
     # harmful requests and their twins; 'request>reply' is possible
-    further_encodings: tuple[EncodingName, ...] = ()
+    further_encodings: Encodings = ()
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
     # same words, or any harmless prompt (see latlib.refusal.activations)
     pairing: Literal["matched", "random"] = "matched"
@@ -361,12 +387,12 @@ class RolesSettings(Section):
     # sweeps vary it; None: the first method with an attack that is not the undefended twin
     main: Text | None = None
     # set side by side in claims and figures; none: all methods
-    compared: tuple[Text, ...] = ()
+    compared: Annotated[tuple[Text, ...], EachOnce] = ()
 
     def resolved(self, attacked: Mapping[str, bool]) -> RolesSettings:
         """Every role with a name. attacked: method -> whether it trains under an attack.
 
-        Raises ValueError for a role whose method does not exist, or that is compared twice.
+        Raises ValueError for a role whose method does not exist.
         """
         for field, value in self:
             for name in (value,) if isinstance(value, str) else value or ():
@@ -375,10 +401,6 @@ class RolesSettings(Section):
                     raise ValueError(
                         f"roles.{field} = {name!r} is no method of this profile: {hint}"
                     )
-        if len(set(self.compared)) < len(self.compared):
-            raise ValueError(
-                f"roles.compared = {list(self.compared)} repeats a method: list each once"
-            )
         defended = [name for name in attacked if name != self.undefended]
         under_attack = [name for name in defended if attacked[name]]
         return RolesSettings(
@@ -394,7 +416,7 @@ class SweepSettings(Section):
     `train` -> value. None by default: our choice.
     """
 
-    variants: dict[Text, dict[str, Any]] = {}
+    variants: dict[Name, dict[str, Any]] = {}
     # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed
     grid: dict[Text, tuple[Any, ...]] = {}
 

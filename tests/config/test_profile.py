@@ -274,3 +274,56 @@ def test_a_profile_that_is_not_utf8_is_an_error(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"description: \xff\n")
     with pytest.raises(ProfileError, match="mine.yaml is not UTF-8"):
         load_profile(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../pwn", "..", ".lat", "a/b", "a b", "lat\n", "é", "", "con", "NUL.x", "a" * 65]
+)
+def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    """Methods and variants are folders: '../../../pwn' once wrote outside the run folder."""
+    for place, sections in (
+        ("methods = ", {"methods": {"lat": {}, name: {}}}),
+        ("sweep.variants = ", {"sweep": {"variants": {name: {"defence.kl": 0.0}}}}),
+        ("name = ", {"name": name}),
+    ):
+        said = refusal_of(tmp_path, **sections)
+        assert said.startswith(place) and repr(name) in said and "letters, digits" in said
+
+
+@pytest.mark.parametrize(
+    ("methods", "variants", "name"),
+    [
+        (("lat", "lat-no-kl"), ("no-kl",), "lat-no-kl"),
+        (("a", "a-b"), ("c", "b-c"), "a-b-c"),
+        (("lat", "LAT"), (), "lat"),
+        (("lat",), ("wide", "Wide"), "lat-wide"),
+        (("lat", "Base"), (), "base"),
+    ],
+)
+def test_two_models_of_one_folder_are_refused(tmp_path, methods, variants, name):
+    sweep = {"variants": {variant: {"defence.kl": 0.0} for variant in variants}}
+    said = refusal_of(tmp_path, methods={method: {} for method in methods}, sweep=sweep)
+    assert f"{name!r} would be the folder of two models" in said.lower()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("eps", [0.05, 0.1, 0.05]),
+        ("embedding_eps", [1, 1.0]),
+        ("strong_eps", [0.05, 0.05]),
+        ("encodings", ["plain", "leet", "plain"]),
+        ("further_encodings", ["base64", "base64"]),
+        ("rules", ["sign", "sign"]),
+    ],
+)
+def test_what_is_listed_twice_is_refused(tmp_path, field, values):
+    """It would double the rows of the outcome table, and so narrow every interval."""
+    said = refusal_of(tmp_path, evaluation={field: values})
+    assert f"evaluation.{field} = " in said and f"{values[-1]!r} stands twice" in said
+
+
+def test_a_further_encoding_is_none_of_the_others(tmp_path):
+    both = {"encodings": ["plain", "leet"], "further_encodings": ["base64", "leet"]}
+    said = refusal_of(tmp_path, evaluation=both)
+    assert "further_encodings = 'leet' stands in evaluation.encodings" in said
