@@ -102,7 +102,7 @@ def load_model(
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
-    source = located(folder, field)
+    source = located(folder, field, allowed.revision)
     lean = settings.forward != "stock" and will_run_lean(open_config(source, field, allowed))
     weights = torch.float32 if lean and dtype == torch.bfloat16 else dtype
     tokenizer = templated(open_tokenizer(source, field, allowed), settings.template, settings.date)

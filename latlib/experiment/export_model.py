@@ -109,7 +109,7 @@ def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
     """Settings that open a base on the CPU in the precision its file says."""
     field = "model.source"
     allowed = Allowed.by(settings, revision=str(base) == settings.source)
-    config = open_config(located(base, field), field, allowed)
+    config = open_config(located(base, field, allowed.revision), field, allowed)
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     # without a date: the exported template writes today's
     changes = {"date": None, "dtype": dtype, "device": "cpu", "forward": "stock", "compile": False}

@@ -19,7 +19,7 @@ def load_tokenizer(
     """The tokenizer of what `load_model` loads, without its weights."""
     field = "model.source"
     allowed = Allowed.by(settings, revision=str(folder) == settings.source)
-    tokenizer = open_tokenizer(located(folder, field), field, allowed)
+    tokenizer = open_tokenizer(located(folder, field, allowed.revision), field, allowed)
     return templated(tokenizer, settings.template, settings.date)
 
 

@@ -9,8 +9,9 @@ only where allowed.
 3. Python files of a model are not run: a model or tokenizer that cannot do without them is refused,
    unless the profile allows them (model.trust_remote_code). One that transformers knows is opened
    with transformers' own code.
-4. Weights are read in the precision they are wanted in, so that they are in memory once.
-5. Whatever goes wrong is said as field, value and fix: gated without a token, missing, pickles
+4. A source whose weights are a GGUF file is dequantised first (`latlib.io.gguf`).
+5. Weights are read in the precision they are wanted in, so that they are in memory once.
+6. Whatever goes wrong is said as field, value and fix: gated without a token, missing, pickles
    only, foreign code.
 """
 
@@ -25,7 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import (
@@ -40,6 +48,17 @@ from transformers.utils import logging as transformers_logging
 
 from latlib.errors import SettingError
 from latlib.io.files import read_json
+from latlib.io.gguf import (
+    SUFFIX,
+    WEIGHTS,
+    contents,
+    dequantised,
+    folder_of,
+    gguf_of,
+    only_one,
+    read_config,
+    read_tokenizer,
+)
 from latlib.io.weights import check_loaded, check_not_quantised, headers
 
 # names of weights that are read, and of pickles, which may run code
@@ -93,20 +112,64 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def located(source: str | os.PathLike[str], field: str) -> str:
-    """The source as transformers wants it. Raises SettingError for what looks like a path and is no
-    folder.
+def located(source: str | os.PathLike[str], field: str, revision: str | None = None) -> str:
+    """The source as transformers wants it, dequantised where it is GGUF. revision: of a hub id.
+    Raises SettingError for what looks like a path and is no folder, and for GGUF that cannot be
+    read rightly.
     """
     text = os.fspath(source)
-    folder = Path(text).expanduser()
-    if text and folder.is_dir():  # '' would be the working folder
-        return str(folder)
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise SettingError(
-            f"{field} = {text!r} is not a folder: give a model folder or a hub id such as"
-            " owner/name"
+    place = Path(text).expanduser()
+    here = bool(text) and place.exists()  # '' would be the working folder
+    file = gguf_of(place, field) if here else None
+    if here and place.is_dir() and file is None:
+        return str(place)
+    if file is None:
+        if place.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+            raise SettingError(
+                f"{field} = {text!r} is not a folder: give a model folder or a hub id such as"
+                " owner/name"
+            )
+        file = _gguf_on_hub(text, field, revision)
+    if file is None:
+        return text
+    with _explaining(field, text, Allowed(revision=revision)):
+        return str(dequantised(file, field))
+
+
+def _gguf_on_hub(source: str, field: str, revision: str | None) -> Path | None:
+    """The GGUF file of a repository without other weights, downloaded."""
+    cached = _cached(source, revision, "model")
+    names = [path.name for path in cached.iterdir()] if cached else []
+    if not any(name.endswith((*WEIGHTS, SUFFIX)) for name in names):
+        try:
+            names = HfApi().list_repo_files(source, revision=revision)
+        except Exception:  # of the hub or the network: said where the source is opened
+            return None
+    name = only_one(names, f"{field} = {source!r}")
+    file = source_file(source, name, field, revision) if name else None
+    return Path(file) if file else None
+
+
+def local_folder(source: str, revision: str | None = None, kind: str = "model") -> Path | None:
+    """Where a model or data set is on this machine: the folder `source`, or what the hub cache has
+    of it; asks nobody. kind: 'model' or 'dataset'. Of GGUF: the folder it is dequantised in, or the
+    file, before that. Raises SettingError for a folder with several of these."""
+    place = Path(source).expanduser()
+    is_here = place.is_dir() or place.suffix == SUFFIX
+    found = place if is_here else _cached(source, revision, kind)
+    file = gguf_of(found, "model") if found else None
+    if file is None:
+        return found
+    return folder_of(file) if folder_of(file).is_dir() else file
+
+
+def _cached(source: str, revision: str | None, kind: str) -> Path | None:
+    try:
+        return Path(
+            snapshot_download(source, repo_type=kind, revision=revision, local_files_only=True)
         )
-    return text
+    except (HFValidationError, LocalEntryNotFoundError):  # no hub id, or not here
+        return None
 
 
 def source_file(source: str, name: str, field: str, revision: str | None = None) -> str | None:
@@ -137,13 +200,15 @@ def base_of(adapter: str, field: str) -> str:
 def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
     """The configuration of a whole model. Raises SettingError, also for an adapter, under which
     transformers would open whatever model the adapter names."""
-    if is_adapter(source, field, allowed.revision):
+    if not source.endswith(SUFFIX) and is_adapter(source, field, allowed.revision):
         raise SettingError(
             f"{field} = {source!r} is an adapter, not a model: give the model under it (its"
             f" adapter_config.json says {base_of(source, field)!r}), and the adapter as a released"
             " model"
         )
     with _explaining(field, source, allowed):
+        if source.endswith(SUFFIX):
+            return read_config(Path(source), contents(Path(source), field), field)
         if not Path(source).is_dir():
             # without a network a file that is not cached looks like one that does not exist; this
             # one always does
@@ -177,6 +242,8 @@ def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) ->
 def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedTokenizerBase:
     """The tokenizer of a source. Raises SettingError naming the field."""
     with _explaining(field, source, allowed):
+        if source.endswith(SUFFIX):
+            return read_tokenizer(Path(source), contents(Path(source), field), field)
         return AutoTokenizer.from_pretrained(source, **allowed.options)
 
 
@@ -268,6 +335,8 @@ def _explaining(field: str, source: str, allowed: Allowed) -> Iterator[None]:
     try:
         with quietly():
             yield
+    except SettingError:
+        raise
     except Exception as error:
         raise SettingError(f"{field} = {source!r} {_fix(error, allowed)}") from error
 

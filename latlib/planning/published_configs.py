@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 
 from latlib.config.sections import ModelSettings, ProfileError
+from latlib.io.gguf import SUFFIX
+from latlib.io.hub import Allowed, local_folder, open_config
 from latlib.world.organism import build_model, build_tokenizer
 
 
@@ -39,20 +39,6 @@ _TEXT = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
 PUBLISHED = {source: Published(**known) for source, known in yaml.safe_load(_TEXT).items()}
 
 
-def local_folder(source: str, revision: str | None = None, kind: str = "model") -> Path | None:
-    """Where a model or data set is on this machine: the folder `source`, or what the hub cache has
-    of it; asks nobody. kind: 'model' or 'dataset'.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        cached = snapshot_download(source, repo_type=kind, revision=revision, local_files_only=True)
-    except (HFValidationError, LocalEntryNotFoundError):  # no hub id, or not here
-        return None
-    return Path(cached)
-
-
 def config_of(settings: ModelSettings) -> PretrainedConfig | None:
     """The config of a profile's language model (of one that also sees, that part); None for a model
     that is neither here nor in `PUBLISHED`.
@@ -63,6 +49,8 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
     if source == "world":
         return build_model(settings, build_tokenizer(settings.vocabulary), 0).config
     folder = local_folder(source, settings.revision)
+    if folder is not None and folder.suffix == SUFFIX:
+        return open_config(str(folder), "model.source", Allowed())
     if folder is not None and (folder / "config.json").is_file():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -30,11 +30,13 @@ from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import benign_rows, check_overlap, preference_rows
 from latlib.io.files import read_json
+from latlib.io.gguf import SUFFIX, contents, folder_of
 from latlib.io.hub import (
     ADAPTER_FILES,
     MODEL_FILES,
     Allowed,
     check_adapter_keys,
+    local_folder,
     open_adapter_config,
     open_config,
     open_tokenizer,
@@ -42,7 +44,7 @@ from latlib.io.hub import (
 )
 from latlib.io.weights import check_folder, check_tokens, header
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
-from latlib.planning.published_configs import PUBLISHED, local_folder
+from latlib.planning.published_configs import PUBLISHED
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world.organism import build_tokenizer
 
@@ -118,16 +120,24 @@ def used_models(profile: Profile) -> dict[str, str]:
 
 
 def bytes_to_download(profile: Profile) -> int:
-    """Of the models that are not here, as far as their sizes are known."""
-    missing = [source for source in used_models(profile) if not _is_here(profile, source)]
-    return sum(PUBLISHED[source].download for source in missing if source in PUBLISHED)
+    """Of the models that are not here, as far as their sizes are known, and of those that are to be
+    dequantised."""
+    size = 0
+    for source in used_models(profile):
+        here = _is_here(profile, source)
+        folder = local_folder(source, profile.model.revision)
+        if folder is not None and folder.suffix == SUFFIX:
+            size += contents(folder, source).size
+        elif not here and source in PUBLISHED:
+            size += PUBLISHED[source].download
+    return size
 
 
 def _is_here(profile: Profile, source: str) -> bool:
     """Whether a model is a folder, or all its weights are in the hub cache."""
     revision = profile.model.revision if source == profile.model.source else None
     folder = local_folder(source, revision)
-    if folder is None or Path(source).expanduser().is_dir():
+    if folder is None or folder.suffix == SUFFIX or Path(source).expanduser().is_dir():
         return folder is not None
     here = _files(folder)
     index = folder / "model.safetensors.index.json"
@@ -147,7 +157,7 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
         yield Line("model", OK, "made here, from scratch: nothing to download")
     for source, subject in used.items():
         folder = Path(source).expanduser()
-        if folder.is_dir():
+        if folder.is_dir() or (folder.suffix == SUFFIX and folder.is_file()):
             yield _folder_line(profile, subject, source, folder)
         elif not is_hub_id(source):
             fix = "check the path, or give a hub id owner/name"
@@ -167,6 +177,13 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
 
 
 def _folder_line(profile: Profile, subject: str, source: str, folder: Path) -> Line:
+    try:
+        folder = local_folder(source) or folder
+    except ValueError as error:
+        return _wrong(subject, error)
+    if folder.suffix == SUFFIX:
+        text = f"{folder}: to be dequantised into {folder_of(folder)}"
+        return _whole_line(profile, subject, text, folder)
     files = _files(folder)
     configs = {"config.json"} if subject == "model" else {"config.json", "adapter_config.json"}
     lacks = ""
@@ -184,9 +201,14 @@ def _whole_line(profile: Profile, subject: str, text: str, folder: Path) -> Line
     try:
         _look_into(profile, subject, folder)
     except ValueError as error:
-        wrong, _, fix = str(error).rpartition(": ")
-        return Line(subject, MISSING, wrong, fix)
+        return _wrong(subject, error)
     return Line(subject, OK, text)
+
+
+def _wrong(subject: str, error: ValueError) -> Line:
+    """What an error says, and its fix."""
+    text, _, fix = str(error).rpartition(": ")
+    return Line(subject, MISSING, text, fix)
 
 
 def _look_into(profile: Profile, subject: str, folder: Path) -> None:
@@ -195,12 +217,14 @@ def _look_into(profile: Profile, subject: str, folder: Path) -> None:
     field = f"{subject} {folder}"
     allowed = Allowed.by(profile.model, revision=False)
     adapter = (folder / "adapter_config.json").is_file()
-    weights_are_safe(str(folder), subject, allowed, ADAPTER_FILES if adapter else MODEL_FILES)
+    if folder.suffix != SUFFIX:
+        weights_are_safe(str(folder), subject, allowed, ADAPTER_FILES if adapter else MODEL_FILES)
     if adapter:
         _look_into_adapter(profile, subject, folder)
         return
     config = open_config(str(folder), field, allowed)
-    check_folder(folder, config, field)
+    if folder.suffix != SUFFIX:
+        check_folder(folder, config, field)
     tokenizer = open_tokenizer(str(folder), field, allowed)
     check_tokens(tokenizer, config.get_text_config().vocab_size, field)
     chat_text(tokenizer, "A", profile.data.system_prompt)
@@ -267,8 +291,7 @@ def _overlap_line(profile: Profile) -> Line:
     try:
         check_overlap(profile.data)
     except ProfileError as error:
-        text, _, fix = str(error).rpartition(": ")
-        return Line("overlap", MISSING, text, fix)
+        return _wrong("overlap", error)
     return Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
 
 
@@ -298,6 +321,8 @@ def _tokenizer(profile: Profile) -> Any:
     if folder is None:
         return None
     try:
+        if folder.suffix == SUFFIX:
+            return open_tokenizer(str(folder), "model.source", Allowed())
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):  # what is wrong with the folder is said in the model's line
         return None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,18 @@ from broken_weights import (
     without_a_layer,
     without_a_shard,
 )
+from huggingface_hub import constants
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_profile import small_run
 from tiny_models import world_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import latlib.io.gguf
 from latlib.config.profile import load_profile
-from latlib.config.sections import ProfileError
+from latlib.config.sections import ModelSettings, ProfileError
 from latlib.io.weights import INDEX
+from latlib.models import load_model
 from latlib.planning import check as planning
 from latlib.planning import estimate
 from latlib.planning.requirements import Machine
@@ -132,7 +136,32 @@ def tokenizer_files(home: Path) -> None:
         path.unlink()
 
 
+def as_gguf(home: Path, **how) -> Path:
+    """The same folder with a GGUF file in place of its model, and an adapter for that."""
+    tiny_gguf = pytest.importorskip("tiny_gguf")
+    shutil.rmtree(home / "model")
+    (home / "model").mkdir()
+    model = tiny_gguf.little_model()
+    tiny_gguf.write_gguf(home / "model/tiny.gguf", model, **how)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(home / "adapter")
+    return home / "model/tiny.gguf"
+
+
+def several_gguf(home: Path) -> None:
+    file = as_gguf(home)
+    shutil.copy(file, file.with_name("other.gguf"))
+
+
+def gguf_cut(home: Path) -> None:
+    file = as_gguf(home)
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
 BREAKS = {
+    "several gguf files": (several_gguf, "several GGUF files, other.gguf, tiny.gguf: give"),
+    "a gguf file cut": (gguf_cut, "was cut"),
+    "gguf of unknown text": (lambda h: as_gguf(h, pre="mine"), "splits text as 'mine'"),
     "no model": (lambda h: shutil.rmtree(h / "model"), "[model] model: no such folder"),
     "no config": (lambda h: (h / "model/config.json").unlink(), "config.json"),
     "broken config": (lambda h: (h / "model/config.json").write_text("{"), "model"),
@@ -221,3 +250,17 @@ def test_a_system_prompt_that_the_template_refuses_is_named(home):
 
 def test_a_target_that_is_no_layer_is_named(home):
     assert "qkv_proj" in checked(home, lora={"targets": ["q_proj", "qkv_proj"]})
+
+
+def test_gguf_lacks_nothing_whole_and_its_package_otherwise(home, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(home / "cache"))
+    file = as_gguf(home)
+    for source in ("model", "model/tiny.gguf"):
+        assert checked(home, model={"source": source}) == ""
+    assert not (home / "cache").exists(), "nothing is made by looking"
+    load_model(file, ModelSettings(source=str(file), device="cpu"))
+    assert checked(home) == ""
+    shutil.rmtree(home / "cache")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    latlib.io.gguf._read.cache_clear()
+    assert "package `gguf`, which is not installed: pip install gguf" in checked(home)
