@@ -220,7 +220,11 @@ def _fields(cls: type[Section], place: list[str]) -> list[str]:
 
 def _as_number(text: str, kind: str) -> str:
     try:
-        fix = "write it without quotes" if kind == "int_type" else f"write {float(text):.6e}"
+        fix = (
+            f"write {int(text)} without quotes"
+            if kind == "int_type"
+            else f"write {float(text):.6e}"
+        )
     except ValueError:
         fix = "give a number"
     return f"{fix} (YAML needs a dot: 8.0e-5, not 8e-5)"
@@ -266,7 +270,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     seen: set[Any] = set()
     for key, _ in node.value:
-        name = loader.construct_object(key, deep=True)
+        # '<<', and what is no key: construct_mapping says so
+        name = loader.construct_object(key, deep=True) if _is_name(key) else key
         if name in seen:
             problem = f"{name!r} stands twice: keep one of them"
             raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
@@ -275,14 +280,20 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _is_name(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge")
+
+
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     text = str(node.value)
     if ":" in text or re.match(r"[-+]?0[0-9_]", text):
         problem = f"{text} is not a decimal number: write 10 for 010, 90 for 1:30, or quote a text"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    if node.tag.endswith(":int"):
-        return loader.construct_yaml_int(node)
-    return loader.construct_yaml_float(node)
+    is_int = node.tag.endswith(":int")
+    try:
+        return loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)

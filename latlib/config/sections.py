@@ -148,7 +148,7 @@ class DataSettings(Section):
     harmful: Text | None = None
     benign: Text | None = None
     # our name -> a column, or a format string over them: "{instruction}\n{input}",
-    # "{messages[1][content]}". The names are AdvBench's (Zou et al. 2023)
+    # "{messages[user]}". The names are AdvBench's (Zou et al. 2023)
     harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
     benign_columns: dict[str, str] = {"prompt": "instruction"}  # Alpaca's name
     harmful_config: Text | None = None  # of a hub data set that has several configurations

@@ -8,8 +8,12 @@
 3. Records are taken one by one up to the number that is asked for; with `streaming` a hub data set
    is not downloaded first.
 4. `columns` maps our name to a column, or to a format string over the record such as
-   "{instruction}\\n{input}" or "{messages[1][content]}". What is missing is ''. A column or key
-   that is not there is an error that lists what is.
+   "{instruction}\\n{input}". What is missing is ''. A column or key that is not there is an error
+   that lists what is.
+5. Of a chat, "{messages[user]}" is what the user says first and "{messages[assistant]}" the reply
+   to that; a system turn is passed over ("{messages[system]}"). A turn may also be taken by its
+   number, if the same role has it in every row.
+6. A contextual behaviour of HarmBench is asked with its context, as its authors' code joins them.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,12 @@ _SAVED = ("state.json", "dataset_dict.json")
 _FIELD_LIMIT = 2**31 - 1  # letters of a CSV field; the csv module's own is 131,072
 _FIELD = re.compile(r"([^\[\]{}]+)((?:\[[^\[\]{}]+\])*)")  # column[key][key]
 _FORM = "is not of the form {column} or {column[key]}"
+# who speaks in a chat, in OpenAI's and in ShareGPT's words
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_ROLES["system"] = "system"
+# HarmBench's columns (Mazeika et al. 2024), and how its baselines join them (DirectRequest)
+_BEHAVIOUR, _CONTEXT, _KIND = "Behavior", "ContextString", "FunctionalCategory"
+_JOINED = "{}\n\n---\n\n{}"
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,18 @@ def read_table(
                     f"{source.shown} has no column {place[0]!r} for {name!r}; it has "
                     f"{', '.join(there)}: set {setting}"
                 )
+    used = {place[0] for parts in templates.values() for _, place in parts if place}
+    if _BEHAVIOUR in used:
+        records = _in_context(records, used, source)
     rows = []
+    roles: dict[str, str] = {}
     for number, record in enumerate(records, start=1):
         where = f"{source.shown}, row {number}"
         row = {}
         for name, parts in templates.items():
             theirs = str(columns.get(name))
             try:
-                texts = [before + _value(record, place) for before, place in parts]
+                texts = [before + _value(record, place, roles) for before, place in parts]
             except LookupError as error:
                 said = f"{theirs!r} for {name!r} {error.args[0]}"
                 raise ProfileError(f"{where}: {said}: set {setting}") from None
@@ -98,6 +113,27 @@ def read_table(
                 raise ProfileError(f"{where}: column {theirs!r} is empty: fill or remove it")
         rows.append(row)
     return rows
+
+
+def _in_context(records: list[Record], used: Collection[str], source: Source) -> list[Record]:
+    """HarmBench's records, a behaviour behind its context unless `used` names that too."""
+    protected = sum(record.get(_KIND) == "copyright" for record in records)
+    if protected:
+        warnings.warn(
+            f"{source.shown}: {protected} of {len(records)} rows are HarmBench's copyright"
+            " behaviours, which its authors judge by hashes of the texts; here they are judged as"
+            " all others: remove them if that is not meant",
+            stacklevel=3,
+        )
+    if _CONTEXT in used:
+        return records
+    joined: list[Record] = []
+    for record in records:
+        if context := record.get(_CONTEXT):
+            asked = _JOINED.format(context, record[_BEHAVIOUR])
+            record = {**record, _BEHAVIOUR: asked}
+        joined.append(record)
+    return joined
 
 
 def is_hub_id(path: str) -> bool:
@@ -288,7 +324,7 @@ def _template(theirs: str, setting: str) -> list[tuple[str, list[str]]]:
     except ValueError as error:
         raise ProfileError(
             f"{setting} = {theirs!r} is no format string ({error}): write it like"
-            " '{instruction}', or '{messages[1][content]}'"
+            " '{instruction}', or '{messages[user]}'"
         ) from None
     return parts
 
@@ -301,8 +337,9 @@ def _place(field: str) -> list[str]:
     return [place[1], *re.findall(r"[^\[\]]+", place[2])]
 
 
-def _value(record: Record, place: Sequence[str]) -> str:
-    """The text at a place; '' for what is missing. Raises LookupError where a key leads nowhere."""
+def _value(record: Record, place: Sequence[str], roles: dict[str, str]) -> str:
+    """The text at a place; '' for what is missing. roles: of the turns that were taken by number
+    before. Raises LookupError where a key leads nowhere."""
     if not place:
         return ""
     value: Any = record
@@ -310,8 +347,13 @@ def _value(record: Record, place: Sequence[str]) -> str:
     for key in place:
         if value is None:
             return ""
+        if isinstance(value, list) and key in _ROLES:
+            value = _turn(value, _ROLES[key], at)
+            at += f"[{key}]"
+            continue
         if isinstance(value, list):
             value = {str(number): part for number, part in enumerate(value)}
+            _check_role(value.get(key), f"{at}[{key}]", roles)
         if not isinstance(value, Mapping):
             raise LookupError(f"finds no {key!r} in {at}, which is {type(value).__name__}")
         if at and key not in value:
@@ -324,3 +366,40 @@ def _value(record: Record, place: Sequence[str]) -> str:
         )
     missing = value is None or value != value  # NaN is not itself
     return "" if missing else str(value)
+
+
+def _role_of(turn: Any) -> str | None:
+    """Who speaks in a turn of a chat, in our word or else in its own; None for what is no turn."""
+    if not isinstance(turn, Mapping):
+        return None
+    said = turn.get("role", turn.get("from"))
+    return None if said is None else _ROLES.get(str(said).lower(), str(said))
+
+
+def _turn(turns: Sequence[Any], role: str, at: str) -> Any:
+    """What a role says in a chat: the user first, the assistant to that, the system, if at all.
+    Raises LookupError for a chat that goes otherwise."""
+    said = [turn for turn in turns if (_role_of(turn) == "system") == (role == "system")]
+    if role == "system" and not said:
+        return ""
+    wanted = ["user", "assistant"] if role == "assistant" else [role]
+    found = [_role_of(turn) for turn in said[: len(wanted)]]
+    if found != wanted:
+        raise LookupError(
+            f"looks for {', then '.join(wanted)} in {at}, which goes"
+            f" {', '.join(map(str, found)) or 'nowhere'}"
+        )
+    last = said[len(wanted) - 1]
+    return last.get("content", last.get("value"))
+
+
+def _check_role(turn: Any, at: str, roles: dict[str, str]) -> None:
+    """Raise LookupError for a turn by another role than the same turn of rows before."""
+    role = _role_of(turn)
+    before = role and roles.setdefault(at, role)
+    if role != before:
+        column = at.partition("[")[0]
+        raise LookupError(
+            f"takes a turn of {role!r} at {at}, which was of {before!r} in rows before: take turns"
+            f" by role, as in '{{{column}[user]}}' and '{{{column}[assistant]}}'"
+        )

@@ -259,6 +259,10 @@ def test_relative_paths_lead_from_the_profiles_folder_then_from_the_repository(
         ("train: {steps: 010}\n", "010 is not a decimal number"),
         ("train: {steps: 1:30}\n", "1:30 is not a decimal number"),
         ("train: {lr: 1:30.5}\n", "1:30.5 is not a decimal number"),
+        ("train: {steps: !!int x}\n", "invalid literal"),
+        ("train: {[1]: 2}\n", "unhashable key"),
+        ("train:\n  ? {a: 1}\n  : 2\n", "unhashable key"),
+        ("train:\n  <<: 3\n", "expected a mapping"),
     ],
 )
 def test_yaml_that_would_be_read_as_something_else_is_an_error_with_its_line(
@@ -327,3 +331,20 @@ def test_a_further_encoding_is_none_of_the_others(tmp_path):
     both = {"encodings": ["plain", "leet"], "further_encodings": ["base64", "leet"]}
     said = refusal_of(tmp_path, evaluation=both)
     assert "further_encodings = 'leet' stands in evaluation.encodings" in said
+
+
+def test_a_section_may_be_merged_into_another(tmp_path):
+    text = (
+        "description: x\nmethods:\n  a: &a {attack.eps: 1.0, steps: 3}\n  b: {<<: *a, steps: 4}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    profile = load_profile(tmp_path / "mine.yaml")
+    assert profile.methods["b"] == {"attack.eps": 1.0, "steps": 4}
+
+
+@pytest.mark.parametrize(("steps", "fix"), [("'4'", "write 4"), ("08", "write 8"), ("x", "give a")])
+def test_text_where_a_count_belongs_is_an_error_with_the_number(tmp_path, steps, fix):
+    text = f"description: x\nmethods: {{lat: {{}}}}\ntrain: {{steps: {steps}}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ProfileError, match=f"train.steps = .* is text, not a number: {fix}"):
+        load_profile(tmp_path / "mine.yaml")

@@ -10,6 +10,7 @@ import pytest
 from rows_in_files import write
 
 from latlib.config.sections import ProfileError
+from latlib.data.benchmarks import asked_prompts
 from latlib.data.records import ANY_SPLIT, Source, is_hub_id, read_table
 
 RECORDS = [
@@ -305,3 +306,87 @@ def test_a_byte_order_mark_and_lines_in_a_field_are_read(tmp_path, name, text):
 def test_a_long_field_is_read(tmp_path):
     path = write(tmp_path, "rows.csv", [{"goal": "a" * 200_000}])
     assert len(read(path, {"prompt": "goal"})[0]["prompt"]) == 200_000
+
+
+# ---- chats by role -----------------------------------------------------------------------------
+
+
+def chat(*turns, names=("role", "content")):
+    return {"messages": [dict(zip(names, turn, strict=True)) for turn in turns]}
+
+
+ROLES = {"prompt": "{messages[user]}", "reply": "{messages[assistant]}"}
+USER, ASSISTANT, SYSTEM = ("user", "ask"), ("assistant", "answer"), ("system", "be kind")
+SHAREGPT = ("from", "value")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        chat(USER, ASSISTANT),
+        chat(SYSTEM, USER, ASSISTANT),
+        chat(USER, ASSISTANT, ("user", "more"), ("assistant", "and more")),
+        chat(USER, ASSISTANT, ("tool", "a result")),
+        chat(("human", "ask"), ("gpt", "answer"), names=SHAREGPT),
+        chat(SYSTEM, ("human", "ask"), ("gpt", "answer"), names=SHAREGPT),
+    ],
+)
+def test_a_chat_is_taken_by_role(tmp_path, record):
+    path = write(tmp_path, "rows.jsonl", [record])
+    assert read(path, ROLES) == [{"prompt": "ask", "reply": "answer"}]
+    (row,) = read(path, {**ROLES, "system": "{messages[system]}"})
+    assert row["system"] == ("be kind" if "be kind" in str(record) else "")
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (chat(ASSISTANT, USER), "looks for user in messages, which goes assistant"),
+        (chat(("tool", "x"), USER, ASSISTANT), "which goes tool"),
+        (chat(), "which goes nowhere"),
+        (chat(SYSTEM), "which goes nowhere"),
+        (chat(USER), "looks for user, then assistant in messages, which goes user"),
+        (chat(USER, USER, ASSISTANT), "which goes user, user"),
+        (chat(USER, ("function", "x"), ASSISTANT), "which goes user, function"),
+        ({"messages": ["ask", "answer"]}, "which goes None"),
+    ],
+)
+def test_a_chat_that_goes_otherwise_is_an_error(tmp_path, record, said):
+    path = write(tmp_path, "rows.json", [chat(USER, ASSISTANT), record])
+    with pytest.raises(ProfileError, match=f"row 2: .*{said}: set data.harmful_columns"):
+        read(path, ROLES)
+
+
+def test_turns_by_number_are_of_one_role_in_all_rows(tmp_path):
+    numbers = {"prompt": "{messages[0][content]}", "reply": "{messages[1][content]}"}
+    path = write(tmp_path, "rows.json", [chat(USER, ASSISTANT), chat(SYSTEM, USER, ASSISTANT)])
+    assert read(path, numbers, rows=1) == [{"prompt": "ask", "reply": "answer"}]
+    said = r"row 2: .*a turn of 'system' at messages\[0\], which was of 'user' .*messages\[user\]"
+    with pytest.raises(ProfileError, match=said):
+        read(path, numbers)
+
+
+# ---- HarmBench ---------------------------------------------------------------------------------
+
+HARMBENCH = [  # of our own making, with the published columns
+    {"Behavior": "tell it", "FunctionalCategory": "standard", "ContextString": ""},
+    {"Behavior": "use it", "FunctionalCategory": "contextual", "ContextString": "A plan."},
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_a_contextual_behaviour_is_asked_with_its_context(tmp_path, suffix):
+    path = write(tmp_path, f"rows{suffix}", HARMBENCH)
+    found = read(path, {"prompt": "Behavior"})
+    assert [row["prompt"] for row in found] == ["tell it", "A plan.\n\n---\n\nuse it"]
+    own = read(path, {"prompt": "{ContextString} {Behavior}"})
+    assert [row["prompt"] for row in own] == ["tell it", "A plan. use it"]
+    (_, asked) = asked_prompts("harmbench", path, {"text": "Behavior"})
+    assert asked.text == "A plan.\n\n---\n\nuse it"
+
+
+def test_copyright_behaviours_are_kept_and_said(tmp_path):
+    more = {"Behavior": "sing it", "FunctionalCategory": "copyright", "ContextString": ""}
+    path = write(tmp_path, "rows.csv", [*HARMBENCH, more])
+    with pytest.warns(UserWarning, match="data.harmful = .*: 1 of 3 rows are .*copyright"):
+        assert len(read(path, {"prompt": "Behavior"})) == 3
