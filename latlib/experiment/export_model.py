@@ -5,9 +5,11 @@
 
 1. The base is opened on the CPU in the precision it is stored in, the adapter is put on it and
    merged.
-2. Logits of a few tokens before and after are compared: a merge that changes what the model says is
+2. An adapter on an embedding that is the head too makes two matrices of them: the model that was
+   trained has one each.
+3. Logits of a few tokens before and after are compared: a merge that changes what the model says is
    an error.
-3. Weights (safetensors), configuration, generation settings and tokenizer, a model card and the
+4. Weights (safetensors), configuration, generation settings and tokenizer, a model card and the
    record of its making go into a folder aside, which is renamed: the target is there whole or not
    at all. Nothing in it names this machine.
 transformers, and whatever else reads such folders, needs neither latlib nor peft for it.
@@ -16,12 +18,16 @@ transformers, and whatever else reads such folders, needs neither latlib nor pef
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 import latlib
+from latlib.blocks import text_config
 from latlib.config.paths import portable
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.evaluation.outcomes import BASE
@@ -90,10 +96,15 @@ def _merged(run: Run, spec: Spec) -> tuple[Any, Any, float]:
 
 def merged(model: Any, dtype: torch.dtype) -> tuple[Any, float]:
     """(the model with its adapter in its weights, largest difference of a logit). Raises ValueError
-    where it then says other things. dtype: of the weights."""
+    for an adapter that no weights can hold, and where the model then says other things. dtype: of
+    the weights."""
     before = _logits(model)
-    with quietly():
-        alone = model.merge_and_unload(safe_merge=True)
+    _untie(model)
+    try:
+        with quietly():
+            alone = model.merge_and_unload(safe_merge=True)
+    except RuntimeError as error:
+        raise ValueError(f"its adapter cannot be merged ({error})") from error
     difference = (_logits(alone) - before).abs().max().item()
     allowed = CLOSE.get(dtype, ROUNDED) * before.std().item()
     if not difference <= allowed:
@@ -103,6 +114,25 @@ def merged(model: Any, dtype: torch.dtype) -> tuple[Any, float]:
             " merged"
         )
     return alone, difference
+
+
+def _untie(model: Any) -> None:
+    """Give the head a matrix of its own where it shares the embedding's and an adapter is on one of
+    them."""
+    base = model.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    table, head = (getattr(module, "base_layer", module) for module in ends)
+    adapted = any(isinstance(module, BaseTunerLayer) for module in ends)
+    if not adapted or table.weight is not head.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, text_config(base)):
+        config.tie_word_embeddings = False
+    warnings.warn(
+        "embedding and head are one matrix in the base, and the adapter changes one of them: the"
+        " export has two",
+        stacklevel=3,
+    )
 
 
 def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
@@ -119,7 +149,7 @@ def _as_stored(base: Path, settings: ModelSettings) -> ModelSettings:
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
     """[tokens, vocabulary] for a row of different tokens."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = len(model.get_input_embeddings().weight)
     ids = torch.arange(PROBE_TOKENS) * (vocabulary // PROBE_TOKENS)
     return model(ids[None]).logits[0].double()
 

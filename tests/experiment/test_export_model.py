@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from architectures import random_model
 
 import latlib
 from latlib.config.paths import portable
@@ -155,7 +160,6 @@ def test_nothing_half_made_is_left(run, tmp_path, monkeypatch):
 
 
 def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
-    """As where the output matrix is the embedding, too, and lora.targets names it."""
     plain = LoraModel.merge_and_unload
 
     def wrong(self, **options):
@@ -167,6 +171,63 @@ def test_a_merge_that_changes_the_model_is_an_error(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"lat\[no-kl\] seed 0: merged, it says other things"):
         export_model.export(run, "lat", 0, tmp_path / "to", "no-kl")
     assert list(tmp_path.iterdir()) == []
+
+
+TARGETS = ["q_proj", "down_proj"]
+EMBEDDING, HEAD = [*TARGETS, "embed_tokens"], [*TARGETS, "lm_head"]
+ADAPTERS = {
+    "embedding": {"target_modules": EMBEDDING},
+    "head": {"target_modules": HEAD},
+    "both": {"target_modules": [*EMBEDDING, "lm_head"]},
+    "both as one": {"target_modules": EMBEDDING, "ensure_weight_tying": True},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [3, 4, 5]},
+    "dora": {"target_modules": EMBEDDING, "use_dora": True},
+    "rslora": {"use_rslora": True},
+}
+
+
+def adapted(architecture, **options):
+    """A random model under an adapter that says something in all its parts."""
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": TARGETS} | options)
+    model = get_peft_model(random_model(architecture), config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    marks = ("lora_", "modules_to_save", "token_adapter")
+    for name, parameter in model.named_parameters():
+        if any(mark in name for mark in marks) and "original_module" not in name:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:embedding and head:UserWarning")
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+@torch.no_grad()
+def test_any_adapter_is_exported_as_it_was_trained(architecture, kind, tmp_path):
+    model = adapted(architecture, **ADAPTERS[kind])
+    ids = torch.arange(40).view(2, 20)
+    expected = model(ids).logits
+    export_model.merged(model, torch.float32)[0].save_pretrained(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    plain = random_model(architecture)(ids).logits
+    assert (found - plain).abs().max() > 0.1
+
+
+def test_a_shared_matrix_becomes_two_only_where_the_adapter_is_on_it():
+    with pytest.warns(UserWarning, match="embedding and head are one matrix in the base"):
+        model, _ = export_model.merged(adapted("llama-tied", target_modules=HEAD), torch.float32)
+    assert not model.config.tie_word_embeddings
+    model, _ = export_model.merged(adapted("llama-tied"), torch.float32)
+    assert (
+        model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    )
+
+
+def test_an_adapter_that_no_weights_hold_is_an_error():
+    with pytest.raises(ValueError, match="its adapter cannot be merged .*bias"):
+        export_model.merged(adapted("llama", lora_bias=True), torch.float32)
 
 
 @pytest.mark.parametrize(
