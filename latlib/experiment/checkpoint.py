@@ -37,6 +37,7 @@ from latlib.distributed import ranks
 from latlib.experiment.validation import Validator
 from latlib.io import files
 from latlib.io.files import Json
+from latlib.io.messages import in_a_line
 from latlib.train import Trainer
 
 MARK = b"\nsha256 "  # before the checksum; torch reads files with something behind their end
@@ -88,7 +89,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second
         raise OSError(
             f"the checkpoint of step {trainer.step} cannot be written to {folder}"
-            f" ({str(error).splitlines()[0]}); earlier ones are whole: free some space and run the"
+            f" ({in_a_line(error)}); earlier ones are whole: free some space and run the"
             " same command again",
         ) from error
     _prune(folder, trainer.settings.checkpoints_kept)

@@ -41,6 +41,7 @@ from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
 from latlib.experiment.sweep_tasks import files_of, packed, perform, unpack
 from latlib.io.machine import available_cores
+from latlib.io.messages import in_a_line
 from latlib.io.progress import ExitStatus
 
 RETRIES = 3  # of a trial whose process or machine was lost; an error of its own is not retried
@@ -153,10 +154,9 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     try:
         ray.init(address, **options)
     except ConnectionError as error:
-        reason = str(error).strip().splitlines()[0]
         raise SweepError(
-            f"address = {address!r}: no Ray cluster there ({reason}): start one with ray start"
-            " --head, or use 'local'"
+            f"address = {address!r}: no Ray cluster there ({in_a_line(error)}): start one"
+            " with ray start --head, or use 'local'"
         ) from None
     for number in ours:
         signal.signal(number, _stop)  # in place of Ray's, which would abort
@@ -256,8 +256,7 @@ class _Driver:
 def _reason(error: Exception) -> str:
     """A line on what a task raised, or on what Ray says of its loss."""
     cause = getattr(error, "cause", None) or error
-    first_line = str(cause).strip().partition("\n")[0]
-    return f"{type(cause).__name__}: {first_line}"
+    return f"{type(cause).__name__}: {in_a_line(cause)}"
 
 
 # ---- the command line

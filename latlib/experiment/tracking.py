@@ -32,6 +32,7 @@ import pandas as pd
 
 from latlib.config.sections import TrackingSettings
 from latlib.io.files import Json, json_ready, write_text
+from latlib.io.messages import in_a_line
 
 # wandb's own limit for making a run online; left alone it takes 100 s without a network
 INIT_WAIT_S = 5.0
@@ -110,7 +111,7 @@ class Tracker:
             run.finish()
             wandb.teardown()  # finish() returns before the file is flushed
         except (Exception, SystemExit) as error:
-            self._trouble = f"W&B failed ({_first_line(error)})"
+            self._trouble = f"W&B failed ({type(error).__name__}: {in_a_line(error)})"
 
     def _start_run(self, wandb: Any) -> Any:
         """A wandb run in the mode that works, or None where W&B is disabled."""
@@ -122,7 +123,7 @@ class Tracker:
             try:
                 return self._init(wandb, mode)
             except Exception as error:
-                reason = _first_line(error)
+                reason = f"{type(error).__name__}: {in_a_line(error)}"
         if reason:
             _say(f"W&B stays offline: {reason}")
         return self._init(wandb, "offline")
@@ -182,10 +183,6 @@ def _has_key(host: str) -> bool:
 
 def _say(line: str) -> None:
     print(f"tracking: {line}", file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # ---- what was recorded

@@ -59,6 +59,7 @@ from latlib.io.gguf import (
     read_config,
     read_tokenizer,
 )
+from latlib.io.messages import in_a_line
 from latlib.io.weights import check_loaded, check_not_quantised, headers
 
 # names of weights that are read, and of pickles, which may run code
@@ -366,10 +367,9 @@ def _fix(error: Exception, allowed: Allowed) -> str:
             " model.trust_remote_code: true if you trust it, or choose a model that transformers"
             " knows"
         )
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"cannot be loaded ({first}): check the folder or the network, or download it and give the"
-        " folder"
+        f"cannot be loaded ({in_a_line(error)}): check the folder or the network, or download it"
+        " and give the folder"
     )
 
 

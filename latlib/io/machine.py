@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from latlib.errors import SettingError
+from latlib.io.messages import in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,9 @@ def can_compile(device: str) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing, the same code runs without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"torch.compile does not work on {device} here: {reason}; blocks run uncompiled",
+            f"torch.compile does not work on {device} here: {in_a_line(error)}; blocks run"
+            " uncompiled",
             stacklevel=2,
         )
         return False

@@ -21,6 +21,7 @@ import torch
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
+from latlib.io.messages import in_a_line
 from latlib.io.progress import ExitStatus
 from latlib.models import LanguageModel
 from latlib.planning import estimate
@@ -82,8 +83,7 @@ def _found(
     try:
         return call()
     except kind as error:
-        first = str(error).splitlines()[0]
-        raise _StopError(Line(subject, MISSING, first, fix)) from None
+        raise _StopError(Line(subject, MISSING, in_a_line(error), fix)) from None
 
 
 @dataclass(frozen=True)

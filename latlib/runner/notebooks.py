@@ -31,6 +31,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
+from latlib.io.messages import in_a_line
 from latlib.io.progress import Stopped
 from latlib.runner import kernel as kernel_process
 from latlib.runner.kernel import Kernel
@@ -194,15 +195,9 @@ def _describe(error: Exception, notebook: Path, kernel: Kernel, log: TextIO) -> 
         if isinstance(error, DeadKernelError):
             text = "the kernel died without a traceback; most often the memory has run out"
         log.write("\n" + "".join(traceback.format_exception(error)))
-    return Failure(
-        notebook.stem, kernel.cell, _first_line(source), _first_line(text), Path(log.name)
-    )
-
-
-def _first_line(text: str) -> str:
-    """The first line that says something."""
-    lines = [line.strip() for line in _ANSI.sub("", text).splitlines()]
-    return next(filter(None, lines), "")
+    begins = next(filter(str.strip, source.splitlines()), "").strip()
+    said = in_a_line(_ANSI.sub("", text))
+    return Failure(notebook.stem, kernel.cell, begins, said, Path(log.name))
 
 
 def _forget_paths(executed: Path, notebook: Path) -> None:
