@@ -73,11 +73,13 @@ class _LabelLosses(torch.autograd.Function):
         p.scatter_(1, index, 0.0)
         others = p.sum(1, keepdim=True)
         likely = torch.log1p(-others)
-        log_own = torch.where(own > 0.5, likely, _log(own)).squeeze(1)
+        tiny = torch.finfo(p.dtype).tiny  # of which there is a logarithm
+        log_own = torch.where(own > 0.5, likely, own.clamp(min=tiny).log()).squeeze(1)
         counts = ~away | (log_own >= AWAY_LOG_P_FLOOR)
         ctx.save_for_backward(p, own, others, index, away, counts)
         ctx.dtype = logits.dtype
-        return torch.where(away, -_log(others).squeeze(1) * counts, -log_own)
+        log_others = others.clamp(min=tiny).log().squeeze(1)
+        return torch.where(away, -log_others * counts, -log_own)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -91,10 +93,6 @@ class _LabelLosses(torch.autograd.Function):
         at_label = grad * torch.where(away, own, own - 1)
         out.scatter_(1, index, at_label.to(ctx.dtype))
         return out, None, None
-
-
-def _log(p: Tensor) -> Tensor:
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
 def kl_divergence(

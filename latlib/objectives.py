@@ -269,7 +269,8 @@ class RepresentationRerouting(Objective):
 
     def counts(self, parts: Sequence[MicroBatch]) -> dict[str, int]:
         rerouted = sum(int(_replies(part.attacked).sum()) for part in parts)
-        retained = sum(int(_real(part.benign).sum()) for part in parts if part.benign is not None)
+        benign = [part.benign for part in parts if part.benign is not None]
+        retained = sum(int((batch.segments != PADDING).sum()) for batch in benign)
         return {"rerouting": rerouted, "retain": retained}
 
     def forwards(self, part: MicroBatch) -> list[Forward]:
@@ -283,7 +284,8 @@ class RepresentationRerouting(Objective):
     def _retain(self, network: Network, part: MicroBatch, counts: Counts) -> Losses:
         assert part.benign is not None, "there are benign rows"
         options, batch = self.settings.rerouting, part.benign
-        moved = self._over_sites(network, batch, part.teacher[1], _real(batch), _distance)
+        real = batch.segments != PADDING
+        moved = self._over_sites(network, batch, part.teacher[1], real, _distance)
         weight = options.alpha * options.retain * self._progress()
         return {"retain": weight * moved / counts["retain"]}, None
 
@@ -303,10 +305,6 @@ class RepresentationRerouting(Objective):
 def _replies(batch: Batch) -> Tensor:
     """[batch, seq] bool: positions of the first completions."""
     return batch.segments == 1
-
-
-def _real(batch: Batch) -> Tensor:
-    return batch.segments != PADDING
 
 
 def _overlap(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ A step:
    plain training are over; the radius grows over `eps_ramp` steps. A share of rows keeps delta = 0.
 3. Defend: the objective's terms, each over the label tokens of the whole batch, so that
    micro-batches change nothing.
-4. Clip, AdamW on the adapter, log exactly what was optimised.
+4. Clip, AdamW on the adapter, log exactly what was optimised; what is not finite is skipped.
 
 Everything random is a function of (seed, step): a checkpoint is the adapter, the optimiser and the
 step, and a resumed run ends bit for bit where an uninterrupted one does (on a CPU).
@@ -21,8 +21,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +66,7 @@ class Trainer:
         self.harmful, self.benign = list(harmful), list(benign)
         self.data = _digest((*self.harmful, *self.benign))
         self.step = 0
+        self.skipped = 0  # updates in a row
         self.objective = OBJECTIVES[settings.objective](settings)
         attack = settings.attack
         self.threat: Any = None  # without an attack
@@ -94,7 +97,7 @@ class Trainer:
         attack."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         self.objective.step = self.step
-        attacked = self._attacks()
+        attacked = self.threat is not None and self.step >= self.settings.attack_after
         batch = self._micro_batches(attacked, generator)
         counts = self.objective.counts(batch)
         parts = self.objective.with_teacher(self.lm, self.processes.own(batch))
@@ -111,10 +114,13 @@ class Trainer:
         updates = [self._update(network, parts, counts, noted)]
         while len(updates) < self.settings.iterations:
             updates.append(self._update(self.lm.network(train=True), parts, counts, {}))
-        means = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        means = {}
+        for name in ChainMap(*updates):
+            own = [update[name] for update in updates if name in update]
+            means[name] = sum(own) / len(own)
         for name, values in noted.items():
             mean = self.processes.mean(values)
-            if mean is not None:
+            if mean is not None and math.isfinite(mean):
                 means[name] = mean
         scale = self._eps_scale() if attacked else 0.0
         self.step += 1
@@ -149,15 +155,20 @@ class Trainer:
                 noted["attack_end"].append(end[~part.clean])
                 noted["attack_won"].append(won[~part.clean].float())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        self.optimiser.step()
         sums = self.processes.total(sums, self.objective.terms)
         norm = self.processes.full(norm).item()
         metrics = {"total": sum(sums.values()), **sums, "grad_norm": norm}
-        if not all(map(math.isfinite, metrics.values())):
+        if all(map(math.isfinite, metrics.values())):
+            self.optimiser.step()
+            self.skipped = 0
+            return {**metrics, "skipped": 0.0}
+        self.skipped += 1
+        if self.skipped > self.settings.skips:
             raise FloatingPointError(
-                f"step {self.step + 1}: {metrics}: not finite; lower train.lr or attack.eps"
+                f"step {self.step + 1}: {metrics}: not finite, as {self.skipped} updates in a row,"
+                " all of them skipped: lower train.lr or attack.eps"
             )
-        return metrics
+        return {"skipped": 1.0}
 
     def _attack(self, network: Network, part: MicroBatch) -> Attack:
         threat = self.threat.scaled(self._eps_scale())
@@ -166,9 +177,6 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         search = self.settings.attack.search()
         return pgd(network, part.attacked, threat, search, generator, judged=False)
-
-    def _attacks(self) -> bool:
-        return self.threat is not None and self.step >= self.settings.attack_after
 
     def _eps_scale(self) -> float:
         ramp = self.settings.eps_ramp
@@ -183,20 +191,17 @@ class Trainer:
         return s.lr * warm * (min(1.0, (s.steps - self.step) / decay) if decay else 1.0)
 
     def _micro_batches(self, attacked: bool, generator: torch.Generator) -> list[MicroBatch]:
-        harmful, benign = self._rows(attacked)
-        count = self._count(len(harmful), len(benign))
-        groups = zip(_by_length(harmful, count), _by_length(benign, count), strict=True)
+        every = self._rows(attacked)
+        count = self._count(*map(len, every))
+        groups = zip(*(_by_length(rows, count) for rows in every), strict=True)
+        pack = partial(collate, pad_to=self.settings.pad_to, device=self.lm.device)
         parts = []
         for number, (rows, others) in enumerate(groups):
             chance = torch.rand(len(rows), generator=generator)
             clean = (chance < self.settings.clean_share).to(self.lm.device)
-            part = MicroBatch(self._collated(rows), self._collated(others), clean, number)
-            parts.append(part)
+            benign = pack(others) if others else None
+            parts.append(MicroBatch(pack(rows), benign, clean, number))
         return parts
-
-    def _collated(self, rows: Sequence[TokenRow]) -> Any:
-        """The batch of some rows; None without any."""
-        return collate(rows, 0, self.settings.pad_to, self.lm.device) if rows else None
 
     def _rows(self, attacked: bool) -> tuple[list[TokenRow], list[TokenRow]]:
         """The step's rows that carry the perturbation, and its benign ones."""
@@ -232,8 +237,7 @@ class Trainer:
         return {"step": self.step, "data": self.data, **self.processes.full(kept)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state()`, made by as many processes or not. Raises ValueError where the
-        rows are others."""
+        """Continue from a `state()` of any number of processes; ValueError for other rows."""
         if state.get("data") != self.data:
             raise ValueError(
                 f"the checkpoint of step {state['step']} was made with other rows than these: put"

@@ -297,15 +297,22 @@ class TrainSettings(Section):
     # forget the optimiser's moments before every step, as the authors' code does. Our choice: no
     fresh_optimiser: Flag = False
     clip: Positive = 1.0  # Sheshadri et al. 2024, authors' code
+    skips: Natural = 3  # updates in a row that may be skipped, not being finite. Our choice
     checkpoint_every: Count = 50  # steps
     checkpoint_minutes: Positive = 10.0  # and at least as often as this
     checkpoints_kept: Count = 2
-    evaluate_every: Natural = 0  # steps between looks at held-out tuning prompts; 0: none
+    # steps between looks at held-out tuning prompts; 0: none. Our choice: eight looks
+    evaluate_every: Natural | None = None
     evaluate_prompts: Count = 16  # of each kind
     keep: Literal["last", "best"] = "last"  # best: of the looks, see latlib.experiment.validation
     attack: AttackSettings = AttackSettings()
     defence: DefenceSettings = DefenceSettings()
     rerouting: ReroutingSettings = ReroutingSettings()
+
+    @property
+    def evaluation_steps(self) -> int:
+        """`evaluate_every`, or what it is by default."""
+        return -(-self.steps // 8) if self.evaluate_every is None else self.evaluate_every
 
 
 class SuffixSearchSettings(Section):

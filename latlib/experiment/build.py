@@ -15,6 +15,7 @@ Where several processes train it together (`launch`), all do all of this and the
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +38,7 @@ from latlib.distributed.ranks import (
 )
 from latlib.evaluation.generate import batches
 from latlib.evaluation.outcomes import BASE
+from latlib.experiment.alarms import Alarms
 from latlib.experiment.checkpoint import Due, load_checkpoint, save_checkpoint
 from latlib.experiment.layout import Layout
 from latlib.experiment.plain_steps import PlainSteps
@@ -156,12 +158,15 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     config = {"method": spec.label, "seed": spec.seed, **settings.model_dump(mode="json")}
     tracker = Tracker(log, profile.tracking, name, config, done + 1)
     due = Due(settings)
+    alarms = Alarms(trainer, name)
 
     def step_done(step: int, metrics: Metrics) -> None:
         metrics |= validator.after(step)
         if is_main():
             tracker.log(step, **metrics)
-        on_step(step, settings.steps, f"loss {metrics['total']:.3f}{validator.line()}")
+            alarms.after(step, metrics)
+        loss = metrics.get("total", math.nan)
+        on_step(step, settings.steps, f"loss {loss:.3f}{validator.line()}")
         plain_steps.share(trainer, log)
         stop = broadcast(stop_requested(layout.folder))
         if step < settings.steps and (due.after(step) or stop):
@@ -198,7 +203,7 @@ def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) ->
     """How it was made. kept_step: the step that is kept."""
     profile, threat = layout.profile, validator.trainer.threat
     metrics = read_metrics(layout.metrics_file(spec))
-    last = metrics[metrics["step"] == kept_step].iloc[-1].drop("seconds")
+    last = metrics[metrics["step"] == kept_step].iloc[-1].drop("seconds").dropna()
     record = {
         "latlib": latlib.__version__,
         "torch": torch.__version__,

@@ -67,7 +67,7 @@ class PlainSteps:
 def _digest(settings: TrainSettings, seed: int) -> str:
     """What tells settings whose plain steps differ apart."""
     no_matter = {"attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN}
-    if not settings.evaluate_every:
+    if not settings.evaluation_steps:
         no_matter.add("evaluate_prompts")
     tree = settings.model_dump(mode="json", exclude=no_matter)
     del tree["defence"]["away"]

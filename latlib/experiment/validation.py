@@ -120,8 +120,8 @@ def training_tokens(rows: list[Row], lm: LanguageModel, profile: Profile) -> lis
 
 
 class Validator:
-    """Validates one training. name: of the model, for warnings. Without `evaluate_every` it does
-    nothing.
+    """Validates one training. name: of the model, for warnings. It does nothing where
+    `evaluate_every` is 0 or there are no prompts to ask.
     """
 
     def __init__(self, trainer: Trainer, profile: Profile, name: str = "") -> None:
@@ -132,20 +132,23 @@ class Validator:
         self.best: Validation | None = None
         self.adapter: list[Tensor] = []  # of the best step, in full and on the CPU
         self.last: Validation | None = None
-        if self.settings.evaluate_every:
+        self.every = self.settings.evaluation_steps
+        if self.every:
             count = self.settings.evaluate_prompts
             prompts = prompt_source(profile)
             # "watch" decides, with the split, which of them are drawn
             self.harmful = prompts.ask("watch", "tune", "harmful", count)
             self.harmless = prompts.ask("watch", "tune", "harmless", count)
+            if not self.harmful or not self.harmless:
+                self.every = 0
+                return
             self.answers = self._answers()
 
     def after(self, step: int) -> dict[str, float]:
         """What to log after `step` steps: nothing where no validation is due. All processes call it
         alike.
         """
-        every = self.settings.evaluate_every
-        if not every or (step % every and step != self.settings.steps):
+        if not self.every or (step % self.every and step != self.settings.steps):
             return {}
         found, before = self.validate(step), self.last
         self.last = found
@@ -211,7 +214,7 @@ class Validator:
 
     def record(self, kept: int) -> Json | None:
         """What a model's record says; None without validation. kept: what `keep` returned."""
-        if not self.settings.evaluate_every:
+        if not self.every:
             return None
         best = None
         if self.best:

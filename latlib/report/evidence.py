@@ -400,6 +400,7 @@ def spikes(metrics: DataFrame) -> DataFrame:
     """
     if not {"attack_won", "eps_scale"} <= set(metrics):
         raise MissingError("the training curve has no attack")
+    metrics = metrics.dropna(subset=["total"])  # of steps that were skipped
     attacked = (metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()
     full = metrics[attacked].reset_index(drop=True)
     if len(full) < WINDOW:

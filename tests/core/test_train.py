@@ -506,13 +506,53 @@ def test_a_site_outside_the_model_is_refused_before_training():
         trainer_for(attack={"sites": (31,)})
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
-    trainer = trainer_for("ssft")
+def test_what_is_not_finite_stops_the_run_in_the_end_and_names_the_step():
+    trainer = trainer_for("ssft", skips=2, steps=9)
     trainer.train_step()
     with torch.no_grad():
         trainer.parameters[0].fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="step 2: .*lower train.lr or attack.eps"):
+    before = adapter_of(trainer)
+    assert [trainer.train_step()["skipped"] for _ in range(2)] == [1, 1]
+    with pytest.raises(FloatingPointError, match="step 4: .*lower train.lr or attack.eps"):
         trainer.train_step()
+    for name, parameter in adapter_of(trainer).items():
+        assert torch.equal(parameter, before[name]) or parameter.isnan().all()
+
+
+@pytest.mark.parametrize("where", ["gradient", "perturbation", "one update of two"])
+def test_an_update_that_is_not_finite_is_skipped_and_the_next_is_not(where, monkeypatch):
+    """The weights and Adam's moments stay as they were: a spoiled step is as none."""
+    trainer = trainer_for(iterations=2 if where.startswith("one") else 1)
+    trainer.train_step()
+    before, moments = adapter_of(trainer), str(trainer.optimiser.state_dict())
+    clip, find = torch.nn.utils.clip_grad_norm_, train.pgd
+    calls = []
+
+    def spoiled(parameters, *rest):
+        calls.append(0)
+        if len(calls) == 1:
+            parameters[0].grad.fill_(math.inf)
+        return clip(parameters, *rest)
+
+    def found(*args, **kwargs):
+        attack = find(*args, **kwargs)
+        return replace(attack, deltas={s: d * math.nan for s, d in attack.deltas.items()})
+
+    if where == "perturbation":
+        monkeypatch.setattr(train, "pgd", found)
+    else:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
+    metrics = trainer.train_step()
+    assert all(map(math.isfinite, metrics.values()))
+    if where.startswith("one"):
+        assert metrics["skipped"] == 0.5 and metrics["total"] > 0
+        return
+    assert metrics["skipped"] == 1 and "total" not in metrics and trainer.step == 2
+    after = adapter_of(trainer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert str(trainer.optimiser.state_dict()).split("lr")[0] == moments.split("lr")[0]
+    monkeypatch.undo()
+    assert trainer.train_step()["skipped"] == 0 and trainer.skipped == 0
 
 
 def test_attacks_leave_nothing_in_the_weights_gradients(monkeypatch):

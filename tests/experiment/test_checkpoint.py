@@ -134,7 +134,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path, capsys):
     ("changes", "error", "message"),
     [
         ({"lr": 0.5}, ProfileError, "train.lr: 0.002 -> 0.5"),
-        ({"evaluate_every": 2}, ProfileError, "train.evaluate_every: 0 -> 2"),
+        ({"evaluate_every": 2}, ProfileError, "train.evaluate_every: None -> 2"),
         ({"seed": 1}, ProfileError, "seed: 0 -> 1"),
         ({"benign": 1}, ValueError, "other rows"),
     ],

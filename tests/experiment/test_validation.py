@@ -232,7 +232,7 @@ def told(run, trainer, monkeypatch):
     """A validator whose results are given: told(result, ...) makes them in turn, each with an adapter full
     of its step.
     """
-    monkeypatch.setattr(PromptSource, "ask", lambda *_: [])
+    monkeypatch.setattr(PromptSource, "ask", lambda *_: ["asked of nobody"])
     monkeypatch.setattr(Validator, "_answers", lambda self: [])
     trainer.settings = trainer.settings.model_copy(
         update={"evaluate_every": 1, "keep": "best", "steps": 9}
@@ -279,7 +279,7 @@ def test_the_adapter_of_the_best_result_is_kept_or_the_last(told, trainer):
 
 def test_results_fall_on_every_so_many_steps_and_the_last(told, trainer):
     observer = told()
-    observer.settings = observer.settings.model_copy(update={"evaluate_every": 4})
+    observer.every = 4
     observer.validate = result_of
     assert [step for step in range(1, 10) if observer.after(step)] == [4, 8, 9]
 
