@@ -128,11 +128,11 @@ def with_adapter(lm: LanguageModel, lora: Options, seed: int) -> LanguageModel:
     trained.
 
     Raises SettingError for a target that is no layer of the model."""
-    check_targets(lm.model, lora.targets)
+    outside = check_targets(lm.model, lora.targets)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=0.0,
+        exclude_modules=outside or None,
         target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
     )

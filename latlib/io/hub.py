@@ -37,6 +37,7 @@ from huggingface_hub.errors import (
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -214,7 +215,13 @@ def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
             # without a network a file that is not cached looks like one that does not exist; this
             # one always does
             cached_file(source, "config.json", revision=allowed.revision)
-        return AutoConfig.from_pretrained(source, **allowed.options)
+        config = AutoConfig.from_pretrained(source, **allowed.options)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise SettingError(
+            f"{field} = {source!r} is a {config.model_type!r} model, which transformers does not"
+            " open as a language model: give one that it does, or the language model in it alone"
+        )
+    return config
 
 
 def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) -> nn.Module:

@@ -113,7 +113,7 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     name = profile.model.dtype
     dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
     fix = "name modules of this model in lora.targets"
-    lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora))
+    lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora), ValueError)
     yield Line("LoRA targets", OK, ", ".join(profile.lora.targets))
     if _missing(sites):
         return
@@ -130,7 +130,7 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     yield _device(job)
     memory = _memory(job)
     yield memory
-    if hours:
+    if hours and memory.state != NOTE:
         yield from _time(job, fits=memory.state == OK)
 
 
@@ -200,7 +200,12 @@ def _device(job: _Job) -> Line:
 
 def _memory(job: _Job) -> Line:
     processes = job.profile.parallel.processes
-    found = estimate.training_memory(job.profile, job.lm, job.lengths.longest)
+    try:
+        found = estimate.training_memory(job.profile, job.lm, job.lengths.longest)
+    except Exception as error:  # of a family's own code, or of kernels that need data
+        kind = job.lm.model.config.model_type
+        text = f"no prediction of memory or time for {kind!r} models ({in_a_line(error)})"
+        return Line("memory", NOTE, text)
     if found is None:
         need = 2 * job.parameters
         text = f"weights {gigabytes(need)} (nothing is trained)"

@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, PretrainedConfig
 
-from latlib.config.sections import ModelSettings, ProfileError
-from latlib.io.gguf import SUFFIX
+from latlib.config.sections import ModelSettings
 from latlib.io.hub import Allowed, local_folder, open_config
 from latlib.world.organism import build_model, build_tokenizer
 
@@ -49,14 +48,6 @@ def config_of(settings: ModelSettings) -> PretrainedConfig | None:
     if source == "world":
         return build_model(settings, build_tokenizer(settings.vocabulary), 0).config
     folder = local_folder(source, settings.revision)
-    if folder is not None and folder.suffix == SUFFIX:
-        return open_config(str(folder), "model.source", Allowed())
-    if folder is not None and (folder / "config.json").is_file():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            return config.get_text_config()
-        except (OSError, ValueError, KeyError) as error:
-            raise ProfileError(
-                f"model.source = {source!r}: {folder} cannot be read: {error}"
-            ) from None
-    return AutoConfig.for_model(**PUBLISHED[source].config) if source in PUBLISHED else None
+    if folder is None:
+        return AutoConfig.for_model(**PUBLISHED[source].config) if source in PUBLISHED else None
+    return open_config(str(folder), "model.source", Allowed.by(settings)).get_text_config()

@@ -222,10 +222,10 @@ def _look_into(profile: Profile, subject: str, folder: Path) -> None:
     if adapter:
         _look_into_adapter(profile, subject, folder)
         return
-    config = open_config(str(folder), field, allowed)
+    config = open_config(str(folder), subject, allowed)
     if folder.suffix != SUFFIX:
         check_folder(folder, config, field)
-    tokenizer = open_tokenizer(str(folder), field, allowed)
+    tokenizer = open_tokenizer(str(folder), subject, allowed)
     check_tokens(tokenizer, config.get_text_config().vocab_size, field)
     chat_text(tokenizer, "A", profile.data.system_prompt)
 

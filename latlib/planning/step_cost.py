@@ -8,10 +8,10 @@ on tensors that have shapes and no data.
    is counted, stage by stage (attack, then each backward pass). The stock modules run, as for every
    model too large for `latlib.fused`, and attention is the CPU's fused kernel, which keeps no
    scores, as the GPU's keeps none.
-3. `_counted` says what one micro-batch takes at the model's depth, from twins of one and two
-   blocks: at each stage a block above the lowest site adds what any other there adds, so does one
-   below it, where the attack does not go, and so does a further site. Only within a stage: which
-   stage holds most depends on the depth.
+3. `_counted` says what one micro-batch takes at the model's depth. Where all blocks are of one
+   kind, twins of one and two blocks tell: at each stage a block above the lowest site adds what any
+   other there adds, so does one below it, where the attack does not go, and so does a further site.
+   Only within a stage: which stage holds most depends on the depth.
 4. `predicted_memory`: every further micro-batch adds what is kept until the updates (perturbations,
    the teacher's rows), and the gradients of the adapter are there when the second one needs most.
 5. `predicted_flop`: every further PGD step adds what the second one adds before the first update;
@@ -37,7 +37,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -353,7 +353,8 @@ def _counted(
         "attack": settings.attack.model_copy(update=attack),
     }
     few = settings.model_copy(update=changes)
-    if settings.objective == "rerouting":  # its sites are shares of all blocks
+    # sites that are shares of all blocks, and blocks of several kinds, have no twins of few
+    if settings.objective == "rerouting" or not _alike(blocks_of(lm.model)):
         return step_counts(random_trainer(lm, few, lengths))
 
     def twin(below: int, above: int, sites: int = 1) -> np.ndarray:
@@ -372,6 +373,11 @@ def _counted(
     if len(sites) > 1:
         found = found + (len(sites) - 1) * (twin(0, 2, sites=2) - two)
     return found
+
+
+def _alike(blocks: Iterable[nn.Module]) -> bool:
+    shapes = {tuple(weight.shape for weight in block.parameters()) for block in blocks}
+    return len(shapes) == 1
 
 
 @lru_cache(maxsize=32)

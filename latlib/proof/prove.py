@@ -33,7 +33,14 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from latlib.batch import Batch, TokenRow, collate
-from latlib.blocks import CausalLM, blocks_of, stream_of, text_config, writers_of
+from latlib.blocks import (
+    CausalLM,
+    blocks_of,
+    decoder_of,
+    stream_of,
+    text_config,
+    writers_of,
+)
 from latlib.errors import SettingError
 from latlib.fused.llama import LeanNetwork
 from latlib.hooks import Ablate, LATHook
@@ -126,11 +133,15 @@ def check_teacher(model: CausalLM) -> None:
             )
 
 
-def check_targets(model: CausalLM, targets: Iterable[str]) -> None:
-    """Raise SettingError for names of `lora.targets` that are no linear layer or embedding of the
-    model: training would leave them out without a word."""
+def check_targets(model: CausalLM, targets: Iterable[str]) -> list[str]:
+    """The layers of a part that sees or hears: no target, text does not reach them.
+
+    Raises SettingError for names of `lora.targets` that are no linear layer or embedding of the
+    language model: training would leave them out without a word."""
     kinds = nn.Linear | nn.Embedding | Conv1D
-    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    inside = {*decoder_of(model).modules(), model.get_output_embeddings()}
+    layers = [name for name, module in found if module in inside]
     absent = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if absent:
         last = sorted({name.rpartition(".")[2] for name in layers})
@@ -138,6 +149,7 @@ def check_targets(model: CausalLM, targets: Iterable[str]) -> None:
             f"lora.targets = {list(targets)}: {type(model).__name__} has no {', '.join(absent)};"
             f" its layers are {', '.join(last)}"
         )
+    return [name for name, module in found if module not in inside]
 
 
 def _name(model: CausalLM) -> str:

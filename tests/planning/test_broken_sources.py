@@ -21,13 +21,22 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_profile import small_run
 from tiny_models import world_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Llama4Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLConfig,
+)
 
 import latlib.io.gguf
 from latlib.config.profile import load_profile
-from latlib.config.sections import ModelSettings, ProfileError
+from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
+from latlib.errors import SettingError
 from latlib.io.weights import INDEX
-from latlib.models import load_model
+from latlib.models import load_model, with_adapter
 from latlib.planning import check as planning
 from latlib.planning import estimate
 from latlib.planning.requirements import Machine
@@ -240,6 +249,91 @@ def test_what_would_stop_the_run_is_named(home, name):
     break_it, named = BREAKS[name]
     break_it(home)
     assert named in checked(home), name
+
+
+# ---- models that see, too -------------------------------------------------------------------------
+
+TOWER = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+TEXT = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+
+
+def gemma3() -> Gemma3Config:
+    text = TEXT | {"query_pre_attn_scalar": 8, "sliding_window": 64}
+    return Gemma3Config(
+        text_config=text, vision_config=TOWER, mm_tokens_per_image=4, image_token_index=5
+    )
+
+
+def llama4() -> Llama4Config:
+    text = TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 4}
+    sides = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+    return Llama4Config(vision_config=TOWER | sides, text_config=text)
+
+
+def qwen2_vl() -> Qwen2VLConfig:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    return Qwen2VLConfig(
+        text_config=TEXT | {"rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (gemma3, ""),
+        (llama4, ""),
+        (qwen2_vl, "'qwen2_vl' model, which transformers does not open as a language model"),
+    ],
+)
+def test_a_model_that_sees_too_is_run_by_its_language_model_or_refused(home, config, missing):
+    torch.manual_seed(0)
+    shutil.rmtree(home / "model")
+    AutoModelForImageTextToText.from_config(config()).save_pretrained(home / "model")
+    world_tokenizer().save_pretrained(home / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if not missing:
+        base = AutoModelForCausalLM.from_pretrained(home / "model")
+        get_peft_model(base, lora).save_pretrained(home / "adapter")
+    found = checked(home)
+    settings = ModelSettings(source=str(home / "model"), device="cpu", dtype="float32")
+    if missing:
+        assert missing in found
+        with pytest.raises(SettingError, match=f"model.source = .*{missing}"):
+            load_model(home / "model", settings)
+        return
+    assert found == ""
+    lm = with_adapter(load_model(home / "model", settings), LoraSettings(r=2), 0)
+    adapted = [name for name, _ in lm.model.named_parameters() if "lora_A" in name]
+    assert len(adapted) == 4 * 7 and not any("vision" in name for name in adapted)
+
+
+def test_a_step_that_cannot_be_counted_is_said(home, monkeypatch):
+    def count(*_):
+        raise RuntimeError("a kernel\nneeds data")
+
+    monkeypatch.setattr(estimate, "predicted_memory", count)
+    assert checked(home) == ""
+    lines = planning.check(load_profile(home / "broken.yaml"), home / "run", MACHINE)
+    (memory,) = (line for line in lines if line.subject == "memory")
+    assert memory.text.startswith("no prediction of memory or time for 'llama' models (a kernel;")
+    assert not any(line.subject == "time" for line in lines)
 
 
 def test_a_system_prompt_that_the_template_refuses_is_named(home):

@@ -2,6 +2,9 @@
 way says.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import language_model, token_rows
@@ -14,6 +17,10 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from architectures import random_model as random_model_of
 
 from latlib.config.sections import (
     AttackSettings,
@@ -130,6 +137,18 @@ def test_the_short_way_says_what_the_long_way_says(settings, llama):
     memory = predicted_memory(llama, settings, LENGTHS)
     assert memory == memory_of(llama, memory.peak)
     # gradients may be there already when a single micro-batch needs most
+    assert 0.96 * peak <= memory.peak <= 1.01 * peak + memory.adapter
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "deepseek-v3"])
+def test_blocks_of_several_kinds_are_counted_one_by_one(name):
+    """Linear and full attention; a dense block before those with experts: no few blocks tell."""
+    lora = LoraSettings(r=2, targets=("o_proj",))
+    lm = fake_model(random_model_of(name).config, torch.bfloat16, lora)
+    settings = settings_of(2, 2, 2, (1,), 3)
+    peak, flop = peak_and_flop(lm, settings)
+    assert predicted_flop(lm, settings, LENGTHS) == pytest.approx(flop, rel=0.02)
+    memory = predicted_memory(lm, settings, LENGTHS)
     assert 0.96 * peak <= memory.peak <= 1.01 * peak + memory.adapter
 
 
