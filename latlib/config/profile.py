@@ -36,12 +36,14 @@ from latlib.config.sections import (
     ProfileError,
     RolesSettings,
     Section,
+    Seed,
     SweepSettings,
     Text,
     TrackingSettings,
     TrainSettings,
     suggestion,
 )
+from latlib.threat import resolve_sites
 
 
 class Profile(Section):
@@ -49,7 +51,7 @@ class Profile(Section):
 
     name: Name
     description: Text
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1), EachOnce] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), EachOnce] = (0, 1, 2)
     model: ModelSettings = ModelSettings()
     pretrain: PretrainSettings = PretrainSettings()
     data: DataSettings = DataSettings()
@@ -141,7 +143,14 @@ class Profile(Section):
             raise ValueError(
                 "data.source = 'files' needs data.harmful and data.benign: give both paths"
             )
-        if self.model.source != "world" and "source" not in self.data.model_fields_set:
+        if self.model.source == "world":
+            known = LoraSettings().targets
+            unknown = [name for name in self.lora.targets if name.rpartition(".")[2] not in known]
+            if unknown:
+                raise ValueError(
+                    f"lora.targets = {unknown} are no layers of the organism: choose of {known}"
+                )
+        elif "source" not in self.data.model_fields_set:
             raise ValueError(
                 f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to"
                 " 'world' for the prompts of the made-up world, which only the organism knows"
@@ -162,11 +171,23 @@ class Profile(Section):
         for source, fields in ((where, self.methods[method]), ("changes", changes or {})):
             for dotted, value in fields.items():
                 _set(tree, dotted, value, source)
-        return validated(TrainSettings, tree, where)
+        found = validated(TrainSettings, tree, where)
+        if self.model.source == "world":  # of another model, --check knows the number of blocks
+            self._check_sites(found, where)
+        return found
+
+    def _check_sites(self, settings: TrainSettings, where: str) -> None:
+        sections = {"attack": settings.attack, "rerouting": settings.rerouting}
+        for name, section in sections.items():
+            try:
+                resolve_sites(section.sites, self.model.layers)
+            except ValueError as error:
+                raise ProfileError(f"{where}.{name}.{error}") from None
 
 
 # Fields that may differ between two visits to the same run folder: they change no result.
 FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
+MOST_VALUES = 10_000  # in a file; a shipped profile has about 200
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
@@ -198,16 +219,22 @@ def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
     place = [str(part) for part in item["loc"]]
     if place[-1:] == ["[key]"]:  # the name is wrong, not what stands behind it
         del place[-2:]
-    if kind == "value_error" and not place:
-        return str(item["ctx"]["error"])
     field = ".".join([where, *place]).strip(".") or "profile"
-    subject = f"{field} = {value!r}"
+    if kind == "value_error" and not isinstance(value, str | int | float | list | tuple):
+        said = str(item["ctx"]["error"])  # of a section: it begins with the name of a field
+        return f"{field}.{said}" if place or where else said
+    subject = f"{field} = {_short(value)}"
     if kind == "extra_forbidden":
         hint = suggestion(place[-1], _fields(cls, place[:-1]), "remove it")
         return f"{subject} is not a known field: {hint}"
     if kind in ("float_type", "int_type") and isinstance(value, str):
         return f"{subject} is text, not a number: {_as_number(value, kind)}"
     return f"{subject}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fields(cls: type[Section], place: list[str]) -> list[str]:
@@ -250,16 +277,41 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """
     path = _profile_file(name_or_path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ProfileError(f"profile {path} is not readable YAML: {error}") from None
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ProfileError(f"profile {path} is not UTF-8 ({error}): save it as UTF-8") from None
+    except RecursionError:
+        raise ProfileError(f"profile {path} is nested too deeply: it has two levels") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ProfileError(f"profile {path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
     tree.setdefault("name", path.stem)
     bases = (path.resolve().parent, find_share("profiles").parent)
     return validated(Profile, absolute(tree, bases))
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if _size(node, {}) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values, aliases counted")
+        return loader.construct_document(node) if node else None
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node has, an alias as often as it stands there."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in children for part in pair]
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -299,6 +351,8 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
+# a date stays text: the field that takes it says what is wrong with it
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_scalar)
 
 
 def _profile_file(name_or_path: str | os.PathLike[str]) -> Path:

@@ -14,18 +14,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
 from latlib.threat import PGD, Positions, Site, ThreatModel, resolve_sites
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0, le=1e9)]
+NonNegative = Annotated[Number, Field(ge=0, le=1e9)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Natural = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1, le=1_000_000_000)]
+Natural = Annotated[int, Strict(), Field(ge=0, le=1_000_000_000)]
+Width = Annotated[int, Strict(), Field(ge=1, le=65_536)]  # of a layer or a batch
+Seed = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]  # times steps it fits 64 bits
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 # Windows has files of these names already, whatever follows behind a dot
@@ -79,6 +81,11 @@ SomeSites = Annotated[tuple[SiteSpec, ...], Field(min_length=1)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
 Name = Annotated[str, Strict(), AfterValidator(_name)]
 EachOnce = AfterValidator(_each_once)
+Device = Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
+# what a column can stand for
+HarmfulColumns = dict[Literal["prompt", "rejected", "chosen"], Text]
+BenignColumns = dict[Literal["prompt", "response"], Text]
+BorderlineColumns = dict[Literal["prompt", "label"], Text]
 Radii = Annotated[tuple[Positive, ...], EachOnce]
 Encodings = Annotated[tuple[EncodingName, ...], EachOnce]
 
@@ -103,7 +110,7 @@ class ModelSettings(Section):
     trust_remote_code: Flag = False
     # compute dtype; master weights stay float32. Our choice: what the machine is fast in
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
-    device: Text = "auto"  # our choice: a GPU where there is one
+    device: Device = "auto"  # our choice: a GPU where there is one
     # 'lean' is the fast Llama path of latlib.fused.llama. Our choice: where it fits the model
     forward: Literal["auto", "stock", "lean"] = "auto"
     # torch.compile of the stock forward's blocks; falls back with a warning where it cannot. Our
@@ -115,19 +122,33 @@ class ModelSettings(Section):
     date: datetime.date | None = None
     # The fields from here on describe the organism and are unused for other sources. Our choice:
     # the smallest that reads every encoding (docs/lab-log.md)
-    dim: Count = 128
-    layers: Count = 8
-    heads: Count = 4
-    kv_heads: Count = 4
-    ffn: Count = 384
-    vocabulary: Annotated[int, Strict(), Field(ge=300)] = 1024
+    dim: Width = 128
+    layers: Annotated[int, Strict(), Field(ge=1, le=512)] = 8
+    heads: Width = 4
+    kv_heads: Width = 4
+    ffn: Width = 384
+    vocabulary: Annotated[int, Strict(), Field(ge=300, le=1_000_000)] = 1024
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ModelSettings:
+        if self.dim % (2 * self.heads):
+            raise ValueError(
+                f"dim = {self.dim} is no even multiple of heads = {self.heads}: each head turns"
+                " pairs of dimensions"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}: they are"
+                " shared evenly"
+            )
+        return self
 
 
 class PretrainSettings(Section):
     """How the organism is trained from scratch. All of it is our choice (docs/lab-log.md)."""
 
     steps: Count = 300
-    batch: Count = 128
+    batch: Width = 128
     # of different lengths: one length a batch makes the short answers unstable
     micro_batches: Count = 4
     muon_lr: Positive = 0.02
@@ -149,8 +170,8 @@ class DataSettings(Section):
     benign: Text | None = None
     # our name -> a column, or a format string over them: "{instruction}\n{input}",
     # "{messages[user]}". The names are AdvBench's (Zou et al. 2023)
-    harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
-    benign_columns: dict[str, str] = {"prompt": "instruction"}  # Alpaca's name
+    harmful_columns: HarmfulColumns = {"prompt": "goal", "rejected": "target"}
+    benign_columns: BenignColumns = {"prompt": "instruction"}  # Alpaca's name
     harmful_config: Text | None = None  # of a hub data set that has several configurations
     benign_config: Text | None = None
     harmful_split: Text = "train"  # of a hub data set or a data set's folder
@@ -161,12 +182,12 @@ class DataSettings(Section):
     # prompts that results are measured on; None: held out of `harmful`
     test_harmful: Text | None = None
     # AdvBench's names (Zou et al. 2023)
-    test_harmful_columns: dict[str, str] = {"prompt": "goal", "rejected": "target"}
+    test_harmful_columns: HarmfulColumns = {"prompt": "goal", "rejected": "target"}
     test_benign: Text | None = None
-    test_benign_columns: dict[str, str] = {"prompt": "instruction"}  # Alpaca's name
+    test_benign_columns: BenignColumns = {"prompt": "instruction"}  # Alpaca's name
     # prompts that merely sound harmful, as in XSTest: a refusal is one too many
     test_borderline: Text | None = None
-    test_borderline_columns: dict[str, str] = {"prompt": "prompt"}  # XSTest's name
+    test_borderline_columns: BorderlineColumns = {"prompt": "prompt"}  # XSTest's name
     # Jaccard similarity of two prompts' 5-letter shingles from which they count as one
     near_duplicate: Share = 0.7
     # chosen, where the file has none
@@ -186,7 +207,7 @@ class DataSettings(Section):
 class LoraSettings(Section):
     """The adapter (peft LoRA). All of it is our choice, for the organism (docs/lab-log.md)."""
 
-    r: Count = 16
+    r: Width = 16
     alpha: Positive = 32.0
     targets: tuple[Text, ...] = (
         "q_proj",
@@ -281,9 +302,9 @@ class TrainSettings(Section):
     eps_ramp: Natural = 0  # steps over which the radius then grows to eps
     # of harmful rows trained without their perturbation, so that plain refusal stays
     clean_share: Share = 0.0
-    batch: Count = 32
-    benign_batch: Count = 32
-    micro_batch: Count = 32  # rows at a time; every micro-batch is attacked
+    batch: Width = 32
+    benign_batch: Width = 32
+    micro_batch: Width = 32  # rows at a time; every micro-batch is attacked
     # harmful and benign rows in one forward: for launch-bound GPUs; costs padding
     shared_forward: Flag = False
     # lengths are rounded up to a multiple of this, so that compiled code is reused
@@ -309,6 +330,19 @@ class TrainSettings(Section):
     defence: DefenceSettings = DefenceSettings()
     rerouting: ReroutingSettings = ReroutingSettings()
 
+    @model_validator(mode="after")
+    def _learns_something(self) -> TrainSettings:
+        weights = self.defence.model_dump(exclude={"kl_mode"})
+        if self.objective == "safety-training" and not any(weights.values()):
+            raise ValueError(f"defence = {weights}: all are 0: nothing would be learned")
+        attack = self.attack
+        if attack.steps and attack.targeted and not (attack.toward or attack.away):
+            raise ValueError(
+                "attack.toward = attack.away = 0: the attack would seek nothing: give one a"
+                " weight, or set attack.steps to 0"
+            )
+        return self
+
     @property
     def evaluation_steps(self) -> int:
         """`evaluate_every`, or what it is by default."""
@@ -327,7 +361,7 @@ class SuffixSearchSettings(Section):
     topk: Count = 256
     prompts: Count = 25  # behaviours attacked at once
     prompts_per_step: Natural = 0  # drawn of these for a step; 0: all
-    batch: Count = 64  # rows at a time: our choice
+    batch: Width = 64  # rows at a time: our choice
 
 
 class GraderSettings(Section):
@@ -341,7 +375,7 @@ class GraderSettings(Section):
     source: Text | None = None
     base: Text | None = None  # under a grader that is an adapter
     template: Text | None = None  # text file with the grader's prompt
-    device: Text = "auto"
+    device: Device = "auto"
 
 
 class EvaluationSettings(Section):
@@ -372,7 +406,7 @@ class EvaluationSettings(Section):
     pairing: Literal["matched", "random"] = "matched"
     ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
     random_directions: Count = 3
-    batch: Count = 128
+    batch: Width = 128
     split: Literal["tune", "test"] = "test"  # held-out pairs: 'tune' while recipes are being chosen
     # unused in the made-up world, whose answers are known
     grader: GraderSettings = GraderSettings()
