@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latlib.attack import ADAM_LR
 from latlib.batch import Schedule, TokenRow
 from latlib.blocks import blocks_of
 from latlib.config.sections import TrainSettings
-from latlib.threat import EMBEDDING, Site
+from latlib.threat import ADAM_LR, EMBEDDING, Site
 
 
 class NaiveTrainer:

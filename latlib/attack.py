@@ -26,13 +26,11 @@ from torch import Tensor
 from latlib.batch import PADDING, Batch
 from latlib.losses import argmax_matches, row_means, token_losses, wide_of
 from latlib.network_protocol import Network
-from latlib.threat import PGD, Positions, Rule, Site, ThreatModel, check_positions
+from latlib.threat import ADAM_LR, PGD, Positions, Rule, Site, ThreatModel, check_positions
 
 Deltas = Mapping[Site, Tensor]
 Random = torch.Generator | None
 
-# Adam's rate in the authors' notebook for Llama-3-8B (5e-2 for Llama-2-7B); docs/sources.md
-ADAM_LR = 1e-3
 # torch.optim.AdamW's defaults, as the authors use
 BETA1, BETA2, ADAM_EPS, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
 
@@ -103,7 +101,7 @@ def project_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
     rounding = torch.finfo(delta.dtype).eps
     slack = max(rounding, 16 * torch.finfo(wide.dtype).eps)
     inside = eps * (1 - slack)
-    inside = torch.as_tensor(inside, dtype=wide.dtype)
+    inside = torch.as_tensor(inside, dtype=wide.dtype, device=wide.device)
     scale = norm.clamp(min=1e-30).reciprocal() * inside
     projected = torch.where(norm > inside, wide * scale, wide)
     return projected.to(delta.dtype)
@@ -169,16 +167,17 @@ def _won(network: Network, batch: Batch, search: PGD, rows: Tensor) -> Tensor:
     return matches if search.targeted else ~matches
 
 
-def random_noise(network: Network, mask: Tensor, eps: float, generator: Random = None) -> Tensor:
-    """[batch, seq, d_model] noise of norm eps where mask ([batch, seq, 1]) is True.
-
-    The control for every attack: same norm, same positions, no gradient."""
+def random_noise(
+    network: Network, mask: Tensor, eps: float | Tensor, generator: Random = None
+) -> Tensor:
+    """[batch, seq, d_model] noise of norm eps (float64 norms, if they differ) where mask ([batch,
+    seq, 1]) is True. The control for every attack: same norm, same positions, no gradient."""
     shape = (*mask.shape[:2], network.d_model)
     return _noise(shape, network, eps, generator) * mask
 
 
 def _noise(
-    shape: tuple[int, ...], network: Network, eps: float, generator: Random, inside: bool = False
+    shape: tuple[int, ...], network: Network, eps: Any, generator: Random, inside: bool = False
 ) -> Tensor:
     """Vectors of norm eps; inside: uniform in the ball."""
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -256,8 +255,10 @@ class _Descent:
         self.index = torch.arange(rows.batch.shape[0], device=deltas.device)
         self.deltas = deltas
         self.moments = deltas.new_zeros(2, *deltas.shape)
-        radii = torch.tensor(rows.threat.radii, device=deltas.device, dtype=torch.float64)
-        self.radii = radii.view(-1, 1, 1)  # one a site
+        usual = ADAM_LR if search.rule == "adamw" else 2 / max(1, search.steps)
+        lr = torch.tensor(search.lr or usual, device=deltas.device, dtype=torch.float64)
+        self.lr = lr.view(-1, 1, 1)  # one a site, or one for all
+        self.radii = lr.new_tensor(rows.threat.radii).view(-1, 1, 1)
         self.losses: list[Tensor] = []
         self.aside: dict[Site, Tensor] | None = None
 
@@ -310,21 +311,18 @@ class _Descent:
         if self.search.rule == "adamw":
             moved = self._adamw(gradient, step)
         else:
-            share = self.search.lr or 2 / self.search.steps
-            length = (share * self.radii).to(gradient.dtype)
+            length = (self.lr * self.radii).to(gradient.dtype)
             moved = self.deltas - _along(gradient, self.search.rule, length)
         self.deltas = project_l2(moved, self.radii)
 
     def _adamw(self, gradient: Tensor, step: int) -> Tensor:
-        lr = self.search.lr or ADAM_LR
         first, second = self.moments
         first.lerp_(gradient, 1 - BETA1)
         second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        scale = second / (1 - BETA2 ** (step + 1))
-        scale.sqrt_().add_(ADAM_EPS)
-        rate = lr / (1 - BETA1 ** (step + 1))
-        decayed = self.deltas * (1 - lr * WEIGHT_DECAY)
-        return decayed.addcdiv_(first, scale, value=-rate)
+        scale = (second / (1 - BETA2 ** (step + 1))).sqrt_().add_(ADAM_EPS)
+        rate = (self.lr / (1 - BETA1 ** (step + 1))).to(gradient.dtype)
+        decayed = self.deltas * (1 - self.lr * WEIGHT_DECAY).to(gradient.dtype)
+        return decayed.sub_(torch.div(first, scale, out=scale).mul_(rate))
 
     def _of_all_rows(self) -> dict[Site, Tensor]:
         """site -> [batch, seq, d_model]: rows that were set aside as they were then."""

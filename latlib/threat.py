@@ -18,6 +18,8 @@ EMBEDDING: Literal["embedding"] = "embedding"
 Positions = Literal["prompt", "prompt+completion", "prompt+shared"]
 Unit = Literal["absolute", "relative"]
 Rule = Literal["adamw", "sign", "l2"]
+# Adam's rate in the authors' notebook for Llama-3-8B (5e-2 for Llama-2-7B); docs/sources.md
+ADAM_LR = 1e-3
 
 
 def depth(site: Site) -> int:
@@ -112,13 +114,13 @@ class PGD:
     """How the adversary searches.
 
     lr: Adam's rate for 'adamw' (default ADAM_LR); for 'sign' and 'l2' a step's length as a share of
-    the radius (default 2 / steps). start: 'zero', or 'random' in the ball; restarts beyond the
-    first are random. toward, away: weights of its loss. targeted: make the model write the rejected
-    completion; False: make the wanted one unlikely (Casper et al.)."""
+    the radius (default 2 / steps); one for all sites, or one a site. start: 'zero', or 'random' in
+    the ball; restarts beyond the first are random. toward, away: weights of its loss. targeted:
+    make the model write the rejected completion; False: the wanted one unlikely (Casper et al.)."""
 
     steps: int = 5
     rule: Rule = "adamw"
-    lr: float | None = None
+    lr: float | tuple[float, ...] | None = None
     start: Literal["zero", "random"] = "zero"
     restarts: int = 1
     toward: float = 0.5

@@ -60,6 +60,7 @@ def table_of(outcomes, understood, clusters, seeds, prompts, encoding, **columns
     table["understood"] = table["understood"].astype("boolean")
     unset = {"variant": "", "intervention": "none", "source": "", "rule": "", "site": ""}
     unset |= {"draw": pd.NA, "eps": np.nan, "sites": "", "radii": None, "norms": None}
+    unset |= {"on_ball": np.nan}
     row = unset | {"positions": "", "exact": pd.NA, "text": "", "attack": "none"} | columns
     table = table.assign(
         prompts=prompts,
@@ -158,7 +159,7 @@ def attacked(
         shares |= {("noise", 0.05): 0.0, ("noise", 0.2): 0.0}
         for (attack, eps), share in shares.items():
             share = changes.get((method, attack, eps), share)
-            tables.append(cell(method, share, attack, eps=eps, sites="1,3"))
+            tables.append(cell(method, share, attack, eps=eps, sites="1,3", on_ball=0.5))
         for eps in PROFILE.evaluation.embedding_eps:
             share = changes.get((method, "embedding", eps), {0.1: 0.4, 0.2: 0.6}[eps])
             tables.append(cell(method, share, "pgd", eps=eps, sites="embedding"))

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
-from latlib.threat import PGD, Positions, Site, ThreatModel, resolve_sites
+from latlib.threat import ADAM_LR, PGD, Positions, Site, ThreatModel, resolve_sites
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, le=1e9)]
@@ -263,6 +263,28 @@ class AttackSettings(Section):
         """How it searches there."""
         return PGD(**{field.name: getattr(self, field.name) for field in fields(PGD)})
 
+    def never_binds(self, radius: float, d_model: int) -> str:
+        """That the steps do not lead out of a ball of `radius` around zero, in words; '' where they
+        can. Adam moves no coordinate by much more than its rate.
+        """
+        if not self.steps or self.start == "random" or self.restarts > 1:
+            return ""
+        if self.rule == "adamw":
+            rate = self.lr or ADAM_LR
+            length = rate * d_model**0.5
+            of = f"{rate:g} in {d_model:,} dimensions"
+        else:
+            share = self.lr or 2 / self.steps
+            length = share * radius
+            of = f"{share:g} of the radius"
+        furthest = self.steps * length
+        if furthest >= radius:
+            return ""
+        return (
+            f"eps = {self.eps:g} never binds: {self.steps} {self.rule} steps of {of} go at most"
+            f" about {furthest:.3g}, and the radius is {radius:.3g}"
+        )
+
 
 class DefenceSettings(Section):
     """Coefficients of the defence's objective; each is applied to a mean over label tokens.
@@ -404,6 +426,9 @@ class EvaluationSettings(Section):
     pairs: Count = 256  # harmful-harmless pairs for directions and SVD
     # same words, or any harmless prompt (see latlib.refusal.activations)
     pairing: Literal["matched", "random"] = "matched"
+    # the rule `selected` drops prompts that the model does not treat rightly, harmful ones that it
+    # answers and harmless ones that it refuses. Arditi et al. 2024, authors' code
+    filter_prompts: Flag = True
     ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
     random_directions: Count = 3
     batch: Width = 128

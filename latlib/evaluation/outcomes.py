@@ -15,8 +15,8 @@ The prompt:
 How it was asked:
   encoding, reply_encoding: of the request, and the one that the reply was asked for in; 'plain'.
   attack: none, pgd, pgd-strong (many steps), pgd-restarts, pgd-all-sites, pgd-other-sites,
-  pgd-<rule>, one-step, noise, transfer (found on another model), prefill, many-shot, system,
-  suffix-gcg, suffix-random, or the name of an attack of one's own.
+  pgd-as-trained, pgd-<rule>, one-step, noise, transfer (found on another model), prefill,
+  many-shot, system, suffix-gcg, suffix-random, or the name of an attack of one's own.
   intervention: none, ablate, add: what was done with a direction (`latlib.refusal.ablation`).
   source: the model whose perturbation (transfer) or direction it was: a method, 'base', a variant's
   label, or one of the controls 'random', 'shuffled', 'nothing'.
@@ -27,6 +27,8 @@ The threat model of a latent attack (`latlib.threat.ThreatModel`):
   radii: the absolute radius at each site, in units of the residual stream. norms: the median
   residual norms that a relative eps was taken of, None for an absolute one. positions: prompt, or
   prompt+completion. Without such an attack: NaN, '', '', None, None, ''.
+  on_ball: of the cell: the share of perturbed positions and sites, in rows that held out to the
+  last step, where the perturbation is as long as its radius. NaN: no row did, or nobody looked.
 What came out:
   outcome: refused, complied, neither. exact: complied, where the right answer is known, else NA.
   understood: whether the request was understood (`latlib.redteam.audit`), NA where that was not
@@ -72,6 +74,7 @@ COLUMNS = (
     "radii",
     "norms",
     "positions",
+    "on_ball",
     "outcome",
     "exact",
     "understood",
@@ -128,6 +131,7 @@ PGD_STRONG = "pgd-strong"
 PGD_RESTARTS = "pgd-restarts"
 PGD_ALL_SITES = "pgd-all-sites"
 PGD_OTHER_SITES = "pgd-other-sites"
+PGD_AS_TRAINED = "pgd-as-trained"  # by the training's own steps and rate
 ONE_STEP = "one-step"
 NOISE = "noise"
 TRANSFER = "transfer"
@@ -192,6 +196,7 @@ class Cell:
     site: str = ""
     draw: int | None = None
     threat: ThreatModel | None = None
+    on_ball: float = math.nan
 
 
 @dataclass(frozen=True)

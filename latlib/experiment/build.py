@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 import latlib
+from latlib.batch import collate
 from latlib.config.profile import Profile
 from latlib.data.splits import benign_rows, benign_sample, check_overlap, preference_rows
 from latlib.distributed.ranks import (
@@ -51,6 +53,7 @@ from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.io.progress import OnStep, Stopped, stop_requested
 from latlib.models import LanguageModel, load_model, with_adapter
+from latlib.redteam.rounding import lost_in_rounding
 from latlib.refusal.activations import residual_norms
 from latlib.threat import EMBEDDING, Site
 from latlib.train import Metrics, Trainer
@@ -139,7 +142,21 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     device = resolve_device(profile.model.device)
     lm: Any = wrap(with_adapter(base, profile.lora, seed), mode, device)
     norms_of_base = norms(layout, seed, lm)
-    return Trainer(lm, harmful, benign, settings, seed, norms_of_base)
+    trainer = Trainer(lm, harmful, benign, settings, seed, norms_of_base)
+    _warn(spec, trainer)
+    return trainer
+
+
+def _warn(spec: Spec, trainer: Trainer) -> None:
+    """Warn of a training attack whose radius means nothing."""
+    if trainer.threat is None:
+        return
+    network = trainer.lm.network()
+    unreached = trainer.settings.attack.never_binds(min(trainer.threat.radii), network.d_model)
+    batch = collate(trainer.harmful[: trainer.settings.micro_batch], device=trainer.lm.device)
+    lost = lost_in_rounding(network, batch, trainer.threat)
+    for text in filter(None, (unreached, lost)):
+        warnings.warn(f"{spec.name}: {text}", stacklevel=3)
 
 
 def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:

@@ -41,6 +41,7 @@ from latlib.planning.requirements import (
     row_lengths,
 )
 from latlib.planning.step_cost import adapter_of, bytes_of, fake_model
+from latlib.redteam.rounding import ARRIVES, name_of, share_added
 from latlib.threat import resolve_sites
 
 LARGE = 1_000_000_000  # parameters above which we do not train on a CPU: our choice
@@ -108,10 +109,11 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
         text = "unknown before its config.json is here: no prediction of memory, disk or time"
         yield Line("shape", NOTE, text, f"hf download {profile.model.source} config.json")
         return
-    sites = list(_sites(profile, config.num_hidden_layers))
+    sites = list(_sites(profile, config.num_hidden_layers, config.hidden_size))
     yield from sites
     name = profile.model.dtype
     dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
+    yield from _precision(profile, config.hidden_size, dtype)
     fix = "name modules of this model in lora.targets"
     lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora), ValueError)
     yield Line("LoRA targets", OK, ", ".join(profile.lora.targets))
@@ -134,7 +136,8 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
         yield from _time(job, fits=memory.state == OK)
 
 
-def _sites(profile: Profile, n_layers: int) -> Iterator[Line]:
+def _sites(profile: Profile, n_layers: int, d_model: int) -> Iterator[Line]:
+    """Where each method is attacked, and whether its radius matters."""
     for method in profile.methods:
         subject, attack = f"sites of {method}", profile.training(method).attack
         try:
@@ -142,8 +145,34 @@ def _sites(profile: Profile, n_layers: int) -> Iterator[Line]:
         except ValueError as error:
             yield Line(subject, MISSING, str(error), "correct attack.sites")
             continue
-        if attack.steps:
-            yield Line(subject, OK, f"{', '.join(map(str, sites))} of {n_layers} blocks")
+        if not attack.steps:
+            continue
+        yield Line(subject, OK, f"{', '.join(map(str, sites))} of {n_layers} blocks")
+        # a relative radius is not known before the stream is measured
+        if attack.eps_mode == "absolute" or attack.rule != "adamw":
+            if text := attack.never_binds(attack.eps, d_model):
+                fix = "raise attack.lr or attack.steps where eps is to matter"
+                yield Line(f"radius of {method}", NOTE, f"{text}: {fix}", fix)
+
+
+def _precision(profile: Profile, d_model: int, dtype: torch.dtype) -> Iterator[Line]:
+    """Whether the smallest relative radius is more than rounding, in a random stream; of absolute
+    ones nothing is known before a stream is measured."""
+    attacks = [profile.training(method).attack for method in profile.methods]
+    relative = [attack.eps for attack in attacks if attack.steps and attack.eps_mode == "relative"]
+    if profile.training(profile.main).attack.eps_mode == "relative":
+        relative += [*profile.evaluation.eps, *profile.evaluation.embedding_eps]
+    if not relative:
+        return
+    stream = torch.randn(64, d_model, generator=torch.Generator().manual_seed(0))
+    stream = (stream / stream.norm(dim=-1, keepdim=True)).to(dtype)
+    share = share_added(stream, min(relative))
+    if share < ARRIVES:
+        text = (
+            f"eps = {min(relative):g} of the stream's norm: {name_of(dtype)} adds about {share:.0%}"
+            " of so small a perturbation"
+        )
+        yield Line("precision", NOTE, text, "raise eps, or set model.dtype: float32")
 
 
 def _disk(job: _Job) -> Iterator[Line]:

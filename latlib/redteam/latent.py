@@ -2,14 +2,18 @@
 other rules and sites.
 
 1. An `AttackCell` is one attack at one radius on the same harmful prompts. A row is left alone once
-   it is won, so that steps and restarts go to the rows that still hold; noise of the same norm is
-   the control.
-2. `robustness` is the security curve: PGD at the main defence's sites over the profile's radii, up
+   it is won, so that steps and restarts go to the rows that still hold.
+2. Its step grows with the radius, whatever the rule (`search_within`): a curve over radii on which
+   the ball never limits the attack is flat by construction.
+3. Its control is noise as long as the perturbation that it found, position by position and site by
+   site. Where a row was won before all steps were taken, noise is as long as the radius: the attack
+   could have gone there.
+4. `robustness` is the security curve: PGD at the main defence's sites over the profile's radii, up
    to where every defence breaks.
-3. `attacks` varies one thing at a time at the radii `evaluation.strong_eps`: steps, restarts, rule,
+5. `attacks` varies one thing at a time at the radii `evaluation.strong_eps`: steps, restarts, rule,
    sites, one single step. Its worst case per prompt is what a defence is worth. A new attack is a
    line of `variations`.
-4. `transfer` puts perturbations found on one model into the others: an attacker without access to
+6. `transfer` puts perturbations found on one model into the others: an attacker without access to
    their weights.
 
 Radii, sites and prompts are the same for every model of a seed (relative radii are those of its
@@ -21,15 +25,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from latlib.attack import Deltas, attack_losses, perturbed_positions, pgd, random_noise
+from latlib.attack import (
+    Attack,
+    Deltas,
+    attack_losses,
+    perturbed_positions,
+    pgd,
+    random_noise,
+)
 from latlib.batch import Batch
 from latlib.config.profile import Profile, validated
 from latlib.config.sections import AttackSettings
@@ -42,6 +55,7 @@ from latlib.evaluation.outcomes import (
     ONE_STEP,
     PGD,
     PGD_ALL_SITES,
+    PGD_AS_TRAINED,
     PGD_OTHER_SITES,
     PGD_RESTARTS,
     PGD_STRONG,
@@ -54,8 +68,11 @@ from latlib.evaluation.outcomes import (
 from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
 from latlib.network_protocol import Network
-from latlib.threat import EMBEDDING, Site, ThreatModel, resolve_sites
+from latlib.redteam.rounding import lost_in_rounding
+from latlib.threat import ADAM_LR, EMBEDDING, Site, ThreatModel, resolve_sites
 from latlib.threat import PGD as Search
+
+TOUCHES = 0.999  # of the radius: a perturbation that is as long as its ball; our choice
 
 
 @dataclass(frozen=True)
@@ -63,12 +80,14 @@ class AttackCell:
     """One attack at one radius on the first `n` harmful prompts (0: as many as the profile's
     attacks take).
 
-    name: how the outcome table calls it; 'noise' is noise of the same norm, without a gradient.
+    name: how the outcome table calls it. noise: also measure its control, noise of the norm that it
+    reached, without a gradient.
     """
 
     settings: AttackSettings
     name: str = PGD
     n: int = 0
+    noise: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} at eps {self.settings.eps:g}"
@@ -76,27 +95,99 @@ class AttackCell:
     def digest(self, model: str) -> str:
         """What tells this cell on a model (by its folder's name) from every other one."""
         settings = self.settings.model_dump(mode="json")
-        key = json.dumps([model, settings, self.name, self.n], sort_keys=True)
+        key = json.dumps([model, settings, self.name, self.n, self.noise], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def measure(self, lm: LanguageModel, subject: Subject) -> pd.DataFrame:
-        """Its outcome rows."""
+        """Its outcome rows, and those of its control."""
         profile = subject.profile
         prompts = prompt_set(HARMFUL, profile, self.n or profile.evaluation.pgd_prompts)
-        network = lm.network()
         threat = self.settings.threat_model(lm.n_layers, subject.norms)
-        search = self.settings.search()
-        generator = torch.Generator().manual_seed(subject.seed)
+        network = lm.network()
+        attacker = _Attacker(network, threat, self.settings, subject.seed)
+        ask = examiner_of(profile, lm, network).examine
+        found = ask(prompts, perturb=attacker.attack)
+        cell = Cell(attack=self.name, threat=threat, on_ball=attacker.on_ball)
+        rows = outcome_rows(subject, cell, prompts, found)
+        if not self.noise:
+            return rows
+        found = ask(prompts, perturb=attacker.noise)
+        control = outcome_rows(subject, Cell(attack=NOISE, threat=threat), prompts, found)
+        return pd.concat([rows, control], ignore_index=True)
 
-        def perturb(batch: Batch) -> Deltas:
-            if self.name == NOISE:
-                mask, radii = perturbed_positions(batch, threat.positions), threat.radius.items()
-                return {site: random_noise(network, mask, r, generator) for site, r in radii}
-            options = {"judged": False, "stop_when_won": True}
-            return pgd(network, batch, threat, search, generator, **options).deltas
 
-        found = examiner_of(profile, lm, network).examine(prompts, perturb=perturb)
-        return outcome_rows(subject, Cell(attack=self.name, threat=threat), prompts, found)
+class _Attacker:
+    """Attacks the batches of a cell and remembers how far it went.
+
+    lengths: a batch's token ids -> site -> [batch, seq, 1] float64, how long noise is there."""
+
+    def __init__(
+        self, network: Network, threat: ThreatModel, settings: AttackSettings, seed: int
+    ) -> None:
+        self.network, self.threat = network, threat
+        self.search = search_within(settings, threat, network.d_model)
+        # a rate of one's own may lead nowhere near the ball
+        self.reaches = settings.lr is None
+        self.random = torch.Generator().manual_seed(seed)
+        self.random_of_noise = torch.Generator().manual_seed(seed)
+        self.lengths: dict[bytes, dict[Site, Tensor]] = {}
+        self.touching = self.places = 0
+
+    def attack(self, batch: Batch) -> Deltas:
+        """PGD that leaves a row alone once it is won."""
+        if not self.lengths and (lost := lost_in_rounding(self.network, batch, self.threat)):
+            warnings.warn(f"eps = {self.threat.eps:g}: {lost}", stacklevel=2)
+        found = pgd(self.network, batch, self.threat, self.search, self.random, stop_when_won=True)
+        self.lengths[_key(batch)] = self._measured(batch, found)
+        return found.deltas
+
+    def _measured(self, batch: Batch, found: Attack) -> dict[Site, Tensor]:
+        """How long noise is, from what the attack found; counts what touches its ball."""
+        assert found.won is not None, "it was judged"
+        allowed = perturbed_positions(batch, self.threat.positions)
+        won = allowed & found.won.view(-1, 1, 1)
+        lengths = {}
+        for site, radius in self.threat.radius.items():
+            length = found.deltas[site].double().norm(dim=-1, keepdim=True)
+            touching = allowed & (length >= TOUCHES * radius)
+            self.places += int((allowed & ~won).sum())
+            self.touching += int((touching & ~won).sum())
+            furthest = touching | won if self.reaches else touching
+            lengths[site] = length.masked_fill(furthest, radius).cpu()
+        return lengths
+
+    @property
+    def on_ball(self) -> float:
+        """See `latlib.evaluation.outcomes`."""
+        return self.touching / self.places if self.places else math.nan
+
+    def noise(self, batch: Batch) -> Deltas:
+        """The control, in a batch that was attacked."""
+        allowed = perturbed_positions(batch, self.threat.positions)
+        lengths = self.lengths[_key(batch)].items()
+        random = self.random_of_noise
+        return {site: random_noise(self.network, allowed, n, random) for site, n in lengths}
+
+
+def _key(batch: Batch) -> bytes:
+    """What tells a batch from others: its token ids."""
+    return batch.ids.cpu().numpy().tobytes()
+
+
+def search_within(settings: AttackSettings, threat: ThreatModel, d_model: int) -> Search:
+    """How an evaluation searches. Without a rate of its own every rule takes steps of 2 / steps of
+    the radius at each site; Adam moves every coordinate by about its rate, so its rate there is
+    that length over the root of the dimensions.
+
+    Adam does not see the scale of a loss, so this is its usual search for perturbations counted in
+    radii. One rate for all sites would overshoot where the stream is short and get nowhere where it
+    is long.
+    """
+    search = settings.search()
+    if settings.rule != "adamw" or settings.lr is not None:
+        return search
+    rate = 2 / max(1, settings.steps) / d_model**0.5
+    return replace(search, lr=tuple(rate * radius for radius in threat.radii))
 
 
 def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings:
@@ -106,25 +197,28 @@ def replace_settings(settings: AttackSettings, **changes: Any) -> AttackSettings
 
 def base_attack(profile: Profile) -> AttackSettings:
     """The main defence's attack, the threat model of every evaluation, with the steps of one: what
-    all cells vary. A rate that is a share of eps and fits the steps of training is too short or too
-    long for others."""
+    all cells vary. The rate of training fits its steps and its radius, and no others: see
+    `search_within`."""
     attack = profile.training(profile.main).attack
-    lr = attack.lr if attack.rule == "adamw" else None
-    return replace_settings(attack, steps=profile.evaluation.pgd_steps, lr=lr)
+    return replace_settings(attack, steps=profile.evaluation.pgd_steps, lr=None)
 
 
 def robustness(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """Security curves: PGD at the main defence's sites and at the embedding over the profile's
-    radii, noise of the same norms, and one attack with many more steps at the trained radius."""
+    radii, noise of the norms that it reached, one attack with many more steps at the trained radius
+    and, where the ball may not limit the attack of the training, that one as it is."""
     evaluation = subject.profile.evaluation
     attack = base_attack(subject.profile)
     curve = [replace_settings(attack, eps=eps) for eps in evaluation.eps]
-    cells = [AttackCell(settings) for settings in curve]
+    cells = [AttackCell(settings, noise=True) for settings in curve]
     for eps in evaluation.embedding_eps:
         cells.append(AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))))
-    cells += [AttackCell(settings, NOISE) for settings in curve]
     strong = replace_settings(attack, steps=evaluation.strong_steps)
     cells.append(AttackCell(strong, PGD_STRONG))
+    trained = subject.profile.training(subject.profile.main).attack
+    if trained.steps and trained.rule == "adamw":  # whose rate does not grow with the radius
+        own = replace_settings(trained, lr=trained.lr or ADAM_LR)
+        cells.append(AttackCell(own, PGD_AS_TRAINED))
     return _measured(lm, subject, cells, on_step)
 
 
@@ -137,8 +231,7 @@ def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
     inner = tuple(range(n_layers - 1))
     held_out = tuple(site for site in inner if site not in trained)
     changes: dict[str, dict[str, Any]] = {
-        # as long as the radius
-        ONE_STEP: {"steps": 1, "lr": None if attack.rule == "adamw" else 1.0},
+        ONE_STEP: {"steps": 1},  # cut to the radius
         PGD_STRONG: {"steps": evaluation.strong_steps},
         PGD_RESTARTS: {"restarts": 1 + evaluation.restarts},
         PGD_ALL_SITES: {"sites": inner},
@@ -146,7 +239,7 @@ def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
     }
     for rule in evaluation.rules:
         if rule != attack.rule:
-            changes[pgd_by(rule)] = {"rule": rule, "lr": None}
+            changes[pgd_by(rule)] = {"rule": rule}
     return changes
 
 
@@ -158,22 +251,12 @@ def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd
     for eps in evaluation.strong_eps:
         if eps not in evaluation.eps:  # what is varied is in no security curve
             usual = replace_settings(attack, eps=eps)
-            cells += [AttackCell(usual), AttackCell(usual, NOISE)]
+            cells.append(AttackCell(usual, noise=True))
         for name, change in variations(subject.profile, lm.n_layers).items():
             settings = replace_settings(attack, eps=eps, **change)
-            if settings.rule == "adamw" and (attack.rule != "adamw" or name == ONE_STEP):
-                settings = replace_settings(settings, lr=_adam_rate(settings, lm, subject))
             if (name, eps) != (PGD_STRONG, attack.eps):  # which is part of `robustness`
                 cells.append(AttackCell(settings, name))
     return _measured(lm, subject, cells, on_step)
-
-
-def _adam_rate(settings: AttackSettings, lm: LanguageModel, subject: Subject) -> float:
-    """Adam moves every coordinate by about its rate: the one that makes its steps as long as the
-    other rules' are, at the median of the sites' radii."""
-    threat = settings.threat_model(lm.n_layers, subject.norms)
-    length = 2 / settings.steps * median(threat.radii)
-    return length / lm.network().d_model ** 0.5
 
 
 def transfer(
@@ -199,7 +282,8 @@ def transfer(
     for attack in with_progress(cells, on_step):
         threat = attack.settings.threat_model(lm.n_layers, subject.norms)
         cell = Cell(attack=TRANSFER, source=subject.label, threat=threat)
-        perturb = _found_once(network, threat, attack.settings.search(), subject.seed)
+        search = search_within(attack.settings, threat, network.d_model)
+        perturb = _found_once(network, threat, search, subject.seed)
         for name, examiner in examiners.items():
             own = name == subject.label
             target = subject if own else replace(subject, method=name, variant="")
@@ -215,12 +299,21 @@ def _found_once(network: Network, threat: ThreatModel, search: Search, seed: int
     found: dict[bytes, Deltas] = {}
 
     def perturb(batch: Batch) -> Deltas:
-        key = batch.ids.cpu().numpy().tobytes()
+        key = _key(batch)
         if key not in found:
             found[key] = pgd(network, batch, threat, search, generator, judged=False).deltas
         return found[key]
 
     return perturb
+
+
+def training_never_binds(lm: LanguageModel, subject: Subject) -> str:
+    """That the steps of a method's own training do not lead out of its ball, in words; '' where
+    they can, or where there was no attack.
+    """
+    attack = subject.profile.training(subject.method).attack
+    radii = attack.threat_model(lm.n_layers, subject.norms).radii
+    return attack.never_binds(min(radii), lm.network().d_model)
 
 
 def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Site, float]:

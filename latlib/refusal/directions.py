@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from latlib.refusal.activations import (
 )
 from latlib.refusal.geometry import Streams, top_subspace
 from latlib.refusal.interventions import Direction, Directions
-from latlib.refusal.selection import select
+from latlib.refusal.selection import select, treated_rightly
 from latlib.threat import Site
 
 FIXED_DEPTH = 14 / 32  # Abbas et al. 2025, section 3: layer 14 of 32
@@ -140,28 +141,61 @@ def random_directions(d_model: int, n: int, norm: float = 1.0, seed: int = 0) ->
 def find_directions(lm: LanguageModel, profile: Profile, found: Differences) -> Directions:
     """rule -> direction of one model; see the module's docstring."""
     last = found.last()
-    means = found.means()
-    ends = {site: rows[-1] for site, rows in means.items()}
+    ends = {site: rows[-1] for site, rows in found.means().items()}
     n = min(profile.evaluation.pairs, TUNE_PROMPTS)
     harmful, harmless = paired_prompts(profile, "tune", n)
     best = best_site(lm, profile, ends, harmful)
     fixed = fixed_site(lm.n_layers)
-    system = profile.data.system_prompt
-    (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
-    selected, _ = select(
-        lm.network(),
-        {site: means[site] for site in sites_of(lm.n_layers - 1)},  # the input of every block
-        prompt_rows(lm, harmful[:SELECTION_PROMPTS], system),
-        prompt_rows(lm, harmless[:SELECTION_PROMPTS], system),
-        row.completions[1][:1],  # what a refusal begins with
-    )
+    validation = harmful[:SELECTION_PROMPTS], harmless[:SELECTION_PROMPTS]
     return {
         Rule.FIXED: Direction(ends[fixed], fixed),
         Rule.SVD: Direction(top_direction(last[fixed]), fixed),
-        Rule.SELECTED: selected,
+        Rule.SELECTED: _selected(lm, profile, found, *validation),
         Rule.BEST: Direction(ends[best], best),
         Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
     }
+
+
+def _selected(
+    lm: LanguageModel, profile: Profile, found: Differences, harmful: Prompts, harmless: Prompts
+) -> Direction:
+    """Arditi et al.'s choice. harmful, harmless: validation prompts.
+
+    With `evaluation.filter_prompts` only what the model treats rightly counts: a pair where both of
+    its prompts are, a validation prompt by itself. Where nothing would be left, all count;
+    `Direction.note` has the numbers."""
+    network, system = lm.network(), profile.data.system_prompt
+    (row,) = token_rows(lm, harmful[:1], Wording(system_prompt=system))
+    tokens = row.completions[1][:1]  # what a refusal begins with
+    loud, quiet = (prompt_rows(lm, prompts, system) for prompts in (harmful, harmless))
+    pairs, note = found.pairs, ""
+    if profile.evaluation.filter_prompts:
+        trained = paired_prompts(profile, "train", profile.evaluation.pairs)
+        first, second = (prompt_rows(lm, prompts, system) for prompts in trained)
+        both = treated_rightly(network, first, tokens, harmful=True)
+        both &= treated_rightly(network, second, tokens, harmful=False)
+        loudly = treated_rightly(network, loud, tokens, harmful=True)
+        quietly = treated_rightly(network, quiet, tokens, harmful=False)
+        note = _counted(both, loudly, quietly)
+        pairs = {site: rows[_all_if_none(both)] for site, rows in pairs.items()}
+        loud = list(compress(loud, _all_if_none(loudly)))
+        quiet = list(compress(quiet, _all_if_none(quietly)))
+    inputs = sites_of(lm.n_layers - 1)  # of every block
+    means = {site: pairs[site].mean(0) for site in inputs}
+    selected, _ = select(network, means, loud, quiet, tokens)
+    return replace(selected, note="; ".join(filter(None, (note, selected.note))))
+
+
+def _counted(*kept: Tensor) -> str:
+    """What a filter kept of pairs, harmful and harmless validation prompts, in words."""
+    counts = [f"{int(own.sum())} of {len(own)}" for own in kept]
+    note = "kept {} pairs, {} harmful and {} harmless validation prompts".format(*counts)
+    every = all(own.any() for own in kept)
+    return note if every else f"{note} (all where none would be left)"
+
+
+def _all_if_none(kept: Tensor) -> Tensor:
+    return kept if kept.any() else ~kept
 
 
 def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts) -> Site:

@@ -9,7 +9,10 @@ filters.
    prompts (at most `MOST_KL` nats).
 3. Sites in the last fifth of the model are out. Of what is left the lowest bypass wins.
 4. Where nothing is left, filters are dropped one after the other (kl, then induce), and
-   `Direction.note` says so.
+   `Direction.note` says so. A vector of zeros, or of what rounding left of them, is no candidate:
+   ablating it does nothing, which passes every filter on a model that refuses too much.
+5. Before all this, prompts that the undisturbed model does not treat rightly (`treated_rightly`)
+   leave the means and the validation set.
 
 The refusal score is the log-odds of the tokens a refusal begins with. Source: Arditi et al. 2024,
 section 2.3 and appendix C.
@@ -35,6 +38,7 @@ from latlib.threat import depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
+NOTHING = 1e-6  # of the longest candidate: what is shorter is rounding; our choice
 
 
 @torch.no_grad()
@@ -62,6 +66,16 @@ def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
     return refused - torch.log(-torch.expm1(refused))
 
 
+def treated_rightly(
+    network: Network, rows: TokenRows, tokens: Sequence[int], harmful: bool
+) -> Tensor:
+    """[rows] bool: the undisturbed model refuses harmful prompts (a refusal score above 0), or does
+    not refuse harmless ones (below 0). Source: Arditi et al. 2024, authors' code, `filter_data`.
+    """
+    score = refusal_score(last_log_probabilities(network, rows), tokens)
+    return score > 0 if harmful else score < 0
+
+
 def select(
     network: Network,
     means: Streams,
@@ -76,11 +90,13 @@ def select(
     Raises ValueError when no candidate has a finite, non-zero direction.
     """
     plain = last_log_probabilities(network, harmless)
+    norms = torch.cat([rows.norm(dim=-1) for rows in means.values()])
+    least = NOTHING * norms[norms.isfinite()].max() if norms.isfinite().any() else 0.0
     candidates = []
     records = []
     for site, rows in means.items():
         for position, vector in enumerate(rows, start=-len(rows)):
-            if not vector.isfinite().all() or not vector.any():
+            if not vector.isfinite().all() or vector.norm() <= least:
                 continue
             ablated = network.ablated(vector)
             quiet = last_log_probabilities(ablated, harmless)

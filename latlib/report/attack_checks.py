@@ -29,6 +29,7 @@ from latlib.evaluation.outcomes import (
     NOISE,
     ONE_STEP,
     PGD,
+    PGD_AS_TRAINED,
     PGD_RESTARTS,
     PGD_STRONG,
     TRANSFER,
@@ -48,7 +49,8 @@ from latlib.report.evidence import (
 from latlib.report.run_checks import methods_of, read_yaml
 
 # Perturbations at the main method's sites, in one ball: the attacks of one threat model
-BALL = (ONE_STEP, PGD, *map(pgd_by, ("l2", "sign", "adamw")), PGD_STRONG, PGD_RESTARTS)
+BY_RULE = tuple(map(pgd_by, ("l2", "sign", "adamw")))
+BALL = (ONE_STEP, PGD, *BY_RULE, PGD_STRONG, PGD_RESTARTS, PGD_AS_TRAINED)
 # bounds that attack_rules.yaml states
 UNBOUNDED = 0.99  # ASR that counts as all: two of 200 prompts may be lost to chance
 WINS = 0.5  # most requests
@@ -92,14 +94,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Case:
-    """What a rule is put to. gradients: of this method, site -> smallest norm; None: not
-    measured.
+    """What a rule is put to. gradients: of this method, site -> smallest norm. unbound: that its
+    training's radius never binds, in words. None: not measured.
     """
 
     evidence: Evidence
     method: str
     eps: float
     gradients: Mapping[str, float | None] | None = None
+    unbound: str | None = None
 
     def rows(self, attack: str = PGD, **cell: Any) -> DataFrame:
         """Rows of an attack on it; at its own radius and at latent sites unless told otherwise."""
@@ -225,6 +228,25 @@ def follows(s: Case) -> Finding:
     return holds, f"smallest norm over prompts: {text}"
 
 
+def limited(s: Case) -> Finding:
+    """Fails when, at one of the profile's radii, no perturbation in a row that held out to the last
+    step is as long as its radius. Radii at which no row held out are left out."""
+    radii = sorted(s.evidence.profile.evaluation.eps)
+    shares = Series({eps: s.rows(eps=eps)["on_ball"].mean() for eps in radii}).dropna()
+    if shares.empty:
+        raise MissingError("no perturbation that held out was measured (0.1.0 did not look)")
+    text = ", ".join(f"{share:.0%} at eps {eps:g}" for eps, share in shares.items())
+    return bool(shares.min() > 0), f"perturbations that held out and touch their ball: {text}"
+
+
+def trained(s: Case) -> Finding:
+    """Holds when the steps of the training's own attack can go as far as its radius; see
+    `AttackSettings.never_binds`."""
+    if s.unbound is None:
+        raise MissingError(f"no radius of {s.method}'s training: run notebook 06")
+    return not s.unbound, s.unbound or "its steps can go there, or it has no attack"
+
+
 def breaks(s: Case) -> Finding:
     """Holds when pgd's ASR is at least WINS and the interval of ASR(pgd) - ASR(noise), paired, lies
     wholly above 0.
@@ -269,6 +291,8 @@ JUDGES = {
     "noise": _none_below((TRANSFER, NOISE), (PGD, NOISE)),
     "rises with eps": monotone,
     "unbounded": unbounded,
+    "touches its ball": limited,
+    "training radius": trained,
     "gradients": follows,
     "undefended twin": breaks,
     "base": able,
@@ -277,11 +301,15 @@ JUDGES = {
 RULES = [AttackRule(judge=JUDGES[rule["name"]], **rule) for rule in read_yaml("attack_rules")]
 
 
-def panel(e: Evidence, gradients: Gradients | None = None) -> list[Check]:
+def panel(
+    e: Evidence,
+    gradients: Gradients | None = None,
+    unbound: Mapping[str, str] | None = None,
+) -> list[Check]:
     """Every rule put to every model it concerns. gradients: method -> site -> smallest norm
-    (`gradient_norms`).
+    (`gradient_norms`). unbound: method -> `training_never_binds`.
     """
-    gradients = gradients or {}
+    gradients, unbound = gradients or {}, unbound or {}
     radii = {
         "each": main_radii(e),
         "varied": sorted(e.profile.evaluation.strong_eps),
@@ -291,7 +319,8 @@ def panel(e: Evidence, gradients: Gradients | None = None) -> list[Check]:
     checks = []
     for rule in RULES:
         for eps, method in product(radii[rule.at], methods_of(e, rule.who)):
-            checks.append(_check(rule, Case(e, method, eps, gradients.get(method))))
+            case = Case(e, method, eps, gradients.get(method), unbound.get(method))
+            checks.append(_check(rule, case))
     return checks
 
 
@@ -308,7 +337,10 @@ def _check(rule: AttackRule, case: Case) -> Check:
     return Check(rule.name, case.method, case.eps, e.unit, status=status, **told)
 
 
-def read_gradients(folder: str | Path) -> Gradients | None:
-    """The gradient norms that notebook 06 left in a results folder; None where it was not run."""
+def read_probes(folder: str | Path) -> list[Any]:
+    """What notebook 06 left for `panel` in a results folder: gradient norms, and which training
+    radii never bind; None for what it did not.
+    """
     file = Path(folder) / "robustness.json"
-    return read_json(file).get("gradients") if file.is_file() else None
+    found = read_json(file) if file.is_file() else {}
+    return [found.get(name) for name in ("gradients", "unbound")]

@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -240,6 +241,8 @@ def _described(wanted: Mapping[str, Any]) -> str:
 
 def _read_outcomes(path: Path) -> DataFrame:
     table = pd.read_parquet(path)
+    if "on_ball" not in table:  # version 0.1.0 did not look
+        table["on_ball"] = math.nan
     absent = [column for column in COLUMNS if column not in table]
     if absent:
         raise MissingError(

@@ -348,3 +348,25 @@ def test_text_where_a_count_belongs_is_an_error_with_the_number(tmp_path, steps,
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ProfileError, match=f"train.steps = .* is text, not a number: {fix}"):
         load_profile(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "radius", "d_model", "said"),
+    [
+        ({}, 6.0, 4096, "16 adamw steps of 0.001 in 4,096 dimensions go at most about 1.02,"),
+        ({}, 1.0, 4096, ""),
+        ({"lr": None}, 6.0, 4096, "of 0.001 in 4,096"),  # the rule's own rate
+        ({"lr": 5.0e-2}, 6.0, 4096, ""),
+        ({"steps": 100}, 6.0, 4096, ""),
+        ({"steps": 0}, 6.0, 4096, ""),
+        ({"start": "random"}, 6.0, 4096, ""),  # begins near its ball
+        ({"restarts": 2}, 6.0, 4096, ""),
+        ({"rule": "l2", "lr": None}, 6.0, 4096, ""),
+        ({"rule": "sign", "lr": 0.05}, 6.0, 4096, "16 sign steps of 0.05 of the radius go at most"),
+    ],
+)
+def test_a_ball_that_the_steps_do_not_reach_is_said(changes, radius, d_model, said):
+    settings = load_profile("llama3-8b-paper").training("lat").attack.model_copy(update=changes)
+    found = settings.never_binds(radius, d_model)
+    assert said in found and bool(said) == bool(found)
+    assert not said or found.startswith("eps = 6 never binds: ")

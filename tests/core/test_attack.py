@@ -127,6 +127,24 @@ def test_pgd_equals_the_reference(rule, positions, kind):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_each_site_may_have_a_rate_of_its_own(rule):
+    network, batch = language_model(trained=True).network(), preference_batch()
+    lr = (0.002, 0.004, 0.001)
+    found = pgd(network, batch, EPS, settings_for(rule, lr=lr, steps=1)).deltas
+    inside = perturbed_positions(batch, "prompt").squeeze(-1)
+    for (site, delta), rate in zip(found.items(), lr, strict=True):
+        # Adam moves every coordinate by its rate; a share of the radius
+        length = rate * (D**0.5 if rule == "adamw" else EPS[site])
+        expected = torch.full_like(delta[inside].norm(dim=-1), length)
+        torch.testing.assert_close(delta[inside].norm(dim=-1), expected, rtol=0.02, atol=0)
+    same, one = (
+        pgd(network, batch, EPS, settings_for(rule, lr=lr)).deltas for lr in ((0.01,) * 3, 0.01)
+    )
+    for site in EPS:
+        torch.testing.assert_close(same[site], one[site], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_untargeted_pgd_equals_the_reference(rule):
     lm, (row,) = language_model(trained=True), token_rows(1, 1)
     found = pgd(lm.network(), collate([row]), EPS, settings_for(rule, targeted=False))
@@ -294,6 +312,9 @@ def test_noise_has_the_asked_norm_at_the_asked_positions():
     mask = perturbed_positions(batch, "prompt")
     norms = random_noise(network, mask, 2.0, seeded()).norm(dim=-1)
     torch.testing.assert_close(norms, 2.0 * mask.squeeze(-1))
+    lengths = torch.rand(*mask.shape, generator=seeded(), dtype=torch.float64)
+    norms = random_noise(network, mask, lengths, seeded()).norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(norms, (lengths * mask).float(), rtol=1e-5, atol=0)
     shape = (*mask.shape[:2], D)
     inside = attack._noise(shape, network, 2.0, seeded(), inside=True).norm(dim=-1)
     assert (inside <= 2.0).all() and inside[mask.squeeze(-1)].std() > 0

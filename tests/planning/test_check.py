@@ -223,6 +223,24 @@ def test_a_wrong_site_and_a_wrong_target(small):
     assert missing(lines) == ["LoRA targets"] and "c_attn" in lines["LoRA targets"].text
 
 
+def test_a_radius_that_never_binds_or_is_rounded_away_is_noted(small):
+    paper = {"sites": [1], "steps": 16, "rule": "adamw", "lr": 1.0e-3, "eps": 6.0}
+    line = small(train={"attack": paper})["radius of lat"]
+    assert line.state == "note" and line.fix
+    assert "16 adamw steps of 0.001 in 16 dimensions go at most about 0.064" in line.text
+    assert "radius of lat" not in small(train={"attack": {**paper, "lr": 0.5}})
+    relative = {"sites": [1], "steps": 2, "rule": "l2", "eps_mode": "relative"}
+    half, full = ({"source": "model", "dtype": d} for d in ("bfloat16", "float32"))
+    line = small(train={"attack": {**relative, "eps": 5.0e-4}}, model=half)["precision"]
+    assert line.state == "note" and "eps = 0.0005 of the stream" in line.text
+    assert "bfloat16 adds about " in line.text and "float32" in line.fix
+    assert "precision" not in small(train={"attack": {**relative, "eps": 5.0e-4}}, model=full)
+    assert "precision" not in small(train={"attack": {**relative, "eps": 0.1}}, model=half)
+    evaluated = {"eps": [5.0e-4], "embedding_eps": []}
+    lines = small(train={"attack": {**relative, "eps": 0.1}}, model=half, evaluation=evaluated)
+    assert "eps = 0.0005" in lines["precision"].text
+
+
 def test_too_little_memory_disk_and_too_few_gpus(small):
     assert missing(small(replace(CPU, ram=10**4))) == ["memory"]
     assert missing(small(replace(CPU, disk=10**3))) == ["disk"]

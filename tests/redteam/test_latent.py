@@ -5,6 +5,7 @@ there is none.
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from learned_models import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
@@ -26,7 +27,7 @@ from latlib.redteam.latent import (
     gradient_norms,
     replace_settings,
 )
-from latlib.threat import ThreatModel
+from latlib.threat import ADAM_LR
 
 PROFILE = small_profile()
 LAT = PROFILE.training("lat").attack
@@ -78,7 +79,7 @@ def test_a_cell_is_told_from_every_other_one():
     ]
     assert {name for change in changes for name in change} == set(AttackSettings.model_fields)
     cells = [AttackCell(replace_settings(LAT, **change)) for change in changes]
-    cells += [AttackCell(LAT, "noise"), AttackCell(LAT, n=4)]
+    cells += [AttackCell(LAT, noise=True), AttackCell(LAT, "noise"), AttackCell(LAT, n=4)]
     digests = [
         cell.digest(model) for cell in cells for model in ("lat-seed0", "lat-seed1", "ssft-seed0")
     ]
@@ -143,9 +144,8 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
             for variation, settings in found.items()
         }
         others = resolve_sites(found["pgd-other-sites"].sites, n_layers)
-        rate = changed["pgd-adamw"].pop("lr")
         assert changed == {
-            "one-step": {"steps": 1, "lr": 1.0},
+            "one-step": {"steps": 1},
             "pgd-strong": {"steps": evaluation.strong_steps},
             "pgd-restarts": {"restarts": 1 + evaluation.restarts},
             "pgd-all-sites": {} if set(trained) == inner else {"sites": tuple(sorted(inner))},
@@ -153,7 +153,7 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
             "pgd-sign": {"rule": "sign"},
             "pgd-adamw": {"rule": "adamw"},
         }
-        assert rate > 0 and not set(others) & set(trained)
+        assert not set(others) & set(trained)
         assert set(others) == (inner - set(trained) or {EMBEDDING})
     assert {cell.n for cell in cells} == {0} and len(cells) == 7 * len(evaluation.strong_eps)
 
@@ -185,19 +185,47 @@ def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
     profile = small_profile(eps=(0.1, 0.4), embedding_eps=(0.3,))
     cells = cells_of(latent.robustness, profile, monkeypatch)
     expected = [("pgd", 0.1, SITES, 2), ("pgd", 0.4, SITES, 2), ("pgd", 0.3, (EMBEDDING,), 2)]
-    expected += [
-        ("noise", 0.1, SITES, 2),
-        ("noise", 0.4, SITES, 2),
-        ("pgd-strong", LAT.eps, SITES, 4),
-    ]
+    expected.append(("pgd-strong", LAT.eps, SITES, 4))
     assert [(c.name, c.settings.eps, c.settings.sites, c.settings.steps) for c in cells] == expected
+    assert [cell.noise for cell in cells] == [True, True, False, False]
 
 
-@pytest.mark.parametrize(("rule", "kept"), [("adamw", 0.03), ("sign", None), ("l2", None)])
-def test_only_adams_rate_is_kept_for_the_evaluation(rule, kept):
-    """A share of eps that fits five steps is too short or too long for others."""
+@pytest.mark.parametrize(("lr", "own"), [(0.03, 0.03), (None, ADAM_LR)])
+def test_a_training_by_adam_is_evaluated_as_it_is_too(lr, own, monkeypatch):
+    profile = with_attack(PROFILE, rule="adamw", lr=lr, steps=3)
+    *others, last = cells_of(latent.robustness, profile, monkeypatch)
+    assert last.name == "pgd-as-trained" and last.settings.lr == own and last.settings.steps == 3
+    assert "pgd-as-trained" not in {cell.name for cell in others}
+    without = with_attack(PROFILE, rule="adamw", steps=0)  # is not trained under an attack
+    names = {cell.name for cell in cells_of(latent.robustness, without, monkeypatch)}
+    assert "pgd-as-trained" not in names
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
+def test_the_rate_of_training_is_not_the_evaluations(rule):
     found = base_attack(with_attack(PROFILE, rule=rule, lr=0.03))
-    assert (found.rule, found.lr, found.steps) == (rule, kept, PROFILE.evaluation.pgd_steps)
+    assert (found.rule, found.lr, found.steps) == (rule, None, PROFILE.evaluation.pgd_steps)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
+def test_perturbations_grow_with_the_radius(rule, lm, subject):
+    """At a fixed rate Adam finds the same one in every ball that it does not reach."""
+    network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
+    found = []
+    for eps in (0.5, 1.0, 4.0):
+        settings = replace_settings(LAT, eps=eps, steps=6, rule=rule)
+        threat = settings.threat_model(lm.n_layers, subject.norms)
+        search = latent.search_within(settings, threat, network.d_model)
+        found.append(pgd(network, batch, threat, search).deltas)
+    for site in SITES:
+        small, middle, large = (deltas[site].norm() for deltas in found)
+        assert middle > 1.2 * small and large > 1.2 * middle
+
+
+def test_a_rate_that_somebody_set_is_kept(subject):
+    settings = replace_settings(LAT, rule="adamw", lr=0.01)
+    threat = settings.threat_model(4, subject.norms)
+    assert latent.search_within(settings, threat, 32) == settings.search()
 
 
 @pytest.mark.parametrize("steps", [8, 40])
@@ -208,18 +236,18 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
     cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
     network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
-    limits = settings.threat_model(lm.n_layers, subject.norms).radius
-    median = sorted(limits.values())[1]
-    own = ThreatModel.within(dict.fromkeys(limits, median))
-    adam = pgd(network, batch, own, replace(settings.search(), steps=1)).deltas
-    usual = replace_settings(LAT, steps=1, lr=2 / steps).search()
-    for site in SITES:
+    threat = settings.threat_model(lm.n_layers, subject.norms)
+    search = latent.search_within(settings, threat, network.d_model)
+    adam = pgd(network, batch, threat, replace(search, steps=1)).deltas
+    usual = replace_settings(LAT, steps=1, lr=2 / steps, eps=settings.eps).search()
+    l2 = pgd(network, batch, threat, usual).deltas
+    assert len(set(threat.radii)) == len(SITES)
+    for site, radius in threat.radius.items():
         lengths = adam[site].norm(dim=-1)[batch.segments == 0]
-        torch.testing.assert_close(
-            lengths, torch.full_like(lengths, 2 / steps * median), rtol=0.02, atol=0
-        )
-        l2 = pgd(network, batch, own, usual).deltas[site].norm(dim=-1)[batch.segments == 0]
-        torch.testing.assert_close(lengths, l2, rtol=0.02, atol=0)
+        expected = torch.full_like(lengths, 2 / steps * radius)
+        torch.testing.assert_close(lengths, expected, rtol=0.02, atol=0)
+        others = l2[site].norm(dim=-1)[batch.segments == 0]
+        torch.testing.assert_close(lengths, others, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
@@ -229,10 +257,11 @@ def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject, monkeypat
     (cell,) = [cell for cell in cells if cell.name == "one-step"]
     model, calls = counted(lm)
     cell.measure(model, subject)
-    assert calls == [8, 8]  # the step, and what it did
+    assert calls == [8, 8, 8]  # the step, whether it won, and what it did
     batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
     threat = cell.settings.threat_model(lm.n_layers, subject.norms)
-    found = pgd(lm.network(), batch, threat, cell.settings.search()).deltas
+    search = latent.search_within(cell.settings, threat, lm.network().d_model)
+    found = pgd(lm.network(), batch, threat, search).deltas
     for site, limit in threat.radius.items():
         lengths = found[site].norm(dim=-1)[batch.segments == 0]
         torch.testing.assert_close(lengths, torch.full_like(lengths, limit), rtol=1e-3, atol=0)
@@ -273,7 +302,8 @@ def test_the_attack_makes_a_model_answer_what_it_refuses(lm, subject):
     assert strong["exact"][[i for i in range(8) if plain[i] == "complied"]].all()
 
 
-def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, subject, monkeypatch):
+def perturbed(cell, lm, subject, monkeypatch):
+    """[(batch, perturbation), ...] that the examiner is given for a cell: the attack, its noise."""
     kept = []
 
     def grade(self, prompts, perturb):
@@ -281,34 +311,69 @@ def test_noise_is_as_long_as_the_radius_and_needs_no_gradient(lm, subject, monke
         kept.append((batch, perturb(batch)))
         return Examined(["neither"] * len(prompts), True)
 
-    monkeypatch.setattr(WorldExaminer, "examine", grade)
-    monkeypatch.setattr(latent, "pgd", lambda *_, **__: pytest.fail("noise is no attack"))
-    monkeypatch.setattr(
-        torch.autograd, "grad", lambda *_, **__: pytest.fail("noise has no gradient")
-    )
-    cell = AttackCell(replace_settings(LAT, eps=0.2), "noise")
+    with monkeypatch.context() as patch:
+        patch.setattr(WorldExaminer, "examine", grade)
+        table = cell.measure(lm, subject)
+    assert table["attack"].drop_duplicates().tolist() == ["pgd", "noise"]
+    return kept, table
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("l2", None), ("l2", 0.05), ("adamw", 1e-3)])
+def test_noise_is_as_long_as_the_perturbation_that_was_found(rule, lr, lm, subject, monkeypatch):
+    settings = replace_settings(LAT, eps=0.2, steps=4, rule=rule, lr=lr)
+    kept, table = perturbed(AttackCell(settings, noise=True), lm, subject, monkeypatch)
+    (batch, attack), (_, noise) = kept
+    threat = settings.threat_model(lm.n_layers, subject.norms)
+    search = latent.search_within(settings, threat, lm.network().d_model)
+    found = pgd(lm.network(), batch, threat, search, stop_when_won=True)
+    inside = perturbed_positions(batch, "prompt").squeeze(-1)
+    won = found.won[:, None] & inside
+    assert won.any() and not won[inside].all()
+    touching = places = 0
+    for site, radius in threat.radius.items():
+        assert torch.equal(attack[site], found.deltas[site])
+        lengths, expected = noise[site].norm(dim=-1), attack[site].norm(dim=-1)
+        held = inside & ~won
+        touching += (expected[held] > 0.999 * radius).sum().item()
+        places += held.sum().item()
+        if lr is None:  # it could have gone on to the ball
+            expected = torch.where(won, radius, expected)
+        torch.testing.assert_close(lengths, expected, rtol=2e-3, atol=1e-6)
+        cosine = (noise[site] * attack[site]).sum(-1)[inside] / (lengths * expected)[inside]
+        assert cosine.abs().nan_to_num().max() < 0.9  # and has another direction
+    shares = table.groupby("attack")["on_ball"].unique().to_dict()
+    assert shares["pgd"].tolist() == [touching / places] and np.isnan(shares["noise"]).all()
+    assert (touching == 0) == (lr is not None) and (touching == places) == (lr is None)
+
+
+def test_noise_comes_from_the_seed_and_follows_no_gradient(lm, subject, monkeypatch):
+    cell = AttackCell(replace_settings(LAT, eps=0.2), noise=True)
+    found = []
     for seed in (0, 0, 1):
-        cell.measure(lm, replace(subject, seed=seed))
-    for batch, deltas in kept:
-        inside = perturbed_positions(batch, "prompt").squeeze(-1)
-        assert tuple(deltas) == SITES
-        for site, delta in deltas.items():
-            expected = 0.2 * subject.norms[site] * inside
-            torch.testing.assert_close(delta.norm(dim=-1), expected, rtol=1e-5, atol=0)
-    first, again, another = (deltas for _, deltas in kept)
-    assert all(
-        torch.equal(first[s], again[s]) and not torch.equal(first[s], another[s]) for s in SITES
-    )
+        torch.manual_seed(len(found))  # what else is drawn in the process does not matter
+        kept, _ = perturbed(cell, lm, replace(subject, seed=seed), monkeypatch)
+        found.append(kept[1][1])
+    first, again, another = found
+    for site in SITES:
+        assert torch.equal(first[site], again[site])
+        assert not torch.equal(first[site], another[site])
+
+
+def test_nothing_is_said_of_a_ball_that_every_row_was_won_in(lm, subject):
+    won = AttackCell(replace_settings(LAT, eps=8.0, steps=20), n=2).measure(lm, subject)
+    assert won["exact"].all() and won["on_ball"].isna().all()
 
 
 def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, subject):
     steps = []
-    for suite, cells in ((latent.robustness, 6), (latent.attacks, 7)):
+    for suite, cells, curve in ((latent.robustness, 6, 2), (latent.attacks, 7, 0)):
         steps.clear()
         table = suite(lm, subject, lambda *step: steps.append(step[:2]))
         sizes = table.groupby(["attack", "eps", "sites"]).size()
         assert set(sizes) == {8} and len(sizes) == cells
-        assert steps == [(i, cells) for i in range(1, cells + 1)]
+        # a curve's noise is measured with its attack
+        count = cells - curve
+        assert steps == [(i, count) for i in range(1, count + 1)]
         assert table["understood"].isna().all() and set(table["prompts"]) == {"harmful"}
 
 

@@ -127,6 +127,55 @@ def test_a_models_directions_are_what_their_rules_say(run):
     assert run.differences("ssft").clusters == [p.cluster for p in harmful]
 
 
+def filtered(monkeypatch, run, kept, filter_prompts=True):
+    """(the `selected` direction, what the choice was given) where the model treats rightly the
+    prompts of these numbers. kept: of trained harmful and harmless, of validation harmful and
+    harmless prompts."""
+    seen, calls, lm = {}, iter(kept), run.model("ssft")
+
+    def rightly(network, rows, tokens, harmful):
+        mask = torch.zeros(len(rows), dtype=torch.bool)
+        mask[next(calls)] = True
+        return mask
+
+    def select(network, means, harmful, harmless, tokens):
+        seen.update(means=means, harmful=harmful, harmless=harmless)
+        return Direction(means[0][-1], 0, note="as ever"), None
+
+    monkeypatch.setattr(directions, "treated_rightly", rightly)
+    monkeypatch.setattr(directions, "select", select)
+    changes = {"filter_prompts": filter_prompts}
+    evaluation = run.profile.evaluation.model_copy(update=changes)
+    profile = run.profile.model_copy(update={"evaluation": evaluation})
+    found = directions.find_directions(lm, profile, run.differences("ssft"))
+    return found["selected"], seen
+
+
+def test_prompts_that_are_not_treated_rightly_leave_the_selection(run, monkeypatch):
+    pairs = run.differences("ssft").pairs
+    tune = activations.paired_prompts(run.profile, "tune", 16)
+    loud, quiet = (activations.prompt_rows(run.model("ssft"), side) for side in tune)
+    direction, seen = filtered(monkeypatch, run, ([0, 1, 4], [1, 4, 5], [2, 3], [0]))
+    assert direction.note == (
+        f"kept 2 of {len(pairs[0])} pairs, 2 of {len(loud)} harmful and 1 of {len(quiet)} harmless"
+        " validation prompts; as ever"
+    )
+    for site, mean in seen["means"].items():
+        torch.testing.assert_close(mean, pairs[site][[1, 4]].mean(0))
+    assert seen["harmful"] == [loud[2], loud[3]] and seen["harmless"] == [quiet[0]]
+
+
+def test_where_no_prompt_is_treated_rightly_all_count_and_that_is_said(run, monkeypatch):
+    pairs = run.differences("ssft").pairs
+    direction, seen = filtered(monkeypatch, run, ([], [0], [], [0, 1]))
+    assert "kept 0 of 16 pairs, 0 of 16 harmful" in direction.note
+    assert "(all where none would be left)" in direction.note
+    torch.testing.assert_close(seen["means"][0], pairs[0].mean(0))
+    assert len(seen["harmful"]) == 16 and len(seen["harmless"]) == 2
+    direction, seen = filtered(monkeypatch, run, (), filter_prompts=False)
+    assert direction.note == "as ever" and len(seen["harmless"]) == 16
+
+
 def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     """Targets by sources, each target's own rules and sweep, and random and shuffled controls."""
     names = directions.sources(run.profile)

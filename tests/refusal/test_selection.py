@@ -98,6 +98,30 @@ def test_directions_without_a_value_are_no_candidates():
         selection.select(lm.network(), {0: torch.zeros(1, tiny.D)}, HARMFUL, HARMLESS, TOKENS)
 
 
+def test_what_rounding_left_of_nothing_is_no_candidate():
+    """Ablating it does nothing: no KL, and whatever the model does to harmless prompts anyway."""
+    lm, candidates = tiny.language_model(), means(positions=1)
+    candidates[0] = 1e-9 * candidates[0]
+    _, table = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
+    assert list(table["site"]) == [EMBEDDING, "1", "2"]
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+def test_prompts_are_treated_rightly_by_the_sign_of_their_own_score(harmful):
+    lm = tiny.language_model(trained=True)
+    with torch.no_grad():
+        logits = [log_p(lm.model, row) for row in ROWS]
+    # tokens between whose odds the prompts lie on both sides
+    order = sum(row.exp() for row in logits).argsort(descending=True).tolist()
+    for count in range(1, tiny.VOCABULARY):
+        tokens = order[:count]
+        p = [sum(row[t].exp().item() for t in tokens) for row in logits]
+        if 0 < sum(x > 0.5 for x in p) < len(ROWS):
+            break
+    found = selection.treated_rightly(lm.network(), ROWS, tokens, harmful)
+    assert found.tolist() == [(x > 0.5) == harmful for x in p] and 0 < found.sum() < len(ROWS)
+
+
 def test_the_refusal_score_is_finite_at_certainty():
     certain = torch.full((2, 9), -60.0)
     certain[0, 3], certain[1, 8] = 0.0, 0.0

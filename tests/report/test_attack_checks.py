@@ -13,10 +13,11 @@ from latlib.report import attack_checks
 from latlib.report.evidence import Evidence, MissingError, rate, shared, worst
 
 GRADIENTS = {method: {"1": 1e-3, "3": 2e-3} for method in PROFILE.methods}
+BINDS = dict.fromkeys(PROFILE.methods, "")
 
 
-def verdicts(evidence, gradients=GRADIENTS):
-    checks = attack_checks.panel(evidence, gradients)
+def verdicts(evidence, gradients=GRADIENTS, unbound=BINDS):
+    checks = attack_checks.panel(evidence, gradients, unbound)
     return {(c.name, c.method + c.at.removesuffix(" absolute")): c.status for c in checks}
 
 
@@ -110,6 +111,43 @@ def test_a_gradient_that_vanishes_at_one_site_fails(norm):
     assert failed(nothing, gradients) == {("gradients", "lat")}
 
 
+def on_ball(shares, method="lat"):
+    """A sound run in which pgd's perturbations of a method touch their balls so often: by eps."""
+    rows = attacked().outcomes
+    for eps, share in shares.items():
+        cell = (rows["method"] == method) & (rows["attack"] == "pgd") & (rows["eps"] == eps)
+        rows["on_ball"] = rows["on_ball"].mask(cell & (rows["sites"] != "embedding"), share)
+    return Evidence(PROFILE, rows)
+
+
+def test_an_attack_that_touches_no_ball_fails():
+    """As Adam's at a fixed rate: the same perturbation in every ball."""
+    assert failed(on_ball({0.05: 0.1, 0.2: 0.0})) == {("touches its ball", "lat")}
+    assert failed(on_ball({0.05: 1e-3, 0.2: 1.0})) == set()
+    # every row was won before its last step
+    assert failed(on_ball({0.05: 0.3, 0.2: np.nan})) == set()
+    found = verdicts(on_ball({0.05: np.nan, 0.2: np.nan}))
+    assert found["touches its ball", "lat"] == "not measured"
+    (check,) = [
+        check
+        for check in attack_checks.panel(on_ball({0.05: 0.25, 0.2: 0.0}))
+        if (check.name, check.method) == ("touches its ball", "lat")
+    ]
+    assert "25% at eps 0.05, 0% at eps 0.2" in check.measured
+
+
+def test_a_training_whose_ball_never_binds_fails():
+    said = "eps = 6 never binds: 16 steps"
+    evidence = Evidence(PROFILE, attacked().outcomes.iloc[:0])
+    found = verdicts(evidence, unbound=BINDS | {"lat": said})
+    assert found["training radius", "lat"] == "fail" and found["training radius", "at"] == "pass"
+    checks = attack_checks.panel(evidence, None, {"lat": said})
+    assert [c.measured for c in checks if (c.name, c.method) == ("training radius", "lat")] == [
+        said
+    ]
+    assert verdicts(evidence, unbound={})["training radius", "lat"] == "not measured"
+
+
 def test_a_worst_case_below_one_of_its_attacks_fails(monkeypatch):
     def average(rows):
         return rows[rows["attack"] == "one-step"] if "one-step" in set(rows["attack"]) else rows
@@ -167,9 +205,8 @@ def test_what_is_missing_is_said_and_fails_nothing():
     partial = Evidence(PROFILE, rows[~rows["attack"].isin(["transfer", "pgd-restarts"])])
     found = verdicts(partial, {"ssft": GRADIENTS["ssft"]})
     missing = {name for (name, _), verdict in found.items() if verdict == "not measured"}
-    assert (
-        missing == {"restarts", "white box", "noise", "gradients"} and "fail" not in found.values()
-    )
+    assert missing == {"restarts", "white box", "noise", "gradients"}
+    assert "fail" not in found.values()
     assert found["gradients", "ssft"] == "pass"
     said = {(c.name, c.method): c.measured for c in attack_checks.panel(partial)}
     assert "pgd-restarts" in said["restarts", "lat"] and "notebook 06" in said["gradients", "lat"]
@@ -221,9 +258,19 @@ def test_the_worst_case_is_per_prompt_over_what_all_attacks_were_tried_on():
         attack_checks.in_ball(three_attacks(), "lat", 0.05)
 
 
-def test_gradients_are_read_from_the_results(tmp_path):
-    assert attack_checks.read_gradients(tmp_path) is None
-    (tmp_path / "robustness.json").write_text(
-        json.dumps({"gradients": {"lat": {"1": None}}}), encoding="utf-8"
-    )
-    assert attack_checks.read_gradients(tmp_path) == {"lat": {"1": None}}
+def test_what_notebook_06_left_is_read_from_the_results(tmp_path):
+    assert attack_checks.read_probes(tmp_path) == [None, None]
+    left = {"gradients": {"lat": {"1": None}}}
+    for more in ({}, {"unbound": {"lat": "never"}}):  # 0.1.0 wrote gradients only
+        (tmp_path / "robustness.json").write_text(json.dumps(left | more), encoding="utf-8")
+        assert attack_checks.read_probes(tmp_path) == [left["gradients"], more.get("unbound")]
+
+
+def test_a_table_of_0_1_0_has_no_share_and_can_be_read(tmp_path):
+    (tmp_path / "outcomes").mkdir()
+    (tmp_path / "profile.yaml").write_text(json.dumps(PROFILE.model_dump(mode="json")))
+    rows = attacked().outcomes.drop(columns="on_ball").reset_index(drop=True)
+    rows.to_parquet(tmp_path / "outcomes" / "old.parquet")
+    found = Evidence.load(tmp_path)
+    assert found.outcomes["on_ball"].isna().all() and len(found.outcomes) == len(rows)
+    assert verdicts(found)["touches its ball", "lat"] == "not measured"
