@@ -2,8 +2,7 @@
 
 A `ThreatModel` (`latlib.threat`) says where the adversary may perturb and how far, a `PGD` how it
 searches. For a packed batch of rows [prompt | rejected | chosen]:
-1. delta = 0 (or uniform in the ball) at every perturbed position of every site; 0 elsewhere, and
-   on padding.
+1. delta = 0 (or uniform in the ball) at every perturbed position of every site, 0 elsewhere.
 2. The stream at the lowest site is computed once; each step runs from there.
 3. loss = toward * CE(rejected | delta) + away * away(chosen | delta), the mean over each row's
    tokens, summed over rows, so that rows do not interact. Untargeted: minus the CE of the response.
@@ -65,8 +64,7 @@ def pgd(
     generator: for random starts. judged=False leaves out the last forward, for a caller that runs
     the perturbation itself and then asks `judge`; restarts are always judged. stop_when_won=True
     leaves a row alone once it is won, keeping the perturbation that won it, so that steps and
-    restarts go to the others. Raises ValueError for search.steps = 0 with a zero start (there is
-    nothing to find)."""
+    restarts go to the others. Raises ValueError for no step from a zero start: nothing to find."""
     if search.steps == 0 and search.start == "zero":
         raise ValueError("steps = 0 from a zero start finds nothing: take steps, or start 'random'")
     every = _Rows.of(network, batch, threat)
@@ -96,8 +94,7 @@ def project_l2(delta: Tensor, eps: float | Tensor) -> Tensor:
         raise ValueError(f"eps = {eps} must be > 0: for no attack take no steps")
     wide = delta.to(wide_of(delta.dtype))
     norm = wide.norm(dim=-1, keepdim=True)
-    # A hair inside the ball: the product is rounded to delta's dtype, and the norm is a rounded sum
-    # of d_model terms.
+    # a hair inside the ball: the product is rounded to delta's dtype, the norm's sum to its own
     rounding = torch.finfo(delta.dtype).eps
     slack = max(rounding, 16 * torch.finfo(wide.dtype).eps)
     inside = eps * (1 - slack)
@@ -157,8 +154,7 @@ def greedy_matches(
 
 @torch.no_grad()
 def judge(network: Network, batch: Batch, search: PGD, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """([batch] the adversary's loss, [batch] bool whether it won) from `network.label_rows` under a
-    perturbation."""
+    """([batch] the adversary's loss, [batch] bool whether it won) from perturbed `label_rows`."""
     return attack_losses(network, batch, search, rows), _won(network, batch, search, rows)
 
 
@@ -258,7 +254,8 @@ class _Descent:
         usual = ADAM_LR if search.rule == "adamw" else 2 / max(1, search.steps)
         lr = torch.tensor(search.lr or usual, device=deltas.device, dtype=torch.float64)
         self.lr = lr.view(-1, 1, 1)  # one a site, or one for all
-        self.radii = lr.new_tensor(rows.threat.radii).view(-1, 1, 1)
+        radii = lr.new_tensor(rows.threat.radii)
+        self.radii = radii.view(-1, 1, 1)
         self.losses: list[Tensor] = []
         self.aside: dict[Site, Tensor] | None = None
 
@@ -319,10 +316,13 @@ class _Descent:
         first, second = self.moments
         first.lerp_(gradient, 1 - BETA1)
         second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
-        scale = (second / (1 - BETA2 ** (step + 1))).sqrt_().add_(ADAM_EPS)
-        rate = (self.lr / (1 - BETA1 ** (step + 1))).to(gradient.dtype)
-        decayed = self.deltas * (1 - self.lr * WEIGHT_DECAY).to(gradient.dtype)
-        return decayed.sub_(torch.div(first, scale, out=scale).mul_(rate))
+        scale = second / (1 - BETA2 ** (step + 1))
+        scale.sqrt_().add_(ADAM_EPS)
+        along = torch.div(first, scale, out=scale)
+        rate = self.lr / (1 - BETA1 ** (step + 1))
+        kept = 1 - self.lr * WEIGHT_DECAY
+        decayed = self.deltas * kept.to(gradient.dtype)
+        return decayed.sub_(along.mul_(rate.to(gradient.dtype)))
 
     def _of_all_rows(self) -> dict[Site, Tensor]:
         """site -> [batch, seq, d_model]: rows that were set aside as they were then."""

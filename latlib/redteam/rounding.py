@@ -21,11 +21,13 @@ def share_added(stream: Tensor, radius: float) -> float:
     """How much of random perturbations of norm `radius` arrives in a stream: [n, d_model]."""
     random = torch.Generator().manual_seed(0)
     delta = torch.randn(stream.shape, generator=random, dtype=torch.float64)
-    delta = radius * delta / delta.norm(dim=-1, keepdim=True)
+    delta *= radius / delta.norm(dim=-1, keepdim=True)
     delta = delta.to(stream.device, stream.dtype)
+    total = stream + delta
+    moved = total.double() - stream.double()
     wanted = delta.double()
-    moved = (stream + delta).double() - stream.double()
-    return float((moved * wanted).sum() / wanted.square().sum())
+    along = (moved * wanted).sum()
+    return float(along / wanted.square().sum())
 
 
 def lost_in_rounding(network: Network, batch: Batch, threat: ThreatModel) -> str:
