@@ -10,7 +10,7 @@ import pytest
 import torch
 from learned_models import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
 
-from latlib.attack import attack_losses, perturbed_positions, pgd
+from latlib.attack import Attack, attack_losses, perturbed_positions, pgd
 from latlib.batch import collate
 from latlib.config.profile import load_profile
 from latlib.config.sections import AttackSettings, ProfileError
@@ -357,6 +357,21 @@ def test_noise_comes_from_the_seed_and_follows_no_gradient(lm, subject, monkeypa
     for site in SITES:
         assert torch.equal(first[site], again[site])
         assert not torch.equal(first[site], another[site])
+
+
+def test_won_rows_say_nothing_of_the_ball(lm, subject):
+    """Half of the rows were won on their balls; the others ended inside."""
+    batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
+    threat = LAT.threat_model(lm.n_layers, subject.norms)
+    attacker = latent._Attacker(lm.network(), threat, LAT, seed=0)
+    won = torch.arange(len(batch.ids)) % 2 == 0
+    share = torch.where(won, 1.0, 0.5).view(-1, 1, 1)
+    one = torch.nn.functional.one_hot(torch.zeros(batch.shape, dtype=torch.long), 32)
+    deltas = {site: share * radius * one for site, radius in threat.radius.items()}
+    attacker._measured(batch, Attack(deltas, torch.zeros(1, len(won)), won, threat))
+    assert attacker.on_ball == 0.0
+    attacker._measured(batch, Attack(deltas, torch.zeros(1, len(won)), ~won, threat))
+    assert attacker.on_ball == pytest.approx(0.5, abs=0.1)
 
 
 def test_nothing_is_said_of_a_ball_that_every_row_was_won_in(lm, subject):
