@@ -177,10 +177,10 @@ class Profile(Section):
         return found
 
     def _check_sites(self, settings: TrainSettings, where: str) -> None:
-        sections = {"attack": settings.attack, "rerouting": settings.rerouting}
-        for name, section in sections.items():
+        sites = {"attack": settings.attack.sites, "rerouting": settings.rerouting.sites}
+        for name, specs in sites.items():
             try:
-                resolve_sites(section.sites, self.model.layers)
+                resolve_sites(specs, self.model.layers)
             except ValueError as error:
                 raise ProfileError(f"{where}.{name}.{error}") from None
 
@@ -219,10 +219,12 @@ def _explained(cls: type[Section], item: ErrorDetails, where: str) -> str:
     place = [str(part) for part in item["loc"]]
     if place[-1:] == ["[key]"]:  # the name is wrong, not what stands behind it
         del place[-2:]
-    field = ".".join([where, *place]).strip(".") or "profile"
-    if kind == "value_error" and not isinstance(value, str | int | float | list | tuple):
-        said = str(item["ctx"]["error"])  # of a section: it begins with the name of a field
-        return f"{field}.{said}" if place or where else said
+    field = ".".join([where, *place]).strip(".")
+    of_section = not isinstance(value, str | int | float | list | tuple)
+    if kind == "value_error" and of_section:  # which begins with the name of a field
+        said = str(item["ctx"]["error"])
+        return f"{field}.{said}".strip(".")
+    field = field or "profile"
     subject = f"{field} = {_short(value)}"
     if kind == "extra_forbidden":
         hint = suggestion(place[-1], _fields(cls, place[:-1]), "remove it")
