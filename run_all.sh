@@ -20,7 +20,7 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --profile NAME|FILE  settings of the run: a name from profiles/, or a YAML file of your own (default: tiny)
   --only 03            run only this notebook, by number or name; repeat it, or separate several by commas
   --out DIR            run folder (default: runs/<profile>)
-  --fresh              delete what the run folder holds and start anew
+  --fresh              delete what a run made in the run folder, set aside what else is there, and start anew
   --check              say what the run needs and whether it is here: model, data, disk, memory, hours, cost; runs nothing
   --json               with --check: as JSON
   --unchecked          run a real model although --check finds something missing, which otherwise stops it
@@ -165,7 +165,7 @@ install() {
 own_environment() {
   local base system="" stamp_file pins print
   base="$(find_python)" || die 1 "no Python >= 3.10 found (tried python3, python3.13 to python3.10, python): install one"
-  if [ -d "$VENV" ] && [ ! -e "$VENV/.latlib-unfinished" ] && [ ! -e "$VENV/.latlib-stamp" ]; then
+  if { [ -e "$VENV" ] || [ -L "$VENV" ]; } && [ ! -e "$VENV/.latlib-unfinished" ] && [ ! -e "$VENV/.latlib-stamp" ]; then
     has_this_latlib "$VENV/bin/python" ||
       die 1 "$VENV was not made by this script and has no latlib: run pip install -e . -c constraints.txt in it, or delete it"
     PYTHON="$VENV/bin/python"

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,19 @@ def absolute(tree: dict[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
     absolute.
     """
     out = copy.deepcopy(tree)
+    for section, name, value in named_paths(tree):
+        node_of(out, section)[name] = _found(value, bases)
+    return out
+
+
+def named_paths(tree: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(section, field, value) of every path or hub id in a profile's plain values."""
     for dotted in _PATHS:
         section, _, field = dotted.rpartition(".")
-        node = node_of(out, section)
-        for name, value in node.items():
+        for name, value in node_of(tree, section).items():
             # 'world' is no folder of that name
             if field in (name, "*") and isinstance(value, str) and value != "world":
-                node[name] = _found(value, bases)
-    return out
+                yield section, name, value
 
 
 def node_of(tree: dict[str, Any], dotted: str) -> dict[str, Any]:

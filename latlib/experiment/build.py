@@ -42,13 +42,13 @@ from latlib.evaluation.generate import batches
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.alarms import Alarms
 from latlib.experiment.checkpoint import Due, load_checkpoint, save_checkpoint
-from latlib.experiment.layout import Layout
+from latlib.experiment.layout import METRICS, Layout
 from latlib.experiment.plain_steps import PlainSteps
 from latlib.experiment.record import base_name, model_card, write_record
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import Tracker, read_metrics
 from latlib.experiment.validation import Validator, training_tokens
-from latlib.io.files import Json, folder_aside, read_json, write_json
+from latlib.io.files import Json, enter, folder_aside, read_json, write_json
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.io.progress import OnStep, Stopped, stop_requested
@@ -92,6 +92,7 @@ def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         write_record(folder, record, profile)
+        _keep_log(layout, spec, folder)
 
 
 # ---- residual norms, which a relative eps is a share of
@@ -105,7 +106,7 @@ def norms(layout: Layout, seed: int, lm: LanguageModel | None = None) -> dict[Si
     GPU alone may hold the model.
     """
     file, profile = layout.norms_file(seed), layout.profile
-    if not broadcast(file.exists()):
+    if not broadcast(layout.whole(file)):
         if lm is None or not is_distributed():
             folder = layout.model_folder(Spec(BASE, seed))
             lm = load_model(folder, profile.model)
@@ -212,8 +213,16 @@ def _save(
         model.save_pretrained(folder, state_dict=adapter)
         _name_base(folder, record["base"])
         write_record(folder, record, layout.profile, model_card(record))
+        _keep_log(layout, spec, folder)
     for left in target.parent.glob(f".{spec.folder}.{'?' * 32}"):  # see `io.files.aside`
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _keep_log(layout: Layout, spec: Spec, folder: Path) -> None:
+    """Finish a model's log, and put a copy into its folder."""
+    log = layout.metrics_file(spec)
+    enter(log)
+    shutil.copyfile(log, folder / METRICS)
 
 
 def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) -> Json:
@@ -227,6 +236,7 @@ def _record(layout: Layout, spec: Spec, validator: Validator, kept_step: int) ->
         "profile": profile.name,
         "base": base_name(profile, spec),
         "revision": profile.model.revision,
+        "inputs": layout.inputs(spec),
         "method": spec.label,
         "seed": spec.seed,
         "training": validator.settings.model_dump(mode="json"),

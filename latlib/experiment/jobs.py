@@ -17,10 +17,11 @@ imports take as long as a notebook's own, so the kernel starts the server before
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import forkserver, get_all_start_methods, get_context
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from latlib.io import progress
 from latlib.io.machine import available_cores, keep_freed_memory, resolve_device
 from latlib.io.progress import OnStep
 
+# environment: the run folders that this process, or the one that started it, holds for writing
+HELD = "LATLIB_HELD"
 MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
 
@@ -70,6 +73,21 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def begin_worker(threads: int, folder: Path) -> None:
+    """Be a process that works for the one that started it: in the run folder that it holds, and not
+    longer than it lives."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    os.environ[HELD] = str(folder)
+    prepare_process(threads)
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def work(profile: Profile, folder: Path, jobs: Sequence[Job]) -> None:
     """Do all jobs of a run folder, those first that others wait for.
 
@@ -91,7 +109,7 @@ def _in_processes(folder: Path, jobs: Sequence[Job], count: int, threads: int) -
     # spinning barriers are ruinous on shared cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     pool = ProcessPoolExecutor(
-        count, mp_context=worker_context(), initializer=prepare_process, initargs=(threads,)
+        count, mp_context=worker_context(), initializer=begin_worker, initargs=(threads, folder)
     )
     label = f"{len(jobs)} jobs, {count} at a time"
     files = {job: folder / "logs" / f".job-{i}.json" for i, job in enumerate(jobs)}

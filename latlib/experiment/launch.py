@@ -20,10 +20,8 @@ The mode is the profile's `parallel.mode`; the number of processes is what was s
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
@@ -36,7 +34,7 @@ from latlib.config.profile import load_profile, run_folder
 from latlib.distributed import ranks
 from latlib.errors import SettingError
 from latlib.experiment import build
-from latlib.experiment.jobs import prepare_process, threads_for, worker_context
+from latlib.experiment.jobs import HELD, begin_worker, prepare_process, threads_for, worker_context
 from latlib.experiment.layout import Layout
 from latlib.experiment.spec import Spec, find_spec, spec_parser
 from latlib.io.progress import OnStep, Progress, Stopped, unseen
@@ -80,7 +78,8 @@ def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
             except ProcessException as error:
                 over = True
                 which = f"process {error.error_index} of {count}"
-                ended = RuntimeError(f"{spec.name}: {which} failed: {error}")
+                # what the process itself has said of it may have come before
+                ended = ended or RuntimeError(f"{spec.name}: {which} failed: {error}")
             while not task.said.empty():
                 said = task.said.get()
                 if isinstance(said, Exception):
@@ -107,8 +106,8 @@ def _end(processes: ProcessContext) -> None:
 
 def _one_of_several(rank: int, task: _Task) -> None:
     """What `launch` starts."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     count = task.layout.profile.parallel.processes
+    begin_worker(threads_for(task.layout.profile, count), task.layout.folder)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -117,7 +116,6 @@ def _one_of_several(rank: int, task: _Task) -> None:
         MASTER_PORT=str(task.port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # the store is there: rank 0 makes none
     )
-    torch.set_num_threads(threads_for(task.layout.profile, count))
     try:
         _train(task.layout, task.spec, lambda *step: task.said.put(step))
     except Stopped as stopped:  # of all of them, and each has to finish what it is at
@@ -126,13 +124,6 @@ def _one_of_several(rank: int, task: _Task) -> None:
         task.said.put(error)
         raise
     ranks.leave()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _train(layout: Layout, spec: Spec, on_step: OnStep) -> None:
@@ -161,8 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layout = Layout(profile, run_folder(profile.name, options.out)).dated()
     method = options.method or profile.main
     spec = find_spec(profile, method, options.seed, options.variant)
+    if os.environ.get("RANK", "0") != "0":
+        os.environ[HELD] = str(layout.folder)  # by the first process, for all
     try:
-        _train(layout, spec, Progress(layout.folder, spec.name, 1).on_step)
+        with layout.locked():
+            _train(layout, spec, Progress(layout.folder, spec.name, 1).on_step)
     except Stopped as stopped:
         if ranks.is_main():
             print(stopped, file=sys.stderr, flush=True)

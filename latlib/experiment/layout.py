@@ -1,7 +1,8 @@
 """Which file of a run lies where in its folder.
 
+    latlib.sha256                               what is here, with checksums (`latlib.io.manifest`)
     profile.yaml                                what the run was made with
-    began.json                                  the day on which it began
+    began.json                                  the same again, and digests of the files it names
     models/<model>/                             an adapter or a base, with its card and its record
     models/.<model>.checkpoints/                of a training that is not finished
     metrics/<model>.jsonl                       a line a training step
@@ -10,6 +11,7 @@
     results/geometry/<model>/                   differences, directions and variance of activations
     results/<name>.json                         everything else that was measured
     wandb/                                      what wandb writes
+    set-aside/                                  what was damaged, or is not of this run
 
 where <model> is `Spec.folder`, such as 'lat-seed0'.
 """
@@ -17,22 +19,29 @@ where <model> is `Spec.folder`, such as 'lat-seed0'.
 from __future__ import annotations
 
 import datetime
+import errno
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from latlib.config.paths import portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
+from latlib.experiment.inputs import SHOWN, digests
+from latlib.experiment.jobs import HELD
+from latlib.experiment.record import RECORD
 from latlib.experiment.spec import Spec
-from latlib.io.files import Json, read_json, write_json, write_text
+from latlib.io import manifest
+from latlib.io.files import SET_ASIDE, Json, read_json, set_aside, write_json, write_text
 
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
@@ -40,7 +49,11 @@ if TYPE_CHECKING:
 # on the geometry of a model's activations
 DIFFERENCES = "differences.safetensors"
 DIRECTIONS = "directions.safetensors"
-VARIANCE = "variance.json"  # the last of them that is written
+VARIANCE = "variance.json"
+PROFILE, BEGAN = "profile.yaml", "began.json"
+METRICS = "metrics.jsonl"  # in a model's folder: a copy of its log
+LOCK_WAIT_S = 1.0  # whoever writes a single result is done by then
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 NEEDED_BYTES = 300 * 2**20  # a tiny run leaves about half of that
 
 
@@ -52,18 +65,34 @@ class Layout:
     folder: Path
 
     def claim(self) -> None:
-        """Make the folder and write the profile there, or compare with the one it was made with.
+        """Make the folder and write down what it is made with, or compare with that.
 
-        Raises ProfileError for a folder that cannot be written or whose disk is too full for a run,
-        or that was made with other settings (saying which differ).
+        Raises ProfileError for a folder that cannot be written, whose disk is too full for a run,
+        that holds other things, or that was made with other settings or inputs (saying which
+        differ).
         """
+        kept = self._kept()
+        if not kept:
+            self._check_empty()
+            kept = {"profile": self.dated().profile.model_dump(mode="json"), "inputs": {}}
         mine = self.profile.model_dump(mode="json")
-        file = self.folder / "profile.yaml"
+        if lines := changed_settings(fixed_settings(kept["profile"]), fixed_settings(mine)):
+            raise ProfileError(
+                f"run folder {self.folder} was made with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nstart over with --fresh, or keep both by giving another folder with --out"
+            )
+        kept = kept | {"inputs": self._same_inputs(kept["inputs"])}
+        profile, began = self.folder / PROFILE, self.folder / BEGAN
         with _writing(self.folder):
-            if not file.exists():
-                write_text(yaml.safe_dump(mine, sort_keys=False), file)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / manifest.NAME).touch()  # first: it says whose folder it is
             for folder in ("models", "metrics", "results/outcomes", "logs"):
                 (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            if not self.whole(profile):
+                write_text(yaml.safe_dump(kept["profile"], sort_keys=False), profile)
+            if not self.whole(began) or read_json(began) != kept:
+                write_json(kept, began)
             free = shutil.disk_usage(self.folder).free
         if free < NEEDED_BYTES:
             raise ProfileError(
@@ -71,13 +100,51 @@ class Layout:
                 f" needs {NEEDED_BYTES / 2**20:.0f}: free some, or give a folder on another disk"
                 " with --out"
             )
-        theirs = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        if lines := changed_settings(fixed_settings(theirs), fixed_settings(mine)):
+
+    def _kept(self) -> Json:
+        """What the folder was begun with, {} for a new one: of its two copies the one that is
+        whole."""
+        began, file = self.folder / BEGAN, self.folder / PROFILE
+        if self.whole(began) and "profile" in (kept := read_json(began)):
+            return kept
+        if not self.whole(file):
+            return {}
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise ProfileError(f"{file} is no profile: put it back, or give another folder (--out)")
+        return {"profile": settings, "inputs": {}}
+
+    def _check_empty(self) -> None:
+        """Raises ProfileError for a folder that is new to us and holds something."""
+        ours = (".lock", manifest.NAME, SET_ASIDE)
+        there = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        strange = [entry.name for entry in there if entry.name not in ours]
+        if strange and not (self.folder / manifest.NAME).is_file():
             raise ProfileError(
-                f"run folder {self.folder} was made with other settings:\n  "
-                + "\n  ".join(lines)
-                + "\nstart over with --fresh, or keep both by giving another folder with --out"
+                f"run folder {self.folder} is none, and holds {', '.join(strange[:3])}: give a new"
+                " folder with --out"
             )
+
+    def _same_inputs(self, kept: Mapping[str, str]) -> dict[str, str]:
+        """Digests of what the settings name, those that are known. Raises ProfileError where they
+        are not those of the folder, naming the inputs."""
+        found = digests(self.profile)
+        lines = []
+        for name, digest in found.items():
+            if kept.get(name, digest) != digest:
+                lines.append(f"{name}: {kept[name]} -> {digest}")
+        if lines:
+            raise ProfileError(
+                f"run folder {self.folder} was made with other inputs (digests of what is in"
+                " them):\n  "
+                + "\n  ".join(lines)
+                + "\nput back what was there (of a hub id: set its revision), start over with"
+                " --fresh, or keep both by giving another folder with --out"
+            )
+        return {**kept, **found}
 
     def dated(self) -> Layout:
         """This layout, its profile's model.date set: the day on which the run began, where the
@@ -85,29 +152,37 @@ class Layout:
         model = self.profile.model
         if model.date is not None:
             return self
-        file = self.folder / "began.json"
-        if not file.exists():
-            write_json({"date": datetime.date.today().isoformat()}, file)
-        day = datetime.date.fromisoformat(read_json(file)["date"])
+        began = self._kept().get("profile", {}).get("model", {}).get("date")
+        day = datetime.date.fromisoformat(began) if began else datetime.date.today()
         model = model.model_copy(update={"date": day})
         return replace(self, profile=self.profile.model_copy(update={"model": model}))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, so that two commands never write into the same one. Raises
-        ProfileError.
+        """Hold the folder for writing: one command or notebook does at a time, together with the
+        processes that it starts. Raises ProfileError where another does.
         """
-        lock = FileLock(self.folder / ".lock", timeout=0)
+        held = os.environ.get(HELD, "")
+        if str(self.folder) in held.split(os.pathsep):
+            yield
+            return
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held = lock.acquire()
-            except Timeout:
-                raise ProfileError(
-                    f"another run is using {self.folder}: wait for it, or choose another with --out"
-                ) from None
-        with held:
+            lock = _acquired(self.folder)
+        os.environ[HELD] = f"{held}{os.pathsep}{self.folder}"
+        try:
             yield
+        finally:
+            os.environ[HELD] = held
+            lock.release()
+
+    def whole(self, path: Path) -> bool:
+        """Whether a finished file or folder is there as it was written. What is damaged is set
+        aside, so that it is made again."""
+        if damage := manifest.damage(path):
+            with self.locked():
+                set_aside(self.folder, path, f"{damage} and is made again")
+        return path.exists()
 
     def source(self, spec: Spec) -> str | None:
         """The folder or hub id of a model that is not made here: another base than the world's, or
@@ -125,8 +200,39 @@ class Layout:
         return Path(self.source(spec) or self.folder / "models" / spec.folder)
 
     def has(self, spec: Spec) -> bool:
-        """Whether a model is made, or need not be. Folders are moved into place whole."""
-        return self.source(spec) is not None or self.model_folder(spec).is_dir()
+        """Whether a model is made, or need not be. A log that is lost comes from its folder."""
+        if self.source(spec) is not None:
+            return True
+        folder, log = self.model_folder(spec), self.metrics_file(spec)
+        made = self.whole(folder)
+        if made and spec.method != BASE:
+            self._check_base(spec)
+        if made and (folder / METRICS).is_file() and not self.whole(log):
+            write_text((folder / METRICS).read_text(encoding="utf-8"), log)
+        return made
+
+    def inputs(self, spec: Spec) -> dict[str, str]:
+        """Digests of what a model is made from: files that the settings name, and a base of this
+        run's own."""
+        found = digests(self.profile)
+        base = self.model_folder(spec.base) / "model.safetensors"
+        if self.source(spec.base) is None and base.is_file():
+            found["base"] = manifest.digest(base)[:SHOWN]
+        return found
+
+    def _check_base(self, spec: Spec) -> None:
+        """Raises ProfileError for a model that was trained on another base of this run."""
+        record = self.model_folder(spec) / RECORD
+        if self.source(spec.base) is not None or not record.is_file():
+            return
+        before = read_json(record).get("inputs", {}).get("base")
+        base = self.inputs(spec).get("base")
+        if before and base and before != base:
+            raise ProfileError(
+                f"{spec.name} in {self.folder} was trained on the base {before}, and"
+                f" {spec.base.name} there is {base} now: start over with --fresh, or give another"
+                " folder with --out"
+            )
 
     def checkpoints(self, spec: Spec) -> Path:
         """The folder of a training's checkpoints."""
@@ -157,7 +263,8 @@ class Layout:
 
     def has_geometry(self, spec: Spec) -> bool:
         """Whether it is found."""
-        return self.geometry_file(spec, VARIANCE).exists()
+        files = [self.geometry_file(spec, n) for n in (DIFFERENCES, DIRECTIONS, VARIANCE)]
+        return all(self.whole(file) for file in files)
 
     def result_file(self, name: str) -> Path:
         """Where a result of this name lies."""
@@ -182,6 +289,24 @@ def _writing(folder: Path) -> Iterator[None]:
         raise ProfileError(
             f"run folder {folder} cannot be written ({error}): give another with --out"
         ) from None
+
+
+def _acquired(folder: Path) -> BaseFileLock:
+    """The lock of a folder, held where its disk has locks. Raises ProfileError where another
+    process holds it."""
+    lock = FileLock(folder / ".lock", timeout=LOCK_WAIT_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ProfileError(
+            f"another run is using {folder}: wait for it, or choose another with --out"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        line = f"{folder}: its disk has no locks ({error}): let nothing else write there"
+        print(line, file=sys.stderr, flush=True)
+    return lock
 
 
 def fixed_settings(profile: Json) -> Json:

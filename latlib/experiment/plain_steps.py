@@ -60,7 +60,7 @@ class PlainSteps:
             return 0
         trainer.restore(kept["state"])
         if is_main():
-            write_text(kept["metrics"], metrics)
+            write_text(kept["metrics"], metrics, durable=False)
         return trainer.step
 
 

@@ -7,8 +7,10 @@ finished.
     run.ensure([("ssft", 0), ("lat", 0)])          # trains what is missing, side by side
     table = run.evaluate("lat", 0, "audit")        # rows of the outcome table, measured once
 
-A folder belongs to the settings it was made with: opening it with others is an error that says
-which differ. Which file lies where is `Run.layout`'s to say.
+A folder belongs to the settings it was made with and to the files that these name: opening it with
+others is an error that says which differ. What is made there has a checksum; what does not match it
+is set aside and made again. One `Run` writes at a time, any number read. Which file lies where is
+`Run.layout`'s to say.
 
 A model of a call is (method, seed) or (method, seed, variant); a variant is a name of
 `sweep.variants`, or changes of the method's training settings by dotted name.
@@ -65,7 +67,7 @@ class Run:
     else `run_folder`.
 
     Raises ProfileError for bad settings, for an unwritable folder, or for a folder made with other
-    settings.
+    settings or inputs; and, where something must be made, while another run makes something there.
     """
 
     def __init__(
@@ -77,9 +79,8 @@ class Run:
             profile = load_profile(profile)
         self.profile = profile
         self.folder = run_folder(self.profile.name, out)
-        layout = Layout(self.profile, self.folder)
-        layout.claim()
-        self.layout = layout.dated()
+        self.layout = Layout(self.profile, self.folder).dated()
+        self.layout.claim()
         self.profile = self.layout.profile
         prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
 
@@ -109,6 +110,8 @@ class Run:
 
     def _make(self, spec: Spec, on_step: OnStep) -> None:
         """Make a model: in this process, or in several that are started for it."""
+        if self.layout.has(spec):  # by another command, before this one held the folder
+            return
         if spec.method == BASE:
             build.make_base(self.layout, spec, on_step)
         elif self.profile.parallel.processes > 1 and not ranks.is_distributed():
@@ -117,7 +120,9 @@ class Run:
             build.make_adapter(self.layout, spec, on_step)
 
     def _work(self, jobs: list[Job]) -> None:
-        work(self.profile, self.folder, jobs)
+        if jobs:
+            with self.layout.locked():
+                work(self.profile, self.folder, jobs)
 
     def model(
         self,
@@ -169,9 +174,11 @@ class Run:
         """site -> median residual norm of the base model on harmless training prompts, in units of
         the stream.
         """
-        if not self.layout.norms_file(seed).exists():
-            self._ensure([Spec(BASE, seed)])
-        return build.norms(self.layout, seed)
+        if self.layout.whole(self.layout.norms_file(seed)):
+            return build.norms(self.layout, seed)
+        self._ensure([Spec(BASE, seed)])
+        with self.layout.locked():
+            return build.norms(self.layout, seed)
 
     # ---- the geometry of activations, found once and kept
 
@@ -242,7 +249,7 @@ class Run:
         Raises ValueError for an unknown suite.
         """
         pairs = dict.fromkeys((self.spec(*model), what) for model, what in wanted)
-        missing = [pair for pair in pairs if not self.layout.table_file(*pair).exists()]
+        missing = [pair for pair in pairs if not self.layout.whole(self.layout.table_file(*pair))]
         specs = [spec for spec, _ in missing]
         geometry = []
         for spec, what in missing:
@@ -293,12 +300,12 @@ class Run:
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""
-        files = sorted(self.layout.outcomes.glob("*.parquet"))
-        if not files:
+        files = filter(self.layout.whole, sorted(self.layout.outcomes.glob("*.parquet")))
+        tables = [pd.read_parquet(file) for file in files]
+        if not tables:
             raise FileNotFoundError(
                 f"no outcomes in {self.folder}: run the notebooks 01 to 06 first, or run_all.sh"
             )
-        tables = [pd.read_parquet(file) for file in files]
         return pd.concat(tables, ignore_index=True)
 
     # ---- other results
@@ -306,7 +313,8 @@ class Run:
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
         """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
         file = self.layout.result_file(name)
-        write_json(data, file)
+        with self.layout.locked():
+            write_json(data, file)
         return file
 
     def result(self, name: str) -> Json:
@@ -314,7 +322,7 @@ class Run:
         it is missing.
         """
         file = self.layout.result_file(name)
-        if not file.exists():
+        if not self.layout.whole(file):
             raise FileNotFoundError(
                 f"no {file.name} in {file.parent}: run the notebook that makes it, or run_all.sh"
             )

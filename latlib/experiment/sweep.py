@@ -111,13 +111,13 @@ def sweep(
     swept = Swept()
     missing: list[Spec] = []
     for trial in trials(run):
-        is_made = all(path.exists() for path in files_of(run.layout, trial, adapters))
+        is_made = all(map(run.layout.whole, files_of(run.layout, trial, adapters)))
         (swept.kept if is_made else missing).append(trial)
     count, there = len(missing) + len(swept.kept), len(swept.kept)
     say(f"{count} trials into {run.folder}: {there} there already, {len(missing)} to make")
     if missing:
         ray = _ray()
-        with _cluster(ray, address):
+        with run.layout.locked(), _cluster(ray, address):
             gpus = _gpus(ray, run.profile, gpus_per_trial)
             options = ray.remote(num_cpus=cpus_per_trial, num_gpus=gpus, max_retries=RETRIES)
             task = partial(options(perform).remote, str(scratch or ""), adapters)
@@ -224,7 +224,7 @@ class _Driver:
         """
         paths = files_of(self.run.layout, base)
         files = self.ray.put((packed(self.run.folder, paths), 0.0, ""))
-        if all(path.exists() for path in paths):
+        if all(map(self.run.layout.whole, paths)):
             return files
         return self._start(base, files)
 
@@ -291,9 +291,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # trials share cores
     try:
         run = Run(options.pop("profile"), options.pop("out"))
-        with run.layout.locked():
-            failed = sweep(run, **options).failed
-            return ExitStatus.FAILED if failed else ExitStatus.DONE
+        failed = sweep(run, **options).failed
+        return ExitStatus.FAILED if failed else ExitStatus.DONE
     except (ProfileError, SweepError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitStatus.USAGE

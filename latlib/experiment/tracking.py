@@ -68,7 +68,8 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         kept = [record for record in _records(self.path) if record["step"] < self.resume_from]
-        write_text("".join(map(_line, kept)), self.path)
+        # not finished, so in no manifest yet
+        write_text("".join(map(_line, kept)), self.path, durable=False)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
         if self.settings.wandb != "disabled":
             self._mirror.start()

@@ -1,4 +1,8 @@
-"""Files that are whole or absent: written aside, put on the disk, then renamed."""
+"""Files that are whole or absent: written aside, put on the disk, then renamed.
+
+What lies in a run folder is entered in its manifest on the way (`latlib.io.manifest`), and nothing
+is written over that this run did not write: it is set aside first.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,30 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
+
+from latlib.io import manifest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Json = dict[str, Any]  # what json, yaml or torch store of an object
+SET_ASIDE = "set-aside"  # folder of a run folder; nothing in it is touched again
 
 
 @contextmanager
 def aside(target: Path, durable: bool = True) -> Iterator[Path]:
     """The path to write a file at, or to make a folder at: what is there at the end replaces
-    `target`; after an error it is deleted, and `target` is what it was.
+    `target`, but no folder that holds something; after an error it is deleted, and `target` is what
+    it was.
 
-    durable: wait until it is on the disk. Processes that write the same file do not meet: no two
-    get one path.
+    durable: wait until it is on the disk, and enter it in the manifest. Processes that write the
+    same file do not meet: no two get one path. Raises OSError for a folder that holds something.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex}")
@@ -33,8 +42,9 @@ def aside(target: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             for path in (*partial.rglob("*"), partial):
                 sync(path)
+            _record(target, partial)
         if target.is_dir():
-            shutil.rmtree(target)
+            target.rmdir()
         partial.replace(target)
         if durable:
             sync(target.parent)
@@ -44,6 +54,42 @@ def aside(target: Path, durable: bool = True) -> Iterator[Path]:
         else:
             partial.unlink(missing_ok=True)
         raise
+
+
+def _record(target: Path, partial: Path) -> None:
+    """Enter what will lie at `target` in the manifest of its folder, if there is one."""
+    root = manifest.root_of(target)
+    if root is None:
+        return
+    if target.is_file() and not manifest.is_ours(root, target):
+        set_aside(root, target, "is not as this run wrote it")
+    manifest.record(root, target, partial)
+
+
+def enter(file: Path) -> None:
+    """Put a file that was written in its place on the disk, and into the manifest."""
+    sync(file)
+    if root := manifest.root_of(file):
+        manifest.record(root, file, file)
+
+
+def discard(file: Path) -> None:
+    """Delete a file of a run; one that was changed since is set aside."""
+    root = manifest.root_of(file)
+    if root and file.is_file() and not manifest.is_ours(root, file):
+        set_aside(root, file, "is not as this run wrote it")
+    file.unlink(missing_ok=True)
+
+
+def set_aside(root: Path, path: Path, why: str) -> None:
+    """Move what is at `path` in a run folder out of the way, and say so in a line."""
+    name = path.relative_to(root).as_posix()
+    place = root / SET_ASIDE / f"{name}.{uuid4().hex[:8]}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):  # another process was faster
+        path.replace(place)
+        kept = place.relative_to(root).as_posix()
+        print(f"{root.name}: {name} {why}; kept as {kept}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -63,9 +109,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(text: str, file: Path) -> None:
-    """Write a text file."""
-    with aside(file) as partial:
+def write_text(text: str, file: Path, durable: bool = True) -> None:
+    """Write a text file. durable: see `aside`."""
+    with aside(file, durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -35,6 +35,7 @@ from latlib.config.profile import Profile, load_profile
 from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
+from latlib.io import manifest
 from latlib.io.files import read_json
 from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
 
@@ -89,7 +90,7 @@ class Evidence:
     def load(cls, folder: str | Path) -> Evidence:
         """Read `outcomes/*.parquet` and `refusal_svd.json` of a results folder; `metrics/*.jsonl`
         and `profile.yaml` are looked for in it and beside it. What was not measured is empty.
-        Raises MissingError where there is no profile, or a table lacks columns."""
+        Raises MissingError where there is no profile, or a table is damaged or lacks columns."""
         folder = Path(folder)
         if (folder / "results" / "outcomes").is_dir():  # a whole run's folder
             folder = folder / "results"
@@ -103,7 +104,7 @@ class Evidence:
             profile=load_profile(settings[0]),
             outcomes=pd.concat(outcomes or [DataFrame(columns=COLUMNS)], ignore_index=True),
             metrics=dict(_curves(path) for place in both for path in place.glob("metrics/*.jsonl")),
-            variance=read_json(geometry)["models"] if geometry.is_file() else {},
+            variance=read_json(_whole(geometry))["models"] if geometry.is_file() else {},
         )
 
     @property
@@ -239,8 +240,14 @@ def _described(wanted: Mapping[str, Any]) -> str:
     return f"{', '.join(words)}: run notebook {notebook}"
 
 
+def _whole(path: Path) -> Path:
+    if damage := manifest.damage(path):
+        raise MissingError(f"{path} {damage}: run_all.sh makes it again")
+    return path
+
+
 def _read_outcomes(path: Path) -> DataFrame:
-    table = pd.read_parquet(path)
+    table = pd.read_parquet(_whole(path))
     if "on_ball" not in table:  # version 0.1.0 did not look
         table["on_ball"] = math.nan
     absent = [column for column in COLUMNS if column not in table]

@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame
 from PIL import Image
 
+from latlib.io.files import aside
 from latlib.report.stats import Interval
 
 DPI = 110
@@ -103,8 +104,8 @@ def show(figure: Figure, alt: str) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as a PNG and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_of(figure))
+    with aside(path) as partial:
+        partial.write_bytes(png_of(figure))
     plt.close(figure)
     return path
 

@@ -8,7 +8,9 @@
 2. Paths of the machine it ran on are replaced by the run folder's name; the notebook runner's
    bookkeeping is dropped.
 3. The README's table of claims and its line on time are written anew from the copy.
+4. A manifest with the checksums of all of it lies beside it (`latlib.io.manifest`).
 The folder is put into place whole, and only when it stays below the size a repository should carry.
+What it replaces must be what was published there, unchanged.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from latlib.io import manifest
 from latlib.io.files import folder_aside
 from latlib.io.machine import available_cores
 from latlib.report.claims import write_readme
@@ -37,12 +40,14 @@ def publish(run: Path, target: Path) -> None:
     """Copy the evidence of `run` to `target`.
 
     Raises FileNotFoundError when the run has no report (it is not finished), ValueError when the
-    copy is too large or still names a path of this machine.
+    copy is too large or still names a path of this machine, FileExistsError when `target` holds
+    something that was not published there.
     """
     run = run.resolve()
     if not (run / "report.html").is_file():
         raise FileNotFoundError(f"{run} has no report.html: finish the run with ./run_all.sh first")
-    with folder_aside(target.resolve()) as folder:
+    target = target.resolve()
+    with folder_aside(target) as folder:
         _write(run, folder)
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         total = sum(sizes.values())
@@ -50,6 +55,22 @@ def publish(run: Path, target: Path) -> None:
             largest = max(sizes, key=sizes.__getitem__).relative_to(folder)
             raise ValueError(
                 f"{total} bytes, more than {LIMIT_BYTES}; the largest file is {largest}"
+            )
+        manifest.record(folder, folder, folder)
+        if target.is_dir():
+            check_replaceable(target)
+            shutil.rmtree(target)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise FileExistsError where `target` holds something that was not published there, or was
+    changed since."""
+    for path in sorted(target.rglob("*")):
+        ours = path.name == manifest.NAME or (path.is_file() and manifest.is_ours(target, path))
+        if not path.is_dir() and not ours:
+            raise FileExistsError(
+                f"{target} would be replaced, and {path.relative_to(target)} in it is not as it was"
+                " published: move it away, or give another folder"
             )
 
 

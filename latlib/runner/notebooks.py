@@ -31,6 +31,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
+from latlib.io.files import aside, discard
 from latlib.io.messages import in_a_line
 from latlib.io.progress import Stopped
 from latlib.runner import kernel as kernel_process
@@ -147,12 +148,13 @@ def run_notebook(
     if unfinished.is_file():
         _forget_paths(unfinished, notebook)
         if failure is None:
-            os.replace(unfinished, finished)
+            with aside(finished) as partial:
+                os.replace(unfinished, partial)
         elif kernel.stopping:
             unfinished.unlink()
         else:
             # of an earlier run: it would look as if this one had succeeded
-            finished.unlink(missing_ok=True)
+            discard(finished)
             os.replace(unfinished, failed)
     return failure
 

@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any
 
 from latlib.config.profile import find_share, load_profile, run_folder
 from latlib.config.sections import ProfileError
-from latlib.experiment.layout import Layout
-from latlib.io import progress
+from latlib.experiment.layout import BEGAN, PROFILE, Layout
+from latlib.io import manifest, progress
+from latlib.io.files import SET_ASIDE, discard, set_aside
 from latlib.io.progress import ExitStatus
 from latlib.runner.kernel import Kernel
 
@@ -109,29 +110,61 @@ def check_parameters(notebook: Path, names: list[str]) -> None:
 # ---- an empty run folder
 
 
+# What a run leaves beside what its manifest lists: of what is unfinished, and of W&B.
+_UNFINISHED = re.compile(
+    r"progress\.json|STOP|logs/[^/]+\.log|logs/\.job-\d+\.json|metrics/[^/]+-seed\d+\.jsonl"
+    r"|models/\.[^/]+\.checkpoints/\.?step-[^/]+|models/\.plain-[^/]+\.pt"
+    r"|notebooks/\.unfinished/[^/]+\.ipynb|notebooks/[^/]+\.failed\.ipynb|wandb/.+"
+    r"|(.+/)?\.[^/]+\.[0-9a-f]{32}(/.+)?"  # written aside, see `io.files.aside`
+)
+# Tell that a folder is a run's, and with which settings: the last to go.
+_LAST = (PROFILE, BEGAN, manifest.NAME)
+
+
 def check_run_folder(folder: Path) -> None:
-    """Raise UsageError where `folder` holds things no run has put there: `--fresh` would delete
-    them.
-    """
+    """Raise UsageError where `folder` holds things and no run has begun there."""
     strange = sorted(entry.name for entry in folder.glob("*") if entry.name != ".lock")
-    if strange and "profile.yaml" not in strange:
+    if strange and manifest.NAME not in strange:
         raise UsageError(
-            f"--fresh: {folder} is not a run folder (it has no profile.yaml but"
-            f" {', '.join(strange[:3])}): empty it yourself"
+            f"--fresh: {folder} is no run folder, or of a version before 0.2.0 (it has no"
+            f" {manifest.NAME} but {', '.join(strange[:3])}): empty it yourself"
         )
 
 
 def empty_run_folder(folder: Path) -> None:
-    """Delete what a run left in `folder`, after `check_run_folder`; what tells that it is a run
-    folder goes last.
+    """Delete what a run made in `folder`, after `check_run_folder`. What it did not make, or what
+    was changed since, is set aside.
     """
     check_run_folder(folder)
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name not in (".lock", "profile.yaml"):  # the lock is held by this process
-            entry.unlink()
-    (folder / "profile.yaml").unlink(missing_ok=True)
+    kept = (*_LAST, ".lock", SET_ASIDE)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        name = path.relative_to(folder).as_posix()
+        if name.split("/")[0] in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it holds something still
+                path.rmdir()
+        elif _UNFINISHED.fullmatch(name) or (path.is_file() and manifest.is_ours(folder, path)):
+            path.unlink()
+    for entry in folder.glob("*"):
+        if entry.name not in kept:
+            set_aside(folder, entry, "holds what no run made")
+    for name in _LAST[:-1]:
+        discard(folder / name)
+    (folder / manifest.NAME).unlink(missing_ok=True)
+
+
+def _agreed(folder: Path) -> bool:
+    """Whether finished work may be deleted: asked where somebody sits at a terminal."""
+    made = []
+    for name in manifest.listed(folder):
+        if name.startswith(("models/", "results/")) and (folder / name).is_file():
+            made.append(name)
+    if not made or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return True
+    question = f"--fresh deletes {len(made)} files of models and results in {folder}."
+    answer = input(f"{question} Go on? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
 
 
 # ---- the line about the notebook at work
@@ -272,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", default="tiny", help="name, or path of a YAML file (default: tiny)")
     add("--only", action="append", default=[], help="notebooks by number or name, with commas")
     add("--out", help="run folder (default: runs/<profile>)")
-    add("--fresh", action="store_true", help="delete what the run folder holds and start anew")
+    add(
+        "--fresh", action="store_true", help="delete what was made in the run folder and start anew"
+    )
     add("--check", action="store_true", help="say what a run needs and lacks: exit status 0, or 3")
     add("--unchecked", action="store_true", help="run a real model whatever --check misses")
     add("--json", action="store_true", help="with --check: print JSON")
@@ -313,6 +348,8 @@ def _main(options: argparse.Namespace) -> ExitStatus:
             return ExitStatus.INCOMPLETE
     if options.fresh:
         check_run_folder(layout.folder)  # before even a lock is put there
+        if not _agreed(layout.folder):
+            raise UsageError("nothing was deleted: leave out --fresh to go on with what is there")
     with layout.locked():
         return _run_in(layout, notebooks, options)
 

@@ -8,7 +8,6 @@ found in files.
 import os
 import signal
 import socket
-import threading
 import time
 import traceback
 from contextlib import suppress
@@ -602,7 +601,7 @@ def test_what_ended_the_processes_is_raised(folder, monkeypatch, does, error, me
 
 
 def says_who_it_is(rank, task):
-    threading.Thread(target=parallel._leave_with_parent, daemon=True).start()
+    jobs.begin_worker(1, task.layout.folder)
     if rank == 0:
         task.said.put((1, 2, str(os.getpid())))
     time.sleep(600)

@@ -1,14 +1,20 @@
 """A run folder belongs to the settings it was made with, and to one command at a time."""
 
 import datetime
+import errno
+import fcntl
+import os
 
 import pytest
+from filelock import FileLock
 
 from latlib.config.profile import Profile, load_profile, validated
 from latlib.config.sections import ProfileError
 from latlib.experiment import layout
+from latlib.experiment.jobs import HELD
 from latlib.experiment.layout import Layout
 from latlib.experiment.run import Run
+from latlib.io.progress import unseen
 
 
 def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
@@ -27,12 +33,59 @@ def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
         Layout(validated(Profile, other), tmp_path).claim()
 
 
-def test_a_folder_is_held_by_one_command_at_a_time(tmp_path):
+def test_a_folder_is_held_by_one_command_at_a_time(tmp_path, monkeypatch):
     first, second = (Layout(load_profile("smoke"), tmp_path / "run") for _ in range(2))
-    with first.locked(), pytest.raises(ProfileError, match="another run is using"):
-        second.locked().__enter__()
+    with first.locked():
+        with second.locked():  # one process, or one that it has started
+            pass
+        with monkeypatch.context() as patch:
+            patch.delenv(HELD)  # any other
+            with pytest.raises(ProfileError, match="another run is using"):
+                second.locked().__enter__()
     with second.locked():
         pass
+
+
+def test_a_notebook_beside_a_run_reads_and_does_not_write(smoke_run):
+    """Of six tries two lost both runs and two lost one, when a notebook wrote beside run_all.sh."""
+    with FileLock(smoke_run.folder / ".lock"):
+        beside = Run("smoke", smoke_run.folder)
+        assert len(beside.metrics("lat")) == beside.profile.train.steps
+        beside.model("ssft")
+        for write in (lambda: beside.save_result("a", {}), lambda: beside.ensure([("at", 1)])):
+            with pytest.raises(ProfileError, match="another run is using"):
+                write()
+    assert beside.save_result("a", {}).is_file()
+    assert not beside.layout.has(beside.spec("at", 1))
+
+
+def test_what_was_made_while_it_waited_is_not_made_again(smoke_run, monkeypatch):
+    """Two notebooks look at the same moment; the second holds the folder after the first."""
+    spec = smoke_run.spec("lat", 0)
+    file = smoke_run.layout.model_folder(spec) / "adapter_model.safetensors"
+    before = file.stat().st_mtime_ns
+    smoke_run._make(spec, unseen)
+    assert file.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_said_in_a_line(tmp_path, monkeypatch, capsys, number):
+    def no_lock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    run = Run("smoke", tmp_path / "run")
+    assert run.save_result("a", {}).is_file()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its disk has no locks" in line and os.strerror(number) in line
+
+
+@pytest.mark.parametrize("strange", ["thesis.tex", ".git"])
+def test_a_folder_of_something_else_does_not_become_a_run(tmp_path, strange):
+    (tmp_path / strange).touch()
+    with pytest.raises(ProfileError, match=f"holds {strange}: give a new folder"):
+        Run("smoke", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [strange]
 
 
 def test_the_day_of_a_run_is_the_day_it_began(tmp_path, monkeypatch):

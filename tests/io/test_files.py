@@ -139,9 +139,9 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     fill(target, "one")
     with pytest.raises(KeyboardInterrupt):
         fill(target, "half", dies=True)
-    assert [p.name for p in target.iterdir()] == ["one"]
-    fill(target, "two")
-    assert [p.name for p in target.iterdir()] == ["two"] and len(list(target.parent.iterdir())) == 1
+    with pytest.raises(OSError, match="not empty"):
+        fill(target, "two")  # what is there stays: whoever wants it replaced moves it first
+    assert [p.name for p in target.iterdir()] == ["one"] and len(list(target.parent.iterdir())) == 1
 
 
 def test_what_cannot_be_written_as_json_destroys_nothing(tmp_path):

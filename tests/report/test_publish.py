@@ -43,6 +43,7 @@ def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
         "claims.json",
         "main_figure.png",
         "timing.json",
+        "latlib.sha256",
         "outcomes/all.parquet",
     }
     assert copied == expected | {"metrics/lat-seed0.jsonl", "notebooks/01_hooks.ipynb"}

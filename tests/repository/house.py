@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("latlib.planning",),
     ("latlib.experiment",),
     ("latlib.report",),
-    ("latlib.runner",),
+    ("latlib.runner", "latlib.verify"),
 )
 # The public names stand here and are loaded when asked for, by their modules' names.
 LAZY = "latlib"

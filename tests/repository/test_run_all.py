@@ -232,3 +232,18 @@ def test_test_mode_ends_in_pytests_line_and_fails_when_anything_does(checkout, f
 def test_ci_calls_test_mode(root):
     assert os.access(root / ".ci" / "run", os.X_OK) and os.access(root / "run_all.sh", os.X_OK)
     assert (root / ".ci" / "run").read_text().rstrip().endswith("exec ./run_all.sh --test")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to nothing"])
+def test_an_environment_that_somebody_else_made_is_not_deleted(checkout, kind):
+    """Some tools keep a file of the name .venv, which says where the environment is."""
+    venv = checkout / ".venv"
+    if kind == "link to nothing":
+        venv.symlink_to(checkout / "nowhere")
+    elif kind == "folder":
+        (venv / "mine").mkdir(parents=True)
+    else:
+        venv.write_text("/somewhere/else")
+    done = call(checkout)
+    assert done.returncode == 1 and "was not made by this script" in done.stderr
+    assert venv.is_symlink() or venv.is_file() or (venv / "mine").is_dir()

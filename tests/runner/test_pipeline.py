@@ -3,6 +3,7 @@ killed.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from latlib.experiment.run import Run
 from latlib.io import progress
 from latlib.runner import pipeline
 
@@ -253,16 +255,70 @@ def test_select_by_number_and_name(place):
         pipeline.choose(notebooks, ["04"])
 
 
-def test_fresh_empties_run_folders_only(tmp_path):
-    (tmp_path / "profile.yaml").touch()
-    (tmp_path / "models").mkdir()
-    (tmp_path / "notes.txt").touch()
-    pipeline.empty_run_folder(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(pipeline.UsageError, match=r"thesis\.tex"):
-        pipeline.empty_run_folder(tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+PROJECT = (".git/HEAD", "thesis.tex", "data/mine.csv", "results/notes.md", "models/mine/a.bin")
+
+
+def project(folder):
+    """Somebody's files, as `left` lists them."""
+    for name in PROJECT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"of the user: {name}")
+
+
+def left(folder):
+    """Contents of the user's files, wherever below `folder` they are now."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return sorted(t for t in (f.read_text(errors="replace") for f in files) if "of the user" in t)
+
+
+WORDS = sorted(f"of the user: {name}" for name in PROJECT)
+
+
+def test_fresh_refuses_a_folder_that_is_no_run_also_with_a_profile_in_it(place):
+    """A project with .git, a thesis and its data was deleted, for it had a profile.yaml."""
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    folder = place / "run dir"
+    project(folder)
+    (folder / "profile.yaml").write_text((place / "mine.yaml").read_text())
+    done = run(place, "--fresh")
+    assert done.returncode == 2 and "is no run folder" in done.stderr
+    assert left(folder) == WORDS and not (folder / "models" / "lat-seed0").exists()
+
+
+def test_fresh_deletes_what_the_run_made_and_sets_the_rest_aside(smoke_models, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(smoke_models, folder)
+    project(folder)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "weights").write_text("of the user")
+    (folder / "models" / "linked").symlink_to(outside)
+    edited = folder / "results" / "residual_norms-seed0.json"
+    edited.write_text(f"{edited.read_text()} of the user: noted here")
+    for name in ("models/.at-seed0.checkpoints/step-00000004.pt", "wandb/run-1/x", "logs/01_a.log"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    pipeline.empty_run_folder(folder)
+    assert {entry.name for entry in folder.iterdir()} == {"set-aside", ".lock"}
+    assert len(left(folder)) == len(WORDS) + 1 and set(WORDS) < set(left(folder))
+    assert (outside / "weights").exists()
+    kept = [f for f in (folder / "set-aside").rglob("*") if f.is_file() and not f.is_symlink()]
+    assert len(kept) == len(WORDS) + 1, "something of the run's was kept"
+    Run("smoke", folder)  # and a run begins there
+    pipeline.empty_run_folder(folder)
+    assert len(left(folder)) == len(WORDS) + 1
+
+
+def test_fresh_asks_at_a_terminal_before_work_is_lost(smoke_models, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
+    assert pipeline._agreed(smoke_models) and not asked, "nobody is there to answer"
+    for stream in ("stdin", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
+    assert pipeline._agreed(tmp_path) and not asked, "there is nothing to lose"
+    assert not pipeline._agreed(smoke_models) and "files of models and results" in asked[0]
+    monkeypatch.setattr("builtins.input", lambda text: "Y")
+    assert pipeline._agreed(smoke_models)
 
 
 def test_bad_profile_and_bad_option_end_with_status_2(place):
