@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONUNBUFFERED=1
 
 usage() {
   cat <<'HELP'
-usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--unchecked]
+usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--unchecked] [--grace SECONDS]
        ./run_all.sh --check [--json] [--profile NAME|FILE] [--out DIR]
        ./run_all.sh --test [-- PYTEST_ARGUMENTS]
 
@@ -23,6 +23,7 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --fresh              delete what a run made in the run folder, set aside what else is there, and start anew
   --check              say what the run needs and whether it is here: model, data, disk, memory, hours, cost; runs nothing
   --json               with --check: as JSON
+  --grace SECONDS      how long a run that is stopped may take to save; default 120
   --unchecked          run a real model although --check finds something missing, which otherwise stops it
   --test               lint, types, tests and every notebook on the smoke profile; arguments after -- go to pytest
   --help               this text
@@ -55,12 +56,12 @@ pytest_options=()
 testing=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --profile | --only | --out)
+    --profile | --only | --out | --grace)
       [ $# -ge 2 ] && [ "${2#--}" = "$2" ] || die 2 "$1 needs a value; see ./run_all.sh --help"
       pipeline_options+=("$1" "$2")
       shift
       ;;
-    --profile=* | --only=* | --out=*) pipeline_options+=("${1%%=*}" "${1#*=}") ;;
+    --profile=* | --only=* | --out=* | --grace=*) pipeline_options+=("${1%%=*}" "${1#*=}") ;;
     --fresh | --check | --json | --unchecked) pipeline_options+=("$1") ;;
     --test) testing=yes ;;
     --help | -h)

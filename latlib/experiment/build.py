@@ -51,7 +51,7 @@ from latlib.experiment.validation import Validator, training_tokens
 from latlib.io.files import Json, enter, folder_aside, read_json, write_json
 from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
-from latlib.io.progress import OnStep, Stopped, stop_requested
+from latlib.io.progress import OnStep, Stopped, saving_on_signals, stop_requested
 from latlib.models import LanguageModel, load_model, with_adapter
 from latlib.redteam.rounding import lost_in_rounding
 from latlib.refusal.activations import residual_norms
@@ -83,7 +83,7 @@ def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
                 f"{spec.folder}: stopped after step {step}; pretraining starts again next time"
             )
 
-    with tracker:
+    with tracker, saving_on_signals():
         model = model.to(device)
         summary = organism.pretrain(model, tokenizer, settings, spec.seed, dtype, step_done)
     record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
@@ -193,7 +193,7 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
             if stop:
                 raise Stopped(f"{name}: stopped after step {step} with everything saved")
 
-    with tracker if is_main() else nullcontext():
+    with tracker if is_main() else nullcontext(), saving_on_signals():
         trainer.run(step_done)
     kept_step = validator.keep()
     adapter = adapter_state(validator.lm)

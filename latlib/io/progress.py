@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,9 +44,40 @@ class Stopped(RuntimeError):
     """The run was asked to stop and has saved its state; the same command continues it."""
 
 
+_asked = threading.Event()  # by a signal, see `saving_on_signals`
+
+
 def stop_requested(run_folder: Path) -> bool:
-    """Whether someone put a file `STOP` into the run folder."""
-    return (run_folder / "STOP").exists()
+    """Whether someone put a file `STOP` into the run folder, or a signal asked this process to
+    stop."""
+    return _asked.is_set() or (run_folder / "STOP").exists()
+
+
+@contextmanager
+def saving_on_signals() -> Iterator[None]:
+    """Around a loop that looks at `stop_requested` after every step: a first SIGINT or SIGTERM asks
+    it to stop, so that the step at hand is saved; a second one of a kind does what it did before.
+    Elsewhere than in the main thread, which alone can have handlers, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+
+    def ask(number: int, _: Any) -> None:
+        if not _asked.is_set():
+            print("stopping after this step", file=sys.stderr, flush=True)
+        _asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in numbers:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.clear()
 
 
 def in_batch() -> bool:

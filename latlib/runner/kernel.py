@@ -7,9 +7,10 @@ nothing heavy: signal handlers are set before all else.
 `Kernel.stop` ends one that is at work:
 1. A file `<run>/STOP` asks the loop in the kernel to save and leave
    (`latlib.io.progress.stop_requested`).
-2. After SIGINT_AFTER_S a SIGINT, after SIGKILL_AFTER_S a SIGKILL goes to the kernel's whole process
-   group.
-3. Asked a second time, the kernel is killed at once.
+2. After SIGINT_AFTER_S a SIGINT goes to the kernel's whole process group: it ends what has nothing
+   to save; training takes it as another wish to stop (`latlib.io.progress.saving_on_signals`).
+3. After `grace` seconds a SIGKILL goes there: a training step and its checkpoint must fit.
+4. Asked a second time, the kernel is killed at once.
 
 Left alone, papermill dies of SIGTERM and its kernel finds out by polling: no handler in it runs,
 nothing is saved.
@@ -29,9 +30,9 @@ from typing import Any
 
 from latlib.experiment.jobs import start_server
 
-# a small model has saved 0.4-1.1 s after STOP; a step longer than this is lost, not the run
 SIGINT_AFTER_S = 2.0
-SIGKILL_AFTER_S = 8.0
+# a step of Llama-3-8B takes some 20 s, a checkpoint a few; who wants to wait less asks twice
+GRACE_S = 120.0
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Kernel:
     """
 
     run_folder: Path
+    grace: float = GRACE_S  # seconds from the wish to stop to a SIGKILL
     stopping: bool = False
     cell: int = 0  # position of the running cell in the source notebook, from 1; 0 before the first
     cells: int = 0
@@ -69,10 +71,8 @@ class Kernel:
         threading.Thread(target=self._escalate, args=(self.manager,), daemon=True).start()
 
     def _escalate(self, manager: Any) -> None:
-        for wait, number in (
-            (SIGINT_AFTER_S, signal.SIGINT),
-            (SIGKILL_AFTER_S - SIGINT_AFTER_S, signal.SIGKILL),
-        ):
+        first = min(SIGINT_AFTER_S, self.grace)
+        for wait, number in ((first, signal.SIGINT), (self.grace - first, signal.SIGKILL)):
             time.sleep(wait)
             if manager is not None and self.manager is manager:  # still the same notebook
                 self.send(number)

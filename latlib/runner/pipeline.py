@@ -1,7 +1,7 @@
 """Runs the notebooks of a profile in order and ends in one report: what `./run_all.sh` calls.
 
     python -m latlib.runner.pipeline [--profile NAME|FILE] [--only 03,05] [--out DIR] [--fresh]
-        [--unchecked]
+        [--unchecked] [--grace SECONDS]
     python -m latlib.runner.pipeline [--profile NAME|FILE] [--out DIR] --check [--json]
 
 1. Read the profile, choose the notebooks, check every parameter that will be injected, and for a
@@ -37,7 +37,7 @@ from latlib.experiment.layout import BEGAN, PROFILE, Layout
 from latlib.io import manifest, progress
 from latlib.io.files import SET_ASIDE, discard, set_aside
 from latlib.io.progress import ExitStatus
-from latlib.runner.kernel import Kernel
+from latlib.runner.kernel import GRACE_S, Kernel
 
 if TYPE_CHECKING:
     from latlib.runner.notebooks import Failure
@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="delete what was made in the run folder and start anew"
     )
     add("--check", action="store_true", help="say what a run needs and lacks: exit status 0, or 3")
+    add("--grace", type=float, default=GRACE_S, help="seconds that a stopped run has to save")
     add("--unchecked", action="store_true", help="run a real model whatever --check misses")
     add("--json", action="store_true", help="with --check: print JSON")
     add("--notebooks", type=Path, help=argparse.SUPPRESS)
@@ -368,7 +369,7 @@ def _run_in(layout: Layout, notebooks: list[Path], options: argparse.Namespace) 
     # the default is found again by the notebook, and an executed notebook names no one's disk
     if options.out:
         parameters["out"] = str(folder)
-    kernel = Kernel(folder)
+    kernel = Kernel(folder, options.grace)
     with _stopping_on_signals(kernel):
         try:
             return run_all(notebooks, parameters, kernel)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -199,23 +200,24 @@ def gone(pid, seconds):
 
 
 @pytest.mark.parametrize(
-    ("kernel_does", "number"),
+    ("kernel_does", "number", "options"),
     [
-        ("OBEYS = True", signal.SIGTERM),
-        ("OBEYS = False  # so SIGINT interrupts it", signal.SIGINT),
+        ("OBEYS = True", signal.SIGTERM, []),
+        ("OBEYS = False  # so SIGINT interrupts it", signal.SIGINT, []),
         (
             (
                 "OBEYS = False\nimport signal; signal.signal(signal.SIGINT, signal.SIG_IGN)  # so"
                 " it is killed"
             ),
             signal.SIGHUP,
+            ["--grace", "4"],
         ),
     ],
 )
-def test_a_signal_lets_the_kernel_save_and_the_status_is_75(place, kernel_does, number):
+def test_a_signal_lets_the_kernel_save_and_the_status_is_75(place, kernel_does, number, options):
     write_notebook(place / "notebooks", "01_loop", f"{kernel_does}\n{LOOP}")
     write_notebook(place / "notebooks", "02_next", "x = 1")
-    process, pid = started(place)
+    process, pid = started(place, *options)
     assert progress.read(place / "run dir")["label"] == "lat seed 0"
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -224,6 +226,42 @@ def test_a_signal_lets_the_kernel_save_and_the_status_is_75(place, kernel_does, 
     assert (place / "run dir" / "saved").exists() is ("True" in kernel_does)
     assert gone(pid, 2), "a kernel is left"
     assert listing(place) == [] and not (place / "run dir" / "STOP").exists()
+
+
+LONG_STEP = """
+import os, pathlib, time
+from latlib.io.progress import Progress, Stopped, saving_on_signals, stop_requested
+pathlib.Path(out, 'pid').write_text(str(os.getpid()))
+with Progress(pathlib.Path(out), 'lat seed 0', 1000), saving_on_signals():
+    begun = time.monotonic()
+    while time.monotonic() < begun + 12:
+        sum(range(100_000))
+    assert stop_requested(pathlib.Path(out))
+    pathlib.Path(out, 'saved').touch()
+    raise Stopped('asked to stop')
+"""
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["the driver", "every process"])
+def test_a_long_step_is_waited_for_and_saved(place, to_all):
+    """Also where a scheduler sends the signal to every process."""
+    write_notebook(place / "notebooks", "01_loop", LONG_STEP)
+    process, pid = started(place)
+    if to_all:
+        os.kill(pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and (place / "run dir" / "saved").exists()
+    assert gone(pid, 2), "a kernel is left"
+
+
+def test_a_second_signal_does_what_it_did_before():
+    with pytest.raises(KeyboardInterrupt), progress.saving_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert progress.stop_requested(Path("nowhere"))
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not progress.stop_requested(Path("nowhere"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_killed_pipeline_leaves_nothing_that_looks_finished_and_locks_while_it_runs(place):
