@@ -37,7 +37,14 @@ from latlib.experiment import build
 from latlib.experiment.jobs import HELD, begin_worker, prepare_process, threads_for, worker_context
 from latlib.experiment.layout import Layout
 from latlib.experiment.spec import Spec, find_spec, spec_parser
-from latlib.io.progress import OnStep, Progress, Stopped, unseen
+from latlib.io.progress import (
+    OnStep,
+    Progress,
+    Stopped,
+    asked_by_signal,
+    saving_on_signals,
+    unseen,
+)
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for processes that are asked to end, before they are killed
@@ -69,27 +76,39 @@ def launch(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     task = _Task(layout, spec, store.port, context.SimpleQueue())
     method = context.get_start_method()
     processes = start_processes(_one_of_several, (task,), count, join=False, start_method=method)
-    ended: Exception | None = None
-    over = False
     try:
-        while not over:
-            try:
-                over = processes.join(POLL_SECONDS, GRACE_SECONDS)
-            except ProcessException as error:
-                over = True
-                which = f"process {error.error_index} of {count}"
-                # what the process itself has said of it may have come before
-                ended = ended or RuntimeError(f"{spec.name}: {which} failed: {error}")
-            while not task.said.empty():
-                said = task.said.get()
-                if isinstance(said, Exception):
-                    ended = said
-                else:
-                    on_step(*said)
+        with saving_on_signals():
+            ended = _followed(processes, task, on_step)
     finally:
         _end(processes)
     if ended:
         raise ended
+
+
+def _followed(processes: ProcessContext, task: _Task, on_step: OnStep) -> Exception | None:
+    """Pass on what the processes say, and a signal to them, until they have left; returns what
+    ended them."""
+    ended: Exception | None = None
+    told = over = False
+    while not over:
+        if asked_by_signal() and not told:
+            told = True
+            for process in processes.processes:
+                process.terminate()  # in training they save first
+        try:
+            over = processes.join(POLL_SECONDS, GRACE_SECONDS)
+        except ProcessException as error:
+            over = True
+            which = f"process {error.error_index} of {len(processes.processes)}"
+            # what the process itself has said of it may have come before
+            ended = ended or RuntimeError(f"{task.spec.name}: {which} failed: {error}")
+        while not task.said.empty():
+            said = task.said.get()
+            if isinstance(said, Exception):
+                ended = said
+            else:
+                on_step(*said)
+    return ended
 
 
 def _end(processes: ProcessContext) -> None:

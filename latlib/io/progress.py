@@ -47,10 +47,15 @@ class Stopped(RuntimeError):
 _asked = threading.Event()  # by a signal, see `saving_on_signals`
 
 
+def asked_by_signal() -> bool:
+    """Whether a signal asked this process to stop."""
+    return _asked.is_set()
+
+
 def stop_requested(run_folder: Path) -> bool:
     """Whether someone put a file `STOP` into the run folder, or a signal asked this process to
     stop."""
-    return _asked.is_set() or (run_folder / "STOP").exists()
+    return asked_by_signal() or (run_folder / "STOP").exists()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from latlib.evaluation.generate import write
 from latlib.experiment import build, jobs
 from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
-from latlib.io.progress import Stopped
+from latlib.io.progress import Stopped, asked_by_signal, saving_on_signals
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -605,6 +605,34 @@ def says_who_it_is(rank, task):
     if rank == 0:
         task.said.put((1, 2, str(os.getpid())))
     time.sleep(600)
+
+
+def saves_when_asked(rank, task):
+    """Long after the parent has been told."""
+    with saving_on_signals():
+        task.said.put((1, 2, "begun"))
+        until = time.monotonic() + 60
+        while not asked_by_signal() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(3)
+        (task.layout.folder / f"saved-{rank}").touch()
+    task.said.put(Stopped("why"))
+
+
+def test_a_signal_is_passed_on_and_the_step_at_hand_saved(folder, monkeypatch):
+    monkeypatch.setattr(parallel, "GRACE_SECONDS", 0.5)
+    run = Run(smoke("ddp", 2), folder / "launched")
+    run.layout.folder.mkdir(parents=True, exist_ok=True)
+    begun = []
+
+    def on_step(*_):
+        begun.append(0)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped, match="^why$"):
+        launch_doing(saves_when_asked, run, monkeypatch, on_step)
+    assert all((run.layout.folder / f"saved-{rank}").exists() for rank in range(2))
 
 
 def test_processes_end_with_a_launch_that_is_interrupted(folder, monkeypatch):
