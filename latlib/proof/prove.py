@@ -138,18 +138,21 @@ def check_targets(model: CausalLM, targets: Iterable[str]) -> list[str]:
 
     Raises SettingError for names of `lora.targets` that are no linear layer or embedding of the
     language model: training would leave them out without a word."""
-    kinds = nn.Linear | nn.Embedding | Conv1D
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    inside = {*decoder_of(model).modules(), model.get_output_embeddings()}
-    layers = [name for name, module in found if module in inside]
-    absent = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+    language = {*decoder_of(model).modules(), model.get_output_embeddings()}
+    inside: list[str] = []
+    outside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            layers = inside if module in language else outside
+            layers.append(f".{name}")
+    absent = [t for t in targets if not any(name.endswith(f".{t}") for name in inside)]
     if absent:
-        last = sorted({name.rpartition(".")[2] for name in layers})
+        last = sorted({name.rpartition(".")[2] for name in inside})
         raise SettingError(
             f"lora.targets = {list(targets)}: {type(model).__name__} has no {', '.join(absent)};"
             f" its layers are {', '.join(last)}"
         )
-    return [name for name, module in found if module not in inside]
+    return [name.removeprefix(".") for name in outside]
 
 
 def _name(model: CausalLM) -> str:
@@ -183,24 +186,30 @@ def _kind(model: CausalLM, dtype: torch.dtype, lean: bool) -> str:
 
 @contextmanager
 def _adapters_filled(model: CausalLM) -> Iterator[None]:
-    """Adapter weights that are all zero hold noise inside."""
-    blank = []
+    """What a new adapter has not changed yet holds noise inside: LoRA that is zero, and all other
+    kinds, which begin at ones or at the base's own weights."""
+    kept = {}
     if hasattr(model, "get_base_model"):
-        trained = [p for name, p in model.named_parameters() if _of_adapter(name)]
-        blank = [parameter for parameter in trained if not parameter.any()]
+        for name, parameter in model.named_parameters():
+            if _of_adapter(name) and ("lora_" not in name or not parameter.any()):
+                kept[parameter] = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
     try:
-        for parameter in blank:
+        for parameter in kept:
             noise = NOISE * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(noise)
+            parameter.data.add_(noise.to(parameter))
         yield
     finally:
-        for parameter in blank:
-            parameter.data.zero_()
+        for parameter, values in kept.items():
+            parameter.data.copy_(values)
+
+
+_OF_ADAPTERS = ("lora_", "ia3_", "oft_", "vera_", "hada_", "modules_to_", "token_adapter")
 
 
 def _of_adapter(name: str) -> bool:
-    return any(mark in name for mark in ("lora_", "ia3_", "oft_", "vera_", "hada_", "modules_to_"))
+    of_base = "original_module" in name or "base_layer" in name
+    return not of_base and any(mark in name for mark in _OF_ADAPTERS)
 
 
 class _Proof:

@@ -4,6 +4,7 @@ by the fast way where that is right, by a general way where it is not, or it is 
 
 import sys
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -174,6 +175,15 @@ def test_an_adapter_of_any_kind_is_in_effect_and_its_teacher_is_the_base(kind):
     assert (found - expected).abs().max() < CLOSE
     changed = torch.cat([own_log_p(model, row, each) for row in rows for each in row.completions])
     assert (changed - expected).abs().max() > 10 * CLOSE, "the adapter does something"
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_is_wrong_with_an_adapter_shows_before_it_is_trained(kind, monkeypatch):
+    """A new one changes nothing: any way would seem right."""
+    model = get_peft_model(random_model("llama"), ADAPTERS[kind]).eval().requires_grad_(False)
+    monkeypatch.setattr(proof, "_kinds", {})
+    monkeypatch.setattr(proof, "_known", WeakKeyDictionary())
+    assert proof.prove(model, torch.float32, lean=True).lean == (kind == "rslora")
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,17 @@ def test_a_reply_is_the_tokens_that_follow_the_prompt_in_one_text(style, templat
     assert list(found.prompt) == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_what_follows_a_prefill_is_tokenised_behind_it(style):
+    tokenizer = sentencepiece_like(style, INST)
+    row = Row("0", "please tell me", ("Sure, here is how",))
+    (plain,) = tokenise([row], tokenizer, 500)
+    (filled,) = tokenise([row], tokenizer, 500, prefill="Sure, here")
+    whole = (*plain.prompt, *plain.completions[0])
+    assert (*filled.prompt, *filled.completions[0]) == whole
+    assert len(filled.prompt) > len(plain.prompt)
+
+
 def test_a_reply_that_changes_the_prompts_tokens_is_an_error_that_names_the_row():
     corpus = ["assistant\n\n\nSure", "user\n\nplease"] * 50
     made = Tokenizer(models.BPE())
