@@ -372,12 +372,14 @@ def _profile_file(name_or_path: str | os.PathLike[str]) -> Path:
 
 def run_folder(profile_name: str, out: str | os.PathLike[str] | None = None) -> Path:
     """Where a run lives: `out`, else `$LATLIB_RUNS/<profile>`, else `runs/<profile>` beside the
-    notebooks.
+    notebooks of a checkout; of an installed package, in the current folder.
     """
     if out:
         return Path(out).expanduser().resolve()
     root = os.environ.get("LATLIB_RUNS")
-    runs = Path(root).expanduser() if root else find_share("notebooks").parent / "runs"
+    share = find_share("notebooks").parent
+    beside = Path.cwd() if share.name == "_share" else share
+    runs = Path(root).expanduser() if root else beside / "runs"
     return runs.resolve() / profile_name
 
 

@@ -29,8 +29,10 @@ import torch
 
 from latlib.config.profile import Profile, load_profile, run_folder
 from latlib.config.sections import ProfileError
+from latlib.data.prompts import in_the_world
 from latlib.distributed import ranks
 from latlib.evaluation.outcomes import BASE, Subject
+from latlib.evaluation.phrases import redacted
 from latlib.experiment import build, launch
 from latlib.experiment.jobs import Job, prepare_process, threads_for, work
 from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE, Layout
@@ -60,6 +62,15 @@ PLAIN_SUITES = {
 SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
 Measured = str | AttackCell  # a suite, or an attack of one's own
 Model = tuple[Any, ...]  # see the module's docstring
+
+
+def _kept(suffixes: Mapping[str, Any], profile: Profile) -> Json:
+    """Suffixes as they are stored: of a real model no more of their text than of its replies."""
+    found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
+    if not in_the_world(profile):
+        for suffix in found.values():
+            suffix |= {"text": redacted(suffix["text"]), "token_ids": []}
+    return found
 
 
 class Run:
@@ -283,8 +294,7 @@ class Run:
         if what == "jailbreaks":
             table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
             if suffixes:
-                found = {attack: asdict(suffix) for attack, suffix in suffixes.items()}
-                self.save_result(f"suffixes-{spec.folder}", found)
+                self.save_result(f"suffixes-{spec.folder}", _kept(suffixes, self.profile))
             return table
         if what == "transfer":
             targets = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,23 @@ def folder_aside(target: Path) -> Iterator[Path]:
     with aside(target) as partial:
         partial.mkdir()
         yield partial
+
+
+def without_paths(text: str, run: Path, *files: Path) -> str:
+    """A text without the paths of this machine: of a run folder, files, the environment, the
+    package's folder, the current one and the user's home."""
+    root = Path(__file__).resolve().parents[2]
+    names = {file: file.name for file in files}
+    names[run] = f"runs/{run.name}"
+    names[Path(sys.prefix)] = ".venv"
+    names[root] = "."
+    names[Path.cwd()] = "."
+    names[Path.home()] = "~"
+    for folder, name in names.items():
+        if folder.parent != folder:  # not the root of the disk
+            end = r"(?![\w.-])"
+            text = re.sub(re.escape(str(folder)) + end, name, text)
+    return text
 
 
 def sync(path: Path) -> None:

@@ -25,7 +25,7 @@ import nbformat
 import pandas as pd
 
 from latlib.io import manifest
-from latlib.io.files import folder_aside
+from latlib.io.files import folder_aside, without_paths
 from latlib.io.machine import available_cores
 from latlib.report.claims import write_readme
 from latlib.report.tables import between_markers
@@ -106,12 +106,7 @@ def _text(file: Path, run: Path) -> str:
             part.metadata.pop("papermill", None)
             part.metadata.pop("execution", None)
         text = nbformat.writes(notebook)
-    root = str(Path(__file__).resolve().parents[2])
-    for path, name in {str(run): f"runs/{run.name}", f"{root}/": "", root: "."}.items():
-        text = text.replace(path, name)
-    if f"{Path.home()}/" in text:
-        raise ValueError(f"{file.relative_to(run)} names a path under {Path.home()}")
-    return text
+    return without_paths(text, run)
 
 
 def timing(run: Path) -> dict[str, float]:

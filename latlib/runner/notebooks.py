@@ -31,7 +31,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from latlib.io.files import aside, discard
+from latlib.io.files import aside, discard, without_paths
 from latlib.io.messages import in_a_line
 from latlib.io.progress import Stopped
 from latlib.runner import kernel as kernel_process
@@ -146,7 +146,8 @@ def run_notebook(
     text = log_path.read_bytes().decode("utf-8", errors="replace")
     log_path.write_text(_REDRAWN.sub("", _ANSI.sub("", text)), encoding="utf-8")
     if unfinished.is_file():
-        _forget_paths(unfinished, notebook)
+        given = [Path(value) for value in parameters.values() if os.path.isabs(str(value))]
+        _forget_paths(unfinished, notebook, run_folder, *given)
         if failure is None:
             with aside(finished) as partial:
                 os.replace(unfinished, partial)
@@ -202,10 +203,12 @@ def _describe(error: Exception, notebook: Path, kernel: Kernel, log: TextIO) -> 
     return Failure(notebook.stem, kernel.cell, begins, said, Path(log.name))
 
 
-def _forget_paths(executed: Path, notebook: Path) -> None:
-    """Replace the machine's paths that papermill records in the metadata by the notebook's name."""
+def _forget_paths(executed: Path, notebook: Path, run_folder: Path, *given: Path) -> None:
+    """Leave no path of this machine in an executed notebook: papermill's metadata, the parameters
+    that it injects, what a cell prints."""
     content = nbformat.read(executed, as_version=4)
     content.metadata.get("papermill", {}).update(
         input_path=notebook.name, output_path=notebook.name
     )
-    nbformat.write(content, executed)
+    text = without_paths(nbformat.writes(content), run_folder, *given)
+    executed.write_text(text, encoding="utf-8")

@@ -2,10 +2,14 @@
 value and fix.
 """
 
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
+import latlib
+from latlib.config import profile as profile_module
 from latlib.config.profile import Profile, changed_settings, find_share, load_profile, run_folder
 from latlib.config.sections import ProfileError
 
@@ -200,6 +204,15 @@ def test_run_folder_prefers_the_argument_then_the_environment(tmp_path, monkeypa
     monkeypatch.setenv("LATLIB_RUNS", str(tmp_path / "all"))
     assert run_folder("tiny") == tmp_path / "all" / "tiny"
     assert run_folder("tiny", tmp_path / "mine") == tmp_path / "mine"
+
+
+def test_an_installed_package_runs_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("LATLIB_RUNS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("tiny") == Path(latlib.__file__).parents[1] / "runs" / "tiny"
+    share = tmp_path / "site-packages" / "latlib" / "_share" / "notebooks"
+    monkeypatch.setattr(profile_module, "find_share", lambda kind: share)
+    assert run_folder("tiny") == tmp_path / "runs" / "tiny"
 
 
 def test_profile_survives_a_round_trip_through_json(tmp_path):

@@ -5,10 +5,12 @@ nothing.
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_profile import small_run
 
-from latlib.config.profile import load_profile
+from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError
-from latlib.experiment.run import Run
+from latlib.experiment.run import Run, _kept
+from latlib.redteam.gcg import Suffix
 from latlib.redteam.latent import AttackCell, replace_settings
 
 
@@ -165,3 +167,11 @@ def test_a_table_that_is_there_needs_no_model(run, monkeypatch):
         assert run.evaluate("lat", 0, "audit", {"attack.eps": 0.3}).equals(table)
     finally:
         file.unlink()
+
+
+def test_of_a_suffix_on_a_real_model_no_more_is_kept_than_of_a_reply():
+    found = {"suffix-gcg": Suffix("some junk", (5, 6), 1.5, (2.0, 1.5), 9, 4, " ")}
+    of_world = _kept(found, load_profile("smoke"))["suffix-gcg"]
+    assert of_world["text"] == "some junk" and of_world["token_ids"] == (5, 6)
+    of_real = _kept(found, Profile(**small_run()))["suffix-gcg"]
+    assert "junk" not in str(of_real) and of_real["token_ids"] == [] and of_real["loss"] == 1.5
