@@ -17,9 +17,11 @@ imports take as long as a notebook's own, so the kernel starts the server before
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
@@ -132,10 +134,28 @@ def _in_processes(folder: Path, jobs: Sequence[Job], count: int, threads: int) -
                     done += 1
                 share, detail = _progress_of([files[job] for job in running.values()])
                 bar.update(int(100 * (done + share)), detail)
+    except BrokenProcessPool as error:
+        raise RuntimeError(_why_broken(list(running.values()))) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for file in (folder / "logs").glob(".job-*.json"):
             file.unlink(missing_ok=True)
+
+
+def _why_broken(jobs: Sequence[Job]) -> str:
+    """What to do about workers that ended in the middle of their work."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    script = Path(file).read_text("utf-8") if file and Path(file).is_file() else "__main__"
+    if "__main__" not in script:
+        return (
+            f"{file} is run again by every worker: put what it does under"
+            " `if __name__ == '__main__':`, or set workers to 1"
+        )
+    return (
+        f"a process was killed while it worked on {' and '.join(job.name for job in jobs)}: most"
+        " often the memory has run out. What was finished is kept: set workers to 1, or"
+        " train.micro_batch or evaluation.batch lower, and run again"
+    )
 
 
 def _ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
