@@ -294,8 +294,9 @@ def check_adapter(config: PeftConfig, model: nn.Module, field: str) -> None:
 
 def check_adapter_keys(adapted: PeftModel, kept: Mapping[str, Any], field: str) -> None:
     """Raise SettingError unless every weight of the adapter has its place, and every place its
-    weight. kept: the file's."""
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    weight, of its shape. kept: the file's, or its header."""
+    places = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = set(places)
     whole = {f"base_model.model.{name}" for name, _ in adapted.get_base_model().named_parameters()}
     absent = sorted(wanted - set(kept))
     strange = sorted(set(kept) - wanted - whole)
@@ -304,6 +305,14 @@ def check_adapter_keys(adapted: PeftModel, kept: Mapping[str, Any], field: str) 
             raise SettingError(
                 f"{field} {said} {names[0]} and {len(names) - 1} more of its weights: it was made"
                 " for another model, or is not whole"
+            )
+    for name in sorted(wanted):
+        place = tuple(places[name].shape)
+        own = tuple(kept[name]["shape"] if isinstance(kept[name], Mapping) else kept[name].shape)
+        if place != own:
+            raise SettingError(
+                f"{field}: its {name} is {own}, and the model has a place for {place}: it was made"
+                " for another model, or with another r"
             )
 
 

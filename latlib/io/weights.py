@@ -21,10 +21,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from latlib.errors import SettingError
+from latlib.io.messages import in_a_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 POINTER = b"version https://git-lfs"
 SHOWN = 3  # names in a message
+FLOATS = {"F64", "F32", "F16", "BF16"}
+_QUANTISED = (
+    "through which latlib computes no exact gradients: give the checkpoint in 16 or 32 bits"
+)
 
 
 def header(path: Path, field: str) -> dict[str, Any]:
@@ -59,7 +64,16 @@ def header(path: Path, field: str) -> dict[str, Any]:
 
 def headers(folder: Path, field: str) -> dict[str, Any]:
     """`header` of all weights of a model folder, {} without safetensors. Raises SettingError for an
-    index that names files or tensors which are not there."""
+    index that names files or tensors which are not there, and for weights in 8 bits or less."""
+    found = _headers(folder, field)
+    few = [n for n, each in found.items() if n.endswith("weight") and each["dtype"] not in FLOATS]
+    if few:
+        kind = found[few[0]]["dtype"]
+        raise SettingError(f"{field}: {_some(few)} of {folder} are {kind} numbers, {_QUANTISED}")
+    return found
+
+
+def _headers(folder: Path, field: str) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         single = folder / SINGLE
         return header(single, field) if single.is_file() else {}
@@ -91,8 +105,7 @@ def check_folder(folder: Path, config: PretrainedConfig, field: str) -> None:
     found = headers(folder, field)
     if not found:
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = skeleton(config, field)
     wanted = {name: tuple(value.shape) for name, value in model.named_parameters()}
     known = [name for name in found if name in wanted]
     every = model.state_dict()
@@ -112,6 +125,18 @@ def check_folder(folder: Path, config: PretrainedConfig, field: str) -> None:
             )
 
 
+def skeleton(config: PretrainedConfig, field: str) -> nn.Module:
+    """The model of a config, without data. Raises SettingError for a config that makes none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of a family's own code
+        raise SettingError(
+            f"{field}: its config makes no model ({type(error).__name__}: {in_a_line(error)}):"
+            " correct config.json, or download it again"
+        ) from error
+
+
 def check_not_quantised(config: PretrainedConfig, field: str) -> None:
     """Raise SettingError for a checkpoint whose weights are quantised."""
     quantised = getattr(config, "quantization_config", None)
@@ -119,10 +144,7 @@ def check_not_quantised(config: PretrainedConfig, field: str) -> None:
         return
     as_dict = quantised if isinstance(quantised, Mapping) else quantised.to_dict()
     method = as_dict.get("quant_method", "unknown")
-    raise SettingError(
-        f"{field}: the weights are quantised ({method}), through which latlib computes no exact"
-        " gradients: give the checkpoint in 16 or 32 bits"
-    )
+    raise SettingError(f"{field}: the weights are quantised ({method}), {_QUANTISED}")
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], field: str) -> None:

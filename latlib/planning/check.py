@@ -78,7 +78,7 @@ class _StopError(Exception):
 
 
 def _found(
-    subject: str, fix: str, call: Callable[[], Found], kind: type[ValueError] = ProfileError
+    subject: str, fix: str, call: Callable[[], Found], kind: type[Exception] = ProfileError
 ) -> Found:
     """What `call` gives; what is wrong with the profile ends the check."""
     try:
@@ -115,7 +115,7 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     dtype = torch.bfloat16 if name == "auto" else getattr(torch, name)
     yield from _precision(profile, config.hidden_size, dtype)
     fix = "name modules of this model in lora.targets"
-    lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora), ValueError)
+    lm = _found("LoRA targets", fix, lambda: fake_model(config, dtype, profile.lora), Exception)
     yield Line("LoRA targets", OK, ", ".join(profile.lora.targets))
     if _missing(sites):
         return

@@ -22,13 +22,12 @@ import psutil
 import torch
 from huggingface_hub import constants, get_token
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
-from latlib.data.splits import benign_rows, check_overlap, preference_rows
+from latlib.data.splits import SPLITS, benign_rows, check_overlap, preference_rows
 from latlib.io.files import read_json
 from latlib.io.gguf import SUFFIX, contents, folder_of
 from latlib.io.hub import (
@@ -42,7 +41,7 @@ from latlib.io.hub import (
     open_tokenizer,
     weights_are_safe,
 )
-from latlib.io.weights import check_folder, check_tokens, header
+from latlib.io.weights import check_folder, check_tokens, header, skeleton
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
 from latlib.text.chat import Row, chat_text, tokenise
@@ -208,6 +207,8 @@ def _whole_line(profile: Profile, subject: str, text: str, folder: Path) -> Line
 def _wrong(subject: str, error: ValueError) -> Line:
     """What an error says, and its fix."""
     text, _, fix = str(error).rpartition(": ")
+    if not text:  # of a library's, which names no fix
+        text, fix = fix, "give one that fits the model"
     return Line(subject, MISSING, text, fix)
 
 
@@ -237,8 +238,9 @@ def _look_into_adapter(profile: Profile, subject: str, folder: Path) -> None:
     if base is None or not file.is_file():  # pickles, which were allowed, have no header
         return
     config = open_config(str(base), "model.source", Allowed.by(profile.model, revision=False))
+    model = skeleton(config, "model.source")
     with torch.device("meta"):
-        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
+        adapted = get_peft_model(model, adapter)
     check_adapter_keys(adapted, header(file, subject), f"{subject} {folder}")
 
 
@@ -271,7 +273,7 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     sources = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
     for name, source in sources.items():
         yield _data_line(f"data.{name}", source, machine)
-    if all(Path(source).expanduser().is_file() for source in sources.values()):
+    if all(Path(source).expanduser().exists() for source in sources.values()):
         yield _overlap_line(profile)
 
 
@@ -301,7 +303,7 @@ def row_lengths(profile: Profile) -> RowLengths:
     data = profile.data.model_copy(update={"rows": min(profile.data.rows, _READ_ROWS)})
     tokenizer = _tokenizer(profile)
     sources = (data.harmful, data.benign) if data.source == "files" else ()
-    if tokenizer is None or not all(Path(str(path)).expanduser().is_file() for path in sources):
+    if tokenizer is None or not all(Path(str(path)).expanduser().exists() for path in sources):
         return assumed_lengths(data.max_tokens)
 
     def tokens(rows: Sequence[Row]) -> list[TokenRow]:
@@ -310,6 +312,10 @@ def row_lengths(profile: Profile) -> RowLengths:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that are cut: training says it
+        if sources:
+            for split in SPLITS:  # too few rows leave one empty
+                preference_rows(data, 0, split)
+                benign_rows(data, 0, split)
         return lengths_of(tokens(preference_rows(data, 0)), tokens(benign_rows(data, 0)))
 
 
@@ -321,8 +327,6 @@ def _tokenizer(profile: Profile) -> Any:
     if folder is None:
         return None
     try:
-        if folder.suffix == SUFFIX:
-            return open_tokenizer(str(folder), "model.source", Allowed())
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):  # what is wrong with the folder is said in the model's line
+        return open_tokenizer(str(folder), "model.source", Allowed.by(model, revision=False))
+    except ValueError:  # what is wrong with the folder is said in the model's line
         return None

@@ -27,7 +27,8 @@ from latlib.batch import TokenRow
 Turn = tuple[str, str]  # what the user said and what the assistant replied
 Ids = tuple[int, ...]
 THOUGHT, THOUGHT_END = "<think>", "</think>"  # as Qwen3, DeepSeek-R1 and SmolLM3 write them
-_REPLY = "Xyzzy"  # stands for the reply while the chat template is looked at; no template holds it
+# stand for the request and the reply while the chat template is looked at; no template holds them
+_ASKED, _REPLY = "Plugh", "Xyzzy"
 
 
 _WORDS = (_REPLY, "Sure", "I", "No", "The", "a", "1")  # how replies begin
@@ -140,10 +141,15 @@ def _around_reply(tokenizer: Any) -> _Around:
 
 @lru_cache(maxsize=16)
 def _looked_at(tokenizer: Any, template: str) -> _Around:
-    user = {"role": "user", "content": "A"}
+    user = {"role": "user", "content": _ASKED}
     reply = {"role": "assistant", "content": _REPLY}
     head = _rendered(tokenizer, [user], open_turn=True)
     chat = _rendered(tokenizer, [user, reply])
+    if _ASKED not in head or _REPLY not in chat:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out what is asked or replied:"
+            " use another model or tokenizer"
+        )
     between = _between(head, chat)
     after = chat.rpartition(_REPLY)[2].rstrip("\n") or tokenizer.eos_token or ""
     alone, *together = token_ids(tokenizer, [head + between + word for word in ("", *_WORDS)])

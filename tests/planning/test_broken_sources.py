@@ -13,6 +13,7 @@ from broken_weights import (
     cut_in_the_header,
     emptied,
     pointer,
+    shard,
     without_a_layer,
     without_a_shard,
 )
@@ -46,6 +47,26 @@ MACHINE = Machine((), "", False, 2**40, 2**40, 2**40, True, False, True)
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
     "{% endif %}[{{m.role}}]{{m.content}}{% endfor %}[assistant]"
+)
+
+
+TOWER = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+TEXT = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
 )
 
 
@@ -157,6 +178,28 @@ def as_gguf(home: Path, **how) -> Path:
     return home / "model/tiny.gguf"
 
 
+def adapter_with(home: Path, **changes) -> None:
+    path = home / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def adapter_of_another_width(home: Path) -> None:
+    wide = LlamaForCausalLM(LlamaConfig(**TEXT | {"hidden_size": 64}))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(wide, lora).save_pretrained(home / "adapter")
+
+
+def numbers_of(home: Path, dtype: torch.dtype) -> None:
+    path = shard(home / "model")
+    values = {name: value.to(dtype) for name, value in load_file(path).items()}
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def an_empty_folder(home: Path) -> None:
+    (home / "harmful.csv").unlink()
+    (home / "harmful.csv").mkdir()
+
+
 def several_gguf(home: Path) -> None:
     file = as_gguf(home)
     shutil.copy(file, file.with_name("other.gguf"))
@@ -168,6 +211,45 @@ def gguf_cut(home: Path) -> None:
 
 
 BREAKS = {
+    "a tokenizer that is none": (lambda h: (h / "model/tokenizer.json").write_text("[]"), "model"),
+    "an unknown function": (
+        lambda h: config_with(h, hidden_act="mine"),
+        "makes no model (KeyError",
+    ),
+    "unknown rotations": (
+        lambda h: config_with(h, rope_parameters={"rope_type": "mine", "rope_theta": 1.0}),
+        "makes no model (KeyError",
+    ),
+    "no blocks": (lambda h: config_with(h, num_hidden_layers=0), "outside this model of 0 blocks"),
+    "8 bits that nobody mentions": (
+        lambda h: numbers_of(h, torch.float8_e4m3fn),
+        "are F8_E4M3 numbers, through which",
+    ),
+    "integers": (lambda h: numbers_of(h, torch.int8), "are I8 numbers, through which"),
+    "a template without the reply": (
+        lambda h: template(
+            h, "{% for m in messages %}{% if loop.first %}{{m.content}}{% endif %}{% endfor %}"
+        ),
+        "leaves out what is asked or replied",
+    ),
+    "a template without the request": (lambda h: template(h, "hello"), "leaves out what is asked"),
+    "an adapter of another width": (adapter_of_another_width, "the model has a place for (2, 32)"),
+    "an adapter of another rank": (lambda h: adapter_with(h, r=4), "or with another r"),
+    "an adapter for other layers": (
+        lambda h: adapter_with(h, target_modules=["qkv_proj"]),
+        "[released theirs] Target modules {'qkv_proj'} not found",
+    ),
+    "an unknown adapter": (lambda h: adapter_with(h, peft_type="MINE"), "theirs"),
+    "a folder without data": (an_empty_folder, "doesn't contain any data files"),
+    "too few rows to hold some out": (
+        lambda h: (h / "harmful.csv").write_text("goal,target\na b c d,Sure\n"),
+        "1 rows, too few for any in split",
+    ),
+    "no target": (lambda h: (h / "harmful.csv").write_text("goal,target\na b,\n"), "is empty"),
+    "a column twice": (
+        lambda h: (h / "harmful.csv").write_text("goal,goal\na,b\n"),
+        "names a column twice",
+    ),
     "several gguf files": (several_gguf, "several GGUF files, other.gguf, tiny.gguf: give"),
     "a gguf file cut": (gguf_cut, "was cut"),
     "gguf of unknown text": (lambda h: as_gguf(h, pre="mine"), "splits text as 'mine'"),
@@ -252,25 +334,6 @@ def test_what_would_stop_the_run_is_named(home, name):
 
 
 # ---- models that see, too -------------------------------------------------------------------------
-
-TOWER = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=28,
-    patch_size=14,
-)
-TEXT = dict(
-    vocab_size=512,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-)
 
 
 def gemma3() -> Gemma3Config:
