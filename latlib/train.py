@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         _check_rows(harmful, benign)
         self.lm, self.processes = lm, lm.processes
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.micro_batch = settings, seed, settings.micro_batch
         self.harmful, self.benign = list(harmful), list(benign)
         self.data = _digest((*self.harmful, *self.benign))
         self.step = 0
@@ -215,7 +215,7 @@ class Trainer:
         for each other."""
         # with fewer harmful rows than that, the benign ones share their micro-batches: no row is
         # left out
-        count = min(-(-max(harmful, benign) // self.settings.micro_batch), harmful)
+        count = min(-(-max(harmful, benign) // self.micro_batch), harmful)
         world = self.processes.world
         count = -(-count // world) * world
         sizes = {"batch": harmful}

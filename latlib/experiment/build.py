@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     Raises `Stopped` where somebody asked for it, with everything saved.
     """
     profile, name, log = layout.profile, spec.folder, layout.metrics_file(spec)
-    trainer = make_trainer(layout, spec)
+    trainer: Any = make_trainer(layout, spec)
     settings = trainer.settings
     validator = Validator(trainer, profile, name)
     plain_steps = PlainSteps(layout, settings, spec.seed)
@@ -194,12 +196,34 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
                 raise Stopped(f"{name}: stopped after step {step} with everything saved")
 
     with tracker if is_main() else nullcontext(), saving_on_signals():
+        if not is_distributed():  # several would wait for the one that is out of memory
+            trainer.train_step = _within_memory(trainer, name)
         trainer.run(step_done)
     kept_step = validator.keep()
     adapter = adapter_state(validator.lm)
     if is_main():
         _save(layout, spec, adapter, validator, kept_step)
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _within_memory(trainer: Any, name: str) -> Callable[[], Metrics]:
+    """A training step that is done again with half as many rows at a time when a GPU's memory runs
+    out; what is trained is the same."""
+    plain = trainer.train_step
+
+    def step() -> Metrics:
+        while True:
+            try:
+                return plain()
+            except torch.OutOfMemoryError:
+                if trainer.micro_batch == 1:
+                    raise
+                trainer.micro_batch //= 2
+                line = f"step {trainer.step + 1} with train.micro_batch = {trainer.micro_batch}"
+                print(f"training: {name}: out of memory: {line}", file=sys.stderr, flush=True)
+            torch.cuda.empty_cache()  # of what the error no longer holds
+
+    return step
 
 
 def _save(

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from small_profile import small_run
 
+from latlib import train
 from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError
+from latlib.experiment import build
 from latlib.experiment.run import Run, _kept
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.latent import AttackCell, replace_settings
@@ -175,3 +177,29 @@ def test_of_a_suffix_on_a_real_model_no_more_is_kept_than_of_a_reply():
     assert of_world["text"] == "some junk" and of_world["token_ids"] == (5, 6)
     of_real = _kept(found, Profile(**small_run()))["suffix-gcg"]
     assert "junk" not in str(of_real) and of_real["token_ids"] == [] and of_real["loss"] == 1.5
+
+
+@pytest.mark.parametrize("fails", ["once", "always"])
+def test_where_memory_runs_out_fewer_rows_go_at_a_time(run, capsys, monkeypatch, fails):
+    """In the attack, before any weight has moved: the step and what it logs are the same."""
+    expected, trainer = (build.make_trainer(run.layout, run.spec("lat")) for _ in range(2))
+    for each in (expected, trainer):
+        each.step = each.settings.attack_after  # the first attacked one
+    find, rows = train.pgd, trainer.micro_batch
+
+    def tight(network, batch, *rest, **more):
+        if fails == "always" or batch.shape[0] > rows // 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return find(network, batch, *rest, **more)
+
+    one = expected.train_step()
+    monkeypatch.setattr(train, "pgd", tight)
+    step = build._within_memory(trainer, "lat-seed0")
+    if fails == "always":
+        with pytest.raises(torch.OutOfMemoryError):
+            step()
+        assert trainer.micro_batch == 1
+        return
+    two = step()
+    assert trainer.micro_batch == rows // 2 and two == pytest.approx(one, rel=1e-3)
+    assert f"step {trainer.step} with train.micro_batch = {rows // 2}" in capsys.readouterr().err
