@@ -86,7 +86,8 @@ class Layout:
         profile, began = self.folder / PROFILE, self.folder / BEGAN
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / manifest.NAME).touch()  # first: it says whose folder it is
+            if not (self.folder / manifest.NAME).exists():
+                (self.folder / manifest.NAME).touch()  # first: it says whose folder it is
             for folder in ("models", "metrics", "results/outcomes", "logs"):
                 (self.folder / folder).mkdir(parents=True, exist_ok=True)
             if not self.whole(profile):

@@ -33,6 +33,15 @@ def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
         Layout(validated(Profile, other), tmp_path).claim()
 
 
+def test_looking_at_a_run_changes_nothing_in_its_folder(smoke_run):
+    def files():
+        return {f: f.stat().st_mtime_ns for f in smoke_run.folder.rglob("*") if f.is_file()}
+
+    before = files()
+    Run("smoke", smoke_run.folder).model("lat")
+    assert files() == before
+
+
 def test_a_folder_is_held_by_one_command_at_a_time(tmp_path, monkeypatch):
     first, second = (Layout(load_profile("smoke"), tmp_path / "run") for _ in range(2))
     with first.locked():
