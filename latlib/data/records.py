@@ -213,6 +213,8 @@ def _json_records(file: Path) -> Iterator[Record]:
     found = json.loads(file.read_text(encoding="utf-8-sig"))
     if isinstance(found, dict):  # column -> its values
         found = pd.DataFrame(found, dtype=object).to_dict("records")
+    if not isinstance(found, list):
+        raise ValueError(f"it holds {type(found).__name__}, not a list of records")
     for number, value in enumerate(found, start=1):
         yield _record(value, f"row {number}")
 

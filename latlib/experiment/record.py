@@ -20,7 +20,7 @@ RECORD = "latlib.json"  # in every model folder: how it was made
 PROFILE = "profile.yaml"  # beside it
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _TAGS = ["latent-adversarial-training", "safety-research"]
-_NO_LOSSES = {"step", "lr", "eps_scale", "grad_norm"}
+_NO_LOSSES = {"step", "lr", "eps_scale", "grad_norm", "skipped"}
 
 
 def base_name(profile: Profile, spec: Spec) -> str:

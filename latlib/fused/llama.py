@@ -67,8 +67,11 @@ def will_run_lean(config: PretrainedConfig) -> bool:
     # saves building the others, which may need code of their own
     if type(config) is not LlamaConfig:
         return False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # what is wrong with it is said where it is opened
+        return False
     return runs_lean(model)
 
 

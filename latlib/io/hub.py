@@ -61,7 +61,7 @@ from latlib.io.gguf import (
     read_tokenizer,
 )
 from latlib.io.messages import in_a_line
-from latlib.io.weights import check_loaded, check_not_quantised, headers
+from latlib.io.weights import check_finite, check_loaded, check_not_quantised, headers
 
 # names of weights that are read, and of pickles, which may run code
 MODEL_FILES = (
@@ -266,6 +266,7 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
         adapted = PeftModel.from_pretrained(model, source)
         kept = load_peft_weights(source, device="cpu")
     check_adapter_keys(adapted, kept, f"{field} = {source!r}")
+    check_finite(kept.items(), f"{field} = {source!r}")
     return adapted
 
 

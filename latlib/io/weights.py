@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from latlib.errors import SettingError
@@ -74,9 +74,11 @@ def headers(folder: Path, field: str) -> dict[str, Any]:
 
 
 def _headers(folder: Path, field: str) -> dict[str, Any]:
+    single = folder / SINGLE
+    if single.is_file():  # which transformers then reads, whatever an index names
+        return header(single, field)
     if not (folder / INDEX).is_file():
-        single = folder / SINGLE
-        return header(single, field) if single.is_file() else {}
+        return {}
     try:
         where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(where.values()))
@@ -156,8 +158,13 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], field: str) -> None:
             f"{field}: the weights lack {_some(absent)}, which would be random numbers: download"
             " them again"
         )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    check_finite(model.named_parameters(), field)
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], field: str) -> None:
+    """Raise SettingError for a weight that is NaN or infinite."""
+    for name, weight in weights:
+        if not bool(torch.isfinite(weight).all()):
             raise SettingError(f"{field}: {name} holds NaN or infinite weights: download it again")
 
 

@@ -24,6 +24,7 @@ from latlib.config.sections import ProfileError
 from latlib.io.messages import in_a_line
 from latlib.io.progress import ExitStatus
 from latlib.models import LanguageModel
+from latlib.objectives import OBJECTIVES
 from latlib.planning import estimate
 from latlib.planning.estimate import MEASURED_RATE, SHARE, RowLengths, spoken
 from latlib.planning.published_configs import config_of
@@ -120,7 +121,8 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     if _missing(sites):
         return
     fix = "correct the data, or the setting that is named"
-    lengths = _found("rows", fix, lambda: row_lengths(profile), ValueError)
+    context = getattr(config, "max_position_embeddings", profile.data.max_tokens)
+    lengths = _found("rows", fix, lambda: row_lengths(profile, context), ValueError)
     yield Line("rows", OK, lengths.source)
     weights = lm.model.named_parameters()
     parameters = sum(weight.numel() for name, weight in weights if "lora_" not in name)
@@ -139,11 +141,15 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
 def _sites(profile: Profile, n_layers: int, d_model: int) -> Iterator[Line]:
     """Where each method is attacked, and whether its radius matters."""
     for method in profile.methods:
-        subject, attack = f"sites of {method}", profile.training(method).attack
+        subject, settings = f"sites of {method}", profile.training(method)
+        attack = settings.attack
         try:
+            OBJECTIVES[settings.objective](settings)
             sites = resolve_sites(attack.sites, n_layers)
+            resolve_sites(settings.rerouting.sites, n_layers)
         except ValueError as error:
-            yield Line(subject, MISSING, str(error), "correct attack.sites")
+            fix = "correct attack.sites, rerouting.sites or the setting that is named"
+            yield Line(subject, MISSING, str(error), fix)
             continue
         if not attack.steps:
             continue

@@ -41,10 +41,11 @@ from latlib.io.hub import (
     open_tokenizer,
     weights_are_safe,
 )
+from latlib.io.messages import in_a_line
 from latlib.io.weights import check_folder, check_tokens, header, skeleton
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
-from latlib.text.chat import Row, chat_text, tokenise
+from latlib.text.chat import Row, chat_text, templated, tokenise
 from latlib.world.organism import build_tokenizer
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -226,7 +227,7 @@ def _look_into(profile: Profile, subject: str, folder: Path) -> None:
     config = open_config(str(folder), subject, allowed)
     if folder.suffix != SUFFIX:
         check_folder(folder, config, field)
-    tokenizer = open_tokenizer(str(folder), subject, allowed)
+    tokenizer = _templated(profile, open_tokenizer(str(folder), subject, allowed))
     check_tokens(tokenizer, config.get_text_config().vocab_size, field)
     chat_text(tokenizer, "A", profile.data.system_prompt)
 
@@ -239,9 +240,18 @@ def _look_into_adapter(profile: Profile, subject: str, folder: Path) -> None:
         return
     config = open_config(str(base), "model.source", Allowed.by(profile.model, revision=False))
     model = skeleton(config, "model.source")
-    with torch.device("meta"):
-        adapted = get_peft_model(model, adapter)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter)
+    except Exception as error:  # of peft, which takes a config as it is
+        said = in_a_line(error).rstrip(".")
+        raise ProfileError(f"{said}: give one that fits the model") from error
     check_adapter_keys(adapted, header(file, subject), f"{subject} {folder}")
+
+
+def _templated(profile: Profile, tokenizer: Any) -> Any:
+    """The tokenizer as a run has it."""
+    return templated(tokenizer, profile.model.template, profile.model.date)
 
 
 def _download_line(subject: str, source: str, size: str, otherwise: str, machine: Machine) -> Line:
@@ -297,18 +307,19 @@ def _overlap_line(profile: Profile) -> Line:
     return Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
 
 
-def row_lengths(profile: Profile) -> RowLengths:
-    """Of the profile's rows where data and tokenizer are on this machine, else assumed ones. Raises
-    ProfileError or ValueError for data that cannot be used."""
+def row_lengths(profile: Profile, context: int) -> RowLengths:
+    """Of the profile's rows where data and tokenizer are on this machine, else assumed ones.
+    context: of the model. Raises ProfileError or ValueError for data that cannot be used."""
     data = profile.data.model_copy(update={"rows": min(profile.data.rows, _READ_ROWS)})
+    limit = min(data.max_tokens, context)
     tokenizer = _tokenizer(profile)
     sources = (data.harmful, data.benign) if data.source == "files" else ()
     if tokenizer is None or not all(Path(str(path)).expanduser().exists() for path in sources):
-        return assumed_lengths(data.max_tokens)
+        return assumed_lengths(limit)
 
     def tokens(rows: Sequence[Row]) -> list[TokenRow]:
         system, too_long = data.system_prompt, data.too_long
-        return tokenise(rows, tokenizer, data.max_tokens, system, too_long=too_long)
+        return tokenise(rows, tokenizer, limit, system, too_long=too_long)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that are cut: training says it
@@ -327,6 +338,7 @@ def _tokenizer(profile: Profile) -> Any:
     if folder is None:
         return None
     try:
-        return open_tokenizer(str(folder), "model.source", Allowed.by(model, revision=False))
+        tokenizer = open_tokenizer(str(folder), "model.source", Allowed.by(model, revision=False))
     except ValueError:  # what is wrong with the folder is said in the model's line
         return None
+    return _templated(profile, tokenizer)

@@ -239,6 +239,13 @@ def test_what_reads_as_a_hub_id(path, hub):
             read(path, {"prompt": "goal"})
 
 
+@pytest.mark.parametrize("held", ["5", "null", "true"])
+def test_a_json_file_of_one_value_is_named(tmp_path, held):
+    (tmp_path / "rows.json").write_text(held)
+    with pytest.raises(ProfileError, match="not a list of records"):
+        read(tmp_path / "rows.json", {"prompt": "goal"})
+
+
 def test_a_json_file_of_something_else_is_named(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(["a"]))
     with pytest.raises(ProfileError, match="cannot be read: row 1 is str, not a record"):

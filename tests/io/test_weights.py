@@ -160,6 +160,13 @@ def test_an_adapter_without_some_weights_is_refused(folder, tmp_path):
         opened(folder, adapter=path.parent)
 
 
+def test_an_adapter_with_nan_is_refused(folder, tmp_path):
+    path = adapter(folder, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
+    with pytest.raises(SettingError, match="adapter = .*holds NaN or infinite weights"):
+        opened(folder, adapter=path.parent)
+
+
 def test_an_adapter_with_other_names_is_refused_and_the_base_not_measured(folder, tmp_path):
     path = adapter(folder, tmp_path / "adapter") / "adapter_model.safetensors"
     renamed = {name.replace(".self_attn.", ".attention."): v for name, v in load_file(path).items()}

@@ -195,6 +195,10 @@ def numbers_of(home: Path, dtype: torch.dtype) -> None:
     save_file(values, path, metadata={"format": "pt"})
 
 
+def a_single_file_too(home: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(32)}, home / "model/model.safetensors")
+
+
 def an_empty_folder(home: Path) -> None:
     (home / "harmful.csv").unlink()
     (home / "harmful.csv").mkdir()
@@ -295,6 +299,16 @@ BREAKS = {
         lambda h: config_with(h, quantization_config={"quant_method": "fp8"}),
         "quantised (fp8)",
     ),
+    "a single file, which is read": (a_single_file_too, "lack model.embed_tokens.weight"),
+    "special tokens of a list": (
+        lambda h: (h / "model/special_tokens_map.json").write_text("[1]"),
+        "cannot be loaded",
+    ),
+    "rows beyond the context": (
+        lambda h: config_with(h, max_position_embeddings=8),
+        "more than max_tokens = 8",
+    ),
+    "an adapter's targets broken": (lambda h: adapter_with(h, target_modules="("), "missing )"),
     "too many tokens": (more_tokens, "largest token id"),
     "no template": (lambda h: template(h, None), "no chat template"),
     "a template that raises": (lambda h: template(h, "{{ nothing.here.at.all }}"), "cannot write"),
@@ -403,6 +417,30 @@ def test_a_system_prompt_that_the_template_refuses_is_named(home):
     template(home, NO_SYSTEM)
     assert checked(home) == ""
     assert "data.system_prompt" in checked(home, data={"system_prompt": "Be kind."})
+
+
+def test_a_template_is_asked_with_its_arguments(home):
+    template(home, "{{ need + '' }}{% for m in messages %}{{m.content}}{% endfor %}")
+    assert "'need' is undefined" in checked(home)
+    assert checked(home, model={"template": {"need": "x"}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rerouting": {"sites": [9]}, "attack": {"steps": 0}}, "site = 9 is outside"),
+        ({}, "trains without an attack"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_named(home, settings, named):
+    assert named in checked(home, train={"objective": "rerouting", **settings})
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "mine"}, {"_attn_implementation": "mine"}])
+def test_a_config_that_makes_no_model_is_an_error_where_it_is_opened(home, changes):
+    config_with(home, **changes)
+    with pytest.raises(SettingError, match="model.source = .* cannot be loaded"):
+        load_model(home / "model", ModelSettings(source=str(home / "model"), device="cpu"))
 
 
 def test_a_target_that_is_no_layer_is_named(home):
