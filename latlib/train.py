@@ -163,7 +163,7 @@ class Trainer:
             self.skipped = 0
             return {**metrics, "skipped": 0.0}
         self.skipped += 1
-        if self.skipped > self.settings.skips:
+        if self.skipped > self.settings.skips * self.settings.iterations:
             raise FloatingPointError(
                 f"step {self.step + 1}: {metrics}: not finite, as {self.skipped} updates in a row,"
                 " all of them skipped: lower train.lr or attack.eps"

@@ -340,7 +340,8 @@ class TrainSettings(Section):
     # forget the optimiser's moments before every step, as the authors' code does. Our choice: no
     fresh_optimiser: Flag = False
     clip: Positive = 1.0  # Sheshadri et al. 2024, authors' code
-    skips: Natural = 3  # updates in a row that may be skipped, not being finite. Our choice
+    # steps in a row that may be skipped, their updates not being finite. Our choice
+    skips: Natural = 3
     checkpoint_every: Count = 50  # steps
     checkpoint_minutes: Positive = 10.0  # and at least as often as this
     checkpoints_kept: Count = 2

@@ -519,6 +519,21 @@ def test_what_is_not_finite_stops_the_run_in_the_end_and_names_the_step():
         assert torch.equal(parameter, before[name]) or parameter.isnan().all()
 
 
+def test_one_bad_step_is_skipped_however_many_updates_it_has():
+    """All of them have the same rows and the same perturbation."""
+    trainer = trainer_for("ssft", skips=1, iterations=4)
+    weight = trainer.parameters[0]
+    before = weight.detach().clone()
+    weight.data.fill_(math.nan)
+    assert trainer.train_step()["skipped"] == 1
+    weight.data.copy_(before)
+    assert trainer.train_step()["skipped"] == 0
+    weight.data.fill_(math.nan)
+    trainer.train_step()
+    with pytest.raises(FloatingPointError, match="step 4: "):
+        trainer.train_step()
+
+
 @pytest.mark.parametrize("where", ["gradient", "perturbation", "one update of two"])
 def test_an_update_that_is_not_finite_is_skipped_and_the_next_is_not(where, monkeypatch):
     """The weights and Adam's moments stay as they were: a spoiled step is as none."""
