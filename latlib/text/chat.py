@@ -74,22 +74,30 @@ def templated(tokenizer: Any, arguments: Mapping[str, Any], day: datetime.date |
     """The tokenizer, its chat template given `arguments` beside the messages, and `day` written
     where it writes today: what a template writes must not change from one day of a run to the
     next."""
-    if day is not None and isinstance(tokenizer.chat_template, str):
-        noon = datetime.datetime.combine(day, datetime.time(12))
-        written = partial(_dated, noon)
-        tokenizer.chat_template = _TODAY.sub(written, tokenizer.chat_template)
+    own = tokenizer.chat_template
+    if day is not None and isinstance(own, str):
+        tokenizer.chat_template = _dated(own, day)
+    elif day is not None and own:  # several, by name
+        tokenizer.chat_template = {name: _dated(text, day) for name, text in own.items()}
     if arguments:
         own = tokenizer.apply_chat_template
         tokenizer.apply_chat_template = partial(own, **arguments)
     return tokenizer
 
 
-# a call of the function by which templates ask for the date, as Llama 3.2 and SmolLM3 do
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TODAY = "strftime_now"  # by which templates ask for the date, as Llama 3.2 and SmolLM3 do
 
 
-def _dated(day: datetime.datetime, call: re.Match[str]) -> str:
-    return repr(day.strftime(call[2]))
+def _dated(template: str, day: datetime.date) -> str:
+    """The template with a function of that name in front, which writes `day`."""
+    if _TODAY not in template:
+        return template
+    noon = datetime.datetime.combine(day, datetime.time(12))
+    written = "format"
+    for code in sorted(set(re.findall("%-?[A-Za-z]", template))):
+        written += f" | replace({code!r}, {noon.strftime(code)!r})"
+    # the newline behind a block is not written
+    return f"{{% macro {_TODAY}(format) %}}{{{{ {written} }}}}{{% endmacro %}}\n{template}"
 
 
 def accepts(tokenizer: Any, system_prompt: str | None = None, shots: Sequence[Turn] = ()) -> bool:

@@ -417,6 +417,22 @@ def test_a_template_writes_the_day_of_the_run_on_every_day(tokenizer):
     assert datetime.date.today().strftime("%d %b %Y") in free
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{% set written = '%d %b' %}{{ strftime_now(written) }}",
+        "{{ strftime_now('%d' + ' %b') }}",
+        "{{ strftime_now (format='%d %b') }}",
+        "{% set now = strftime_now %}{{ now('%d %b') }}",
+    ],
+)
+def test_the_day_is_fixed_however_a_template_asks_for_it(tokenizer, asks):
+    for template in (asks + TEMPLATE, {"default": asks + TEMPLATE, "tool_use": TEMPLATE}):
+        fixed = templated(with_template(tokenizer, template), {}, datetime.date(2020, 2, 29))
+        expected = chat_text(with_template(tokenizer, "29 Feb" + TEMPLATE), "a")
+        assert chat_text(fixed, "a") == expected
+
+
 def test_a_template_gets_its_arguments(tokenizer):
     template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}"
     plain = with_template(tokenizer, template)
