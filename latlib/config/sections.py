@@ -60,6 +60,12 @@ def _name(text: str) -> str:
     return text
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name):
+        raise ValueError("no such device: give 'auto', 'cpu', 'cuda', 'cuda:0', 'xpu' or 'mps'")
+    return name
+
+
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     for place, value in enumerate(values):
         if value in values[:place]:
@@ -81,7 +87,7 @@ SomeSites = Annotated[tuple[SiteSpec, ...], Field(min_length=1)]
 EncodingName = Annotated[Text, AfterValidator(_encoding)]
 Name = Annotated[str, Strict(), AfterValidator(_name)]
 EachOnce = AfterValidator(_each_once)
-Device = Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")]
+Device = Annotated[str, Strict(), AfterValidator(_device)]
 # what a column can stand for
 HarmfulColumns = dict[Literal["prompt", "rejected", "chosen"], Text]
 BenignColumns = dict[Literal["prompt", "response"], Text]
@@ -399,6 +405,16 @@ class GraderSettings(Section):
     base: Text | None = None  # under a grader that is an adapter
     template: Text | None = None  # text file with the grader's prompt
     device: Device = "auto"
+
+    @model_validator(mode="after")
+    def _is_read(self) -> GraderSettings:
+        given = [name for name in ("source", "base", "template") if getattr(self, name)]
+        if given and self.name.startswith("phrases"):
+            raise ValueError(
+                f"name = {self.name!r} is no model and reads no {' or '.join(given)}: leave that"
+                " out, or name 'harmbench', 'strongreject' or 'guard'"
+            )
+        return self
 
 
 class EvaluationSettings(Section):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from latlib.config.profile import validated
-from latlib.config.sections import ModelSettings, ProfileError
+from latlib.config.sections import GraderSettings, ModelSettings, ProfileError
 from latlib.evaluation.generate import left_padded, of_similar_length
 from latlib.evaluation.outcomes import Outcome
 from latlib.evaluation.phrases import OPENING, Texts
@@ -344,6 +344,14 @@ _KINDS: dict[str, type[ModelGrader]] = {
     "guard": GuardGrader,
 }
 NAMES = ("phrases", "phrases-prefix", *_KINDS)
+
+
+def judges(settings: GraderSettings) -> tuple[str, ...]:
+    """The models that a profile's grader is: its own, and the one under it where that is named."""
+    if settings.name not in _KINDS:
+        return ()
+    own = settings.source or _KINDS[settings.name].published
+    return (own, settings.base) if settings.base else (own,)
 
 
 def load_grader(

@@ -28,6 +28,7 @@ from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import SPLITS, benign_rows, check_overlap, preference_rows
+from latlib.evaluation.graders import judges, read_template
 from latlib.io.files import read_json
 from latlib.io.gguf import SUFFIX, contents, folder_of
 from latlib.io.hub import (
@@ -49,6 +50,7 @@ from latlib.text.chat import Row, chat_text, templated, tokenise
 from latlib.world.organism import build_tokenizer
 
 OK, NOTE, MISSING = "ok", "note", "missing"
+GRADER = "grader"  # what a model is that grades
 _TOKENIZERS = {"tokenizer_config.json", "tokenizer.json", "tokenizer.model"}
 _READ_ROWS = 512  # rows that are tokenised for their lengths
 
@@ -116,6 +118,8 @@ def used_models(profile: Profile) -> dict[str, str]:
     used = {profile.model.source: "model"}
     for method, source in profile.released.items():
         used.setdefault(source, f"released {method}")
+    for source in judges(profile.evaluation.grader):
+        used.setdefault(source, GRADER)
     return used
 
 
@@ -174,6 +178,14 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
             yield _download_line(subject, source, f", {size}", elsewhere, machine)
             if known and known.gated:
                 yield _licence_line(source, machine)
+    grader = profile.evaluation.grader
+    if used and grader.template:
+        try:
+            read_template(grader.template)
+        except ValueError as error:
+            yield _wrong(GRADER, error)
+    if GRADER in used.values():
+        yield Line(GRADER, NOTE, "memory for it, and its hours, are not in what follows")
 
 
 def _folder_line(profile: Profile, subject: str, source: str, folder: Path) -> Line:
@@ -217,10 +229,14 @@ def _look_into(profile: Profile, subject: str, folder: Path) -> None:
     """Raise ValueError for a model, adapter, tokenizer or template that would stop the run later,
     as far as it can be told without loading weights."""
     field = f"{subject} {folder}"
+    grades = subject == GRADER
     allowed = Allowed.by(profile.model, revision=False)
     adapter = (folder / "adapter_config.json").is_file()
     if folder.suffix != SUFFIX:
         weights_are_safe(str(folder), subject, allowed, ADAPTER_FILES if adapter else MODEL_FILES)
+    if adapter and grades:  # on a model of its own
+        open_adapter_config(str(folder), subject)
+        return
     if adapter:
         _look_into_adapter(profile, subject, folder)
         return
@@ -229,7 +245,8 @@ def _look_into(profile: Profile, subject: str, folder: Path) -> None:
         check_folder(folder, config, field)
     tokenizer = _templated(profile, open_tokenizer(str(folder), subject, allowed))
     check_tokens(tokenizer, config.get_text_config().vocab_size, field)
-    chat_text(tokenizer, "A", profile.data.system_prompt)
+    if not grades:
+        chat_text(tokenizer, "A", profile.data.system_prompt)
 
 
 def _look_into_adapter(profile: Profile, subject: str, folder: Path) -> None:

@@ -509,7 +509,7 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network():
         ),
         (
             {"name": "guard", "device": "toaster"},
-            "grader.device = 'toaster' cannot be used .*'auto' or 'cpu'",
+            "grader.device = 'toaster': no such device: give 'auto', 'cpu'",
         ),
     ],
 )

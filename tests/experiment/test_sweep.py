@@ -250,19 +250,20 @@ def test_a_second_sweep_and_a_run_here_make_nothing(swept, monkeypatch):
 
 
 def test_a_trial_that_fails_is_named_and_not_repeated(swept, tmp_path, capsys):
-    """Site 99 can be told to be wrong only by a model that has fewer blocks."""
-    profile = profile_with({"attack.sites": ([99], [1])}, seeds=(0,))
+    """That rerouting trains without an attack is said by its objective."""
+    profile = profile_with({"objective": ("rerouting", "safety-training")}, seeds=(0,))
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
     out, scratch = tmp_path / "run", tmp_path / "scratch"
     options = ["--profile", str(tmp_path / "my.yaml"), "--out", str(out), "--scratch", str(scratch)]
     assert sweeping.main(options) == 1
     said = capsys.readouterr().out
     assert (
-        "lat[attack.sites=(99,)] seed 0: ValueError" in said and "1 made, 0 kept, 1 failed" in said
+        "lat[objective=rerouting] seed 0: SettingError: objective = 'rerouting' trains" in said
+        and "1 made, 0 kept, 1 failed" in said
     )
     assert {trial: len(pids) for trial, pids in attempts(scratch).items()} == {
-        "lat-attack.sites=-99--seed0": 1,
-        "lat-attack.sites=-1--seed0": 1,
+        "lat-objective=rerouting-seed0": 1,
+        "lat-objective=safety-training-seed0": 1,
     }
     assert not list((out / "models").glob("lat*")), (
         "adapters come back only when they are asked for"

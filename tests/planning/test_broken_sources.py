@@ -459,3 +459,20 @@ def test_gguf_lacks_nothing_whole_and_its_package_otherwise(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     latlib.io.gguf._read.cache_clear()
     assert "package `gguf`, which is not installed: pip install gguf" in checked(home)
+
+
+@pytest.mark.parametrize(
+    "grader, named",
+    [
+        ({"name": "harmbench", "source": "/nope"}, "[grader] /nope: no such folder"),
+        ({"name": "guard", "source": "model", "base": "/nope"}, "[grader] /nope: no such folder"),
+        ({"name": "harmbench", "source": "model", "template": "no.txt"}, "no.txt' cannot be read"),
+        ({"name": "harmbench", "source": "empty"}, "[grader] folder "),
+        ({"name": "phrases", "source": "model"}, "evaluation.grader.name = 'phrases' is no model"),
+        ({"name": "harmbench", "source": "model"}, ""),
+    ],
+)
+def test_a_grader_is_looked_for_before_anything_is_trained(home, grader, named):
+    (home / "empty").mkdir()
+    said = checked(home, evaluation={"grader": grader})
+    assert (named in said) if named else said == ""
