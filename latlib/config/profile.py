@@ -100,6 +100,7 @@ class Profile(Section):
         self._check_names()
         self._check_sweep()
         self._check_data()
+        self._check_parallel()
         for name in self.released:
             if name not in self.methods:
                 raise ValueError(f"released.{name} is no method of this profile: add it to methods")
@@ -155,6 +156,17 @@ class Profile(Section):
                 f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to"
                 " 'world' for the prompts of the made-up world, which only the organism knows"
             )
+
+    def _check_parallel(self) -> None:
+        """DDP waits for a gradient of every weight, which behind the last site there is none of."""
+        if self.parallel.processes == 1 or self.parallel.mode == "fsdp2":
+            return
+        for method in self.methods:
+            if self.training(method).objective == "rerouting":
+                raise ValueError(
+                    f"parallel.mode = 'ddp' cannot train methods.{method}, whose objective is"
+                    " 'rerouting': set parallel.mode to fsdp2, or parallel.processes to 1"
+                )
 
     def training(self, method: str, changes: dict[str, Any] | None = None) -> TrainSettings:
         """`train` as `method` uses it, with further `changes` given by dotted name ({"attack.eps":

@@ -52,6 +52,15 @@ def test_learning_rate_as_text_is_refused_and_the_fix_works(tmp_path):
     assert load_profile(write(tmp_path, f"train: {{lr: {fix}}}\n")).train.lr == 8e-5
 
 
+def test_rerouting_in_several_processes_is_trained_under_fsdp2():
+    """Weights behind its last site get no gradient, for which DDP would wait."""
+    tree = load_profile("circuit-breakers").model_dump(mode="json")
+    for parallel in ({"processes": 1}, {"processes": 2, "mode": "fsdp2"}):
+        Profile.model_validate(tree | {"parallel": parallel})
+    with pytest.raises(ValidationError, match="parallel.mode = 'ddp' cannot train methods"):
+        Profile.model_validate(tree | {"parallel": {"processes": 2}})
+
+
 @pytest.mark.parametrize(
     "sections, said",
     [
