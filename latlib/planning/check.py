@@ -40,6 +40,7 @@ from latlib.planning.requirements import (
     look,
     model_lines,
     row_lengths,
+    template_lines,
 )
 from latlib.planning.step_cost import adapter_of, bytes_of, fake_model
 from latlib.redteam.rounding import ARRIVES, name_of, share_added
@@ -103,6 +104,7 @@ class _Job:
 
 def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     yield from model_lines(profile, machine)
+    yield from template_lines(profile)
     yield from data_lines(profile, machine)
     fix = "download the model again, or give another folder"
     config = _found("shape", fix, lambda: config_of(profile.model))

@@ -29,6 +29,7 @@ from latlib.config.sections import ProfileError
 from latlib.data.records import is_hub_id
 from latlib.data.splits import SPLITS, benign_rows, check_overlap, preference_rows
 from latlib.evaluation.graders import judges, read_template
+from latlib.evaluation.outcomes import MANY_SHOT, SYSTEM
 from latlib.io.files import read_json
 from latlib.io.gguf import SUFFIX, contents, folder_of
 from latlib.io.hub import (
@@ -46,7 +47,8 @@ from latlib.io.messages import in_a_line
 from latlib.io.weights import check_folder, check_tokens, header, skeleton
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
-from latlib.text.chat import Row, chat_text, templated, tokenise
+from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE
+from latlib.text.chat import Row, accepts, chat_text, templated, tokenise
 from latlib.world.organism import build_tokenizer
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -288,6 +290,19 @@ def _licence_line(source: str, machine: Machine) -> Line:
         f"{page}: gated; a token is here, whether its licence was accepted is only seen on download"
     )
     return Line("licence", NOTE, text, "accept the licence on that page, once")
+
+
+def template_lines(profile: Profile) -> Iterator[Line]:
+    """Lines of jailbreaks that the model's chat template refuses."""
+    tokenizer = _tokenizer(profile)
+    if tokenizer is None or not accepts(tokenizer):  # said in the model's line
+        return
+    system = accepts(tokenizer, system_prompt=SYSTEM_OVERRIDE)
+    shots = accepts(tokenizer, shots=[("A", "B")])
+    for name, accepted in ((SYSTEM, system), (MANY_SHOT, shots)):
+        if not accepted:
+            text = f"{name!r} will be left out: the model's chat template refuses its messages"
+            yield Line("jailbreaks", NOTE, text)
 
 
 def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:

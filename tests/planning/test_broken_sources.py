@@ -416,6 +416,9 @@ def test_a_step_that_cannot_be_counted_is_said(home, monkeypatch):
 def test_a_system_prompt_that_the_template_refuses_is_named(home):
     template(home, NO_SYSTEM)
     assert checked(home) == ""
+    lines = planning.check(load_profile(home / "broken.yaml"), home / "run", MACHINE)
+    (left_out,) = (line.text for line in lines if line.subject == "jailbreaks")
+    assert left_out.startswith("'system' will be left out")
     assert "data.system_prompt" in checked(home, data={"system_prompt": "Be kind."})
 
 
