@@ -93,8 +93,7 @@ class Trainer:
             on_step(self.step, {**metrics, "seconds": time.perf_counter() - start})
 
     def train_step(self) -> Metrics:
-        """One step; returns the means over its updates of everything that was optimised, and of the
-        attack."""
+        """One step; returns means over its updates of all that was optimised, and of the attack."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         self.objective.step = self.step
         attacked = self.threat is not None and self.step >= self.settings.attack_after
@@ -136,8 +135,7 @@ class Trainer:
     def _update(
         self, network: Network, parts: Sequence[MicroBatch], counts: Counts, noted: Noted
     ) -> Metrics:
-        """Forward, backward over all micro-batches, one optimiser step. noted: gets what the attack
-        came to, where it has its names."""
+        """Forward, backward, one optimiser step. noted: gets how the attack ended."""
         self.optimiser.zero_grad()
         sums: dict[str, float] = {}
         work = [(part, run) for part in parts for run in self.objective.forwards(part)]
@@ -234,7 +232,8 @@ class Trainer:
         """All that a resumed run needs: the step, the adapter and the optimiser, full, on the CPU,
         the same for any number of processes, each of which must ask; and a digest of the rows."""
         kept = {"adapter": self.parameters, "optimiser": self.optimiser.state_dict()}
-        return {"step": self.step, "data": self.data, **self.processes.full(kept)}
+        own = {"step": self.step, "skipped": self.skipped, "data": self.data}
+        return own | self.processes.full(kept)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state()` of any number of processes; ValueError for other rows."""
@@ -243,7 +242,8 @@ class Trainer:
                 f"the checkpoint of step {state['step']} was made with other rows than these: put"
                 " the data and the tokenizer back as they were, or delete it to begin again"
             )
-        self.step, sharded = state["step"], self.processes.sharded
+        self.step, self.skipped = state["step"], state["skipped"]
+        sharded = self.processes.sharded
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["adapter"], strict=True):
                 parameter.copy_(sharded(value, parameter))

@@ -203,14 +203,15 @@ def _jsonl_records(file: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_each_once)
             except ValueError as error:
                 raise ValueError(f"line {number} is no JSON ({error})") from None
             yield _record(value, f"line {number}")
 
 
 def _json_records(file: Path) -> Iterator[Record]:
-    found = json.loads(file.read_text(encoding="utf-8-sig"))
+    text = file.read_text(encoding="utf-8-sig")
+    found = json.loads(text, object_pairs_hook=_each_once)
     if isinstance(found, dict):  # column -> its values
         found = pd.DataFrame(found, dtype=object).to_dict("records")
     if not isinstance(found, list):
@@ -222,6 +223,15 @@ def _json_records(file: Path) -> Iterator[Record]:
 def _parquet_records(file: Path) -> Iterator[Record]:
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
         yield from batch.to_pylist()
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> Record:
+    """A JSON object, of which Python would keep the last of two equal keys."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} stands twice in a record: keep one of them")
+    return dict(pairs)
 
 
 def _record(value: Any, where: str) -> Record:

@@ -530,8 +530,11 @@ def test_one_bad_step_is_skipped_however_many_updates_it_has():
     assert trainer.train_step()["skipped"] == 0
     weight.data.fill_(math.nan)
     trainer.train_step()
-    with pytest.raises(FloatingPointError, match="step 4: "):
-        trainer.train_step()
+    resumed = trainer_for("ssft", skips=1, iterations=4)
+    resumed.restore(trainer.state())  # counts on
+    for each in (trainer, resumed):
+        with pytest.raises(FloatingPointError, match="step 4: "):
+            each.train_step()
 
 
 @pytest.mark.parametrize("where", ["gradient", "perturbation", "one update of two"])

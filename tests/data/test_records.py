@@ -283,6 +283,8 @@ def test_numbers_and_truth_values_of_json_are_written_as_python_writes_them(tmp_
         ("rows.csv", "goal,goal\na,b\n", "names a column twice: goal, goal"),
         ("rows.csv", 'goal,note\na,"b\n', "unexpected end of data"),
         ("rows.jsonl", '{"goal": "a"}\n\n{"goal": \n', "line 3 is no JSON"),
+        ("rows.jsonl", '{"goal": "a", "goal": "b"}\n', "line 1 .*'goal' stands twice in a record"),
+        ("rows.json", '[{"goal": "a", "goal": "b"}]', "'goal' stands twice in a record"),
         ("rows.jsonl", '{"goal": "a"}\n\n["b"]\n', "line 3 is list, not a record"),
         ("rows.json", '[{"goal": "a"}, 7]', "row 2 is int, not a record"),
         ("rows.parquet", "goal", "cannot be read"),
