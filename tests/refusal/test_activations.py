@@ -49,7 +49,8 @@ def test_more_positions_than_a_prompt_has_are_an_error():
 )
 def test_post_instruction_tokens_are_the_templates(behind, count):
     tokenizer = tiny.world_tokenizer()
-    tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}" + behind
+    reply = "{% if messages[1:] %}{{ messages[1]['content'] }}{% endif %}"
+    tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}" + behind + reply
     assert act.post_instruction(tokenizer) == count
     ends = {
         tuple(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"][-count:])
