@@ -295,7 +295,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     except UnicodeDecodeError as error:
         raise ProfileError(f"profile {path} is not UTF-8 ({error}): save it as UTF-8") from None
     except RecursionError:
-        raise ProfileError(f"profile {path} is nested too deeply: it has two levels") from None
+        raise ProfileError(f"profile {path} is nested too deeply: sections hold settings") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ProfileError(f"profile {path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):

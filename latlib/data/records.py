@@ -24,6 +24,7 @@ import json
 import re
 import string
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,11 +228,11 @@ def _parquet_records(file: Path) -> Iterator[Record]:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> Record:
     """A JSON object, of which Python would keep the last of two equal keys."""
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{twice!r} stands twice in a record: keep one of them")
-    return dict(pairs)
+    return found
 
 
 def _record(value: Any, where: str) -> Record:

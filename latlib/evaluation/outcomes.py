@@ -25,8 +25,8 @@ How it was asked:
 The threat model of a latent attack (`latlib.threat.ThreatModel`):
   eps, eps_unit: the radius as it was set, 'absolute' or 'relative'. sites: comma-joined.
   radii: the absolute radius at each site, in units of the residual stream. norms: the median
-  residual norms that a relative eps was taken of, None for an absolute one. positions: prompt, or
-  prompt+completion. Without such an attack: NaN, '', '', None, None, ''.
+  residual norms that a relative eps was taken of, None for an absolute one. positions: where, one
+  of `latlib.threat.Positions`. Without such an attack: NaN, '', '', None, None, ''.
   on_ball: of the cell: the share of perturbed positions and sites, in rows that held out to the
   last step, where the perturbation is as long as its radius. NaN: no row did, or nobody looked.
 What came out:

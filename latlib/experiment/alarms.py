@@ -1,11 +1,11 @@
 """What is said while a model trains and something is wrong with the training itself. (A model that
 refuses or babbles is seen by `validation`.)
 
-Each is one line on stderr, the first time:
-1. A skipped update, with the rows of its step: their loss or gradient was not finite.
-2. A loss that does not change over STILL steps: nothing is learned any more.
-3. Benign rows on which the loss has risen from its lowest by half of what a guess among all tokens
-   costs: the model is broken.
+Each is one line on stderr:
+1. A skipped update, every time, with the rows of its step: their loss or gradient was not finite.
+2. Once, a loss that does not change over STILL steps: nothing is learned any more.
+3. Once, benign rows on which the loss has risen from its lowest by half of what a guess among all
+   tokens costs: the model is broken.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Alarms:
     def __init__(self, trainer: Trainer, name: str) -> None:
         self.trainer, self.name = trainer, name
         self.totals: deque[float] = deque(maxlen=STILL)
-        self.guess = math.log(trainer.lm.model.get_input_embeddings().num_embeddings)
+        self.guess = math.log(len(trainer.lm.model.get_input_embeddings().weight))
         self.lowest = math.inf  # nats a benign token
         self.said: set[str] = set()
 
     def after(self, step: int, metrics: Metrics) -> None:
         """Say what is wrong after a step."""
         if metrics["skipped"]:
-            self._say("skipped", f"step {step} was skipped: {self._rows(step)} are not finite")
+            self._say("skipped", f"step {step} was not finite and is skipped: {self._rows(step)}")
         if "total" not in metrics:
             return
         self.totals.append(metrics["total"])

@@ -208,7 +208,8 @@ def make_adapter(layout: Layout, spec: Spec, on_step: OnStep) -> None:
 
 def _within_memory(trainer: Any, name: str) -> Callable[[], Metrics]:
     """A training step that is done again with half as many rows at a time when a GPU's memory runs
-    out; what is trained is the same."""
+    out; what is trained is the same. (With `iterations` above 1, updates that were made before it
+    ran out stay.)"""
     plain = trainer.train_step
 
     def step() -> Metrics:

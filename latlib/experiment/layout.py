@@ -38,7 +38,7 @@ from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.inputs import SHOWN, digests
 from latlib.experiment.jobs import HELD
-from latlib.experiment.record import RECORD
+from latlib.experiment.record import PROFILE, RECORD
 from latlib.experiment.spec import Spec
 from latlib.io import manifest
 from latlib.io.files import SET_ASIDE, Json, read_json, set_aside, write_json, write_text
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 DIFFERENCES = "differences.safetensors"
 DIRECTIONS = "directions.safetensors"
 VARIANCE = "variance.json"
-PROFILE, BEGAN = "profile.yaml", "began.json"
+BEGAN = "began.json"  # what a folder was begun with: settings, digests of inputs
 METRICS = "metrics.jsonl"  # in a model's folder: a copy of its log
 LOCK_WAIT_S = 1.0  # whoever writes a single result is done by then
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)

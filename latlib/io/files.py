@@ -107,7 +107,8 @@ def without_paths(text: str, run: Path, *files: Path) -> str:
     root = Path(__file__).resolve().parents[2]
     names = {file: file.name for file in files}
     names[run] = f"runs/{run.name}"
-    names[Path(sys.prefix)] = ".venv"
+    if sys.prefix != sys.base_prefix:  # in an environment of its own
+        names[Path(sys.prefix)] = ".venv"
     names[root] = "."
     names[Path.cwd()] = "."
     names[Path.home()] = "~"

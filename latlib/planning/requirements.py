@@ -130,19 +130,23 @@ def bytes_to_download(profile: Profile) -> int:
     dequantised."""
     size = 0
     for source in used_models(profile):
-        here = _is_here(profile, source)
-        folder = local_folder(source, profile.model.revision)
+        folder = _place(profile, source)
         if folder is not None and folder.suffix == SUFFIX:
             size += contents(folder, source).size
-        elif not here and source in PUBLISHED:
+        elif source in PUBLISHED and not _is_here(profile, source):
             size += PUBLISHED[source].download
     return size
 
 
+def _place(profile: Profile, source: str) -> Path | None:
+    """Where a model is on this machine; the revision is that of model.source alone."""
+    revision = profile.model.revision if source == profile.model.source else None
+    return local_folder(source, revision)
+
+
 def _is_here(profile: Profile, source: str) -> bool:
     """Whether a model is a folder, or all its weights are in the hub cache."""
-    revision = profile.model.revision if source == profile.model.source else None
-    folder = local_folder(source, revision)
+    folder = _place(profile, source)
     if folder is None or folder.suffix == SUFFIX or Path(source).expanduser().is_dir():
         return folder is not None
     here = _files(folder)
@@ -169,8 +173,7 @@ def model_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
             fix = "check the path, or give a hub id owner/name"
             yield Line(subject, MISSING, f"{source}: no such folder", fix)
         elif _is_here(profile, source):
-            revision = profile.model.revision if subject == "model" else None
-            cached = local_folder(source, revision)
+            cached = _place(profile, source)
             assert cached is not None, "it is here"
             yield _whole_line(profile, subject, f"{source}: in the hub cache", cached)
         else:

@@ -5,8 +5,8 @@
 
 1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main
    figure are copied; models and W&B folders are not.
-2. Paths of the machine it ran on are replaced by the run folder's name; the notebook runner's
-   bookkeeping is dropped.
+2. Paths of the machine it ran on are left out (`latlib.io.files.without_paths`), as is the notebook
+   runner's bookkeeping.
 3. The README's table of claims and its line on time are written anew from the copy.
 4. A manifest with the checksums of all of it lies beside it (`latlib.io.manifest`).
 The folder is put into place whole, and only when it stays below the size a repository should carry.
@@ -40,8 +40,7 @@ def publish(run: Path, target: Path) -> None:
     """Copy the evidence of `run` to `target`.
 
     Raises FileNotFoundError when the run has no report (it is not finished), ValueError when the
-    copy is too large or still names a path of this machine, FileExistsError when `target` holds
-    something that was not published there.
+    copy is too large, FileExistsError when `target` holds something that was not published there.
     """
     run = run.resolve()
     if not (run / "report.html").is_file():

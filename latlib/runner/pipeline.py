@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from latlib.config.profile import find_share, load_profile, run_folder
 from latlib.config.sections import ProfileError
-from latlib.experiment.layout import BEGAN, PROFILE, Layout
+from latlib.experiment.layout import BEGAN, Layout
+from latlib.experiment.record import PROFILE
 from latlib.io import manifest, progress
 from latlib.io.files import SET_ASIDE, discard, set_aside
 from latlib.io.progress import ExitStatus
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from latlib.runner.notebooks import Failure
 
 REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
+DAY_S = 86_400
 REPORT = "99_report"
 # what a line of a parameters cell assigns to, annotated or not
 _ASSIGNED = re.compile(r"^(\w+)\s*(?::[^=]+)?=(?!=)", re.MULTILINE)
@@ -340,6 +342,8 @@ def _main(options: argparse.Namespace) -> ExitStatus:
         from latlib.planning.check import main as check  # with torch, which takes seconds
 
         return check(profile, layout.folder, options.json)
+    if not 0 < options.grace <= DAY_S:
+        raise UsageError(f"--grace {options.grace:g}: give seconds above 0, at most {DAY_S}")
     notebooks = choose(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
     if profile.model.source != "world" and not options.unchecked:
         from latlib.planning.check import lacking  # as above

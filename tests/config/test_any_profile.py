@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from latlib.config.profile import Profile, ProfileError, load_profile
+from latlib.config.profile import ProfileError, load_profile
 
 SHIPPED = {
     file.stem: file.read_text(encoding="utf-8")
@@ -18,6 +18,7 @@ SHIPPED = {
 EVERY = settings(
     max_examples=1000, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+LONGEST = 20_000  # letters of a reason
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -57,9 +58,9 @@ def read(folder, text) -> str:
     file = folder / "p.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     try:
-        assert isinstance(load_profile(file), Profile)
+        load_profile(file)
     except ProfileError as error:
-        assert str(error).strip() and len(str(error)) < 20_000
+        assert str(error).strip()
         return str(error)
     return ""
 
@@ -74,7 +75,7 @@ def test_a_value_of_any_kind_anywhere(tmp_path, data):
             tree = with_value(tree, place, data.draw(JUNK))
         except (TypeError, KeyError, IndexError):  # an earlier change took the place away
             continue
-    read(tmp_path, yaml.dump(tree, allow_unicode=True))
+    assert len(read(tmp_path, yaml.dump(tree, allow_unicode=True))) < LONGEST
 
 
 @EVERY
@@ -97,7 +98,7 @@ def test_any_bytes_anywhere(tmp_path, data):
         b"]",
     ]
     put = data.draw(st.one_of(st.sampled_from(scraps), st.binary(max_size=12)))
-    read(tmp_path, text[:begin] + put + text[begin + length :])
+    assert len(read(tmp_path, text[:begin] + put + text[begin + length :])) < LONGEST
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(

@@ -63,6 +63,8 @@ def test_a_skipped_step_is_said_with_its_rows(capsys):
         weight[0, 0] = math.nan if step == 3 else torch.nan_to_num(weight[0, 0], 0.0)
 
     (line,) = trained(capsys, steps=5, lr=1e-3, spoil=spoil)
-    assert "step 3 was skipped: harmful rows [" in line and "benign rows [" in line
+    assert (
+        "step 3 was not finite and is skipped: harmful rows [" in line and "benign rows [" in line
+    )
     (rows,) = line.split("harmful rows [")[1].split("]")[:1]
     assert sorted(map(int, rows.split(", "))) == list(range(ROWS))

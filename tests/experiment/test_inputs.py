@@ -2,6 +2,7 @@
 name, is no silent mixture.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -62,17 +63,26 @@ def test_another_file_of_the_same_name_is_named(place, file, said):
     claim("other")
 
 
+def known(place):
+    """Digests of the inputs, as the folder has them."""
+    return json.loads((place / "run" / "began.json").read_text())["inputs"]
+
+
 def test_what_says_nothing_of_a_model_may_change(place):
     claim()
+    before = known(place)
     (place / "model" / "README.md").write_text("new")
     claim()
+    assert known(place) == before and len(before) == len(MODEL) + 2
 
 
 def test_the_same_files_elsewhere_are_the_same_inputs(place):
     claim()
+    before = known(place)
     (place / "deep").mkdir()
     (place / "model").rename(place / "deep" / "model")
     claim(model={"source": str(place / "deep" / "model")})
+    assert known(place) == before
 
 
 def test_large_weights_are_told_apart_by_pieces(place, monkeypatch):

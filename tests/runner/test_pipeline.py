@@ -374,8 +374,11 @@ def test_bad_profile_and_bad_option_end_with_status_2(place):
     done = run(place)
     assert done.returncode == 2 and "8.0e-5" in done.stderr and "Traceback" not in done.stderr
     assert run(place, "--frsh").returncode == 2
-    write_notebook(place / "thesis", "01_mine")
     (place / "mine.yaml").write_text("description: a test\nmethods: {lat: {}}\n")
+    for grace in ("0", "-5", "nan", "1e9"):
+        done = run(place, "--grace", grace)
+        assert done.returncode == 2 and "--grace" in done.stderr and "Traceback" not in done.stderr
+    write_notebook(place / "thesis", "01_mine")
     done = run(place, "--fresh", "--out", str(place / "thesis"))
     assert done.returncode == 2 and "01_mine.ipynb" in done.stderr
     assert [p.name for p in (place / "thesis").iterdir()] == ["01_mine.ipynb"]
