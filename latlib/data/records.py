@@ -34,6 +34,7 @@ import pandas as pd
 import pyarrow.parquet
 
 from latlib.config.sections import ProfileError
+from latlib.io.outages import FIX, causes, is_outage, through_outages
 
 Record = Mapping[str, Any]
 ANY_SPLIT = "test, or the only one"  # for sets that may be published whole, as benchmarks are
@@ -165,8 +166,7 @@ def _read(source: Source) -> list[Record]:
             " hub and give the file's path, or run `pip install datasets`"
         ) from None
     try:
-        found = _dataset_records(datasets, place, source)
-        return list(itertools.islice(found, source.rows))
+        return through_outages(lambda: _taken(datasets, place, source), source.shown)
     except Exception as error:  # of `datasets`, the hub's client or what these call
         raise ProfileError(f"{source.shown}: {_refused(error, source, what)}") from error
 
@@ -252,6 +252,10 @@ READERS = {
 # ---- folders and the hub -------------------------------------------------------------------------
 
 
+def _taken(datasets: Any, place: Path, source: Source) -> list[Record]:
+    return list(itertools.islice(_dataset_records(datasets, place, source), source.rows))
+
+
 def _dataset_records(datasets: Any, place: Path, source: Source) -> Iterable[Record]:
     """Records of a folder or of the hub. Of a folder of files `datasets` says only which of them
     are a split's; of one that save_to_disk wrote the rows stay on the disk until they are taken.
@@ -288,14 +292,12 @@ def _refused(error: Exception, source: Source, what: str) -> str:
     text = str(error).strip() or type(error).__name__
     here = what == source.path
     said = f"{what} cannot be {'read' if here else 'had from the hub'}"
-    causes = [text]
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
+    if is_outage(error):
+        return f"{said} ({type(error).__name__}: {text}): {FIX}"
+    words = [text, *(type(cause).__name__ for cause in causes(error))]
     fix = _WRONG_HERE if here else _WRONG_NAME
     for word, known in _FIXES.items():
-        if word in " ".join(causes).lower():
+        if word in " ".join(words).lower():
             fix = known
             if known == _PART and source.split != ANY_SPLIT:
                 fix = f"set {source.field}_{word}, or {known}"
@@ -311,7 +313,6 @@ _FIXES = {
     "split": _PART,
     "config": _PART,
     "offline": _NETWORK,
-    "connect": _NETWORK,
 }
 _WRONG_HERE = "check what is in it, or give one file"
 _WRONG_NAME = (

@@ -11,7 +11,8 @@ only where allowed.
    with transformers' own code.
 4. A source whose weights are a GGUF file is dequantised first (`latlib.io.gguf`).
 5. Weights are read in the precision they are wanted in, so that they are in memory once.
-6. Whatever goes wrong is said as field, value and fix: gated without a token, missing, pickles
+6. What is asked of the hub is asked again while it is out (`latlib.io.outages`).
+7. Whatever goes wrong is said as field, value and fix: gated without a token, missing, pickles
    only, foreign code.
 """
 
@@ -19,15 +20,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -61,6 +69,7 @@ from latlib.io.gguf import (
     read_tokenizer,
 )
 from latlib.io.messages import in_a_line
+from latlib.io.outages import FIX, causes, is_outage, through_outages
 from latlib.io.weights import check_finite, check_loaded, check_not_quantised, headers
 
 # names of weights that are read, and of pickles, which may run code
@@ -70,6 +79,7 @@ MODEL_FILES = (
 )
 ADAPTER_FILES = (("adapter_model.safetensors",), ("adapter_model.bin",))
 Files = tuple[tuple[str, ...], tuple[str, ...]]
+Found = TypeVar("Found")
 
 
 Permissions = Any  # a `config.sections.ModelSettings`, or anything with its fields
@@ -134,8 +144,9 @@ def located(source: str | os.PathLike[str], field: str, revision: str | None = N
         file = _gguf_on_hub(text, field, revision)
     if file is None:
         return text
-    with _explaining(field, text, Allowed(revision=revision)):
-        return str(dequantised(file, field))
+    found = file
+    allowed = Allowed(revision=revision)
+    return str(_explained(lambda: dequantised(found, field), field, text, allowed))
 
 
 def _gguf_on_hub(source: str, field: str, revision: str | None) -> Path | None:
@@ -144,9 +155,13 @@ def _gguf_on_hub(source: str, field: str, revision: str | None) -> Path | None:
     names = [path.name for path in cached.iterdir()] if cached else []
     if not any(name.endswith((*WEIGHTS, SUFFIX)) for name in names):
         try:
-            names = HfApi().list_repo_files(source, revision=revision)
-        except Exception:  # of the hub or the network: said where the source is opened
-            return None
+            names = through_outages(
+                lambda: HfApi().list_repo_files(source, revision=revision), f"{field} = {source!r}"
+            )
+        except Exception as error:
+            if is_outage(error):
+                raise SettingError(f"{field} = {source!r} {_fix(error, Allowed())}") from error
+            return None  # said where the source is opened
     name = only_one(names, f"{field} = {source!r}")
     file = source_file(source, name, field, revision) if name else None
     return Path(file) if file else None
@@ -181,10 +196,20 @@ def source_file(source: str, name: str, field: str, revision: str | None = None)
     if Path(source).is_dir():
         path = Path(source) / name
         return str(path) if path.is_file() else None
-    with _explaining(field, source, Allowed(revision=revision)):
-        return cached_file(
-            source, name, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+    allowed = Allowed(revision=revision)
+    return _explained(lambda: _hub_file(source, name, revision), field, source, allowed)
+
+
+def _hub_file(source: str, name: str, revision: str | None) -> str | None:
+    # that it lacks the file is in the cache, too: no reason to wait for a hub that is out
+    if try_to_load_from_cache(source, name, revision=revision) is _CACHED_NO_EXIST:
+        return None
+    try:
+        return hf_hub_download(source, name, revision=revision)
+    except EntryNotFoundError as error:  # also of what is not cached, while the hub is out
+        if is_outage(error):
+            raise
+        return None
 
 
 def is_adapter(source: str, field: str, revision: str | None = None) -> bool:
@@ -208,14 +233,20 @@ def open_config(source: str, field: str, allowed: Allowed) -> PretrainedConfig:
             f" adapter_config.json says {base_of(source, field)!r}), and the adapter as a released"
             " model"
         )
-    with _explaining(field, source, allowed):
-        if source.endswith(SUFFIX):
-            return read_config(Path(source), contents(Path(source), field), field)
+
+    def read() -> PretrainedConfig:
         if not Path(source).is_dir():
             # without a network a file that is not cached looks like one that does not exist; this
             # one always does
             cached_file(source, "config.json", revision=allowed.revision)
-        config = AutoConfig.from_pretrained(source, **allowed.options)
+        return AutoConfig.from_pretrained(source, **allowed.options)
+
+    def read_gguf() -> PretrainedConfig:
+        return read_config(Path(source), contents(Path(source), field), field)
+
+    if source.endswith(SUFFIX):
+        return _explained(read_gguf, field, source, allowed)
+    config = _explained(read, field, source, allowed)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise SettingError(
             f"{field} = {source!r} is a {config.model_type!r} model, which transformers does not"
@@ -232,14 +263,17 @@ def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) ->
     check_not_quantised(config, named)
     if Path(source).is_dir():
         headers(Path(source), named)
-    with _explaining(field, source, allowed):
-        model, info = AutoModelForCausalLM.from_pretrained(
+
+    def read() -> tuple[nn.Module, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=safe,
             output_loading_info=True,
             **allowed.options,
         )
+
+    model, info = _explained(read, field, source, allowed)
     check_loaded(model, info, named)
     # buffers stay: rotary frequencies rounded to bf16 turn far positions by the wrong angle
     for parameter in model.parameters():
@@ -249,10 +283,13 @@ def open_model(source: str, field: str, allowed: Allowed, dtype: torch.dtype) ->
 
 def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedTokenizerBase:
     """The tokenizer of a source. Raises SettingError naming the field."""
-    with _explaining(field, source, allowed):
+
+    def read() -> PreTrainedTokenizerBase:
         if source.endswith(SUFFIX):
             return read_tokenizer(Path(source), contents(Path(source), field), field)
         return AutoTokenizer.from_pretrained(source, **allowed.options)
+
+    return _explained(read, field, source, allowed)
 
 
 def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) -> PeftModel:
@@ -261,10 +298,13 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
     """
     weights_are_safe(source, field, allowed, ADAPTER_FILES)
     check_adapter(open_adapter_config(source, field), model, f"{field} = {source!r}")
-    with _explaining(field, source, allowed), warnings.catch_warnings():
+    # first what may be downloaded: a model is not wrapped twice
+    kept = _explained(lambda: load_peft_weights(source, device="cpu"), field, source, allowed)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # missing keys are an error below
-        adapted = PeftModel.from_pretrained(model, source)
-        kept = load_peft_weights(source, device="cpu")
+        adapted = _explained(
+            lambda: PeftModel.from_pretrained(model, source), field, source, allowed
+        )
     check_adapter_keys(adapted, kept, f"{field} = {source!r}")
     check_finite(kept.items(), f"{field} = {source!r}")
     return adapted
@@ -273,8 +313,7 @@ def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) ->
 def open_adapter_config(source: str, field: str) -> PeftConfig:
     """What an adapter says of itself. Raises SettingError for one that adds tokens instead of
     changing the model's layers."""
-    with _explaining(field, source, Allowed()):
-        config = PeftConfig.from_pretrained(source)
+    config = _explained(lambda: PeftConfig.from_pretrained(source), field, source, Allowed())
     if config.is_prompt_learning:
         raise SettingError(
             f"{field} = {source!r} is a {config.peft_type} adapter, which adds tokens of its own:"
@@ -347,12 +386,12 @@ def weights_are_safe(source: str, field: str, allowed: Allowed, files: Files) ->
     )
 
 
-@contextmanager
-def _explaining(field: str, source: str, allowed: Allowed) -> Iterator[None]:
-    """Whatever libraries, the hub and foreign code raise becomes a SettingError."""
+def _explained(call: Callable[[], Found], field: str, source: str, allowed: Allowed) -> Found:
+    """What `call` gives; whatever libraries, the hub and foreign code raise becomes a SettingError,
+    an outage after some tries."""
     try:
         with quietly():
-            yield
+            return through_outages(call, f"{field} = {source!r}")
     except SettingError:
         raise
     except Exception as error:
@@ -369,7 +408,7 @@ def _fix(error: Exception, allowed: Allowed) -> str:
         RepositoryNotFoundError: "is neither a folder nor a model on the hub: check the name, or"
         " log in if it is private",
     }
-    chain = list(_chain(error))
+    chain = list(causes(error))
     for kind, fix in refusals.items():
         if any(isinstance(cause, kind) for cause in chain):
             return fix
@@ -384,15 +423,9 @@ def _fix(error: Exception, allowed: Allowed) -> str:
             " model.trust_remote_code: true if you trust it, or choose a model that transformers"
             " knows"
         )
+    if is_outage(error):
+        return f"cannot be had: the hub does not answer ({in_a_line(error)}): {FIX}"
     return (
         f"cannot be loaded ({in_a_line(error)}): check the folder or the network, or download it"
         " and give the folder"
     )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__

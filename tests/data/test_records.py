@@ -12,6 +12,7 @@ from rows_in_files import write
 from latlib.config.sections import ProfileError
 from latlib.data.benchmarks import asked_prompts
 from latlib.data.records import ANY_SPLIT, Source, is_hub_id, read_table
+from latlib.io import outages
 
 RECORDS = [
     {
@@ -184,7 +185,7 @@ def test_streaming_takes_no_more_rows_than_asked(monkeypatch):
             FileNotFoundError("Dataset 'owner/name' doesn't exist on the Hub"),
             "check the name, set HF_TOKEN if it is",
         ),
-        (ConnectionError("Couldn't reach the Hub"), "check the network, or download it"),
+        (ConnectionError("Couldn't reach the Hub"), "check the network and .*the same command"),
         (
             ValueError("Config name is missing. Please pick one of: a, b"),
             "one of: a, b.*set data.harmful_config",
@@ -202,6 +203,7 @@ def test_what_the_hub_refuses_is_said_with_its_fix(monkeypatch, error, said):
     module = types.ModuleType("datasets")
     module.load_dataset = load
     monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(outages, "WAITS", ())
     with pytest.raises(
         ProfileError, match=f"data.harmful = 'owner/name': owner/name/train cannot be had.*{said}"
     ):

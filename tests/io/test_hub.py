@@ -262,7 +262,8 @@ def test_the_revision_is_that_of_the_profiles_own_model_only(tmp_path, monkeypat
         asked.append((name, source, revision))
         return str(folder / name) if (folder / name).is_file() else None
 
-    monkeypatch.setattr(latlib.io.hub, "cached_file", cached)
+    for name in ("cached_file", "_hub_file"):
+        monkeypatch.setattr(latlib.io.hub, name, cached)
     settings = settings_for(source="owner/name", revision="v1")
     load_model("owner/name", settings)
     assert {name for name, _, _ in asked} >= {
