@@ -8,7 +8,9 @@
    it.
 
 wandb is offline by default. Online needs the request in the profile, a key, and a server that
-answers within INIT_WAIT_S; otherwise the run is recorded offline and one line says why. Whatever
+answers within INIT_WAIT_S; otherwise the run is recorded offline and one line says why. A process
+that trains several models waits once: after a server that does not answer all are recorded offline,
+after a W&B that hangs none are. Whatever
 wandb does, the JSONL is whole and nothing is raised. wandb is imported in the background thread,
 and only where it is wanted.
 """
@@ -51,6 +53,10 @@ class Tracker:
             tracker.log(1, total=1.2, kl=0.01)
     """
 
+    # of this process, which waits for neither a second time
+    _unreachable = ""
+    _hangs = False
+
     def __init__(
         self,
         path: Path,
@@ -71,7 +77,7 @@ class Tracker:
         # not finished, so in no manifest yet
         write_text("".join(map(_line, kept)), self.path, durable=False)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
-        if self.settings.wandb != "disabled":
+        if self.settings.wandb != "disabled" and not Tracker._hangs:
             self._mirror.start()
         for record in kept:
             self._queue.put(record)
@@ -90,9 +96,10 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._queue.put(None)
-        if self.settings.wandb != "disabled":
+        if self._mirror.is_alive():
             self._mirror.join(FINISH_WAIT_S)
         if self._mirror.is_alive():
+            Tracker._hangs = True
             self._trouble = f"W&B did not finish within {FINISH_WAIT_S:.0f} s and is left alone"
         if self._trouble:
             _say(f"{self._trouble}; {self.path.name} is whole")
@@ -120,11 +127,12 @@ class Tracker:
         mode, reason = choose_mode(self.settings.wandb, wandb.setup().settings.base_url)
         if mode == "disabled":
             return None
-        if mode == "online":
+        if mode == "online" and not Tracker._unreachable:
             try:
                 return self._init(wandb, mode)
             except Exception as error:
-                reason = f"{type(error).__name__}: {in_a_line(error)}"
+                Tracker._unreachable = f"{type(error).__name__}: {in_a_line(error)}"
+        reason = reason or Tracker._unreachable
         if reason:
             _say(f"W&B stays offline: {reason}")
         return self._init(wandb, "offline")
