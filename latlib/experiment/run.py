@@ -47,9 +47,11 @@ from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
 from latlib.refusal import directions
 from latlib.refusal.ablation import ablation
+from latlib.refusal.activations import paired_activations
 from latlib.refusal.directions import Differences
 from latlib.refusal.geometry import variance_table
 from latlib.refusal.interventions import Direction
+from latlib.refusal.massive import massive_record
 from latlib.threat import Site
 
 # suites that need nothing but the model
@@ -202,7 +204,8 @@ class Run:
         return directions.load_directions(self._geometry(method, seed, DIRECTIONS))
 
     def variance(self, method: str, seed: int = 0) -> Json:
-        """Explained variance of a model's differences at their last token."""
+        """Explained variance of a model's differences at their last token, and its massive
+        activations."""
         return read_json(self._geometry(method, seed, VARIANCE))
 
     def _geometry(self, method: str, seed: int, name: str) -> Path:
@@ -229,6 +232,9 @@ class Run:
         directions.save_directions(found, file(DIRECTIONS))
         site = directions.fixed_site(len(differences.pairs) - 1)
         explained = variance_table(differences.last(), differences.clusters, site)
+        pairs = self.profile.evaluation.pairs
+        harmful, harmless = paired_activations(lm, self.profile, [site], pairs)
+        explained["massive"] = massive_record((harmful[site], harmless[site]))
         write_json(explained, file(VARIANCE))
 
     # ---- outcomes, measured once and kept

@@ -132,3 +132,19 @@ def paired_prompts(profile: Profile, split: Split, n: int) -> tuple[list[Prompt]
     harmful = source.ask("directions", split, HARMFUL, n)
     matched = profile.evaluation.pairing == "matched"
     return harmful, source.counterparts(harmful, "directions", split, matched)
+
+
+def paired_activations(
+    lm: LanguageModel, profile: Profile, sites: Sequence[Site], n: int
+) -> tuple[Streams, Streams]:
+    """site -> [pairs, d_model] float64 at the last token, of n harmful training prompts and of the
+    harmless one that belongs to each."""
+    network = lm.network()
+    size = profile.evaluation.batch
+    found = []
+    for side in paired_prompts(profile, "train", n):
+        rows = prompt_rows(lm, side, profile.data.system_prompt)
+        streams = activations(network, rows, sites, size=size)
+        found.append({site: stream[:, -1] for site, stream in streams.items()})
+    harmful, harmless = found
+    return harmful, harmless

@@ -181,7 +181,7 @@ def _dimensions(found: Findings, rule: str, model: str) -> str:
     return " + ".join(map(str, sorted(set(rows["dimension"])))) or "none"
 
 
-def massive_table(found: Findings) -> DataFrame:
+def massive_by_block(found: Findings) -> DataFrame:
     """By block and model: the largest entry, in multiples of its stream's median too, and by each
     rule the massive dimensions with the number of prompts in which they are."""
     place = ["block", "model"]

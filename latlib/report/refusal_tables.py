@@ -22,6 +22,7 @@ from torch import Tensor
 
 from latlib.evaluation.outcomes import BASE, NOTHING, OWN_RULES, RANDOM, SHUFFLED, Rule
 from latlib.refusal.geometry import principal_components
+from latlib.refusal.massive import MASSIVE
 from latlib.report.evidence import (
     SHOWN,
     Evidence,
@@ -262,6 +263,43 @@ def _draw_papers_variance(ax: Axes, e: Evidence, names: Sequence[str]) -> None:
             x = [place + (number - 1.5) * 0.8 / len(SHADES) for number in range(len(shares))]
             ax.plot(x, shares, "kx", markersize=7, label=label)
             label = "_"  # one entry in the legend
+
+
+def massive_table(e: Evidence) -> DataFrame:
+    """By model and seed, at the fixed site: the largest entry of a stream, in multiples of its
+    median too; by each rule of `refusal.massive` the massive dimensions, with the number of prompts
+    in which they are; and the share of the first two components in per cent, uncentred and centred,
+    with all dimensions and without those found.
+
+    Raises MissingError where none was measured.
+    """
+    rows = {}
+    for method in e.variance_tables():
+        for seed, table in e.variance[method].items():
+            if record := table.get("massive"):  # not in runs that were made before it was measured
+                rows[method, seed] = _massive_row(record)
+    if not rows:
+        raise MissingError("no massive activations: run notebook 04 in a new run folder")
+    return DataFrame(rows).T.rename_axis(["method", "seed"])
+
+
+def _massive_row(record: Mapping[str, Any]) -> dict[str, str]:
+    row = {
+        "largest": f"{record['largest']:.3g}",
+        "times median": f"{record['times_median']:.0f}",
+        "two components": _percents(record["share"]),
+    }
+    for rule in MASSIVE:
+        found = [f"{dim} ({count})" for dim, count in record[rule].items()]
+        row[f"{rule} et al."] = ", ".join(found) or "none"
+        row[f"without {rule}'s"] = _percents(record[f"share_without_{rule}"])
+    return row
+
+
+def _percents(shares: Sequence[float]) -> str:
+    """Uncentred and centred."""
+    uncentred, centred = (f"{100 * share:.1f}" for share in shares)
+    return f"{uncentred}; {centred}"
 
 
 def scatter(

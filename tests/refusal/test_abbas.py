@@ -108,7 +108,7 @@ def test_tables_and_figure_hold_the_same_numbers_and_a_stand_in_says_so(found):
     assert figure.get_suptitle() == abbas_tables.STAND_IN
     figure, alt = abbas_tables.concentration_figure(found)
     assert "STAND-IN" not in alt and not figure.get_suptitle()
-    table = abbas_tables.massive_table(found)
+    table = abbas_tables.massive_by_block(found)
     assert table.loc[(12, "lat"), "Kang et al."] == "1415 (33), 2533 (33)"
     assert table.loc[(12, "at"), "Sun et al."] == "none"
     assert abbas_tables.angles_table(found).shape == (6, 4)

@@ -86,3 +86,17 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
 def test_sides_that_do_not_pair_up_are_errors():
     with pytest.raises(ValueError, match="3 harmful and 2 harmless"):
         act.activation_differences(tiny.language_model().network(), ROWS[:3], ROWS[:2], SITES)
+
+
+def test_both_sides_of_a_run_differ_by_what_is_kept(smoke_run):
+    profile, lm = smoke_run.profile, smoke_run.model("ssft", 0)
+    kept = smoke_run.differences("ssft", 0).last()[1]
+    harmful, harmless = act.paired_activations(lm, profile, [1], profile.evaluation.pairs)
+    assert torch.allclose(harmful[1] - harmless[1], kept, atol=1e-5)
+    assert harmless[1].norm() > 0
+    record = smoke_run.variance("ssft", 0)["massive"]
+    site = smoke_run.variance("ssft", 0)["fixed_site"]
+    assert record["prompts"] == 2 * len(kept)
+    at = smoke_run.variance("ssft", 0)["sites"].index(str(site))
+    share = sum(smoke_run.variance("ssft", 0)["uncentred"][at][:2])
+    assert record["share"][0] == pytest.approx(share, abs=1e-4)

@@ -118,3 +118,22 @@ def test_by_seed_the_strongest_of_all_vectors_is_named():
     ]
     assert table["ASR"].tolist() == pytest.approx([0.4, 0.4, 0.6])
     assert table["own, best"].tolist() == pytest.approx([0.2] * 3)
+
+
+def test_massive_dimensions_of_every_model_that_was_measured():
+    e = evidence(True)
+    with pytest.raises(MissingError, match="run notebook 04 in a new run folder"):
+        refusal_tables.massive_table(e)
+    record = {
+        "prompts": 200, "largest": 43.72, "times_median": 463.3, "share": [0.746, 0.732],
+        "Sun": {}, "share_without_Sun": [0.746, 0.732],
+        "Kang": {"1415": 50, "2533": 71}, "share_without_Kang": [0.462, 0.33],
+    }  # fmt: skip
+    e.variance["lat"]["1"]["massive"] = record
+    table = refusal_tables.massive_table(e)
+    assert list(table.index) == [("lat", "1")]
+    row = table.loc[("lat", "1")]
+    assert row["Sun et al."] == "none" and row["Kang et al."] == "1415 (50), 2533 (71)"
+    assert row["two components"] == row["without Sun's"] == "74.6; 73.2"
+    assert row["without Kang's"] == "46.2; 33.0"
+    assert row["largest"] == "43.7" and row["times median"] == "463"
