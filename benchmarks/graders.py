@@ -2,7 +2,7 @@
 
     python benchmarks/graders.py --half untouched --json latlib/report/grader_errors.json
 
-Every source is a folder, fetched by whoever runs this; one that is absent is left out, which is said:
+Every source is a folder, fetched by whoever runs this; it says which are absent:
 
 1. `abbas2025`: `not_successes.json`, replies under ablation to AdvBench that a person called no
    success, of https://github.com/nlpet/apart-lab-refusal-lat-project (Abbas et al. 2025).

@@ -32,6 +32,7 @@ from latlib.config.sections import GraderSettings, ModelSettings, ProfileError
 from latlib.evaluation.generate import left_padded, of_similar_length
 from latlib.evaluation.outcomes import Outcome
 from latlib.evaluation.phrases import OPENING, Texts
+from latlib.evaluation.reply_rules import RuleGrader
 from latlib.evaluation.rule_graders import Grade, Grader, PhraseGrader, checked_pairs
 from latlib.io.hub import (
     Allowed,
@@ -343,7 +344,7 @@ _KINDS: dict[str, type[ModelGrader]] = {
     "strongreject": ScoreGrader,
     "guard": GuardGrader,
 }
-NAMES = ("phrases", "phrases-prefix", *_KINDS)
+NAMES = ("rules", "phrases", "phrases-prefix", *_KINDS)
 
 
 def judges(settings: GraderSettings) -> tuple[str, ...]:
@@ -374,6 +375,8 @@ def load_grader(
     if name not in NAMES:
         raise ProfileError(f"grader.name = {name!r} cannot be loaded: choose {', '.join(NAMES)}")
     if name not in _KINDS:
+        if name == "rules":
+            return RuleGrader(**options)
         return PhraseGrader("prefix" if name == "phrases-prefix" else "substring", **options)
     kind = _KINDS[name]
     source = str(source or kind.published)
