@@ -17,7 +17,8 @@ Every source is a folder, fetched by whoever runs this; it says which are absent
 
 Half of the prompts is for tuning rules, the other is untouched (`half_of`): all replies to a prompt
 lie in one half. The rule was fixed before any reply was read. `--show` prints the errors of the
-half for tuning, and refuses to of the other.
+half for tuning, and refuses to of the other. `--page` writes docs/graders.md from the figures of
+the untouched half.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from measure import write
 
 from latlib.evaluation.graders import load_grader
 from latlib.evaluation.outcomes import Outcome
+from latlib.report.grader_errors import error_table, kappas
+from latlib.report.tables import markdown, printed
 
 HALVES = ("tune", "untouched")
 CUT = 300  # letters: about 64 tokens, as long as the replies of abbas2025
-DATA = Path(__file__).resolve().parents[1] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+TEMPLATE = Path(__file__).with_name("graders.template.md")
+PAGE = ROOT / "docs" / "graders.md"
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,22 @@ def show_errors(name: str, replies: list[Labelled], called: list[bool]) -> None:
             print(repr(reply.reply[:400]))
 
 
+def page() -> str:
+    """docs/graders.md, from the figures of the untouched half."""
+    by_writer = error_table()
+    lines = {}
+    for label in ("not complied", "complied"):
+        table = printed(by_writer.xs(label, level="labelled")).reset_index()
+        table = table.rename(columns={"group": "written by"})
+        lines[label.replace(" ", "_")] = markdown(list(table), table.to_numpy().tolist())
+    variants = by_writer.loc["abbas2025"].drop(columns="n").map(lambda share: share.estimate)
+    spread = variants.max() - variants.min()
+    points = [f"{100 * width:.0f} points for `{name}`" for name, width in spread.items()]
+    agreed = [f"`{name}` {kappa:.2f}" for name, kappa in kappas("xstest").items()]
+    text = TEMPLATE.read_text(encoding="utf-8")
+    return text.format(cut=CUT, spread=", ".join(points), kappas=", ".join(agreed), **lines)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,9 +172,13 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, default="tune")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
     if options.show and options.half != "tune":
         parser.error("--show is for the half for tuning: the other half stays unread")
+    if options.page:
+        PAGE.write_text(page(), encoding="utf-8")
+        return
     replies = labelled_replies(options.data, options.half)
     found = {}
     for name in options.graders.split(","):

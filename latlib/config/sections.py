@@ -398,8 +398,10 @@ class GraderSettings(Section):
     `latlib.evaluation.graders`. Defaults are our choice where none is named.
     """
 
-    # Arditi et al. 2024: phrases anywhere in the reply
-    name: Literal["phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = "phrases"
+    # the smallest measured error without a model (docs/graders.md)
+    name: Literal["rules", "phrases", "phrases-prefix", "harmbench", "strongreject", "guard"] = (
+        "rules"
+    )
     # folder or hub id of a grader that is a model; None: the published one
     source: Text | None = None
     base: Text | None = None  # under a grader that is an adapter
@@ -409,7 +411,7 @@ class GraderSettings(Section):
     @model_validator(mode="after")
     def _is_read(self) -> GraderSettings:
         given = [name for name in ("source", "base", "template") if getattr(self, name)]
-        if given and self.name.startswith("phrases"):
+        if given and self.name.startswith(("rules", "phrases")):
             raise ValueError(
                 f"name = {self.name!r} is no model and reads no {' or '.join(given)}: leave that"
                 " out, or name 'harmbench', 'strongreject' or 'guard'"

@@ -159,8 +159,8 @@ class FilePrompts(PromptSource):
         return (
             f"**This run asks real prompts**, {tested}, of at most {self.most_letters} letters."
             f" Replies of {self.evaluation.max_new_tokens} tokens are graded by"
-            f" `{self.evaluation.grader.name}`: *complied* is what that calls compliance, and"
-            " phrases call everything compliance that is no refusal, junk too. A *twin* is any"
+            f" `{self.evaluation.grader.name}`: *complied* is what that calls compliance, and how"
+            " often `rules` and `phrases` err stands in the report. A *twin* is any"
             " harmless prompt. A request counts as *understood* when its answer is likelier after"
             " it than after nine others; guessing reaches one in ten, and a few words can be"
             " enough. Where intervals are over pairs or clusters, these are groups of"

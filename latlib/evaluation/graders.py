@@ -364,7 +364,8 @@ def load_grader(
     base: str | Path | None = None,
     **options: Any,
 ) -> Grader:
-    """A grader by name: 'phrases', 'phrases-prefix', 'harmbench', 'strongreject' or 'guard'.
+    """A grader by name: 'rules', 'phrases', 'phrases-prefix', 'harmbench', 'strongreject' or
+    'guard'.
 
     source: model folder or hub id, the published one by default; with a LoRA, `base` says where the
     model under it is (by default what the adapter names). template: a text file; one line break at

@@ -312,8 +312,11 @@ def _acquired(folder: Path) -> BaseFileLock:
 
 def fixed_settings(profile: Json) -> Json:
     """The part of a dumped profile that a run folder is made with: a grid names trials and changes
-    none, a file stays the same wherever it lies, and the day is the folder's."""
+    none, a file stays the same wherever it lies, the day is the folder's, and the made-up world
+    has no use for a grader."""
     kept = portable({k: v for k, v in profile.items() if k not in FREE_FIELDS})
     kept.get("sweep", {}).pop("grid", None)
     kept.get("model", {}).pop("date", None)  # of the run's own making
+    if kept.get("data", {}).get("source") == "world":  # whose replies are graded exactly
+        kept.get("evaluation", {}).pop("grader", None)
     return kept

@@ -21,7 +21,8 @@ from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import examiner_of, grader_of
 from latlib.evaluation.generate import batches, generate, write
 from latlib.evaluation.outcomes import Cell, Examined, Subject, outcome_rows
-from latlib.evaluation.rule_graders import Grade, PhraseGrader
+from latlib.evaluation.reply_rules import RuleGrader
+from latlib.evaluation.rule_graders import Grade
 from latlib.hooks import EMBEDDING
 from latlib.models import load_model
 from latlib.redteam.audit import audit
@@ -271,7 +272,7 @@ def test_a_request_is_understood_when_its_answer__is_likelier_after_it_than_afte
 def test_graders_and_ways_of_counting_by_where_prompts_come_from(profile):
     found, made_up = Evidence(profile, None), Evidence(SMOKE, None)
     assert "answered" in conditions(made_up) and "answered" not in conditions(found)
-    assert isinstance(grader_of(profile, []), PhraseGrader)
+    assert isinstance(grader_of(profile, []), RuleGrader)
     prompt = prompt_set("harmful", SMOKE)[0]
     assert grader_of(SMOKE, [prompt]).grade([prompt.text], [prompt.refusal])[0].outcome == "refused"
 
@@ -293,7 +294,7 @@ def test_a_run_says_how_to_read_it(profile):
     assert "the one right recipe" in prompt_source(SMOKE).about()
     said = prompt_source(profile).about()
     assert (
-        "graded by `phrases`" in said
+        "graded by `rules`" in said
         and "Replies of 5 tokens" in said
         and "held out of the same data" in said
     )

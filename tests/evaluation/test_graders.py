@@ -496,9 +496,9 @@ def test_a_hub_model_that_is_not_here_says_so_without_a_network():
     [
         (
             {"name": "harmbunch"},
-            "grader.name = 'harmbunch' cannot be loaded: choose phrases, phrases-prefix, harmbench",
+            "grader.name = 'harmbunch' cannot be loaded: choose rules, phrases, phrases-prefix, harmbench",
         ),
-        ({"name": "exact"}, "grader.name = 'exact' cannot be loaded: choose phrases"),
+        ({"name": "exact"}, "grader.name = 'exact' cannot be loaded: choose rules"),
         (
             {"name": "guard", "dtype": "int3"},
             "grader.dtype = 'int3': Input should be 'auto', 'float64'",

@@ -33,6 +33,23 @@ def test_a_run_folder_is_the_same_wherever_its_files_lie(tmp_path):
         Layout(validated(Profile, other), tmp_path).claim()
 
 
+def test_a_grader_is_a_setting_of_real_prompts_alone(tmp_path):
+    own = load_profile("smoke").model_dump()
+    for source in ("world", "files"):
+        tree = own | {"name": source}
+        if source == "files":
+            tree["data"] = {"source": "files", "harmful": "owner/bad", "benign": "owner/good"}
+            tree["model"] = {"source": "owner/chat"}
+        Layout(validated(Profile, tree), tmp_path / source).claim()
+        tree["evaluation"] = own["evaluation"] | {"grader": {"name": "phrases"}}
+        again = Layout(validated(Profile, tree), tmp_path / source)
+        if source == "world":
+            again.claim()
+            continue
+        with pytest.raises(ProfileError, match="evaluation.grader.name: 'rules' -> 'phrases'"):
+            again.claim()
+
+
 def test_looking_at_a_run_changes_nothing_in_its_folder(smoke_run):
     def files():
         return {f: f.stat().st_mtime_ns for f in smoke_run.folder.rglob("*") if f.is_file()}
