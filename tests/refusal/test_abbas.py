@@ -3,11 +3,12 @@ truth, and the figures that were computed from them elsewhere (LATLIB_ABBAS=PATH
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from latlib.refusal import abbas
 from latlib.refusal.massive import DIMENSIONS, NOTHING, PAIRS
@@ -82,18 +83,22 @@ def test_only_lat_has_massive_dimensions_in_the_stand_in(found):
     assert angles[12, "lat", "baseline", DIMENSIONS] < 10
 
 
-def test_the_paragraph_follows_from_the_numbers(found, activations):
+def with_excess(found, *more):
+    """The same findings with one excess, low and high, for LAT under every removal."""
+    shares = found.shares.copy()
+    shares.loc[shares["model"] == "lat", ["more", "more_low", "more_high"]] = more
+    return replace(found, shares=shares)
+
+
+def test_the_paragraph_follows_from_the_numbers(found):
     text = abbas_tables.paragraph(found)
     assert "at blocks 12, 16" in text and "can be told from 0 once either is removed" in text
-    models = activations[12]
-    # a LAT that is the baseline's twin, and one that differs by no dimension of its own
-    twin = abbas.examine(dict.fromkeys((12, 16), models | {"lat": models["at"]}))
-    assert "at no block" in abbas_tables.paragraph(twin)
-    assert "there is no excess to explain" in abbas_tables.paragraph(twin)
-    harmful, harmless = models["baseline"]
-    narrow = (harmless + (harmful - harmless).mean(0) + (harmful - harmless) / 3, harmless)
-    other = abbas.examine(dict.fromkeys((12, 16), models | {"lat": narrow}))
-    text = abbas_tables.paragraph(other)
+    assert "Without dimensions 1415 and 2533, they do at no block" in text
+    assert "by Kang et al.'s rule SSFT none, AT none, LAT 1415 + 2533" in text
+    unseen = abbas_tables.paragraph(with_excess(found, 0.1, -0.1, 0.3))
+    assert "at blocks" not in unseen and "there is no excess to explain" in unseen
+    text = abbas_tables.paragraph(with_excess(found, 0.1, 0.05, 0.15))
+    assert "+10.0 [+5.0, +15.0] points at block 12" in text
     assert "stays without dimensions 1415 and 2533 and without the pairs that" in text
 
 
@@ -138,8 +143,6 @@ def test_other_files_are_refused_by_name(tmp_path, folder):
     tensors = load_file(folder / "at.safetensors")
     tensors["harmful.3"] = tensors["harmful.3"][:99].clone()
     (tmp_path / "at.safetensors").unlink()
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "at.safetensors")
     with pytest.raises(ValueError, match=r"harmful.3 of at is \[99, 4096\], not \[100, 4096\]"):
         abbas.load_activations(tmp_path)
