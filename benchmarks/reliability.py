@@ -95,6 +95,7 @@ def page(results: dict[str, Any]) -> str:
     cases = results["cases"]
     about, counts = results["environment"], results["fuzzed"]
     held = sum(case["held"] for case in cases)
+    commits = ", ".join(sorted({case["commit"] for case in cases}))
     kinds = list(dict.fromkeys(case.kind for case in CASES.values()))
     sections = []
     for kind in kinds:
@@ -107,8 +108,8 @@ def page(results: dict[str, Any]) -> str:
         f" {_count(cases, kills.WHOLE)} kills of the whole tree,"
         f" {_count(cases, kills.ONE)} of one process and {_count(cases, kills.SIGNALS)} signals or"
         f" wishes to stop. {about['cpu']}, {about['cores']} cores; python {about['python']}, torch"
-        f" {about['torch']}, transformers {about['transformers']}, peft {about['peft']}; commit"
-        f" {about['commit'][:12]}, {about['date'][:10]}.\n\n"
+        f" {about['torch']}, transformers {about['transformers']}, peft {about['peft']}; commits"
+        f" {commits}; {about['date'][:10]}.\n\n"
         f"Beside these, tests make up {counts['profiles']:,} profiles"
         f" (`tests/config/test_any_profile.py`) and {counts['data files']:,} data files"
         " (`tests/data/test_any_file.py`): each is read, or refused in a line.\n\n"
@@ -147,7 +148,7 @@ def run_cases(chosen: Sequence[Case], work: Path, jobs: int) -> None:
     reference(work / "shared")
     with ThreadPoolExecutor(jobs) as pool:
         for done in as_completed([pool.submit(perform, case, work) for case in chosen]):
-            case = done.result()
+            case = done.result() | {"commit": about["commit"][:12]}
             found = {
                 kept["name"]: kept for kept in read()["cases"]
             }  # another command may write, too

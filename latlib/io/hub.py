@@ -289,7 +289,7 @@ def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedToken
             return read_tokenizer(Path(source), contents(Path(source), field), field)
         return AutoTokenizer.from_pretrained(source, **allowed.options)
 
-    return _explained(read, field, source, allowed)
+    return _explained(read, f"the tokenizer of {field}", source, allowed)
 
 
 def open_adapter(model: nn.Module, source: str, field: str, allowed: Allowed) -> PeftModel:

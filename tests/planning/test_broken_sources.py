@@ -215,7 +215,10 @@ def gguf_cut(home: Path) -> None:
 
 
 BREAKS = {
-    "a tokenizer that is none": (lambda h: (h / "model/tokenizer.json").write_text("[]"), "model"),
+    "a tokenizer that is none": (
+        lambda h: (h / "model/tokenizer.json").write_text("[]"),
+        "the tokenizer of model",
+    ),
     "an unknown function": (
         lambda h: config_with(h, hidden_act="mine"),
         "makes no model (KeyError",
@@ -271,7 +274,10 @@ BREAKS = {
         "model",
     ),
     "no tokenizer": (tokenizer_files, "tokenizer"),
-    "broken tokenizer": (lambda h: (h / "model/tokenizer.json").write_text("{"), "model"),
+    "broken tokenizer": (
+        lambda h: (h / "model/tokenizer.json").write_text("{"),
+        "the tokenizer of model",
+    ),
     "no weights": (
         lambda h: [p.unlink() for p in (h / "model").glob("*.safetensors*")],
         "holds no model.safetensors",
