@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,7 +42,10 @@ def aside(target: Path, durable: bool = True) -> Iterator[Path]:
     try:
         yield partial
         if durable:
+            mode = _usual_mode(target)
             for path in (*partial.rglob("*"), partial):
+                if path.is_file():
+                    path.chmod(mode)  # safetensors writes for its user alone
                 sync(path)
             _record(target, partial)
         if target.is_dir():
@@ -55,6 +59,16 @@ def aside(target: Path, durable: bool = True) -> Iterator[Path]:
         else:
             partial.unlink(missing_ok=True)
         raise
+
+
+def _usual_mode(target: Path) -> int:
+    """The mode of a new file beside `target`, as the umask says, which cannot be read without being
+    changed."""
+    probe = target.with_name(f".{target.name}.{uuid4().hex}")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
 
 
 def _record(target: Path, partial: Path) -> None:

@@ -329,6 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ProfileError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitStatus.USAGE
+    except OSError as error:  # of the folder that is written to: a full disk, say
+        print(f"failed: {error}; what was finished is kept: run again once that is put right")
+        return ExitStatus.FAILED
 
 
 def _main(options: argparse.Namespace) -> ExitStatus:

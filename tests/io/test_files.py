@@ -4,6 +4,7 @@ before.
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from latlib.experiment.run import Run
 from latlib.io.files import folder_aside, json_ready, write_json, write_table
@@ -174,3 +176,17 @@ def test_a_run_keeps_its_results_whole(tmp_path, monkeypatch):
     assert run.result("rates") == {"asr": None, "0": 0.25}
     with pytest.raises(FileNotFoundError, match="no other.json in .*run the notebook"):
         run.result("other")
+
+
+def test_files_are_read_by_whom_the_umask_allows(tmp_path):
+    """safetensors writes for its user alone, whatever the umask."""
+    before = os.umask(0o027)
+    try:
+        with folder_aside(tmp_path / "model") as partial:
+            save_file({"a": torch.zeros(2)}, partial / "model.safetensors")
+        write_json({}, tmp_path / "a.json")
+    finally:
+        os.umask(before)
+    files = [tmp_path / "model" / "model.safetensors", tmp_path / "a.json"]
+    assert [oct(file.stat().st_mode & 0o777) for file in files] == ["0o640"] * 2
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "a.json"}

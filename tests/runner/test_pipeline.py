@@ -290,6 +290,16 @@ def test_a_killed_pipeline_leaves_nothing_that_looks_finished_and_locks_while_it
             os.kill(pid, signal.SIGKILL)
 
 
+def test_a_disk_that_fails_the_driver_itself_is_said_in_a_line(place):
+    """As a full one did, with a traceback."""
+    write_notebook(place / "notebooks", "01_first", "x = 1")
+    (place / "run dir" / "logs" / "01_first.log").mkdir(parents=True)
+    (place / "run dir" / "latlib.sha256").touch()
+    done = run(place)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "failed: [Errno" in done.stdout and "what was finished is kept" in done.stdout
+
+
 def test_select_by_number_and_name(place):
     for name in ("01_hooks", "03_lat_training", "99_report"):
         write_notebook(place, name)
