@@ -42,7 +42,7 @@ NIGHT = {
         "from latlib import Run\nrun = Run(profile, out)",
         "run.ensure([(method, 0) for method in run.profile.methods])",
         "run.measure([((method, 0), 'audit') for method in run.profile.methods])",
-        "run.find_geometry([(run.profile.main, 0)])\n"
+        "run.find_geometry([(run.profile.main, 0)])\nnorms = run.norms(0)\n"
         "rates = {m: run.metrics(m)['total'].iloc[-1] for m in run.profile.methods}\n"
         "run.save_result('losses', rates)",
     ),

@@ -113,13 +113,14 @@ def both_settings_cut(place: Place) -> str:
 
 @case(DAMAGED, "a run folder's manifest deleted")
 def manifest_deleted(place: Place) -> str:
-    """It is no run folder any more: nothing in it is touched."""
+    """What is there is used as it is; nothing in the folder may be deleted any more."""
     run = place.made()
     (run / "latlib.sha256").unlink()
-    seen = place.pipeline().ended(2, "give a new folder with --out")
-    fresh = place.pipeline("--fresh").ended(2, "is no run folder")
+    refused = place.pipeline("--fresh").ended(2, "is no run folder")
     same_results(place.reference(), run)
-    return f"{seen}; with --fresh {fresh}; nothing touched"
+    place.pipeline().ended(0)
+    same_results(place.reference(), run)
+    return f"with --fresh {refused}; without, every file bit for bit"
 
 
 # ---- disks

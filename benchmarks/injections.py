@@ -70,10 +70,15 @@ def first() -> bool:
     return True
 
 
+def wait_to_be_killed() -> None:
+    """For longer than anybody waits."""
+    time.sleep(HELD_S)
+
+
 def hold() -> None:
-    """Wait to be killed, where nobody was held before."""
+    """The same, where nobody was held before."""
     if first():
-        time.sleep(HELD_S)
+        wait_to_be_killed()
 
 
 def before(owner: Any, name: str, act: Callable[[], None], call: int = 1) -> None:
@@ -95,7 +100,7 @@ def in_half_a_checkpoint(checkpoint: Any, act: Callable[[], None]) -> None:
 
     def save(content: Any, file: Path) -> None:
         plain(content, file)
-        if content.get("trainer", {}).get("step") == 4:
+        if content.get("trainer", {}).get("step") == 4 and first():
             os.truncate(file, file.stat().st_size // 2)
             act()
 
@@ -108,17 +113,22 @@ def in_half_a_table(frame: Any, act: Callable[[], None]) -> None:
 
     def to_parquet(self: Any, file: Path, *args: Any, **options: Any) -> None:
         plain(self, file, *args, **options)
-        if ".audit-" in file.name:
+        if ".audit-" in file.name and first():
             os.truncate(file, file.stat().st_size // 2)
             act()
 
     frame.DataFrame.to_parquet = to_parquet
 
 
-def full_disk() -> None:
+def no_space() -> None:
     """What the system says where nothing fits any more."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk() -> None:
+    """The same, once."""
     if first():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        no_space()
 
 
 def end() -> None:
@@ -132,7 +142,7 @@ def end() -> None:
 
 @into("latlib.experiment.checkpoint")
 def held_in_a_checkpoint(checkpoint: Any) -> None:
-    in_half_a_checkpoint(checkpoint, hold)
+    in_half_a_checkpoint(checkpoint, wait_to_be_killed)
 
 
 @into("latlib.experiment.checkpoint")
@@ -171,7 +181,7 @@ def held_in_a_line_of_the_log(tracking: Any) -> None:
 
 @into("pandas.core.frame")
 def held_in_a_table(frame: Any) -> None:
-    in_half_a_table(frame, hold)
+    in_half_a_table(frame, wait_to_be_killed)
 
 
 @into("latlib.io.manifest")
@@ -179,11 +189,11 @@ def held_in_the_manifest(manifest: Any) -> None:
     plain = manifest.record
 
     def record(root: Path, target: Path, written: Path) -> None:
-        if target.suffix == ".parquet":
+        if target.suffix == ".parquet" and first():
             size = os.path.getsize(root / manifest.NAME)
             plain(root, target, written)
             os.truncate(root / manifest.NAME, size + 40)
-            hold()
+            wait_to_be_killed()
         plain(root, target, written)
 
     manifest.record = record
@@ -227,12 +237,12 @@ def slow_steps(train: Any) -> None:
 
 @into("latlib.experiment.checkpoint")
 def disk_full_in_a_checkpoint(checkpoint: Any) -> None:
-    in_half_a_checkpoint(checkpoint, full_disk)
+    in_half_a_checkpoint(checkpoint, no_space)
 
 
 @into("pandas.core.frame")
 def disk_full_in_a_table(frame: Any) -> None:
-    in_half_a_table(frame, full_disk)
+    in_half_a_table(frame, no_space)
 
 
 @into("latlib.io.manifest")
