@@ -3,7 +3,8 @@ refuses or babbles is seen by `validation`.)
 
 Each is one line on stderr:
 1. A skipped update, every time, with the rows of its step: their loss or gradient was not finite.
-2. Once, a loss that does not change over STILL steps: nothing is learned any more.
+2. Once, a loss that does not change over STILL steps, or no gradient in any of them: nothing is
+   learned any more.
 3. Once, benign rows on which the loss has risen from its lowest by half of what a guess among all
    tokens costs: the model is broken.
 """
@@ -26,6 +27,7 @@ class Alarms:
     def __init__(self, trainer: Trainer, name: str) -> None:
         self.trainer, self.name = trainer, name
         self.totals: deque[float] = deque(maxlen=STILL)
+        self.gradients: deque[float] = deque(maxlen=STILL)  # norms
         self.guess = math.log(len(trainer.lm.model.get_input_embeddings().weight))
         self.lowest = math.inf  # nats a benign token
         self.said: set[str] = set()
@@ -41,6 +43,9 @@ class Alarms:
         still = max(self.totals) - min(self.totals) <= SAME * middle
         if still and len(self.totals) == STILL:
             self._say("still", f"the loss is {middle:.3g} for {STILL} steps: lower train.lr")
+        self.gradients.append(metrics["grad_norm"])
+        if len(self.gradients) == STILL and not any(self.gradients):
+            self._say("still", f"the gradient is 0 for {STILL} steps: lower train.lr")
         nats = self._benign(metrics)
         self.lowest = min(self.lowest, nats)
         if nats > self.lowest + self.guess / 2:

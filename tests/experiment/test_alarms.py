@@ -13,8 +13,9 @@ from latlib.train import Trainer
 ROWS = 6
 
 
-def trained(capsys, steps=12, spoil=None, **changes):
-    """The lines on stderr of a training. spoil: called before every step."""
+def trained(capsys, steps=12, spoil=None, rows=ROWS, **changes):
+    """The lines on stderr of a training. spoil: called before every step. rows: of each kind; more
+    than ROWS, and no two steps have the same."""
     settings = TrainSettings(
         steps=steps,
         batch=ROWS,
@@ -26,7 +27,7 @@ def trained(capsys, steps=12, spoil=None, **changes):
         **changes,
     )
     lm = language_model()
-    trainer = Trainer(lm, token_rows(ROWS, 2), token_rows(ROWS, 1), settings, 0)
+    trainer = Trainer(lm, token_rows(rows, 2), token_rows(rows, 1), settings, 0)
     alarms = Alarms(trainer, "ssft-seed0")
     for step in range(1, steps + 1):
         if spoil:
@@ -55,6 +56,17 @@ def test_a_rate_that_breaks_the_model_is_said_once(capsys, lr):
 def test_a_loss_that_stays_where_it_is_is_said_once(capsys):
     lines = trained(capsys, steps=2 * STILL, lr=1e-30)
     assert len(lines) == 1 and f"for {STILL} steps: lower train.lr" in lines[0]
+
+
+def test_a_gradient_that_is_gone_is_said_once(capsys):
+    """As at a rate of 1e6 from the first step on: the loss still changes, with the rows."""
+
+    def spoil(trainer, step):
+        for parameter in trainer.parameters:
+            parameter.data.zero_()
+
+    lines = trained(capsys, steps=2 * STILL, spoil=spoil, rows=3 * ROWS)
+    assert len(lines) == 1 and f"the gradient is 0 for {STILL} steps: lower" in lines[0]
 
 
 def test_a_skipped_step_is_said_with_its_rows(capsys):
