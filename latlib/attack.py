@@ -30,8 +30,7 @@ from latlib.threat import ADAM_LR, PGD, Positions, Rule, Site, ThreatModel, chec
 Deltas = Mapping[Site, Tensor]
 Random = torch.Generator | None
 
-# torch.optim.AdamW's defaults, as the authors use
-BETA1, BETA2, ADAM_EPS, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
+BETA1, BETA2, ADAM_EPS, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01  # torch's AdamW, as the authors
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ def judge(network: Network, batch: Batch, search: PGD, rows: Tensor) -> tuple[Te
 
 
 def _won(network: Network, batch: Batch, search: PGD, rows: Tensor) -> Tensor:
-    matches = greedy_matches(network, batch, rows, 1)
-    return matches if search.targeted else ~matches
+    return greedy_matches(network, batch, rows, 1) == search.targeted
 
 
 def random_noise(
@@ -168,8 +166,7 @@ def random_noise(
 ) -> Tensor:
     """[batch, seq, d_model] noise of norm eps (float64 norms, if they differ) where mask ([batch,
     seq, 1]) is True. The control for every attack: same norm, same positions, no gradient."""
-    shape = (*mask.shape[:2], network.d_model)
-    return _noise(shape, network, eps, generator) * mask
+    return _noise((*mask.shape[:2], network.d_model), network, eps, generator) * mask
 
 
 def _noise(

@@ -68,7 +68,11 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Longest sequence the model takes, in tokens."""
-        return getattr(text_config(self.model), "max_position_embeddings", 1 << 30)
+        config = text_config(self.model)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # a longer row would turn every row of its batch
+            return rope["original_max_position_embeddings"]
+        return getattr(config, "max_position_embeddings", 1 << 30)
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +84,7 @@ class LanguageModel:
         keeps the graph."""
         if not adapter:
             check_teacher(self.model)
-        # a compiled block would not be gathered
-        spread = self.processes.mode == "fsdp2"
+        spread = self.processes.mode == "fsdp2"  # a compiled block would not be gathered
         compiled = self.settings.compile and not spread and can_compile(self.device.type)
         options = {"compiled": compiled, "processes": self.processes}
         return network_of(self.model, self.dtype, self.paths, adapter, train, **options)

@@ -40,6 +40,18 @@ def absolute(tree: dict[str, Any], bases: Sequence[Path]) -> dict[str, Any]:
     return out
 
 
+def from_home(tree: dict[str, Any]) -> dict[str, Any]:
+    """A profile's plain values with what lies in the user's home as `~/...`: whoever opens a path
+    expands it, and nobody's name stands in it."""
+    out = copy.deepcopy(tree)
+    home = Path.home()
+    for section, name, value in named_paths(tree):
+        if Path(value).is_relative_to(home):
+            inside = Path(value).relative_to(home)
+            node_of(out, section)[name] = f"~/{inside.as_posix()}"
+    return out
+
+
 def named_paths(tree: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(section, field, value) of every path or hub id in a profile's plain values."""
     for dotted in _PATHS:

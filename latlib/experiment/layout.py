@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
-from latlib.config.paths import portable
+from latlib.config.paths import from_home, portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
@@ -74,7 +74,8 @@ class Layout:
         kept = self._kept()
         if not kept:
             self._check_empty()
-            kept = {"profile": self.dated().profile.model_dump(mode="json"), "inputs": {}}
+            settings = self.dated().profile.model_dump(mode="json")
+            kept = {"profile": from_home(settings), "inputs": {}}
         mine = self.profile.model_dump(mode="json")
         if lines := changed_settings(fixed_settings(kept["profile"]), fixed_settings(mine)):
             raise ProfileError(

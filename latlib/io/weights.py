@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from latlib.errors import SettingError
+from latlib.io.files import read_json
 from latlib.io.messages import in_a_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 POINTER = b"version https://git-lfs"
 SHOWN = 3  # names in a message
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -71,6 +74,29 @@ def headers(folder: Path, field: str) -> dict[str, Any]:
         kind = found[few[0]]["dtype"]
         raise SettingError(f"{field}: {_some(few)} of {folder} are {kind} numbers, {_QUANTISED}")
     return found
+
+
+def check_values(folder: Path, field: str) -> None:
+    """Raise SettingError for a NaN or infinite weight in a folder that `headers` has found whole,
+    read tensor by tensor."""
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            each = ((name, tensors.get_tensor(name)) for name in tensors.keys())
+            check_finite(each, f"{field}, {file.name}")
+
+
+def bytes_of_weights(folder: Path) -> int:
+    """Of the safetensors that `check_values` reads."""
+    return sum(file.stat().st_size for file in _weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in (ADAPTER, SINGLE):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / INDEX
+    names = read_json(index)["weight_map"].values() if index.is_file() else ()
+    return [folder / name for name in sorted(set(names))]
 
 
 def _headers(folder: Path, field: str) -> dict[str, Any]:

@@ -123,8 +123,7 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     if _missing(sites):
         return
     fix = "correct the data, or the setting that is named"
-    context = getattr(config, "max_position_embeddings", profile.data.max_tokens)
-    lengths = _found("rows", fix, lambda: row_lengths(profile, context), ValueError)
+    lengths = _found("rows", fix, lambda: row_lengths(profile, lm.context), ValueError)
     yield Line("rows", OK, lengths.source)
     weights = lm.model.named_parameters()
     parameters = sum(weight.numel() for name, weight in weights if "lora_" not in name)

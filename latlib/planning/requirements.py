@@ -44,7 +44,14 @@ from latlib.io.hub import (
     weights_are_safe,
 )
 from latlib.io.messages import in_a_line
-from latlib.io.weights import check_folder, check_tokens, header, skeleton
+from latlib.io.weights import (
+    bytes_of_weights,
+    check_folder,
+    check_tokens,
+    check_values,
+    header,
+    skeleton,
+)
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
 from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE
@@ -54,6 +61,7 @@ from latlib.world.organism import build_tokenizer
 OK, NOTE, MISSING = "ok", "note", "missing"
 GRADER = "grader"  # what a model is that grades
 _TOKENIZERS = {"tokenizer_config.json", "tokenizer.json", "tokenizer.model"}
+LOOKED_THROUGH = 4_000_000_000  # bytes of weights that are read whole: our choice
 _READ_ROWS = 512  # rows that are tokenised for their lengths
 
 
@@ -217,8 +225,13 @@ def _folder_line(profile: Profile, subject: str, source: str, folder: Path) -> L
 def _whole_line(profile: Profile, subject: str, text: str, folder: Path) -> Line:
     try:
         _look_into(profile, subject, folder)
+        size = bytes_of_weights(folder)
+        if size <= LOOKED_THROUGH:
+            check_values(folder, f"{subject} {folder}")
     except ValueError as error:
         return _wrong(subject, error)
+    if size > LOOKED_THROUGH:
+        text += f"; {gigabytes(size)} of weights, looked through for NaN when they are loaded"
     return Line(subject, OK, text)
 
 

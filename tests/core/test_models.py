@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from tiny_models import LORA, SCALING, as_if_trained, benign_batch, language_model, model_of, saved
+from tiny_models import (
+    LORA,
+    SCALING,
+    as_if_trained,
+    benign_batch,
+    language_model,
+    model_of,
+    plain_model,
+    saved,
+)
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import latlib.fused.llama
 import latlib.models
+from latlib.batch import TokenRow, collate
 from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork
 from latlib.losses import at_labels
@@ -148,3 +159,25 @@ def test_devices_and_dtypes_by_name(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert resolve_dtype("auto", torch.device("cpu")) == dtype
+
+
+def test_a_context_ends_where_one_row_would_turn_another():
+    """Beyond it longrope (Phi-3) takes other rotations, for all rows of a batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 8.0, 16.0]}
+    shape = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=2, max_position_embeddings=512, initializer_range=0.25)
+    shape |= dict(pad_token_id=0, eos_token_id=None, original_max_position_embeddings=128)
+    config = Phi3Config(**shape, rope_parameters=rope)
+    torch.manual_seed(0)
+    lm = plain_model(Phi3ForCausalLM(config).double().eval())
+    assert lm.context == 128
+    short, long = (TokenRow((5, 6, 7), ((8,) * n,)) for n in (9, 200))
+    at_limit = TokenRow((5, 6, 7), ((8,) * 125,))
+    network = lm.network()
+
+    def first_row(*rows):
+        return network.hidden(collate(rows))[0, :11]
+
+    torch.testing.assert_close(first_row(short, at_limit), first_row(short))
+    assert not torch.allclose(first_row(short, long), first_row(short), atol=0.01)

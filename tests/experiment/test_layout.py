@@ -11,6 +11,7 @@ from filelock import FileLock
 from latlib.config.profile import Profile, load_profile, validated
 from latlib.config.sections import ProfileError
 from latlib.experiment import layout
+from latlib.experiment.inputs import digests
 from latlib.experiment.jobs import HELD
 from latlib.experiment.layout import Layout
 from latlib.experiment.run import Run
@@ -48,6 +49,25 @@ def test_a_grader_is_a_setting_of_real_prompts_alone(tmp_path):
             continue
         with pytest.raises(ProfileError, match="evaluation.grader.name: 'rules' -> 'phrases'"):
             again.claim()
+
+
+def test_what_lies_in_somebodys_home_is_named_from_there(tmp_path, monkeypatch):
+    home = tmp_path / "somebody"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "bad.csv").write_text("goal,target\na,b\n")
+    tree = {"name": "mine", "description": "a test", "methods": {"lat": {}}}
+    tree["model"] = {"source": "owner/chat"}
+    tree["data"] = {"source": "files", "harmful": str(home / "bad.csv"), "benign": "owner/good"}
+    run = Layout(validated(Profile, tree), tmp_path / "run")
+    run.claim()
+    texts = [f.read_text() for f in run.folder.rglob("*") if f.is_file()]
+    assert sum("~/bad.csv" in text for text in texts) == 2
+    assert not any("somebody" in text for text in texts)
+    run.claim()
+    again = load_profile(run.folder / "profile.yaml")
+    Layout(again, run.folder).claim()
+    assert digests(again) == digests(run.profile) and digests(again)
 
 
 def test_looking_at_a_run_changes_nothing_in_its_folder(smoke_run):

@@ -14,6 +14,7 @@ from broken_weights import (
     emptied,
     pointer,
     shard,
+    with_value,
     without_a_layer,
     without_a_shard,
 )
@@ -39,7 +40,7 @@ from latlib.errors import SettingError
 from latlib.io.weights import INDEX
 from latlib.models import load_model, with_adapter
 from latlib.planning import check as planning
-from latlib.planning import estimate
+from latlib.planning import estimate, requirements
 from latlib.planning.requirements import Machine
 from latlib.planning.step_cost import Memory
 
@@ -126,6 +127,15 @@ def checked(home: Path, **sections) -> str:
 
 def test_whole_sources_lack_nothing(home):
     assert checked(home) == ""
+
+
+def test_large_weights_are_not_read_and_that_is_said(home, monkeypatch):
+    with_value(shard(home / "model"), float("nan"))
+    monkeypatch.setattr(requirements, "LOOKED_THROUGH", 1000)
+    assert checked(home) == ""
+    lines = planning.check(load_profile(home / "broken.yaml"), home / "run", MACHINE)
+    (model,) = [line for line in lines if line.subject == "model"]
+    assert "0.0 GB of weights, looked through for NaN when they are loaded" in model.text
 
 
 def config_with(home: Path, **changes) -> None:
@@ -231,6 +241,14 @@ BREAKS = {
     "8 bits that nobody mentions": (
         lambda h: numbers_of(h, torch.float8_e4m3fn),
         "are F8_E4M3 numbers, through which",
+    ),
+    "a NaN": (
+        lambda h: with_value(shard(h / "model"), float("nan")),
+        "holds NaN or infinite weights",
+    ),
+    "an infinity in an adapter": (
+        lambda h: with_value(h / "adapter/adapter_model.safetensors", float("-inf")),
+        "[released theirs] released theirs",
     ),
     "integers": (lambda h: numbers_of(h, torch.int8), "are I8 numbers, through which"),
     "a template without the reply": (
