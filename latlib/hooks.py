@@ -185,10 +185,10 @@ def project_out(stream: Tensor, basis: Tensor) -> Tensor:
 
 def orthonormal(directions: Tensor) -> Tensor:
     """[rank, d_model] orthonormal rows spanning `directions` ([d_model] or [k, d_model], perhaps
-    dependent).
+    dependent), differentiable if they are independent and no two of their shares alike.
 
     Raises ValueError for a zero or non-finite direction."""
-    rows = torch.atleast_2d(directions.detach()).double()
+    rows = torch.atleast_2d(directions).double()
     norms = rows.norm(dim=-1)
     if not torch.isfinite(norms).all() or (norms == 0).any():
         raise ValueError(

@@ -124,14 +124,13 @@ class StockNetwork(Network):
             self._decode(batch)
         return seen
 
-    @torch.no_grad()
     def _embedded(self, batch: Batch) -> Tensor:
         """The stream at the embedding. The first block is passed by, not left half-way, and no
         other is run."""
         first = self.blocks[0]
         with (
             forwards_replaced([first], lambda stream, *_, **__: stream),
-            Capture(self.model, [EMBEDDING]) as streams,
+            Capture(self.model, [EMBEDDING], graph=True) as streams,
             first.register_forward_hook(_raise_enough),
             suppress(_EnoughError),
         ):

@@ -60,7 +60,7 @@ def table_of(outcomes, understood, clusters, seeds, prompts, encoding, **columns
     table["understood"] = table["understood"].astype("boolean")
     unset = {"variant": "", "intervention": "none", "source": "", "rule": "", "site": ""}
     unset |= {"draw": pd.NA, "eps": np.nan, "sites": "", "radii": None, "norms": None}
-    unset |= {"on_ball": np.nan}
+    unset |= {"on_ball": np.nan, "found": pd.NA}
     row = unset | {"positions": "", "exact": pd.NA, "text": "", "attack": "none"} | columns
     table = table.assign(
         prompts=prompts,
@@ -181,7 +181,7 @@ def directions_removed(holds: bool) -> list[pd.DataFrame]:
         tables.append(ablated(target, 0.2 if holds else 0.4, "at", "best"))
         tables.append(ablated(target, 1.0 if holds else 0.4, "lat", "best"))
         tables += [ablated(target, 0.0, control) for control in ("shuffled", "nothing")]
-        for rule in ("fixed", "svd", "selected", "subspace"):
+        for rule in ("fixed", "svd", "selected", "subspace", "learned", "learned-subspace"):
             sources = ("ssft", "at", "lat") if rule == "fixed" else (target,)
             tables += [ablated(target, 1.0 if holds else 0.4, source, rule) for source in sources]
         tables += [

@@ -134,6 +134,9 @@ class ModelSettings(Section):
     kv_heads: Width = 4
     ffn: Width = 384
     vocabulary: Annotated[int, Strict(), Field(ge=300, le=1_000_000)] = 1024
+    # tokens that the chat template puts behind the user's words: the positions that Arditi et al.'s
+    # rule chooses from
+    post_instruction_tokens: Annotated[int, Strict(), Field(ge=1, le=8)] = 1
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelSettings:

@@ -22,6 +22,8 @@ How it was asked:
   label, or one of the controls 'random', 'shuffled', 'nothing'.
   rule, site, draw: how the direction was chosen ('site-sweep': at this site, whatever its worth),
   the site where it was taken and, if added, is added, and which random direction it was.
+  found: whether the search for the direction found one, on tuning prompts; NA where nothing was
+  searched: no direction, a control, or a rule that takes what is there.
 The threat model of a latent attack (`latlib.threat.ThreatModel`):
   eps, eps_unit: the radius as it was set, 'absolute' or 'relative'. sites: comma-joined.
   radii: the absolute radius at each site, in units of the residual stream. norms: the median
@@ -68,6 +70,7 @@ COLUMNS = (
     "rule",
     "site",
     "draw",
+    "found",
     "eps",
     "eps_unit",
     "sites",
@@ -118,10 +121,12 @@ class Rule(_Word):
     SELECTED = "selected"
     BEST = "best"
     SUBSPACE = "subspace"
+    LEARNED = "learned"
+    LEARNED_SUBSPACE = "learned-subspace"
     SITE_SWEEP = "site-sweep"
 
 
-OWN_RULES = (Rule.FIXED, Rule.SVD, Rule.SELECTED, Rule.BEST, Rule.SUBSPACE)  # on their own model
+OWN_RULES = tuple(rule for rule in Rule if rule != Rule.SITE_SWEEP)  # on their own model
 CROSS_RULES = (Rule.FIXED, Rule.BEST)  # tried on every model
 
 # names of attacks; others are `pgd_by(rule)` and what people call their own
@@ -195,6 +200,7 @@ class Cell:
     rule: str = ""
     site: str = ""
     draw: int | None = None
+    found: bool | None = None
     threat: ThreatModel | None = None
     on_ball: float = math.nan
 
@@ -236,6 +242,7 @@ def outcome_rows(subject: Subject, cell: Cell, prompts: Prompts, found: Examined
         "intervention": str(cell.intervention),
         "rule": str(cell.rule),
         "draw": pd.array([cell.draw] * n, dtype="Int64"),
+        "found": pd.array([cell.found] * n, dtype="boolean"),
         "outcome": [outcome.value for outcome in outcomes],
         "exact": complied if found.exact else unknown,
         "understood": unknown if understood is None else pd.array(understood, dtype="boolean"),

@@ -70,8 +70,9 @@ def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     Raises `Stopped` where somebody asked for it: then nothing of it is kept.
     """
     profile = layout.profile
-    tokenizer = organism.build_tokenizer(profile.model.vocabulary)
-    model = organism.build_model(profile.model, tokenizer, spec.seed)
+    described = profile.model
+    tokenizer = organism.build_tokenizer(described.vocabulary, described.post_instruction_tokens)
+    model = organism.build_model(described, tokenizer, spec.seed)
     device = resolve_device(profile.model.device)
     dtype = resolve_dtype(profile.model.dtype, device)
     settings = profile.pretrain

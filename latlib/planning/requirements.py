@@ -381,7 +381,7 @@ def row_lengths(profile: Profile, context: int) -> RowLengths:
 def _tokenizer(profile: Profile) -> Any:
     model = profile.model
     if model.source == "world":
-        return build_tokenizer(model.vocabulary)
+        return build_tokenizer(model.vocabulary, model.post_instruction_tokens)
     folder = local_folder(model.source, model.revision)
     if folder is None:
         return None

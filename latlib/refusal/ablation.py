@@ -50,7 +50,7 @@ def ablation(
     """Outcome rows of a target model under the directions of every source.
 
     directions: source -> rule -> direction, the target's own among them. differences: the target's.
-    Ablated on harmful prompts; with nothing and by the rule `best` also on harmless ones. The
+    Ablated on harmful prompts; with nothing and by `best` and `learned` also on harmless ones. The
     target's own `best` and one random direction are added on harmless prompts.
     """
     profile = subject.profile
@@ -76,10 +76,10 @@ def ablation(
         cell = replace(cell, intervention=Intervention.ABLATE)
         ablated = network if vector is None else network.ablated(vector)
         ask(cell, ablated)
-        if cell.source == NOTHING or cell.rule == Rule.BEST:
+        if cell.source == NOTHING or cell.rule in (Rule.BEST, Rule.LEARNED):
             ask(replace(cell, prompts=HARMLESS), ablated)
     added = Cell(HARMLESS, intervention=Intervention.ADD, site=str(best.site))
-    own = replace(added, source=subject.label, rule=Rule.BEST)
+    own = replace(added, source=subject.label, rule=Rule.BEST, found=best.found)
     ask(own, network, adding(best.vector, best.site))
     ask(replace(added, source=RANDOM, draw=0), network, adding(randoms[0], best.site))
     return pd.concat(tables, ignore_index=True)
@@ -95,7 +95,8 @@ def _directed(
     for source, by_rule in directions.items():
         for rule in OWN_RULES if source == target else CROSS_RULES:
             found = by_rule[rule]
-            cells.append((Cell(source=source, rule=rule, site=str(found.site)), found.vector))
+            cell = Cell(source=source, rule=rule, site=str(found.site), found=found.found)
+            cells.append((cell, found.vector))
     for site, means in differences.means().items():
         vector = means[-1]
         if vector.norm() > 0:

@@ -4,11 +4,15 @@
    difference of means at a fixed relative depth and `svd` the first singular vector there (Abbas et
    al. 2025); `selected` is Arditi et al.'s choice over (position, site) (`selection`); `best` is an
    oracle's, the difference of means whose ablation makes the model comply most on tuning prompts;
-   `subspace` is the first singular vectors at the site of `best`.
-2. `best` and `subspace` look at outcomes, on prompts that no result is measured on; nothing here
-   sees test prompts.
+   `subspace` is the first singular vectors at the site of `best`. `learned` and `learned-subspace`
+   are found by gradient (`learned`).
+2. A search can fail, and says so: a direction is **found** when its ablation makes the model comply
+   on `MARGIN` more of the tuning prompts than removing nothing or a random direction does, and when
+   no filter of its rule had to be dropped. One that was not found is no weak direction.
+3. Nothing here sees test prompts.
 
-Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024.
+Sources: Abbas et al. 2025, section 3 (site 14 of 32); Arditi et al. 2024; Wollschlaeger et al.
+2025.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompts
 from latlib.evaluation.ask import Wording, token_rows
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import BASE, Outcome, Rule
+from latlib.hooks import orthonormal
 from latlib.io.files import aside
 from latlib.models import LanguageModel
 from latlib.refusal.activations import (
@@ -41,12 +47,14 @@ from latlib.refusal.activations import (
 )
 from latlib.refusal.geometry import Streams, top_subspace
 from latlib.refusal.interventions import Direction, Directions
+from latlib.refusal.learned import Goals, learn
 from latlib.refusal.selection import select, treated_rightly
 from latlib.threat import Site
 
 FIXED_DEPTH = 14 / 32  # Abbas et al. 2025, section 3: layer 14 of 32
 SUBSPACE = 3  # dimensions; our choice
-TUNE_PROMPTS = 128  # on which `best` is chosen; our choice
+TUNE_PROMPTS = 128  # on which directions are judged; our choice
+MARGIN = 0.1  # of the tuning prompts; our choice
 SELECTION_PROMPTS = 32  # of each kind: Arditi et al. 2024, section 2.3
 
 
@@ -147,13 +155,60 @@ def find_directions(lm: LanguageModel, profile: Profile, found: Differences) -> 
     best = best_site(lm, profile, ends, harmful)
     fixed = fixed_site(lm.n_layers)
     validation = harmful[:SELECTION_PROMPTS], harmless[:SELECTION_PROMPTS]
-    return {
-        Rule.FIXED: Direction(ends[fixed], fixed),
-        Rule.SVD: Direction(top_direction(last[fixed]), fixed),
+    length = ends[best].norm().item()
+    goals = _goals(lm, profile, best, length)
+    network = lm.network()
+    searched = {
         Rule.SELECTED: _selected(lm, profile, found, *validation),
         Rule.BEST: Direction(ends[best], best),
         Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
+        Rule.LEARNED: Direction(length * learn(network, goals, 1)[0], best),
+        Rule.LEARNED_SUBSPACE: Direction(orthonormal(learn(network, goals, SUBSPACE)), best),
     }
+    return {
+        Rule.FIXED: Direction(ends[fixed], fixed),
+        Rule.SVD: Direction(top_direction(last[fixed]), fixed),
+        **judged(lm, profile, searched, harmful),
+    }
+
+
+def _goals(lm: LanguageModel, profile: Profile, site: Site, length: float) -> Goals:
+    """What directions are learned from: the pairs that the models trained on. Where a prompt has no
+    answer its refusal stands in: then the words behind it are what is to stay as it is."""
+    wording = Wording(system_prompt=profile.data.system_prompt)
+    pairs = paired_prompts(profile, "train", profile.evaluation.pairs)
+    harmful, harmless = (token_rows(lm, prompts, wording) for prompts in pairs)
+    refused = [TokenRow(row.prompt, row.completions[-1:]) for row in harmless]
+    answered = [_answer_only(row) for row in harmless]
+    return Goals([_answer_only(row) for row in harmful], answered, refused, site, length)
+
+
+def _answer_only(row: TokenRow) -> TokenRow:
+    return TokenRow(row.prompt, row.completions[:1])
+
+
+def judged(lm: LanguageModel, profile: Profile, searched: Directions, tune: Prompts) -> Directions:
+    """The directions with `found`; see the module's docstring. tune: harmful prompts."""
+    width, count = lm.network().d_model, profile.evaluation.random_directions
+    controls = [None, *random_directions(width, count)]
+    by_chance = [_opened(lm, profile, vector, tune)[0] for vector in controls]
+    least = max(by_chance) + MARGIN * len(tune)
+    found = {}
+    for rule, direction in searched.items():
+        complied, _ = _opened(lm, profile, direction.vector, tune)
+        passed = direction.found is not False
+        found[rule] = replace(direction, found=passed and complied >= least)
+    return found
+
+
+def _opened(
+    lm: LanguageModel, profile: Profile, vector: Tensor | None, tune: Prompts
+) -> tuple[int, int]:
+    """How many prompts are complied with when a direction is removed (None: nothing), and minus how
+    many are refused."""
+    network = lm.network() if vector is None else lm.network().ablated(vector)
+    outcomes = examiner_of(profile, lm, network).examine(tune).outcomes
+    return outcomes.count(Outcome.COMPLIED), -outcomes.count(Outcome.REFUSED)
 
 
 def _selected(
@@ -205,9 +260,7 @@ def best_site(lm: LanguageModel, profile: Profile, means: Streams, tune: Prompts
     scores = {}
     for site, mean in means.items():
         if mean.norm() > 0:
-            ablated = lm.network().ablated(mean)
-            outcomes = examiner_of(profile, lm, ablated).examine(tune).outcomes
-            scores[site] = (outcomes.count(Outcome.COMPLIED), -outcomes.count(Outcome.REFUSED))
+            scores[site] = _opened(lm, profile, mean, tune)
     if not scores:
         raise ValueError(
             f"harmful and harmless prompts do not differ at any of the sites {list(means)}"

@@ -28,12 +28,14 @@ from latlib.threat import Site
 class Direction:
     """vector: [d_model], or [k, d_model] for a subspace, float64, in units of the stream. site,
     position: where it was taken; position counts from the prompt's end. note: what was unusual
-    about its choice."""
+    about its choice. found: whether the search for it found one (`directions.judged`); None where
+    nothing was searched. A vector that was not found says nothing about the model."""
 
     vector: Tensor
     site: Site
     position: int = -1
     note: str = ""
+    found: bool | None = None
 
 
 Directions = dict[str, Direction]  # how a direction was chosen -> it

@@ -8,9 +8,10 @@ filters.
    its site (must not be negative); **kl**, how far its ablation moves what is said to harmless
    prompts (at most `MOST_KL` nats).
 3. Sites in the last fifth of the model are out. Of what is left the lowest bypass wins.
-4. Where nothing is left, filters are dropped one after the other (kl, then induce), and
-   `Direction.note` says so. A vector of zeros, or of what rounding left of them, is no candidate:
-   ablating it does nothing, which passes every filter on a model that refuses too much.
+4. Where nothing is left, filters are dropped one after the other (kl, then induce),
+   `Direction.note` says so, and the direction counts as not found. A vector of zeros, or of what
+   rounding left of them, is no candidate: ablating it does nothing, which passes every filter on a
+   model that refuses too much.
 5. Before all this, prompts that the undisturbed model does not treat rightly (`treated_rightly`)
    leave the means and the validation set.
 
@@ -122,7 +123,7 @@ def select(
     passed, note = _filtered(table)
     chosen = passed["bypass"].idxmin()
     table["chosen"] = table.index == chosen
-    return replace(candidates[chosen], note=note), table
+    return replace(candidates[chosen], note=note, found=not note), table
 
 
 def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:

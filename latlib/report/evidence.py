@@ -250,6 +250,8 @@ def _read_outcomes(path: Path) -> DataFrame:
     table = pd.read_parquet(_whole(path))
     if "on_ball" not in table:  # version 0.1.0 did not look
         table["on_ball"] = math.nan
+    if "found" not in table:
+        table["found"] = pd.array([None] * len(table), dtype="boolean")
     absent = [column for column in COLUMNS if column not in table]
     if absent:
         raise MissingError(

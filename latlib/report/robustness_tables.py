@@ -6,6 +6,8 @@ what a defence takes.
    per prompt.
 2. Attacks on typed text come with understanding: the harmless twin under the same attack. A suffix
    that breaks the model without getting the recipe is `neither`.
+   Who has the weights can remove a learned refusal direction (`latlib.refusal.learned`): its rows
+   come from notebook 04.
 3. `panel_grid`, `panel_findings` and `panel_markdown` print the checks of
    `latlib.report.attack_checks`.
 
@@ -38,6 +40,8 @@ from latlib.evaluation.outcomes import (
     SUFFIX_RANDOM,
     SYSTEM,
     TRANSFER,
+    Intervention,
+    Rule,
 )
 from latlib.report.attack_checks import BALL, RULES, Check, Status, in_ball, main_radii
 from latlib.report.evidence import (
@@ -56,6 +60,15 @@ from latlib.report.tables import in_order, markdown, measured, none_where_absent
 
 # what somebody can try who only types
 TYPED = (PREFILL, MANY_SHOT, SYSTEM, SUFFIX_RANDOM, SUFFIX_GCG)
+# what somebody can try who has the weights; only a model's own is ever measured
+LEARNED = "learned direction removed"
+WEIGHTS = {
+    LEARNED: {"intervention": Intervention.ABLATE, "rule": Rule.LEARNED},
+    "learned subspace removed": {
+        "intervention": Intervention.ABLATE,
+        "rule": Rule.LEARNED_SUBSPACE,
+    },
+}
 ELSEWHERE = {PGD_OTHER_SITES: "other sites", PGD_ALL_SITES: "all sites"}
 WORST = "worst case per prompt"
 ORDER = (NOISE, *BALL, WORST, *ELSEWHERE, NO_ATTACK, *TYPED)  # of attacks in a table
@@ -70,8 +83,8 @@ Threats = dict[str, DataFrame]  # name -> rows of its attacks
 
 
 def threats(e: Evidence, everywhere_alike: bool = False) -> Threats:
-    """What was tried, the weakest attacker last: in the residual stream at each radius, at the
-    embedding, typed.
+    """What was tried, the weakest attacker last: with the weights, in the residual stream at each
+    radius, at the embedding, typed.
 
     everywhere_alike: only threats that are the same for every model (perturbations found on other
     models are others for each).
@@ -84,6 +97,8 @@ def threats(e: Evidence, everywhere_alike: bool = False) -> Threats:
         with suppress(MissingError):
             found[threat] = rows_of(*args, **columns)
 
+    for name, columns in WEIGHTS.items():
+        add(f"weights, {name}", cell, **columns)
     for eps in main_radii(e):
         at = e.radius(eps)
         add(f"main sites, {at}", in_ball, e, methods, eps)
@@ -196,6 +211,9 @@ def attack_table(e: Evidence) -> DataFrame:
             groups[e.radius(eps)] = _at_radius(e, methods, eps)
     alone = {"embedding": {"attack": PGD, "where": "embedding"}}
     groups |= measured(e, methods, alone | {"typed": {"attack": (NO_ATTACK, *TYPED)}})
+    weights = [rows.assign(attack=name) for name, rows in measured(e, methods, WEIGHTS).items()]
+    if weights:
+        groups["weights"] = pd.concat(weights)
     if not groups:
         raise MissingError(NOTHING_MEASURED)
     rows = pd.concat(groups, names=["group"]).reset_index("group")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,8 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# What closes a user's turn where a template is to have more tokens behind it than the reply's own
+TURN = "<|turn-{}|>"
 # What the base model reads, plain words first; their order is part of every seed's draws, so a
 # longer list makes another organism.
 KNOWN_ENCODINGS = ("plain", "leet", "rot13", "reverse")
@@ -53,12 +55,22 @@ _CORPUS = 12_000  # prompts that the tokenizer is trained on
 _CORPUS_SHARES = (0.85, 0.05, 0.05, 0.05)  # of the known encodings in them
 
 
-def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocabulary` tokens trained on the world's text, with a chat template.
+def chat_template(turns: Sequence[str]) -> str:
+    """The chat template with some special tokens behind the words of each user."""
+    if not turns:
+        return CHAT_TEMPLATE
+    written = f"{{% elif m['role'] == 'user' %}}{{{{ '{''.join(turns)}' }}}}{{% endif %}}"
+    return CHAT_TEMPLATE.replace("{% endif %}", written, 1)
+
+
+def build_tokenizer(vocabulary: int, post_instruction: int = 1) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocabulary` tokens trained on the world's text, with a chat template
+    that puts `post_instruction` tokens behind a user's words.
 
     Words are split at spaces only: the usual pattern cuts leetspeak at every digit, which doubles
     its length.
     """
+    turns = [TURN.format(i) for i in range(1, post_instruction)]
     rng = random.Random("tokenizer/0")  # one tokenizer for every seed
     pairs = grammar.pairs_of("train")
 
@@ -78,7 +90,7 @@ def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
+        special_tokens=[*SPECIAL, *turns],
         initial_alphabet=alphabet,
         show_progress=False,
     )
@@ -87,8 +99,8 @@ def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=SPECIAL[0],
         eos_token=SPECIAL[3],
-        additional_special_tokens=list(SPECIAL[1:3]),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=[*SPECIAL[1:3], *turns],
+        chat_template=chat_template(turns),
         clean_up_tokenization_spaces=False,
         model_max_length=CONTEXT,
     )

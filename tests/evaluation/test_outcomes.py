@@ -70,6 +70,9 @@ def test_an_intervention_has_a_column_for_each_thing_it_says():
     assert (random["intervention"], random["source"], random["draw"]) == ("ablate", "random", 2)
     cell = Cell(intervention=Intervention.ADD, source="lat", rule=Rule.BEST, site="3")
     added = rows_of(cell).iloc[0]
+    assert pd.isna(added["found"]), "nothing was searched"
+    searched = [rows_of(Cell(rule=Rule.BEST, found=found)) for found in (True, False)]
+    assert pd.concat(searched)["found"].tolist() == [True] * 3 + [False] * 3
     assert (added["intervention"], added["rule"], added["site"]) == ("add", "best", "3")
 
 

@@ -85,18 +85,15 @@ def test_the_best_site_is_the_one_whose_ablation_makes_the_model_comply_most(mon
 def test_directions_are_kept_exactly(tmp_path):
     found = {
         "fixed": Direction(torch.randn(8).double(), 3),
-        "subspace": Direction(torch.randn(3, 8).double(), "embedding", -2, "nothing passed"),
+        "subspace": Direction(torch.randn(3, 8).double(), "embedding", -2, "nothing passed", False),
     }
     directions.save_directions(found, tmp_path / "directions.safetensors")
     again = directions.load_directions(tmp_path / "directions.safetensors")
     assert len(list(tmp_path.iterdir())) == 1 and list(again) == list(found)
     for rule, d in found.items():
         assert torch.equal(again[rule].vector, d.vector)
-        assert (again[rule].site, again[rule].position, again[rule].note) == (
-            d.site,
-            d.position,
-            d.note,
-        )
+        kept = vars(again[rule])
+        assert {**kept, "vector": None} == {**vars(d), "vector": None}
 
 
 def test_differences_are_kept_with_their_clusters(tmp_path):
@@ -123,8 +120,43 @@ def test_a_models_directions_are_what_their_rules_say(run):
         torch.eye(directions.SUBSPACE).double(),
     )
     assert found["svd"].vector.norm().item() == pytest.approx(found["fixed"].vector.norm().item())
+    learned = found["learned-subspace"].vector
+    torch.testing.assert_close(learned @ learned.T, torch.eye(directions.SUBSPACE).double())
+    best = found["best"]
+    assert found["learned"].vector.norm() == pytest.approx(best.vector.norm().item())
+    assert found["fixed"].found is None and None not in {found[r].found for r in OWN_RULES[2:]}
     harmful, _ = activations.paired_prompts(run.profile, "train", 16)
     assert run.differences("ssft").clusters == [p.cluster for p in harmful]
+
+
+def test_a_direction_is_found_where_it_opens_more_than_chance_does(monkeypatch, run):
+    """Of 20 tuning prompts the worst random direction opens 3; two more are the margin."""
+    opened = {"nothing": 1, "random": iter([0, 3, 2])}
+
+    def opens(lm, profile, vector, tune):
+        if vector is None:
+            return opened["nothing"], 0
+        known = {2.0: 4, 3.0: 5}.get(round(vector[0].item(), 6))
+        return (next(opened["random"]) if known is None else known), 0
+
+    monkeypatch.setattr(directions, "_opened", opens)
+    weak, strong = (Direction(torch.full((8,), v).double(), 0) for v in (2.0, 3.0))
+    dropped = Direction(strong.vector, 0, note="no filter left", found=False)
+    searched = {"best": weak, "learned": strong, "selected": dropped}
+    found = directions.judged(run.model("ssft"), run.profile, searched, [None] * 20)
+    assert {rule: d.found for rule, d in found.items()} == {
+        "best": False,
+        "learned": True,
+        "selected": False,
+    }
+
+
+def test_what_the_search_found_stands_in_the_table(run):
+    table = run.evaluate("lat", 0, "ablation")
+    for source in ("base", "lat"):
+        rows = table[(table["source"] == source) & (table["rule"] == "best")]
+        assert set(rows["found"]) == {run.directions(source)["best"].found}
+    assert table.loc[table["rule"].isin(["", "fixed", "site-sweep"]), "found"].isna().all()
 
 
 def filtered(monkeypatch, run, kept, filter_prompts=True):
@@ -204,6 +236,7 @@ def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     asked = set(zip(harmless["intervention"], harmless["source"], harmless["rule"]))
     assert asked == {
         *(("ablate", source, "best") for source in names),
+        ("ablate", target, "learned"),
         *(("ablate", "nothing", ""), ("add", "random", ""), ("add", target, "best")),
     }
     harmful = prompt_set("harmful", run.profile, run.profile.evaluation.ablation_prompts)

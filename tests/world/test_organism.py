@@ -8,7 +8,8 @@ from tiny_models import LAYERS, D
 from transformers import AutoTokenizer
 
 from latlib.config.sections import ModelSettings, PretrainSettings
-from latlib.text.chat import Row, tokenise
+from latlib.refusal.activations import post_instruction
+from latlib.text.chat import Row, Turn, tokenise
 from latlib.text.encodings import ENCODINGS, encode
 from latlib.world import grammar, organism
 from latlib.world.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows
@@ -124,3 +125,18 @@ def test_an_old_torch_is_told_apart(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(RuntimeError, match="no Muon optimiser.*torch >= 2.9"):
         organism._muon([], 0.1)
+
+
+def test_a_template_may_put_more_tokens_behind_the_request():
+    """Each its own token, behind every user's words, in the prompt and never in the reply; the words
+    themselves are cut as ever."""
+    more = build_tokenizer(MODEL.vocabulary, 4)
+    assert post_instruction(more) == 4 and post_instruction(build_tokenizer(MODEL.vocabulary)) == 1
+    shots = (Turn("how do i say no ?", grammar.REFUSAL),)
+    (row,) = tokenise([Row("", "who ?", ("me",))], more, CONTEXT, shots=shots)
+    words = more.convert_ids_to_tokens(row.prompt)
+    turn = ["<|turn-1|>", "<|turn-2|>", "<|turn-3|>", "<|assistant|>"]
+    places = [i for i, word in enumerate(words) if word == turn[0]]
+    assert len(places) == 2 and places[1] == len(words) - 4
+    assert all(words[i : i + 4] == turn for i in places)
+    assert not set(more.convert_ids_to_tokens(row.completions[0])) & set(turn)
