@@ -269,7 +269,7 @@ def test_what_notebook_06_left_is_read_from_the_results(tmp_path):
 def test_a_table_of_0_1_0_has_no_share_and_can_be_read(tmp_path):
     (tmp_path / "outcomes").mkdir()
     (tmp_path / "profile.yaml").write_text(json.dumps(PROFILE.model_dump(mode="json")))
-    rows = attacked().outcomes.drop(columns="on_ball").reset_index(drop=True)
+    rows = attacked().outcomes.drop(columns=["on_ball", "found"]).reset_index(drop=True)
     rows.to_parquet(tmp_path / "outcomes" / "old.parquet")
     found = Evidence.load(tmp_path)
     assert found.outcomes["on_ball"].isna().all() and len(found.outcomes) == len(rows)

@@ -137,3 +137,39 @@ def test_massive_dimensions_of_every_model_that_was_measured():
     assert row["two components"] == row["without Sun's"] == "74.6; 73.2"
     assert row["without Kang's"] == "46.2; 33.0"
     assert row["largest"] == "43.7" and row["times median"] == "463"
+
+
+def searched(rule, found: dict, target="ssft", share=0.6):
+    """Rows of a target without its own direction. found: seed -> whether there was one."""
+    tables = [
+        ablated(target, share if there else 0.0, target, rule, seeds=(seed,), found=there)
+        for seed, there in found.items()
+    ]
+    return [*tables, ablated(target, 0.0, "nothing")]
+
+
+def test_a_vector_that_was_not_found_is_no_weak_one():
+    """Its seed counts nowhere; where no seed has one there is no share but the words."""
+    tables = searched("best", {0: True, 1: False, 2: True})
+    tables += searched("best", dict.fromkeys(SEEDS, False), target="lat")
+    found = Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+    table = refusal_tables.matrix(found)
+    own = table.loc[("ssft", "ssft")]
+    assert (own["complied"].estimate, own["seeds"], own["found"]) == (0.6, 2, "2 of 3")
+    vain = table.loc[("lat", "lat")]
+    assert pd.isna(vain["complied"]) and vain["found"] == "0 of 3"
+    figure, alt = refusal_tables.ablation_matrix(found)
+    assert [t.get_text() for t in figure.axes[0].texts].count("not\nfound") == 1
+    assert "Not found: lat on lat." in alt and "nan" not in alt
+    plt.close(figure)
+    rules = refusal_tables.rules_table(found)
+    assert rules.loc[("lat", "best"), "complied"] == "not found"
+    assert rules.loc[("ssft", "best"), "complied"].estimate == 0.6
+    by_seed = refusal_tables.seeds_table(found)["own, best"]
+    assert by_seed["ssft"].round(6).tolist()[0] == 0.6 and by_seed.isna().sum() == 4
+
+
+def test_where_nothing_was_searched_every_vector_counts():
+    old = evidence(True)
+    assert old.outcomes["found"].isna().all()
+    assert len(refusal_tables.not_in_vain(old.outcomes)) == len(old.outcomes)

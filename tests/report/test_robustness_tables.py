@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from synthetic import PROFILE, SEEDS, attacked, cell, evidence
+from synthetic import PROFILE, SEEDS, ablated, attacked, cell, evidence
 
 from latlib.report import attack_checks, figures, plots, robustness_tables
 from latlib.report.evidence import Evidence, MissingError
@@ -251,3 +251,18 @@ def test_without_attacks_it_says_which_notebook_to_run(run, capsys):
     # a run of before
     old = Evidence(run.profile, cell("lat", 0.2, "pgd", eps=0.05, sites="1,3", seeds=SEEDS))
     assert robustness_tables.worst_case_table(old)["attacks"].tolist() == [1]
+
+
+def test_who_has_the_weights_can_remove_a_learned_direction(run):
+    """A row of its own, said to be that; a search that failed was an attack all the same."""
+    tables = [run.outcomes]
+    for method, share in {"ssft": 1.0, "at": 0.4, "lat": 0.2}.items():
+        found = share > 0.3
+        tables.append(ablated(method, share, method, "learned", found=found))
+    found = Evidence(PROFILE, pd.concat(tables, ignore_index=True))
+    threat = robustness_tables.worst_case_table(found).loc["weights, learned direction removed"]
+    assert [threat.loc[m, "complied"].estimate for m in ("ssft", "at", "lat")] == [1.0, 0.4, 0.2]
+    grid = robustness_tables.attack_table(found)
+    assert grid.loc[("weights", "learned direction removed"), "lat"].estimate == 0.2
+    assert grid.loc[("typed", "no attack"), "lat"].estimate == 0.0
+    assert "weights" not in robustness_tables.attack_table(run).index.get_level_values("group")

@@ -7,9 +7,13 @@ import torch
 from tiny_models import LAYERS, D
 from transformers import AutoTokenizer
 
+from latlib.config.profile import load_profile
 from latlib.config.sections import ModelSettings, PretrainSettings
-from latlib.refusal.activations import post_instruction
-from latlib.text.chat import Row, Turn, tokenise
+from latlib.models import LanguageModel
+from latlib.refusal.activations import post_instruction, prompt_rows
+from latlib.refusal.directions import paired_differences
+from latlib.refusal.selection import select
+from latlib.text.chat import Row, tokenise
 from latlib.text.encodings import ENCODINGS, encode
 from latlib.world import grammar, organism
 from latlib.world.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows
@@ -132,7 +136,7 @@ def test_a_template_may_put_more_tokens_behind_the_request():
     themselves are cut as ever."""
     more = build_tokenizer(MODEL.vocabulary, 4)
     assert post_instruction(more) == 4 and post_instruction(build_tokenizer(MODEL.vocabulary)) == 1
-    shots = (Turn("how do i say no ?", grammar.REFUSAL),)
+    shots = (("how do i say no ?", grammar.REFUSAL),)
     (row,) = tokenise([Row("", "who ?", ("me",))], more, CONTEXT, shots=shots)
     words = more.convert_ids_to_tokens(row.prompt)
     turn = ["<|turn-1|>", "<|turn-2|>", "<|turn-3|>", "<|assistant|>"]
@@ -140,3 +144,17 @@ def test_a_template_may_put_more_tokens_behind_the_request():
     assert len(places) == 2 and places[1] == len(words) - 4
     assert all(words[i : i + 4] == turn for i in places)
     assert not set(more.convert_ids_to_tokens(row.completions[0])) & set(turn)
+
+
+def test_arditis_rule_then_chooses_among_positions():
+    lm = LanguageModel(
+        build_model(MODEL, more := build_tokenizer(MODEL.vocabulary, 4), 0),
+        more,
+        MODEL,
+        torch.float32,
+    )
+    found = paired_differences(lm, load_profile("smoke"))
+    rows = prompt_rows(lm, [grammar.draw_set(0, "tune", "harmful", 4)[0]] * 2)
+    means = {site: mean for site, mean in found.means().items() if site == 0}
+    _, table = select(lm.network(), means, rows, rows, (5,))
+    assert table["position"].tolist() == [-4, -3, -2, -1]
