@@ -135,7 +135,7 @@ class ModelSettings(Section):
     ffn: Width = 384
     vocabulary: Annotated[int, Strict(), Field(ge=300, le=1_000_000)] = 1024
     # tokens that the chat template puts behind the user's words: the positions that Arditi et al.'s
-    # rule chooses from
+    # rule chooses from. Our choice: the fewest
     post_instruction_tokens: Annotated[int, Strict(), Field(ge=1, le=8)] = 1
 
     @model_validator(mode="after")

@@ -147,10 +147,10 @@ def draw_matrix(ax: Axes, e: Evidence, rule: str = Rule.BEST, names: Sequence[st
     """Harmful compliance (and refusals) of targets under vectors and the controls."""
     table = matrix(e, rule, names)
     complied, refused = (table[name].unstack(sort=False) for name in ("complied", "refused"))
-    below = refused.map(lambda i: f"\nref. {i.percent[:-2]}", na_action="ignore")
+    below = refused.map(lambda i: f"\nref. {i.percent[:-2]}" if isinstance(i, Interval) else "")
     vain = _in_vain(table).unstack(sort=False)
     texts = complied.map(two_lines).mask(vain, NOT_FOUND.replace(" ", "\n"))
-    texts = texts + below.fillna("")
+    texts = texts + below
     HeatMap(white_from=60).draw(ax, complied, texts)
     for y, target in enumerate(complied.index):
         frame(ax, complied.columns.get_loc(target), y, edgecolor="black", linewidth=1.5)
