@@ -5,7 +5,7 @@
    al. 2025); `selected` is Arditi et al.'s choice over (position, site) (`selection`); `best` is an
    oracle's, the difference of means whose ablation makes the model comply most on tuning prompts;
    `subspace` is the first singular vectors at the site of `best`. `learned` and `learned-subspace`
-   are found by gradient (`learned`).
+   are found by gradient (`learned`); they are added at the papers' depth.
 2. A search can fail, and says so: a direction is **found** when its ablation makes the model comply
    on `MARGIN` more of the tuning prompts than removing nothing or a random direction does, and when
    no filter of its rule had to be dropped. One that was not found is no weak direction.
@@ -155,15 +155,15 @@ def find_directions(lm: LanguageModel, profile: Profile, found: Differences) -> 
     best = best_site(lm, profile, ends, harmful)
     fixed = fixed_site(lm.n_layers)
     validation = harmful[:SELECTION_PROMPTS], harmless[:SELECTION_PROMPTS]
-    length = ends[best].norm().item()
-    goals = _goals(lm, profile, best, length)
+    length = ends[fixed].norm().item()
+    goals = _goals(lm, profile, fixed, length)
     network = lm.network()
     searched = {
         Rule.SELECTED: _selected(lm, profile, found, *validation),
         Rule.BEST: Direction(ends[best], best),
         Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
-        Rule.LEARNED: Direction(length * learn(network, goals, 1)[0], best),
-        Rule.LEARNED_SUBSPACE: Direction(orthonormal(learn(network, goals, SUBSPACE)), best),
+        Rule.LEARNED: Direction(length * learn(network, goals, 1)[0], fixed),
+        Rule.LEARNED_SUBSPACE: Direction(orthonormal(learn(network, goals, SUBSPACE)), fixed),
     }
     return {
         Rule.FIXED: Direction(ends[fixed], fixed),
