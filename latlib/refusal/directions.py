@@ -158,7 +158,7 @@ def find_directions(lm: LanguageModel, profile: Profile, found: Differences) -> 
     length = ends[fixed].norm().item()
     goals = _goals(lm, profile, fixed, length)
     network = lm.network()
-    searched = {
+    searched: Directions = {
         Rule.SELECTED: _selected(lm, profile, found, *validation),
         Rule.BEST: Direction(ends[best], best),
         Rule.SUBSPACE: Direction(top_subspace(last[best], SUBSPACE), best),
