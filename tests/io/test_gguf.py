@@ -147,7 +147,7 @@ def test_a_repository_is_taken_by_its_files(source, tmp_path, monkeypatch, other
 
     monkeypatch.setattr(latlib.io.hub, "HfApi", Hub)
     monkeypatch.setattr(
-        latlib.io.hub, "cached_file", lambda source, name, **_: str(source_of[name])
+        latlib.io.hub, "hf_hub_download", lambda source, name, **_: str(source_of[name])
     )
     source_of = {"tiny.gguf": file}
     if others == ["more.gguf"]:
