@@ -46,22 +46,42 @@ def test_the_gradient_is_that_of_finite_differences(kind, rank):
     assert (gradient * step).sum().item() == pytest.approx(slope.item(), rel=1e-4)
 
 
-def test_learning_serves_each_goal(monkeypatch):
-    """With one weight alone, that loss falls."""
+def wanted(network, rows):
+    """How far answers to harmful prompts are without the directions, in nats."""
+    batch = collate(GOALS.harmful)
+    ablated = network.ablated(rows)
+    return token_losses(ablated.unembed, ablated.label_rows(batch), batch.labels).mean()
+
+
+def retained(network, rows):
+    """How far what is said to harmless prompts moves without them."""
+    batch = collate(GOALS.harmless)
+    before = network.unembed(network.label_rows(batch)).log_softmax(-1)
+    after = network.ablated(rows).label_rows(batch)
+    after = network.unembed(after).log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1).mean()
+
+
+def added(network, rows):
+    """How far refusals of harmless prompts are where the first direction is added."""
+    batch = collate(GOALS.refused)
+    deltas = {GOALS.site: (GOALS.length * rows[0]).expand(*batch.shape, -1)}
+    states = network.label_rows(batch, deltas)
+    return token_losses(network.unembed, states, batch.labels).mean()
+
+
+@pytest.mark.parametrize("goal", ["ABLATION", "RETAIN", "ADDITION"])
+def test_learning_serves_each_goal(monkeypatch, goal):
+    """With one weight alone, what that weighs falls well below where it began."""
     network = networks()["lean"]
     monkeypatch.setattr(learned, "STEPS", 30)
-    batch = collate([*GOALS.harmful])
-
-    def wanted(rows):
-        ablated = network.ablated(rows)
-        return token_losses(ablated.unembed, ablated.label_rows(batch), batch.labels).mean().item()
-
-    monkeypatch.setattr(learned, "ADDITION", 0.0)
-    monkeypatch.setattr(learned, "RETAIN", 0.0)
-    start = learned._unit(
-        torch.randn(1, tiny.D, generator=torch.Generator().manual_seed(0)).double()
-    )
-    assert wanted(learn(network, GOALS, 1)) < wanted(start) - 0.05
+    for name in {"ABLATION", "RETAIN", "ADDITION"} - {goal}:
+        monkeypatch.setattr(learned, name, 0.0)
+    measure = {"ABLATION": wanted, "RETAIN": retained, "ADDITION": added}[goal]
+    found = measure(network, learn(network, GOALS, 1)).item()
+    monkeypatch.setattr(learned, "TRAVEL", 0.0)
+    start = measure(network, learn(network, GOALS, 1)).item()
+    assert found < start - 0.05 * abs(start)
 
 
 def test_the_seed_decides_and_directions_are_of_length_one(monkeypatch):
