@@ -9,6 +9,10 @@ independent of who works beside whom.
 A job waits for the model it stands on. The first error stops everything that has not begun and is
 raised with the job's name; what was finished stays finished.
 
+A scheduler sends its signal to every process at once. The server and idle workers pass it by, or
+the pool would break and end workers that are saving; a wish to stop that reached this process alone
+is handed on as the file STOP.
+
 Workers are forked from a server, a process that has imported everything and uses no thread. The
 imports take as long as a notebook's own, so the kernel starts the server before them
 (`start_server`), and the two run side by side. For that this module itself loads no torch.
@@ -17,11 +21,13 @@ imports take as long as a notebook's own, so the kernel starts the server before
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
@@ -80,7 +86,19 @@ def begin_worker(threads: int, folder: Path) -> None:
     longer than it lives."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ[HELD] = str(folder)
+    _heed_signals(True)
     prepare_process(threads)
+
+
+def _begin_idle_worker(threads: int, folder: Path) -> None:
+    begin_worker(threads, folder)
+    _heed_signals(False)
+
+
+def _heed_signals(heeded: bool) -> None:
+    """Whether SIGINT and SIGTERM end this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler if heeded else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if heeded else signal.SIG_IGN)
 
 
 def _leave_with_parent() -> None:
@@ -110,36 +128,78 @@ def work(profile: Profile, folder: Path, jobs: Sequence[Job]) -> None:
 def _in_processes(folder: Path, jobs: Sequence[Job], count: int, threads: int) -> None:
     # spinning barriers are ruinous on shared cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    start_server()
     pool = ProcessPoolExecutor(
-        count, mp_context=worker_context(), initializer=begin_worker, initargs=(threads, folder)
+        count,
+        mp_context=worker_context(),
+        initializer=_begin_idle_worker,
+        initargs=(threads, folder),
     )
+    running: dict[Future[None], Job] = {}
+    with _handing_on(folder / "STOP") as stopping:
+        try:
+            _follow(pool, folder, jobs, count, running, stopping)
+        except BrokenProcessPool as error:
+            raise RuntimeError(_why_broken(list(running.values()))) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for file in (folder / "logs").glob(".job-*.json"):
+                file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _handing_on(stop: Path) -> Iterator[Callable[[], bool]]:
+    """A function that says whether a signal has asked this process to stop, and hands that on to
+    its workers as a file, which goes with them."""
+    made = False
+
+    def asked() -> bool:
+        nonlocal made
+        if progress.asked_by_signal() and not stop.exists():
+            made = True
+            stop.touch()
+        return progress.asked_by_signal()
+
+    with progress.saving_on_signals():
+        try:
+            yield asked
+        finally:
+            if made:
+                stop.unlink(missing_ok=True)
+
+
+def _follow(
+    pool: ProcessPoolExecutor,
+    folder: Path,
+    jobs: Sequence[Job],
+    count: int,
+    running: dict[Future[None], Job],
+    stopping: Callable[[], bool],
+) -> None:
+    """Hand out jobs until all are done or one fails. running: is kept up to date."""
     label = f"{len(jobs)} jobs, {count} at a time"
     files = {job: folder / "logs" / f".job-{i}.json" for i, job in enumerate(jobs)}
     waiting = list(jobs)
-    running: dict[Future[None], Job] = {}
     done = 0
-    try:
-        with progress.Progress(folder, label, 100 * len(jobs)) as bar:
-            while waiting or running:
-                for job in _ready(waiting, running.values())[: count - len(running)]:
-                    waiting.remove(job)
-                    running[pool.submit(_perform, job, files[job])] = job
-                finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    job = running.pop(future)
-                    if error := future.exception():
-                        if hasattr(error, "add_note"):
-                            error.add_note(f"while working on {job.name}")
-                        raise error
-                    done += 1
-                share, detail = _progress_of([files[job] for job in running.values()])
-                bar.update(int(100 * (done + share)), detail)
-    except BrokenProcessPool as error:
-        raise RuntimeError(_why_broken(list(running.values()))) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for file in (folder / "logs").glob(".job-*.json"):
-            file.unlink(missing_ok=True)
+    with progress.Progress(folder, label, 100 * len(jobs)) as bar:
+        while waiting or running:
+            if stopping():
+                waiting.clear()
+            for job in _ready(waiting, running.values())[: count - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(_perform, job, files[job])] = job
+            finished, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                if error := future.exception():
+                    if hasattr(error, "add_note"):
+                        error.add_note(f"while working on {job.name}")
+                    raise error
+                done += 1
+            share, detail = _progress_of([files[job] for job in running.values()])
+            bar.update(int(100 * (done + share)), detail)
+    if stopping():
+        raise progress.Stopped("asked to stop; what was finished is saved")
 
 
 def _why_broken(jobs: Sequence[Job]) -> str:
@@ -166,8 +226,12 @@ def _ready(waiting: Sequence[Job], running: Iterable[Job]) -> list[Job]:
 
 def _perform(job: Job, file: Path) -> None:
     """Do a job in a worker, with a progress file of its own."""
-    with progress.Progress(file, job.name, 1) as bar:
-        job.call(bar.on_step)
+    _heed_signals(True)
+    try:
+        with progress.Progress(file, job.name, 1) as bar:
+            job.call(bar.on_step)
+    finally:
+        _heed_signals(False)
     file.unlink(missing_ok=True)
 
 
@@ -195,6 +259,15 @@ def worker_context() -> BaseContext:
 
 
 def start_server() -> None:
-    """Start the server, where there is one, without waiting for it."""
-    if worker_context().get_start_method() == "forkserver":
+    """Start the server, where there is one, without waiting for it. It ignores SIGTERM, as what it
+    was started with; only a main thread can see to that."""
+    if worker_context().get_start_method() != "forkserver":
+        return
+    if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from latlib.config.profile import load_profile
@@ -39,3 +41,60 @@ def test_a_script_that_workers_run_again_is_told_what_it_lacks(tmp_path):
     assert done.returncode == 1
     (said,) = [line for line in done.stderr.splitlines() if "RuntimeError: /" in line]
     assert "mine.py is run again by every worker: put what it does under" in said
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from latlib.config.profile import load_profile
+from latlib.experiment.jobs import Job, work
+from latlib.io import progress
+
+folder, busy = Path(sys.argv[1]), sys.argv[2].split()
+
+def step(name, on_step):
+    if name not in busy:
+        return  # and its worker is idle
+    with progress.saving_on_signals():
+        (folder / f"{name} began").touch()
+        time.sleep(5)  # a step that no signal may cut short
+        while not progress.stop_requested(folder):
+            time.sleep(0.1)
+        (folder / f"{name} saved").touch()
+        raise progress.Stopped(name)
+
+class Step:
+    def __init__(self, name): self.name = name
+    def __call__(self, on_step): step(self.name, on_step)
+
+if __name__ == "__main__":
+    two = load_profile("smoke").model_copy(update={"workers": 2})
+    try:
+        work(two, folder, [Job(name, Step(name)) for name in ("one", "two")])
+    except progress.Stopped:
+        print("stopped")
+"""
+
+
+@pytest.mark.parametrize("busy", ["one two", "one"])
+@pytest.mark.parametrize("to_all", [True, False], ids=["every process", "the first alone"])
+def test_signals_let_workers_save(tmp_path, busy, to_all):
+    """A scheduler's SIGTERM and the driver's SIGINT reach the server and idle workers, too."""
+    (tmp_path / "logs").mkdir()
+    script = tmp_path / "mine.py"
+    script.write_text(WORK)
+    command = [sys.executable, str(script), str(tmp_path), busy]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    first = psutil.Process(process.pid)
+    until = time.monotonic() + 120
+    while not all((tmp_path / f"{name} began").exists() for name in busy.split()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    time.sleep(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for each in (first, *(first.children(recursive=True) if to_all else ())):
+            each.send_signal(number)
+        time.sleep(1)
+    assert process.communicate(timeout=60)[0] == "stopped\n"
+    assert all((tmp_path / f"{name} saved").exists() for name in busy.split())
+    assert not (tmp_path / "STOP").exists()
