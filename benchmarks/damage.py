@@ -81,7 +81,7 @@ HARMED = {
     "report emptied": ("report.html", emptied, ""),
 }
 for _name, (_file, _harm, _said) in HARMED.items():
-    _words = f"`{_file}` of a finished run {_harm.__name__}"
+    _words = f"{_file} of a finished run {_harm.__name__}"
     add(_name, DAMAGED, _words, partial(heals, name=_file, harm=_harm, said=_said))
 
 
@@ -272,7 +272,7 @@ def fresh_on_a_run_with_files(place: Place) -> str:
     return f"{len(kept)} files are in set-aside/; every file of the new run bit for bit"
 
 
-@case(OTHERS, "`python -m latlib.report.publish` onto a folder that holds other things")
+@case(OTHERS, "python -m latlib.report.publish onto a folder that holds other things")
 def publish_onto_a_folder(place: Place) -> str:
     """Refused, and nothing in it is touched."""
     run, target = place.made(), place.folder / "target"

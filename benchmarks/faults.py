@@ -276,7 +276,7 @@ for _file, _said in {
     "model/model.safetensors": "model.source, weights: ",
     "model/tokenizer.json": "model.source, tokenizer: ",
 }.items():
-    _words = f"`{_file}` changed by one bit between two commands on one folder"
+    _words = f"{_file} changed by one bit between two commands on one folder"
     add(f"another {_file}", SOURCES, _words, partial(another, file=_file, said=_said))
 
 
@@ -406,7 +406,7 @@ run.ensure([("lat", 0), ("ssft", 0)])
 """
 
 
-@case(OUTSIDE, "a script of the user's without `if __name__ == '__main__':`, with two workers")
+@case(OUTSIDE, "a script of the user's without if __name__ == '__main__', with two workers")
 def script_without_a_guard(place: Place) -> str:
     """Its last line says what it lacks; with it, it works."""
     profile = place.profile()

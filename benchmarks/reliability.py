@@ -40,6 +40,9 @@ from cases import CASES, ROOT, Case, Place, reference
 from document import table
 from measure import environment, write
 
+from latlib.experiment.record import RECORD
+from latlib.io import manifest
+
 REGISTERED = (kills, damage, faults)  # their cases are known once they are imported
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -127,12 +130,16 @@ def _row(case: dict[str, Any]) -> list[str]:
     if len(seen) > LONGEST:
         seen = f"{seen[: LONGEST // 2]} ... {seen[-LONGEST // 2 :]}"
     cells = [case["name"], case["injected"], seen, "held" if case["held"] else "**not held**"]
-    escaped = []
-    for cell in cells:
-        for sign in "\\|<>*_`[]":
-            cell = cell.replace(sign, f"\\{sign}") if cell != "**not held**" else cell
-        escaped.append(cell)
-    return escaped
+    return [_escaped(cell) for cell in cells[:3]] + cells[3:]
+
+
+def _escaped(text: str) -> str:
+    """As plain text in a table."""
+    for sign in "\\|<>*_`[]":
+        text = text.replace(sign, f"\\{sign}")
+    for file in (manifest.NAME, RECORD):  # or it would be read as a module's name
+        text = text.replace(file, file.replace(".", "\\."))
+    return text
 
 
 def read() -> dict[str, Any]:

@@ -55,7 +55,7 @@ def failing(place):
 
 def test_a_case_that_does_not_hold_is_said_to_be_that(tmp_path):
     found = reliability.perform(Case("a", "kind", "fault", failing), tmp_path)
-    assert not found["held"] and found["seen"] == "AssertionError: in ./run something is wrong"
+    assert not found["held"] and found["seen"] == "AssertionError: in run something is wrong"
 
 
 def test_an_orphan_is_seen_and_ended(tmp_path, monkeypatch):
