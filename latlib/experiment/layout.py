@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
+from pydantic import ValidationError
 
 from latlib.config.paths import from_home, portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
@@ -77,7 +78,8 @@ class Layout:
             settings = self.dated().profile.model_dump(mode="json")
             kept = {"profile": from_home(settings), "inputs": {}}
         mine = self.profile.model_dump(mode="json")
-        if lines := changed_settings(fixed_settings(kept["profile"]), fixed_settings(mine)):
+        began_with = fixed_settings(_in_full(kept["profile"]))
+        if lines := changed_settings(began_with, fixed_settings(mine)):
             raise ProfileError(
                 f"run folder {self.folder} was made with other settings:\n  "
                 + "\n  ".join(lines)
@@ -309,6 +311,15 @@ def _acquired(folder: Path) -> BaseFileLock:
         line = f"{folder}: its disk has no locks ({error}): let nothing else write there"
         print(line, file=sys.stderr, flush=True)
     return lock
+
+
+def _in_full(profile: Json) -> Json:
+    """A folder's settings, those that are newer than the folder at their defaults: what an earlier
+    version began goes on while nobody changes them."""
+    try:
+        return Profile.model_validate(profile).model_dump(mode="json")
+    except ValidationError:  # a field of then is gone, or means something else now
+        return profile
 
 
 def fixed_settings(profile: Json) -> Json:

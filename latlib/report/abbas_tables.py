@@ -63,8 +63,9 @@ def shares_markdown(found: Findings, centred: bool = False) -> str:
     paper's below it."""
     grid = share_grid(found, centred)
     rows = []
+    whole = int(found.shares["pairs"].max())
     for block, cells in grid.iterrows():
-        rows.append([str(block), *(_cell(interval) for interval in cells)])
+        rows.append([str(block), *(_cell(interval, whole) for interval in cells)])
     if not centred:
         paper = [f"{share:.1f}" for share in _papers_shares().values()]
         unknown = [""] * (len(SERIES) - len(paper))
@@ -72,10 +73,12 @@ def shares_markdown(found: Findings, centred: bool = False) -> str:
     return markdown(["Block", *SERIES], rows)
 
 
-def _cell(share: Interval) -> str:
-    """A share in per cent to the tenth with its bounds; the pairs where some are left out."""
+def _cell(share: Interval, whole: int) -> str:
+    """A share in per cent to the tenth with its bounds; the pairs where some of the whole are left
+    out.
+    """
     low, high = (f"{100 * bound:.1f}" for bound in (share.low, share.high))
-    left = "" if share.n == 100 else f", {share.n} pairs left"
+    left = "" if share.n == whole else f", {share.n} pairs left"
     return f"{100 * share.estimate:.1f} [{low}, {high}]{left}"
 
 

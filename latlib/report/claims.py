@@ -38,6 +38,7 @@ from latlib.report.evidence import (
     MissingError,
     Names,
     contrast,
+    not_in_vain,
     rate,
     rows_given,
     spike_steps,
@@ -350,8 +351,13 @@ def _means(shares: DataFrame) -> str:
 
 
 def _without(e: Evidence, source: str, target: Names) -> DataFrame:
-    """Targets without a source's direction, chosen at the site that did best on tuning prompts."""
-    return e.cell(target, intervention="ablate", source=source, rule="best")
+    """Targets without a source's direction, chosen at the site that did best on tuning prompts, in
+    the seeds in which the search found one. Raises MissingError where it found none.
+    """
+    rows = not_in_vain(e.cell(target, intervention="ablate", source=source, rule="best"))
+    if rows.empty:
+        raise MissingError(f"the search found no direction of {source} in any seed")
+    return rows
 
 
 @claim(

@@ -331,6 +331,11 @@ def _paired(
     return both["hit"].astype(float) - both["hit_b"], both["cluster"], both["seed"]
 
 
+def not_in_vain(rows: DataFrame) -> DataFrame:
+    """The rows without those of directions that their search did not find, which say nothing."""
+    return rows[rows["found"].astype("boolean").fillna(True).astype(bool)]
+
+
 def attacks_in(rows: DataFrame) -> Series:
     """The attack of every row; perturbations of different models are different attacks."""
     return rows["attack"] + rows["source"]

@@ -31,6 +31,7 @@ from latlib.report.evidence import (
     MissingError,
     Names,
     contrast,
+    not_in_vain,
     outcome_table,
     p_value,
     rates_by,
@@ -94,11 +95,6 @@ def targets(e: Evidence) -> list[str]:
     """
     ablated = e.cell((BASE, *e.profile.methods), partial=True, intervention="ablate")["method"]
     return [name for name in (BASE, *e.profile.methods) if name in set(ablated)]
-
-
-def not_in_vain(rows: DataFrame) -> DataFrame:
-    """The rows without those of vectors that were not found."""
-    return rows[rows["found"].astype("boolean").fillna(True).astype(bool)]
 
 
 def _found_table(rows: DataFrame, by: list[str]) -> DataFrame:

@@ -3,9 +3,11 @@
 import datetime
 import errno
 import fcntl
+import json
 import os
 
 import pytest
+import yaml
 from filelock import FileLock
 
 from latlib.config.profile import Profile, load_profile, validated
@@ -15,6 +17,7 @@ from latlib.experiment.inputs import digests
 from latlib.experiment.jobs import HELD
 from latlib.experiment.layout import Layout
 from latlib.experiment.run import Run
+from latlib.io import manifest
 from latlib.io.progress import unseen
 
 
@@ -68,6 +71,24 @@ def test_what_lies_in_somebodys_home_is_named_from_there(tmp_path, monkeypatch):
     again = load_profile(run.folder / "profile.yaml")
     Layout(again, run.folder).claim()
     assert digests(again) == digests(run.profile) and digests(again)
+
+
+def test_a_folder_of_an_earlier_version_goes_on_while_newer_settings_are_at_their_defaults(
+    tmp_path,
+):
+    run = Layout(load_profile("smoke"), tmp_path / "run")
+    run.claim()
+    for name in ("began.json", "profile.yaml"):
+        file = run.folder / name
+        settings = yaml.safe_load(file.read_text())
+        (settings.get("profile") or settings)["model"].pop("post_instruction_tokens")
+        file.write_text(json.dumps(settings))
+        manifest.record(run.folder, file, file)
+    Layout(load_profile("smoke"), run.folder).claim()
+    model = run.profile.model.model_copy(update={"post_instruction_tokens": 3})
+    other = run.profile.model_copy(update={"model": model})
+    with pytest.raises(ProfileError, match="model.post_instruction_tokens: 1 -> 3"):
+        Layout(other, run.folder).claim()
 
 
 def test_looking_at_a_run_changes_nothing_in_its_folder(smoke_run):

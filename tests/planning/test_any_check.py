@@ -8,16 +8,15 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from small_profile import small_run
+from small_profile import small_run, write_sources
 from strange_values import JUNK, places, with_value
-from tiny_models import world_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from latlib.io.progress import ExitStatus
 from latlib.planning import estimate
 from latlib.planning.step_cost import Memory
 from latlib.runner import pipeline
 
+ENDS = (ExitStatus.DONE, ExitStatus.USAGE, ExitStatus.INCOMPLETE)
 EACH = settings(max_examples=80, suppress_health_check=list(HealthCheck))
 STRANGE_FILES = (
     b"",
@@ -47,19 +46,7 @@ VALUES = st.one_of(
 def whole(tmp_path_factory):
     """A folder with a small model, two files of prompts and a profile that lacks nothing."""
     home = tmp_path_factory.mktemp("whole")
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(home / "model")
-    world_tokenizer().save_pretrained(home / "model")
-    rows = "goal,target\n" + "".join(f"do thing {i} now,Sure thing {i}\n" for i in range(20))
-    (home / "harmful.csv").write_text(rows)
-    (home / "benign.csv").write_text(rows.replace("goal", "instruction").replace("do", "bake"))
+    write_sources(home)
     return home
 
 
@@ -84,9 +71,7 @@ def home(whole, tmp_path, monkeypatch):
 def checked(home, tree) -> int:
     (home / "p.yaml").write_text(yaml.dump(tree, allow_unicode=True), encoding="utf-8")
     command = ["--profile", str(home / "p.yaml"), "--out", str(home / "run"), "--check"]
-    status = pipeline.main(command)
-    assert status in (ExitStatus.DONE, ExitStatus.USAGE, ExitStatus.INCOMPLETE)
-    return status
+    return pipeline.main(command)
 
 
 def test_what_is_fuzzed_lacks_nothing(home):
@@ -106,7 +91,9 @@ def test_any_profile_is_checked(home, data):
             value = data.draw(st.one_of(VALUES, JUNK))
             if isinstance(tree.get(section, {}), dict):
                 tree[section] = {**tree.get(section, {}), name: value}
-    assume(checked(home(), tree) != ExitStatus.USAGE)  # those are `test_any_profile`'s
+    status = checked(home(), tree)
+    assert status in ENDS
+    assume(status != ExitStatus.USAGE)  # those are `test_any_profile`'s
 
 
 DEFAULTS = [
@@ -155,4 +142,4 @@ def test_any_files_are_checked(home, data):
             file.unlink()
             if how == "a folder":
                 file.mkdir()
-    checked(place, small_run())
+    assert checked(place, small_run()) in ENDS

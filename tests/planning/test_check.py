@@ -14,9 +14,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from small_profile import small_run
-from tiny_models import world_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_profile import small_run, write_sources
+from transformers import LlamaConfig
 
 from latlib.config.profile import find_share, load_profile
 from latlib.planning import check as planning
@@ -70,18 +69,7 @@ def small(tmp_path, monkeypatch):
     size is made up.
     """
     cheap_steps(monkeypatch)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    world_tokenizer().save_pretrained(tmp_path / "model")
-    rows = "goal,target\n" + "".join(f"do {i},Sure {i}\n" for i in range(20))
-    (tmp_path / "harmful.csv").write_text(rows)
-    (tmp_path / "benign.csv").write_text(rows.replace("goal", "instruction"))
+    write_sources(tmp_path)
 
     def check(machine=CPU, **sections):
         tree = small_run()
@@ -172,7 +160,9 @@ def test_everything_there(small, tmp_path):
 
 def test_a_prompt_that_is_trained_and_tested_on_is_missing_its_mend(small):
     assert small()["overlap"].state == "ok"
-    Path("test.csv").write_text("goal,target\nDO 7 !,Sure\nsomething else entirely,Sure\n")
+    Path("test.csv").write_text(
+        "goal,target\nDO thing 7 NOW !,Sure\nsomething else entirely,Sure\n"
+    )
     line = small(data={"test_harmful": "test.csv"})["overlap"]
     assert line.state == "missing" and "equal to a test prompt" in line.text
     assert line.fix.startswith("remove those rows from the training or the test file")

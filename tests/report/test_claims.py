@@ -1,6 +1,7 @@
 """The verdict of every claim follows the data: made to hold, made to fail, and left undecided."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -33,6 +34,23 @@ def test_without_data_every_testable_claim_is_inconclusive_and_says_what_is_miss
     for claim in claims.measure(empty):
         assert claim.verdict == ("inconclusive" if claim.effect else "not testable at this scale")
         assert claim.note.startswith("not measured: ") or not claim.effect
+
+
+def test_no_claim_rests_on_a_direction_that_was_not_found():
+    """A failed search would else count as a weak vector."""
+    run = evidence(True)
+    rows = run.outcomes.copy()
+    of_main = (rows["source"] == "lat") & (rows["rule"] == "best")
+    rows["found"] = pd.array([None] * len(rows), dtype="boolean")
+    rows.loc[of_main, "found"] = False
+    found = {c.id: c for c in claims.measure(replace(run, outcomes=rows))}
+    for name in ("strongest-vector", "weaker-to-own"):
+        assert found[name].interval is None
+        assert "found no direction of lat" in found[name].note
+    assert found["resists-reference"].interval
+    rows.loc[of_main & (rows["seed"] > 0), "found"] = True
+    some = {c.id: c for c in claims.measure(replace(run, outcomes=rows))}
+    assert some["strongest-vector"].interval.seeds == len(set(rows["seed"])) - 1
 
 
 def test_two_clusters_decide_nothing():

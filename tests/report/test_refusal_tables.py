@@ -11,7 +11,7 @@ from synthetic import PROFILE, SEEDS, ablated, cell, evidence
 
 from latlib.config.profile import Profile
 from latlib.report import refusal_tables
-from latlib.report.evidence import Evidence, MissingError
+from latlib.report.evidence import Evidence, MissingError, not_in_vain
 
 LAT = "lat-untargeted"
 UNTARGETED = Profile(
@@ -172,4 +172,4 @@ def test_a_vector_that_was_not_found_is_no_weak_one():
 def test_where_nothing_was_searched_every_vector_counts():
     old = evidence(True)
     assert old.outcomes["found"].isna().all()
-    assert len(refusal_tables.not_in_vain(old.outcomes)) == len(old.outcomes)
+    assert len(not_in_vain(old.outcomes)) == len(old.outcomes)
