@@ -29,6 +29,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from latlib.config.profile import find_share
 from latlib.io import manifest
+from latlib.io.files import write_text
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -256,9 +257,8 @@ class Place:
 
     def environment(self, inject: str = "", **more: str) -> dict[str, str]:
         """Of a command that has no network and no account, with a fault in its processes."""
-        site = self.shared / "site"
         found = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(spoiled_site(self.shared)), str(ROOT)]),
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
@@ -342,14 +342,19 @@ def changed(dotted: dict[str, Any]) -> dict[str, Any]:
 _making = threading.Lock()
 
 
+def spoiled_site(shared: Path) -> Path:
+    """A folder for PYTHONPATH, with which Python starts with the injections."""
+    file = shared / "site" / "sitecustomize.py"
+    if not file.exists():  # written whole: another case may start meanwhile
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(SITE, file, durable=False)
+    return file.parent
+
+
 def reference(shared: Path) -> Path:
     """The undisturbed night's run folder; made where it is not there."""
     place = Place(shared / "night", shared)
     with _making:
-        site = shared / "site"
-        if not site.exists():
-            site.mkdir(parents=True)
-            (site / "sitecustomize.py").write_text(SITE, encoding="utf-8")
         seconds = shared / "seconds"
         if not seconds.exists():
             shutil.rmtree(place.folder, ignore_errors=True)
