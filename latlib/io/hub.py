@@ -287,7 +287,9 @@ def open_tokenizer(source: str, field: str, allowed: Allowed) -> PreTrainedToken
     def read() -> PreTrainedTokenizerBase:
         if source.endswith(SUFFIX):
             return read_tokenizer(Path(source), contents(Path(source), field), field)
-        return AutoTokenizer.from_pretrained(source, **allowed.options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **allowed.options)
+        tokenizer("A")  # some wrong values are noticed in use only
+        return tokenizer
 
     return _explained(read, f"the tokenizer of {field}", source, allowed)
 

@@ -156,6 +156,13 @@ def test_foreign_code_does_not_run_unless_the_profile_allows_it(tmp_path, module
     )
 
 
+def test_a_tokenizer_that_fails_only_in_use_is_named(tmp_path):
+    folder = saved(tmp_path / "odd")
+    edited(folder / "tokenizer_config.json", model_max_length="")
+    with pytest.raises(ProfileError, match="tokenizer of model.source = .* cannot be loaded"):
+        load_model(folder, settings_for())
+
+
 def test_a_model_that_transformers_knows_is_opened_with_its_code_and_not_with_the_folders(tmp_path):
     folder, mark = saved(tmp_path / "known"), tmp_path / "was-run"
     edited(
