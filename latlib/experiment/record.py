@@ -15,6 +15,7 @@ from latlib.config.paths import portable
 from latlib.config.profile import Profile
 from latlib.experiment.spec import Spec
 from latlib.io.files import Json, write_json
+from latlib.text.markdown import verbatim
 
 RECORD = "latlib.json"  # in every model folder: how it was made
 PROFILE = "profile.yaml"  # beside it
@@ -50,5 +51,7 @@ def model_card(record: Json, library: str = "peft") -> str:
         is_loss = name not in _NO_LOSSES and not name.startswith("validation_")
         if is_loss and math.isfinite(value):
             losses[name] = value
-    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), losses=losses, **record)
+    card = ModelCard.from_template(
+        data, template_path=str(_TEMPLATE), losses=losses, verbatim=verbatim, **record
+    )
     return str(card)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import netrc
 import os
 import queue
@@ -123,6 +124,8 @@ class Tracker:
 
     def _start_run(self, wandb: Any) -> Any:
         """A wandb run in the mode that works, or None where W&B is disabled."""
+        # its log lies in the run's folder, and begins with where that is
+        logging.getLogger("wandb").setLevel(logging.WARNING)
         # knows the environment and the user's settings file
         mode, reason = choose_mode(self.settings.wandb, wandb.setup().settings.base_url)
         if mode == "disabled":
@@ -157,6 +160,9 @@ class Tracker:
                 disable_code=True,
                 disable_git=True,
                 x_disable_stats=True,
+                # no path, program or name of this machine or of whoever uses it
+                x_disable_meta=True,
+                x_disable_machine_info=True,
                 x_save_requirements=False,
                 notebook_name=self.name,  # otherwise it asks the Jupyter server over HTTP
             ),

@@ -6,7 +6,6 @@ A table's cells are `stats.Interval`s, numbers, words, or None for what was not 
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -82,12 +81,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     escaped = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
-
-
-def verbatim(text: str) -> str:
-    """A text that Markdown shows as it is: no tag, link, formula or emphasis in it acts."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#+.!|~$^:-])", r"\\\1", html.escape(text, quote=False))
-    return " ".join(escaped.split())
 
 
 def between_markers(text: str, name: str, new: str) -> str:

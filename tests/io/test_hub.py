@@ -9,7 +9,11 @@ import httpx
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, LORA, as_if_trained, benign_batch, model_of, saved
 from transformers import AutoModelForCausalLM
@@ -18,7 +22,8 @@ import latlib.io.hub
 import latlib.models
 from latlib.config.sections import ModelSettings, ProfileError
 from latlib.experiment.released import load_released
-from latlib.io.hub import Allowed, open_model
+from latlib.io import outages
+from latlib.io.hub import Allowed, open_model, source_file
 from latlib.losses import at_labels
 from latlib.models import load_model, with_adapter
 
@@ -320,3 +325,13 @@ def test_buffers_are_not_rounded_by_a_low_precision(tmp_path, family):
     turns = [name for name in whole if "inv_freq" in name]
     assert turns and all(torch.equal(found[name], whole[name]) for name in turns)
     assert all(found[name].dtype == torch.float32 for name in turns)
+
+
+def test_a_file_that_cannot_be_asked_for_is_not_one_that_is_missing(monkeypatch):
+    def out(source, name, revision=None):
+        raise LocalEntryNotFoundError("not here") from TimeoutError("no answer")
+
+    monkeypatch.setattr(outages, "WAITS", ())
+    monkeypatch.setattr(latlib.io.hub, "hf_hub_download", out)
+    with pytest.raises(ProfileError, match="'owner/name' cannot be had: the hub does not answer"):
+        source_file("owner/name", "model.safetensors", "model.source")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbconvert.filters import markdown2html
 
-from latlib.report.tables import verbatim
+from latlib.text.markdown import verbatim
 
 
 def shown(text: str) -> tuple[str, set[str]]:
