@@ -167,13 +167,13 @@ class Layout:
         processes that it starts. Raises ProfileError where another does.
         """
         held = os.environ.get(HELD, "")
-        if str(self.folder) in held.split(os.pathsep):
+        if str(self.folder) in held.split("\n"):  # a colon may stand in a name
             yield
             return
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = _acquired(self.folder)
-        os.environ[HELD] = f"{held}{os.pathsep}{self.folder}"
+        os.environ[HELD] = f"{held}\n{self.folder}"
         try:
             yield
         finally:

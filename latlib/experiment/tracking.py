@@ -119,6 +119,8 @@ class Tracker:
                 run.log(dict(record), step=record["step"])
             run.finish()
             wandb.teardown()  # finish() returns before the file is flushed
+            # a link to wandb's cache in the user's home
+            Path(run.dir, "../logs/debug-core.log").unlink(missing_ok=True)
         except (Exception, SystemExit) as error:
             self._trouble = f"W&B failed ({type(error).__name__}: {in_a_line(error)})"
 

@@ -142,11 +142,12 @@ def run_notebook(
             _execute(notebook, unfinished, parameters, kernel, log)
         except Exception as error:
             failure = _describe(error, notebook, kernel, log)
+    given = [Path(value) for value in parameters.values() if os.path.isabs(str(value))]
     # of a line that was drawn again and again the last state is enough
     text = log_path.read_bytes().decode("utf-8", errors="replace")
-    log_path.write_text(_REDRAWN.sub("", _ANSI.sub("", text)), encoding="utf-8")
+    said = without_paths(_REDRAWN.sub("", _ANSI.sub("", text)), run_folder, *given)
+    log_path.write_text(said, encoding="utf-8")
     if unfinished.is_file():
-        given = [Path(value) for value in parameters.values() if os.path.isabs(str(value))]
         _forget_paths(unfinished, notebook, run_folder, *given)
         if failure is None:
             with aside(finished) as partial:

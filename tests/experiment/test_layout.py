@@ -101,7 +101,7 @@ def test_looking_at_a_run_changes_nothing_in_its_folder(smoke_run):
 
 
 def test_a_folder_is_held_by_one_command_at_a_time(tmp_path, monkeypatch):
-    first, second = (Layout(load_profile("smoke"), tmp_path / "run") for _ in range(2))
+    first, second = (Layout(load_profile("smoke"), tmp_path / "of 16:02") for _ in range(2))
     with first.locked():
         with second.locked():  # one process, or one that it has started
             pass
