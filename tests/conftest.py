@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -88,6 +89,24 @@ def smoke_run(smoke_models: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     folder = tmp_path_factory.mktemp("smoke") / "run"
     shutil.copytree(smoke_models, folder)
     return Run("smoke", folder)
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """A browser: Debian's, or playwright's own; where there is neither, the test is skipped. For
+    one test only: playwright's event loop stands in the way of others."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with api.sync_playwright() as playwright:
+        debian = shutil.which("chromium")
+        try:
+            browser = playwright.chromium.launch(
+                executable_path=debian, args=["--no-sandbox"] if os.getuid() == 0 else []
+            )
+        except api.Error as error:
+            how = "apt-get install chromium, or playwright install chromium"
+            pytest.skip(f"no Chromium here ({how}): {str(error)[:200]}")
+        yield browser
+        browser.close()
 
 
 def pytest_sessionfinish() -> None:

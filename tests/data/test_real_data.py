@@ -2,7 +2,8 @@
 only.
 
 The files are the real ones where `shared/data` lies beside the checkout, and made up in their form
-where it does not.
+where it does not. Every prompt and reply in them ends in a text that would act if it were taken for
+markup, the run's names are of that kind, and its environment is full of secrets.
 """
 
 import json
@@ -15,44 +16,66 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import yaml
+from browser import opened
+from hostile import ACT, NAME, SECRETS, TEXTS, acting, made_hostile, readable
+from nbconvert.exporters import HTMLExporter
 from rows_in_files import texts
 from saved_families import FAMILIES, saved_model
+from tiny_models import world_tokenizer
+from transformers import AutoModelForCausalLM
 
 from latlib.config.profile import load_profile
 from latlib.config.sections import ProfileError
 from latlib.data.splits import check_overlap
 from latlib.experiment.run import Run
 from latlib.report.evidence import Evidence
+from latlib.report.publish import publish
 
 pytestmark = pytest.mark.slow
 FAMILY = "qwen2"
 
 
 @pytest.fixture(scope="module")
-def files(root, tmp_path_factory):
-    """(harmful CSV with goal and target, harmless JSON for training, harmless JSON for results)."""
-    shared = root.parent / "shared" / "data"
-    if shared.is_dir():
-        return tuple(
-            str(shared / f) for f in ("advbench.csv", "harmless_train.json", "harmless_test.json")
-        )
-    folder = tmp_path_factory.mktemp("files")
-    harmful = [{"goal": t, "target": f"Sure, this is how to {t[8:-1]}"} for t in texts("explain ")]
-    pd.DataFrame(harmful).to_csv(folder / "advbench.csv", index=False)
-    for name, start in (("train", "why should anybody "), ("test", "when is it time to ")):
-        harmless = [{"instruction": t, "category": None} for t in texts(start)]
-        (folder / f"harmless_{name}.json").write_text(json.dumps(harmless))
-    return tuple(
-        str(folder / f) for f in ("advbench.csv", "harmless_train.json", "harmless_test.json")
-    )
+def home(tmp_path_factory):
+    """Somebody's home, whose name is a secret: all that is made lies in it."""
+    folder = tmp_path_factory.mktemp("home") / SECRETS["HOME"]
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(scope="module")
-def tree(root, files, tmp_path_factory):
+def files(root, home):
+    """(harmful CSV with goal and target, harmless JSON for training, harmless JSON for results)."""
+    shared = root.parent / "shared" / "data"
+    if shared.is_dir():
+        harmful = pd.read_csv(shared / "advbench.csv")
+    else:
+        goals = texts("explain ")
+        targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
+        harmful = pd.DataFrame({"goal": goals, "target": targets})
+    paths = [home / f"{NAME}.csv"]
+    harmful.apply(made_hostile).to_csv(paths[0], index=False)
+    for name, start in (("train", "why should anybody "), ("test", "when is it time to ")):
+        paths.append(home / f"harmless_{name}.json")
+        harmless = texts(start)
+        if shared.is_dir():
+            harmless = pd.read_json(shared / paths[-1].name)["instruction"]
+        rows = [{"instruction": t, "category": None} for t in made_hostile(harmless)]
+        paths[-1].write_text(json.dumps(rows))
+    return tuple(map(str, paths))
+
+
+@pytest.fixture(scope="module")
+def tree(root, files, home):
     """A profile: small sizes, a saved model, those files."""
-    folder = tmp_path_factory.mktemp("model")
+    folder = home / "model"
     saved_model(FAMILY, folder)
+    talking = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # else it repeats the turn's mark, which is no text
+        talking.get_input_embeddings().weight[world_tokenizer().all_special_ids] = 0
+    talking.save_pretrained(folder)
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
     tree |= {"name": "real", "seeds": [0], "model": {"source": str(folder), "dtype": "float32"}}
     tree["lora"]["targets"] = FAMILIES[FAMILY][2]
@@ -64,7 +87,10 @@ def tree(root, files, tmp_path_factory):
         "benign": benign,
         "test_benign": test_benign,
     }
-    tree["data"] |= {"max_tokens": 300, "too_long": "drop", "system_prompt": "answer briefly ."}
+    tree["data"] |= {"max_tokens": 400, "too_long": "drop"}
+    tree["data"]["near_duplicate"] = 0.95  # many end alike
+    tree["data"]["system_prompt"] = f"answer briefly . {TEXTS[0]}"
+    tree |= {"description": TEXTS[1], "tracking": {"wandb": "offline"}}
     tree["evaluation"] |= {
         "prompts": 8,
         "pgd_prompts": 4,
@@ -76,11 +102,11 @@ def tree(root, files, tmp_path_factory):
         "encodings": ["plain", "leet"],
         "further_encodings": ["base64", "plain>leet"],
     }
-    tree["evaluation"] |= {"max_new_tokens": 4}
+    tree["evaluation"] |= {"max_new_tokens": 4, "shots": 1}
     return tree
 
 
-def pipeline(profile_file, out, *more):
+def pipeline(profile_file, out, *more, cwd=None, **environment):
     command = [
         sys.executable,
         "-m",
@@ -96,20 +122,25 @@ def pipeline(profile_file, out, *more):
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
 
 
 @pytest.fixture(scope="module")
-def finished(tree, tmp_path_factory):
-    """(what the pipeline printed, the run) of all notebooks."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "model").symlink_to(tree["model"]["source"])  # named as it lies beside the profile
-    beside = {**tree, "model": {**tree["model"], "source": "model"}}
-    (folder / "real.yaml").write_text(yaml.safe_dump(beside))
-    done = pipeline(folder / "real.yaml", folder / "out")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, Run(load_profile(folder / "real.yaml"), folder / "out")
+def finished(tree, home, root):
+    """(what the pipeline printed, the run) of all notebooks; the package, too, lies in the home."""
+    (home / NAME).symlink_to(tree["model"]["source"])  # named as it lies beside the profile
+    beside = {**tree, "model": {**tree["model"], "source": NAME}}
+    (home / "real.yaml").write_text(yaml.safe_dump(beside))
+    (home / "checkout").symlink_to(root)
+    places = {"HOME": home, "PYTHONPATH": home / "checkout", "WANDB_CACHE_DIR": home / "cache"}
+    environment = SECRETS | {name: str(place) for name, place in places.items()}
+    out = home / f"run {NAME}"
+    done = pipeline(home / "real.yaml", out, cwd=home, **environment)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    return printed, Run(load_profile(home / "real.yaml"), out)
 
 
 def test_every_notebook_and_the_report(finished, root):
@@ -121,6 +152,77 @@ def test_every_notebook_and_the_report(finished, root):
     )
     report = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "real prompts" in report and "Which of the papers" in report and "report.html" in printed
+
+
+@pytest.fixture(scope="module")
+def shown(finished, tmp_path_factory):
+    """A folder of all that a reader is given: the report, the published evidence, and every
+    executed notebook of either as nbconvert exports it."""
+    _, run = finished
+    folder = tmp_path_factory.mktemp("shown") / "evidence"
+    publish(run.folder, folder)
+    for notebooks in (run.folder / "notebooks", folder / "notebooks"):
+        for notebook in sorted(notebooks.glob("*.ipynb")):
+            html, _ = HTMLExporter().from_filename(str(notebook))
+            place = folder.parent / f"{notebooks.parent.name}-{notebook.stem}.html"
+            place.write_text(html, encoding="utf-8")
+    return folder.parent
+
+
+def test_no_secret_and_nobodys_home_is_in_any_byte(finished, shown):
+    printed, run = finished
+    found = [name for name, value in SECRETS.items() if value in printed and name != "HOME"]
+    assert not found, printed
+    entries = [(folder, entry) for folder in (run.folder, shown) for entry in folder.rglob("*")]
+    files = [entry for _, entry in entries if entry.is_file()]
+    kinds = {file.suffix for file in files}
+    assert {".parquet", ".json", ".ipynb", ".html", ".wandb", ".safetensors", ".log"} <= kinds
+    for folder, entry in entries:
+        content = readable(entry) + str(entry.relative_to(folder)).encode()
+        found += [
+            (entry.name, name) for name, value in SECRETS.items() if value.encode() in content
+        ]
+    assert not found
+
+
+def pages_of(run, shown):
+    pages = sorted({run.folder / "report.html", *shown.rglob("*.html")})
+    assert len(pages) == 2 * len(list((run.folder / "notebooks").glob("*.ipynb"))) + 2
+    return pages
+
+
+def test_no_text_became_an_element(finished, shown):
+    for page in pages_of(finished[1], shown):
+        assert not acting(page.read_text(encoding="utf-8")), page.name
+
+
+def test_no_prompt_in_a_table_is_a_formula(finished):
+    cells = nbformat.read(finished[1].folder / "notebooks/05_leetspeak_audit.ipynb", 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    tables = [
+        output.data["text/html"] for output in outputs if "text/html" in output.get("data", ())
+    ]
+    with_prompts = [table for table in tables if "pwned" in table]
+    assert with_prompts and all("mathjax_ignore" in table for table in with_prompts)
+
+
+def test_nothing_in_a_page_acts(finished, shown, chromium):
+    texts_shown = ""
+    for page in pages_of(finished[1], shown):
+        seen = opened(chromium, page)
+        assert not seen.acts, f"{page.name}: {seen}"
+        assert page.name != "report.html" or not (seen.errors or seen.libraries), seen
+        texts_shown += seen.text
+    assert ACT in texts_shown, "no hostile text was shown at all"
+
+
+def test_a_text_that_acts_is_seen(chromium, tmp_path):
+    """What the browser looks for happens where the texts are put into a page as they are."""
+    for number, text in enumerate(TEXTS):
+        file = tmp_path / f"{number}.html"
+        file.write_text(f"<!DOCTYPE html><meta charset=utf-8><body>{text}", encoding="utf-8")
+        acted = "<" in text and not text.startswith("|")
+        assert opened(chromium, file).acts or not acted, text
 
 
 def test_every_suite_was_measured_on_held_out_prompts(finished):
@@ -208,10 +310,8 @@ def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path
     they were made.
     """
     _, run = finished
-    released = {
-        "ssft": tree["model"]["source"],
-        "lat": str(run.layout.model_folder(run.spec("lat", 0))),
-    }
+    (tmp_path / NAME).symlink_to(run.layout.model_folder(run.spec("lat", 0)))
+    released = {"ssft": tree["model"]["source"], "lat": str(tmp_path / NAME)}
     changed = {**tree, "name": "released", "released": released, "sweep": {"variants": {}}}
     changed["methods"] = {name: tree["methods"][name] for name in released}
     changed["roles"] = {"undefended": "ssft", "main": "lat"}
@@ -222,6 +322,8 @@ def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path
         (tmp_path / "out" / "metrics").iterdir()
     )
     here = Run(load_profile(tmp_path / "released.yaml"), tmp_path / "out")
+    html, _ = HTMLExporter().from_filename(str(here.folder / "notebooks/03_lat_training.ipynb"))
+    assert "it is it's" in html and not acting(html)
     columns = ["prompts", "attack", "encoding", "prompt_id", "outcome", "text"]
     pd.testing.assert_frame_equal(here.evaluate("lat", 0)[columns], run.evaluate("lat", 0)[columns])
     pd.testing.assert_frame_equal(
