@@ -157,7 +157,7 @@ def test_devices_and_dtypes_by_name(monkeypatch):
         resolve_device("cuda:1")
     assert resolve_dtype("float64", torch.device("cpu")) == torch.float64
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
         assert resolve_dtype("auto", torch.device("cpu")) == dtype
 
 
