@@ -33,8 +33,9 @@ from latlib.experiment.run import Run
 from latlib.report.evidence import Evidence
 from latlib.report.publish import publish
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # a whole run, on a busy machine
 FAMILY = "qwen2"
+LONGEST = 75  # characters of a real text: encoded or as a shot, with what stands behind it, it fits
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def files(root, home):
     shared = root.parent / "shared" / "data"
     if shared.is_dir():
         harmful = pd.read_csv(shared / "advbench.csv")
+        harmful = harmful[(harmful[["goal", "target"]].map(len) <= LONGEST).all(axis=1)]
     else:
         goals = texts("explain ")
         targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
@@ -62,6 +64,7 @@ def files(root, home):
         harmless = texts(start)
         if shared.is_dir():
             harmless = pd.read_json(shared / paths[-1].name)["instruction"]
+            harmless = harmless[harmless.str.len() <= LONGEST]
         rows = [{"instruction": t, "category": None} for t in made_hostile(harmless)]
         paths[-1].write_text(json.dumps(rows))
     return tuple(map(str, paths))
@@ -79,6 +82,9 @@ def tree(root, files, home):
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
     tree |= {"name": "real", "seeds": [0], "model": {"source": str(folder), "dtype": "float32"}}
     tree["lora"]["targets"] = FAMILIES[FAMILY][2]
+    tree["methods"] = {name: tree["methods"][name] for name in ("ssft", "lat")}
+    tree["roles"]["compared"] = ["ssft", "lat"]
+    tree["sweep"]["variants"] = {"no-kl": tree["sweep"]["variants"]["no-kl"]}
     harmful, benign, test_benign = files
     tree["data"] = {
         "source": "files",
@@ -121,7 +127,7 @@ def pipeline(profile_file, out, *more, cwd=None, **environment):
         command,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1400,
         cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
@@ -228,7 +234,7 @@ def test_a_text_that_acts_is_seen(chromium, tmp_path):
 def test_every_suite_was_measured_on_held_out_prompts(finished):
     _, run = finished
     outcomes = run.outcomes()
-    assert set(outcomes["method"]) >= {"base", "ssft", "at", "lat", "lat-untargeted"}
+    assert set(outcomes["method"]) >= {"base", *run.profile.methods}
     assert {
         "none",
         "prefill",
