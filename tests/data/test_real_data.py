@@ -1,9 +1,9 @@
 """Every notebook on a saved model and on AdvBench- and Alpaca-like files: by changing the profile
 only.
 
-The files are the real ones where `shared/data` lies beside the checkout, and made up in their form
-where it does not. Every prompt and reply in them ends in a text that would act if it were taken for
-markup, the run's names are of that kind, and its environment is full of secrets.
+The files are made up in the form of the real ones. Every prompt and reply in them ends in a text
+that would act if it were taken for markup, the run's names are of that kind, and its environment is
+full of secrets.
 """
 
 import json
@@ -35,7 +35,6 @@ from latlib.report.publish import publish
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # a whole run, on a busy machine
 FAMILY = "qwen2"
-LONGEST = 75  # characters of a real text: encoded or as a shot, with what stands behind it, it fits
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +46,16 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(root, home):
+def files(home):
     """(harmful CSV with goal and target, harmless JSON for training, harmless JSON for results)."""
-    shared = root.parent / "shared" / "data"
-    if shared.is_dir():
-        harmful = pd.read_csv(shared / "advbench.csv")
-        harmful = harmful[(harmful[["goal", "target"]].map(len) <= LONGEST).all(axis=1)]
-    else:
-        goals = texts("explain ")
-        targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
-        harmful = pd.DataFrame({"goal": goals, "target": targets})
+    goals = texts("explain ")
+    targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
+    harmful = pd.DataFrame({"goal": goals, "target": targets})
     paths = [home / f"{NAME}.csv"]
     harmful.apply(made_hostile).to_csv(paths[0], index=False)
     for name, start in (("train", "why should anybody "), ("test", "when is it time to ")):
         paths.append(home / f"harmless_{name}.json")
-        harmless = texts(start)
-        if shared.is_dir():
-            harmless = pd.read_json(shared / paths[-1].name)["instruction"]
-            harmless = harmless[harmless.str.len() <= LONGEST]
-        rows = [{"instruction": t, "category": None} for t in made_hostile(harmless)]
+        rows = [{"instruction": t, "category": None} for t in made_hostile(texts(start))]
         paths[-1].write_text(json.dumps(rows))
     return tuple(map(str, paths))
 
