@@ -39,6 +39,7 @@ from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
 from latlib.losses import kl_divergence
 from latlib.models import LanguageModel
+from latlib.refusal.directions import MARGIN
 from latlib.threat import EMBEDDING
 from latlib.train import Trainer
 
@@ -408,6 +409,7 @@ def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def page(results: Mapping[str, Any]) -> str:
     """docs/method.md: its text with the tables of these results."""
     text = PAGE.read_text(encoding="utf-8")
+    text = text.replace("{{ margin }}", f"{100 * MARGIN:.0f}")
     for title in ("agree", "differ on purpose"):
         text = text.replace(f"{{{{ {title} }}}}", markdown(results[title]))
     return text

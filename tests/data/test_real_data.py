@@ -1,9 +1,9 @@
 """Every notebook on a saved model and on AdvBench- and Alpaca-like files: by changing the profile
 only.
 
-The files are made up in the form of the real ones. Every prompt and reply in them ends in a text
-that would act if it were taken for markup, the run's names are of that kind, and its environment is
-full of secrets.
+The files are the real ones where `shared/data` lies beside the checkout, and made up in their form
+where it does not. Every prompt and reply in them ends in a text that would act if it were taken for
+markup, the run's names are of that kind, and its environment is full of secrets.
 """
 
 import json
@@ -46,16 +46,23 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(home):
+def files(root, home):
     """(harmful CSV with goal and target, harmless JSON for training, harmless JSON for results)."""
-    goals = texts("explain ")
-    targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
-    harmful = pd.DataFrame({"goal": goals, "target": targets})
+    shared = root.parent / "shared" / "data"
+    if shared.is_dir():
+        harmful = pd.read_csv(shared / "advbench.csv")
+    else:
+        goals = texts("explain ")
+        targets = [f"Sure, this is how to {goal[8:-1]}" for goal in goals]
+        harmful = pd.DataFrame({"goal": goals, "target": targets})
     paths = [home / f"{NAME}.csv"]
     harmful.apply(made_hostile).to_csv(paths[0], index=False)
     for name, start in (("train", "why should anybody "), ("test", "when is it time to ")):
         paths.append(home / f"harmless_{name}.json")
-        rows = [{"instruction": t, "category": None} for t in made_hostile(texts(start))]
+        harmless = texts(start)
+        if shared.is_dir():
+            harmless = pd.read_json(shared / paths[-1].name)["instruction"]
+        rows = [{"instruction": t, "category": None} for t in made_hostile(harmless)]
         paths[-1].write_text(json.dumps(rows))
     return tuple(map(str, paths))
 
@@ -68,13 +75,12 @@ def tree(root, files, home):
     talking = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # else it repeats the turn's mark, which is no text
         talking.get_input_embeddings().weight[world_tokenizer().all_special_ids] = 0
+    # real prompts are long in this tokenizer, and longer encoded or behind a shot
+    talking.config.max_position_embeddings = 1024
     talking.save_pretrained(folder)
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
     tree |= {"name": "real", "seeds": [0], "model": {"source": str(folder), "dtype": "float32"}}
     tree["lora"]["targets"] = FAMILIES[FAMILY][2]
-    tree["methods"] = {name: tree["methods"][name] for name in ("ssft", "lat")}
-    tree["roles"]["compared"] = ["ssft", "lat"]
-    tree["sweep"]["variants"] = {"no-kl": tree["sweep"]["variants"]["no-kl"]}
     harmful, benign, test_benign = files
     tree["data"] = {
         "source": "files",
@@ -224,7 +230,7 @@ def test_a_text_that_acts_is_seen(chromium, tmp_path):
 def test_every_suite_was_measured_on_held_out_prompts(finished):
     _, run = finished
     outcomes = run.outcomes()
-    assert set(outcomes["method"]) >= {"base", *run.profile.methods}
+    assert set(outcomes["method"]) >= {"base", "ssft", "at", "lat", "lat-untargeted"}
     assert {
         "none",
         "prefill",
