@@ -97,6 +97,13 @@ def token_rows(
 
     A prompt of which no answer is known has its refusal only.
     """
+    rows = asked_rows(prompts, wording, prefill)
+    system, shots = wording.system_prompt, wording.shots
+    return tokenise(rows, lm.tokenizer, lm.context, system, prefill, shots)
+
+
+def asked_rows(prompts: Prompts, wording: Wording, prefill: str = "") -> list[Row]:
+    """The texts of `token_rows`."""
     rows = []
     for i, prompt in enumerate(prompts):
         answer = wording.answer(prompt)
@@ -104,5 +111,4 @@ def token_rows(
         if prefill:
             completions = (answer,)
         rows.append(Row(str(i), wording.request(prompt), completions))
-    system, shots = wording.system_prompt, wording.shots
-    return tokenise(rows, lm.tokenizer, lm.context, system, prefill, shots)
+    return rows

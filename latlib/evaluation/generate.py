@@ -71,11 +71,10 @@ def write(
     size: int = 32,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """`generate` for the prompts of rows, in their order."""
+    """`generate` for the prompts of rows, in their order. Replies end at the model's context."""
     tokenizer = lm.tokenizer
     pad = tokenizer.pad_token_id
     options = {
-        "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
@@ -85,6 +84,9 @@ def write(
         deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
         inputs = left_padded(lm, [rows[i].prompt for i in index])
         ablation = nullcontext() if directions is None else Ablate(lm.model, directions)
+        # the last token that is written is not read again
+        room = lm.context + 1 - inputs["input_ids"].shape[1]
+        options["max_new_tokens"] = min(max_new_tokens, room)
         # in this order, so that what a perturbation writes is ablated too
         hook = LATHook(lm.model, deltas, decoding=True)
         with torch.no_grad(), hook, ablation, greedy(lm.model):

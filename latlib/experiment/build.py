@@ -30,6 +30,7 @@ from torch import Tensor
 import latlib
 from latlib.batch import collate
 from latlib.config.profile import Profile
+from latlib.data.prompts import in_the_world
 from latlib.data.splits import benign_rows, benign_sample, check_overlap, preference_rows
 from latlib.distributed.ranks import (
     adapter_state,
@@ -55,6 +56,7 @@ from latlib.io.hub import quietly
 from latlib.io.machine import resolve_device, resolve_dtype
 from latlib.io.progress import OnStep, Stopped, saving_on_signals, stop_requested
 from latlib.models import LanguageModel, load_model, with_adapter
+from latlib.redteam.room import check_room
 from latlib.redteam.rounding import lost_in_rounding
 from latlib.refusal.activations import residual_norms
 from latlib.threat import EMBEDDING, Site
@@ -133,7 +135,7 @@ def measure_norms(base: LanguageModel, profile: Profile, seed: int) -> dict[Site
 
 def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     """The trainer of an adapter, at step 0. Raises ProfileError where a training prompt is a test
-    prompt, too.
+    prompt, too, or a prompt does not fit the model's context as it will be asked.
     """
     profile, seed = layout.profile, spec.seed
     settings = profile.training(spec.method, dict(spec.changes))
@@ -143,6 +145,8 @@ def make_trainer(layout: Layout, spec: Spec) -> Trainer:
     base = load_model(layout.model_folder(spec.base), model_settings)
     harmful = training_tokens(preference_rows(profile.data, seed), base, profile)
     benign = training_tokens(benign_rows(profile.data, seed), base, profile)
+    if not in_the_world(profile):  # of which `--check` has read everything
+        check_room(profile, base.tokenizer, base.context)
     device = resolve_device(profile.model.device)
     lm: Any = wrap(with_adapter(base, profile.lora, seed), mode, device)
     norms_of_base = norms(layout, seed, lm)

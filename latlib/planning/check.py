@@ -39,6 +39,7 @@ from latlib.planning.requirements import (
     gigabytes,
     look,
     model_lines,
+    room_lines,
     row_lengths,
     template_lines,
 )
@@ -125,6 +126,10 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     fix = "correct the data, or the setting that is named"
     lengths = _found("rows", fix, lambda: row_lengths(profile, lm.context), ValueError)
     yield Line("rows", OK, lengths.source)
+    try:
+        yield from room_lines(profile, lm.context)
+    except ValueError as error:
+        yield Line("room", MISSING, in_a_line(error), fix)
     weights = lm.model.named_parameters()
     parameters = sum(weight.numel() for name, weight in weights if "lora_" not in name)
     device = profile.model.device.split(":")[0]

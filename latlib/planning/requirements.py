@@ -55,6 +55,7 @@ from latlib.io.weights import (
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
 from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE
+from latlib.redteam.room import check_room
 from latlib.text.chat import Row, accepts, chat_text, templated, tokenise
 from latlib.world.organism import build_tokenizer
 
@@ -327,12 +328,23 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
     if data.source == "world":
         yield Line("data", OK, "drawn from the made-up world")
         return
-    names = ("harmful", "benign", "test_harmful", "test_benign", "test_borderline")
-    sources = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
-    for name, source in sources.items():
+    for name, source in _sources(profile).items():
         yield _data_line(f"data.{name}", source, machine)
-    if all(Path(source).expanduser().exists() for source in sources.values()):
+    if _all_here(profile):
         yield _overlap_line(profile)
+
+
+def _sources(profile: Profile) -> dict[str, str]:
+    """The data's setting -> what it names; nothing in the made-up world."""
+    data = profile.data
+    if data.source == "world":
+        return {}
+    names = ("harmful", "benign", "test_harmful", "test_benign", "test_borderline")
+    return {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+
+
+def _all_here(profile: Profile) -> bool:
+    return all(Path(source).expanduser().exists() for source in _sources(profile).values())
 
 
 def _data_line(field: str, source: str, machine: Machine) -> Line:
@@ -376,6 +388,23 @@ def row_lengths(profile: Profile, context: int) -> RowLengths:
                 preference_rows(data, 0, split)
                 benign_rows(data, 0, split)
         return lengths_of(tokens(preference_rows(data, 0)), tokens(benign_rows(data, 0)))
+
+
+def room_lines(profile: Profile, context: int) -> Iterator[Line]:
+    """The line of whether prompts fit as they will be asked, where data and tokenizer are on this
+    machine. Raises ProfileError or ValueError where they do not."""
+    tokenizer = _tokenizer(profile)
+    if tokenizer is None or not _all_here(profile):
+        return
+    longest = check_room(profile, tokenizer, context)
+    text = f"a prompt as it will be asked has at most {longest} of {context} tokens"
+    written = profile.evaluation.max_new_tokens
+    if profile.data.source == "files" and longest + written > context:
+        fix = "lower evaluation.max_new_tokens or data.max_tokens, or use a longer context"
+        text += f": no room for evaluation.max_new_tokens = {written}, replies are cut short"
+        yield Line("room", NOTE, text, fix)
+        return
+    yield Line("room", OK, text)
 
 
 def _tokenizer(profile: Profile) -> Any:

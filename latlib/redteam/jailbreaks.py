@@ -48,6 +48,14 @@ def many_shots(profile: Profile, n: int) -> list[Turn]:
     return [(prompt.text, target(prompt)) for prompt in asked]
 
 
+def without_search(profile: Profile) -> dict[str, Wording]:
+    """attack -> its wording, of the attacks that look for nothing."""
+    return {
+        MANY_SHOT: Wording(shots=many_shots(profile, profile.evaluation.shots)),
+        SYSTEM: Wording(system_prompt=SYSTEM_OVERRIDE),
+    }
+
+
 def suffix_settings(profile: Profile) -> SuffixSettings:
     """How suffixes are sought in this profile: its own numbers, behind its system prompt as they
     are then tried; the rest as in Zou et al."""
@@ -80,10 +88,7 @@ def jailbreaks(
     suffix that was found for it).
     """
     profile = subject.profile
-    wordings = {
-        MANY_SHOT: Wording(shots=many_shots(profile, profile.evaluation.shots)),
-        SYSTEM: Wording(system_prompt=SYSTEM_OVERRIDE),
-    }
+    wordings = without_search(profile)
     suffixes = find_suffixes(lm, profile, subject.seed)
     for attack, suffix in suffixes.items():
         wordings[attack] = Wording(suffix=suffix.text)

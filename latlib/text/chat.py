@@ -250,7 +250,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
     """Ids of texts that went through a chat template: nothing is put before or behind them."""
     if not texts:
         return []
-    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    # rows that are too long are our own error: no warning beside it
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [tuple(ids) for ids in found]
 
 
 def shared_start(a: Sequence[int], b: Sequence[int]) -> int:

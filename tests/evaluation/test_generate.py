@@ -111,6 +111,13 @@ def test_generation_under_ablation(lm, perturbed):
     assert found != generate(lm, PROMPTS, perturb, max_new_tokens=6)
 
 
+def test_a_reply_ends_at_the_context(lm, monkeypatch):
+    (row,) = tokenise([Row("0", PROMPTS[0], ())], lm.tokenizer, lm.context)
+    long, three = (generate(lm, PROMPTS[:1], max_new_tokens=n)[0] for n in (12, 3))
+    monkeypatch.setattr(lm.model.config, "max_position_embeddings", len(row.prompt) + 2)
+    assert generate(lm, PROMPTS[:1], max_new_tokens=12) == [three] != [long]
+
+
 def test_prompts_are_padded_on_the_left(lm):
     chats = [chat_text(lm.tokenizer, prompt) for prompt in PROMPTS]
     encoded = left_padded(lm, token_ids(lm.tokenizer, chats))

@@ -213,6 +213,24 @@ def test_a_wrong_site_and_a_wrong_target(small):
     assert missing(lines) == ["LoRA targets"] and "c_attn" in lines["LoRA targets"].text
 
 
+def test_a_prompt_that_outgrows_the_context_as_it_will_be_asked_is_missing_room(small):
+    def line(**evaluation):
+        return small(evaluation={"max_new_tokens": 8, **evaluation})["room"]
+
+    def said(**evaluation):
+        found = line(**evaluation)
+        assert found.state == "missing" and "more than the model's context of 256" in found.text
+        return found.text.split(":")[0]
+
+    assert line().state == "ok" and "of 256 tokens" in line().text
+    assert said(shots=20) == "jailbreak 'many-shot'"
+    assert said(encodings=["plain", "morse+morse"]) == ("evaluation.encodings, 'morse+morse'")
+    assert said(further_encodings=["morse+morse"]).startswith("evaluation.encodings")
+    assert said(suffix={"steps": 1, "tokens": 240}) == "evaluation.suffix.tokens = 240"
+    short = line(shots=1, max_new_tokens=250)  # a reply is cut then
+    assert short.state == "note" and "evaluation.max_new_tokens = 250" in short.text and short.fix
+
+
 def test_a_radius_that_never_binds_or_is_rounded_away_is_noted(small):
     paper = {"sites": [1], "steps": 16, "rule": "adamw", "lr": 1.0e-3, "eps": 6.0}
     line = small(train={"attack": paper})["radius of lat"]
