@@ -166,7 +166,18 @@ class _Attacker:
         allowed = perturbed_positions(batch, self.threat.positions)
         lengths = self.lengths[_key(batch)].items()
         random = self.random_of_noise
-        return {site: random_noise(self.network, allowed, n, random) for site, n in lengths}
+        found = {site: random_noise(self.network, allowed, n, random) for site, n in lengths}
+        if self.threat.positions == "prompt+shared":
+            return {site: _shared(noise, batch, allowed) for site, noise in found.items()}
+        return found
+
+
+def _shared(noise: Tensor, batch: Batch, allowed: Tensor) -> Tensor:
+    """Noise of which a row's tokens at one place have the first one's, as both completions share
+    the attack's perturbation."""
+    same = batch.positions[:, :, None] == batch.positions[:, None, :]
+    first = same.int().argmax(-1, keepdim=True)
+    return noise.gather(1, first.expand_as(noise)) * allowed
 
 
 def _key(batch: Batch) -> bytes:

@@ -359,6 +359,24 @@ def test_noise_comes_from_the_seed_and_follows_no_gradient(lm, subject, monkeypa
         assert not torch.equal(first[site], another[site])
 
 
+def test_completions_that_share_a_perturbation_share_its_noise(lm, subject, monkeypatch):
+    change = {"eps": 0.2, "positions": "prompt+shared"}
+    cell = AttackCell(replace_settings(LAT, **change), noise=True)
+    ((batch, attack), (_, noise)), _ = perturbed(cell, lm, subject, monkeypatch)
+    shared = 0
+    for row, (places, parts) in enumerate(zip(batch.positions, batch.segments, strict=True)):
+        for second in (parts == 2).nonzero().flatten():
+            beside = ((places == places[second]) & (parts == 1)).nonzero().flatten()
+            for site in SITES if len(beside) else ():
+                assert torch.equal(attack[site][row, second], attack[site][row, beside[0]])
+                assert torch.equal(noise[site][row, second], noise[site][row, beside[0]])
+                assert noise[site][row, second].norm() > 0
+                shared += 1
+    assert shared > 10
+    for site in SITES:
+        assert not noise[site][batch.segments < 0].any()  # nothing on padding
+
+
 def test_won_rows_say_nothing_of_the_ball(lm, subject):
     """Half of the rows were won on their balls; the others ended inside."""
     batch = collate(token_rows(lm, prompt_set("harmful", PROFILE)))
