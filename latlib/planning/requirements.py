@@ -54,7 +54,7 @@ from latlib.io.weights import (
 )
 from latlib.planning.estimate import RowLengths, assumed_lengths, lengths_of
 from latlib.planning.published_configs import PUBLISHED
-from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE
+from latlib.redteam.jailbreaks import SYSTEM_OVERRIDE, without_room
 from latlib.redteam.room import check_room
 from latlib.text.chat import Row, accepts, chat_text, templated, tokenise
 from latlib.world.organism import build_tokenizer
@@ -391,11 +391,14 @@ def row_lengths(profile: Profile, context: int) -> RowLengths:
 
 
 def room_lines(profile: Profile, context: int) -> Iterator[Line]:
-    """The line of whether prompts fit as they will be asked, where data and tokenizer are on this
-    machine. Raises ProfileError or ValueError where they do not."""
+    """Lines of whether prompts fit as they will be asked, where data and tokenizer are on this
+    machine, and of jailbreaks that will be left out. Raises ProfileError or ValueError where they
+    do not."""
     tokenizer = _tokenizer(profile)
     if tokenizer is None or not _all_here(profile):
         return
+    for attack, why in without_room(profile, tokenizer, context).items():
+        yield Line(f"room of {attack}", NOTE, f"it will be left out: {why}")
     longest = check_room(profile, tokenizer, context)
     text = f"a prompt as it will be asked has at most {longest} of {context} tokens"
     written = profile.evaluation.max_new_tokens

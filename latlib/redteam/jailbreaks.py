@@ -2,7 +2,7 @@
 
 1. `many-shot`: earlier turns of the chat in which harmful requests were answered (Anil et al.
    2024). `system`: a system prompt that orders the model to answer everything. One that a model's
-   chat template refuses is left out with a warning.
+   chat template refuses, or its context has no room for, is left out with a warning.
 2. `suffix-gcg`: one adversarial suffix for all prompts, found with the model's gradient
    (`latlib.redteam.gcg`); `suffix-random`: found with as many queries and none.
 3. Suffixes are sought on tuning prompts, whose answers the attacker knows, and tried on the prompts
@@ -16,11 +16,12 @@ All in plain words; `audit` has encodings and prefilling. A new one is a `Wordin
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pandas as pd
 
 from latlib.config.profile import Profile
-from latlib.data.prompts import prompt_source
+from latlib.data.prompts import Prompt, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set, target
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import (
@@ -36,6 +37,7 @@ from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
 from latlib.redteam.audit import ask_pairs
 from latlib.redteam.gcg import Suffix, SuffixSettings, gcg, random_search
+from latlib.redteam.room import Asked, harmful_and_twins, lengths, too_long
 from latlib.text.chat import Turn, accepts
 
 # lower case and spaced, as the world writes
@@ -56,6 +58,31 @@ def without_search(profile: Profile) -> dict[str, Wording]:
     }
 
 
+def without_room(profile: Profile, tokenizer: Any, context: int) -> dict[str, str]:
+    """attack -> why it does not fit `context` tokens, of those that do not and that the chat
+    template takes."""
+    pairs = harmful_and_twins(profile)
+    tried = {name: Asked(name, pairs, asked) for name, asked in without_search(profile).items()}
+    own = profile.evaluation.suffix
+    if own.steps:
+        pairs = [*pairs, *_sought_on(profile)]
+        for name in (SUFFIX_GCG, SUFFIX_RANDOM):
+            tried[name] = Asked(name, pairs, suffix=own.tokens)
+    found = {}
+    for name, asked in tried.items():
+        if not accepts(tokenizer, asked.wording.system_prompt, asked.wording.shots):
+            continue
+        prompt, reply = lengths(profile, tokenizer, asked)
+        if prompt + reply > context:
+            found[name] = too_long(prompt, reply, context)
+    return found
+
+
+def _sought_on(profile: Profile) -> list[Prompt]:
+    """The prompts on which suffixes are sought."""
+    return prompt_source(profile).ask("suffix", "tune", HARMFUL, profile.evaluation.suffix.prompts)
+
+
 def suffix_settings(profile: Profile) -> SuffixSettings:
     """How suffixes are sought in this profile: its own numbers, behind its system prompt as they
     are then tried; the rest as in Zou et al."""
@@ -68,11 +95,10 @@ def find_suffixes(lm: LanguageModel, profile: Profile, seed: int) -> dict[str, S
     """attack -> the suffix that GCG and random search find on tuning prompts, with equal numbers of
     queries; none where the profile seeks none.
     """
-    own = profile.evaluation.suffix
-    if not own.steps:
+    if not profile.evaluation.suffix.steps:
         return {}
     settings = suffix_settings(profile)
-    prompts = prompt_source(profile).ask("suffix", "tune", HARMFUL, own.prompts)
+    prompts = _sought_on(profile)
     asked = [prompt.text for prompt in prompts]
     answers = [target(prompt) for prompt in prompts]
     return {
@@ -89,16 +115,16 @@ def jailbreaks(
     """
     profile = subject.profile
     wordings = without_search(profile)
-    suffixes = find_suffixes(lm, profile, subject.seed)
+    lacking = without_room(profile, lm.tokenizer, lm.context)
+    for attack, wording in wordings.items():
+        if not accepts(lm.tokenizer, wording.system_prompt, wording.shots):
+            lacking[attack] = "the model's chat template refuses its messages"
+    for attack, why in lacking.items():
+        warnings.warn(f"jailbreak {attack!r} is left out: {why}", stacklevel=2)
+        wordings.pop(attack, None)
+    suffixes = {} if SUFFIX_GCG in lacking else find_suffixes(lm, profile, subject.seed)
     for attack, suffix in suffixes.items():
         wordings[attack] = Wording(suffix=suffix.text)
-    for attack, wording in list(wordings.items()):
-        if not accepts(lm.tokenizer, wording.system_prompt, wording.shots):
-            warnings.warn(
-                f"jailbreak {attack!r} is left out: the model's chat template refuses its messages",
-                stacklevel=2,
-            )
-            del wordings[attack]
     examiner = examiner_of(profile, lm)
     pairs = prompt_set(TWIN, profile), prompt_set(HARMFUL, profile)
     tables = []

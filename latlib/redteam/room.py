@@ -2,9 +2,10 @@
 
 1. Prompts grow: an encoding may spell every letter, many-shot puts answered requests before them, a
    suffix stands behind them, and a reply follows.
-2. `check_room` puts the profile's prompts as the suites will put them, and counts tokens. `--check`
-   asks it, and so does a training on real prompts before its first step, for `--check` cannot read
-   what is still to be downloaded.
+2. `check_room` puts the profile's prompts as they are and in its encodings, and counts tokens.
+   `--check` asks it, and so does a training on real prompts before its first step, for `--check`
+   cannot read what is still to be downloaded. A jailbreak that lacks room is left out
+   (`latlib.redteam.jailbreaks.without_room`).
 3. Where data has no answer the model's own reply will be it: the prompt's words stand in for that,
    TARGET_WORDS of them, and evaluation.max_new_tokens tokens at most. Of the made-up world's
    prompts, which one grammar builds, a few are counted.
@@ -20,11 +21,17 @@ from typing import Any
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
-from latlib.data.prompts import LETTERS_A_TOKEN, Prompt, Prompts, Question, prompt_source
+from latlib.data.prompts import (
+    LETTERS_A_TOKEN,
+    Prompt,
+    Prompts,
+    Question,
+    in_the_world,
+    prompt_source,
+)
 from latlib.evaluation.ask import PLAINLY, TARGET_WORDS, Wording, asked_rows, prompt_set
 from latlib.evaluation.outcomes import HARMFUL, HARMLESS, PLAIN, TWIN
-from latlib.redteam.jailbreaks import without_search
-from latlib.text.chat import accepts, token_ids, tokenise
+from latlib.text.chat import token_ids, tokenise
 
 OF_WORLD = 32  # prompts of a kind that are counted: our choice
 
@@ -46,40 +53,48 @@ def check_room(profile: Profile, tokenizer: Any, context: int) -> int:
     tokens."""
     longest = 0
     for asked in everything_asked(profile):
-        if not accepts(tokenizer, asked.wording.system_prompt, asked.wording.shots):
-            continue  # it is left out
         prompt, reply = lengths(profile, tokenizer, asked)
         if prompt + reply > context:
             raise ProfileError(
-                f"{asked.setting}: a prompt has {prompt} tokens and a reply {reply}, together more"
-                f" than the model's context of {context}: shorten it or leave it out, lower"
-                f" data.max_tokens (prompts of more than {LETTERS_A_TOKEN} letters for each of"
-                " these are not asked), or use a model with a longer context"
+                f"{asked.setting}: {too_long(prompt, reply, context)}: shorten it or leave it out,"
+                f" lower data.max_tokens (prompts of more than {LETTERS_A_TOKEN} letters for each"
+                " of these are not asked), or use a model with a longer context"
             )
         longest = max(longest, prompt)
     return longest
 
 
+def too_long(prompt: int, reply: int, context: int) -> str:
+    """That tokens of a prompt and of a reply do not fit, in words."""
+    return (
+        f"a prompt has {prompt} tokens and a reply {reply}, together more than the model's context"
+        f" of {context}"
+    )
+
+
 def everything_asked(profile: Profile) -> Iterator[Asked]:
-    """What a run asks its models, in every wording."""
+    """What a run asks its models, beside jailbreaks."""
     evaluation, source = profile.evaluation, prompt_source(profile)
     if not source.made_up:  # directions and suffixes are sought on them
         for split in ("train", "tune"):
             for kind in (HARMFUL, HARMLESS):
                 prompts = source.ask("room", split, kind, sys.maxsize)
                 yield Asked(f"the {split} prompts of data.{kind}", prompts)
-    count = OF_WORLD if source.made_up else None
-    pair = [prompt for kind in (HARMFUL, TWIN) for prompt in prompt_set(kind, profile, count)]
+    pair = harmful_and_twins(profile)
     for encoding in (*evaluation.encodings, *evaluation.further_encodings):
         kinds = source.kinds if encoding == PLAIN else (HARMLESS,)
-        others = [prompt for kind in kinds for prompt in prompt_set(kind, profile, count)]
+        others = [prompt for kind in kinds for prompt in _counted(kind, profile)]
         setting = f"evaluation.encodings, {encoding!r}"
         yield Asked(setting, [*pair, *others], Wording.of(encoding))
-    for name, wording in without_search(profile).items():
-        yield Asked(f"jailbreak {name!r}", pair, wording)
-    if evaluation.suffix.steps:
-        tokens = evaluation.suffix.tokens
-        yield Asked(f"evaluation.suffix.tokens = {tokens}", pair, suffix=tokens)
+
+
+def harmful_and_twins(profile: Profile) -> list[Prompt]:
+    """What every attack is put round."""
+    return [prompt for kind in (HARMFUL, TWIN) for prompt in _counted(kind, profile)]
+
+
+def _counted(kind: str, profile: Profile) -> list[Prompt]:
+    return prompt_set(kind, profile, OF_WORLD if in_the_world(profile) else None)
 
 
 def lengths(profile: Profile, tokenizer: Any, asked: Asked) -> tuple[int, int]:

@@ -214,21 +214,34 @@ def test_a_wrong_site_and_a_wrong_target(small):
 
 
 def test_a_prompt_that_outgrows_the_context_as_it_will_be_asked_is_missing_room(small):
-    def line(**evaluation):
-        return small(evaluation={"max_new_tokens": 8, **evaluation})["room"]
-
-    def said(**evaluation):
-        found = line(**evaluation)
-        assert found.state == "missing" and "more than the model's context of 256" in found.text
-        return found.text.split(":")[0]
+    def line(subject="room", **evaluation):
+        return small(evaluation={"max_new_tokens": 8, **evaluation})[subject]
 
     assert line().state == "ok" and "of 256 tokens" in line().text
-    assert said(shots=20) == "jailbreak 'many-shot'"
-    assert said(encodings=["plain", "morse+morse"]) == ("evaluation.encodings, 'morse+morse'")
-    assert said(further_encodings=["morse+morse"]).startswith("evaluation.encodings")
-    assert said(suffix={"steps": 1, "tokens": 240}) == "evaluation.suffix.tokens = 240"
-    short = line(shots=1, max_new_tokens=250)  # a reply is cut then
+    for spelt in (
+        {"encodings": ["plain", "morse+morse"]},
+        {"further_encodings": ["morse+morse"]},
+    ):
+        found = line(**spelt)
+        assert found.state == "missing" and found.text.startswith("evaluation.encodings, 'morse+m")
+        assert "more than the model's context of 256" in found.text
+    short = line(max_new_tokens=250)  # a reply is cut then
     assert short.state == "note" and "evaluation.max_new_tokens = 250" in short.text and short.fix
+
+
+def test_a_jailbreak_that_has_no_room_is_noted(small):
+    def said(**evaluation):
+        lines = small(evaluation={"max_new_tokens": 8, **evaluation})
+        assert lines["room"].state == "ok"
+        found = {name: line for name, line in lines.items() if name.startswith("room of ")}
+        assert {line.state for line in found.values()} <= {"note"}
+        assert all("will be left out: a prompt has " in line.text for line in found.values())
+        return set(found)
+
+    assert said() == set()
+    assert said(shots=20) == {"room of many-shot"}
+    suffix = {"steps": 1, "tokens": 240}
+    assert said(suffix=suffix) == {"room of suffix-gcg", "room of suffix-random"}
 
 
 def test_a_radius_that_never_binds_or_is_rounded_away_is_noted(small):
