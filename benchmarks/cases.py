@@ -329,7 +329,7 @@ def changed(dotted: dict[str, Any]) -> dict[str, Any]:
     """The night's profile as plain values, with changes by dotted name."""
     tree = yaml.safe_load((find_share("profiles") / "smoke.yaml").read_text("utf-8"))
     tree["methods"] = {name: tree["methods"][name] for name in ("ssft", "lat")}
-    tree["roles"]["compared"] = ["ssft", "lat"]
+    tree["roles"] = {"undefended": "ssft", "main": "lat"}
     for name, value in (SMALL | dotted).items():
         *sections, key = name.split(".")
         node = tree

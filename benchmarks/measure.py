@@ -11,7 +11,6 @@ minute.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -25,6 +24,7 @@ from statistics import median
 
 import torch
 
+from latlib.io.files import write_json
 from latlib.io.machine import available_cores
 from latlib.planning.step_cost import StepCounter
 
@@ -158,7 +158,7 @@ def write(results: dict, path: Path | None) -> None:
     """Results as JSON, where somebody asked for them."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(results, path)
 
 
 def environment(device: torch.device) -> dict:

@@ -25,7 +25,7 @@ from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import grade_rows
 from latlib.experiment.run import Run
 from latlib.redteam.gcg import SuffixSettings, gcg, random_search
-from latlib.report.stats import cluster_interval, paired_interval, paired_p_value
+from latlib.report.stats import cluster_interval, paired_interval
 
 SEARCHES = {"gcg": gcg, "random": random_search}
 # A hundred or so queries a request: few enough that neither search opens everything. `topk` is
@@ -70,14 +70,15 @@ def measure(run: Run, method: str, n: int, steps: int) -> dict:
     a, b = (np.array(rows[name][0], float) for name in SEARCHES)
     # each prompt belongs to one seed, so pairs are not crossed with seeds: (pair, seed) is the unit
     units = [f"{c}/{s}" for c, s in zip(clusters, of_seed, strict=True)]
+    difference = paired_interval(a - b, units)
     return {
         "steps": steps,
         "queries": 1 + steps * (settings.candidates + 1),
         "n": len(a),
         "asr": {name: asdict(cluster_interval(rows[name][0], units)) for name in SEARCHES},
         "loss": {name: sum(rows[name][1]) / len(a) for name in SEARCHES},
-        "difference": asdict(paired_interval(a - b, units)),
-        "p": paired_p_value(a - b, units),
+        "difference": asdict(difference),
+        "p": difference.p_value(),
     }
 
 

@@ -100,11 +100,11 @@ def curve(spikes_win: float, seed: int) -> pd.DataFrame:
 
 def variance(share: float) -> dict:
     """An explained-variance table whose first two components hold `share` at the fixed site."""
-    draws = list(share + 0.01 * np.linspace(-1, 1, 50))
+    left_out = [share, *(share + 0.01 * np.linspace(-1, 1, 64))]
     shares = [[0.0] * 4, [share - 0.1, 0.1, 0.0, 0.0]]
     table = {"sites": ["embedding", "0"], "fixed_site": 0, "pairs": 256, "clusters": 64}
     for kind in ("uncentred", "centred"):
-        table |= {kind: shares, f"{kind}_draws": draws, f"{kind}_ratio": [None, 1.5]}
+        table |= {kind: shares, f"{kind}_left_out": left_out, f"{kind}_ratio": [None, 1.5]}
         table |= {
             f"{kind}_{side}": [max(x + d, 0.0) for x in shares[1]]
             for side, d in (("low", -0.02), ("high", 0.02))

@@ -66,6 +66,8 @@ class Profile(Section):
     tracking: TrackingSettings = TrackingSettings()
     parallel: ParallelSettings = ParallelSettings()
     budget: BudgetSettings = BudgetSettings()
+    # those that run_all.sh runs, by number or name; none: all
+    notebooks: tuple[Text, ...] = ()
     # processes that train or evaluate side by side; 0: one per core on a CPU, one on a GPU
     workers: Natural = 0
 
@@ -97,6 +99,7 @@ class Profile(Section):
         attacked = {method: self.training(method).attack.steps > 0 for method in self.methods}
         # the class is frozen for its users; here the value is still being made
         object.__setattr__(self, "roles", self.roles.resolved(attacked))
+        self._check_controls()
         self._check_names()
         self._check_sweep()
         self._check_data()
@@ -105,6 +108,64 @@ class Profile(Section):
             if name not in self.methods:
                 raise ValueError(f"released.{name} is no method of this profile: add it to methods")
         return self
+
+    def _check_controls(self) -> None:
+        """Roles that settings tell are filled in; a control differs from the main method in its
+        attack, and in nothing else.
+        """
+        fitting = {role: self._fitting(role) for role in FITS}
+        found = {}
+        for role, names in fitting.items():
+            if getattr(self.roles, role) is None and names:
+                found[role] = names[0]
+        object.__setattr__(self, "roles", self.roles.model_copy(update=found))
+        for role, words in ALONE.items():
+            name = getattr(self.roles, role)
+            if name is not None and name not in fitting[role]:
+                others = ", ".join(self.differences(name, self.main)) or "nothing"
+                raise ValueError(
+                    f"roles.{role} = {name!r} differs from roles.main = {self.main!r} in {others}:"
+                    f" name a method that differs from it only in {words}"
+                )
+
+    def _fitting(self, role: str) -> list[str]:
+        """The methods whose settings are a role's."""
+        others = [name for name in self.methods if name not in (self.main, *self.released)]
+        if role == "control":
+            return [name for name in others if self._is_control(name)]
+        found = []
+        for name in others:
+            attack = self.training(name).attack
+            changed = set(self.differences(name, self.main))
+            fits = {
+                "no_radius": changed == {"attack.eps"} and attack.eps < NO_RADIUS,
+                "rival": changed <= {"attack.sites", "attack.eps"} and attack.at_embedding,
+                "untargeted": not attack.targeted and not attack.at_embedding,
+                "untargeted_rival": not attack.targeted and attack.at_embedding,
+            }
+            if attack.steps and fits[role]:
+                found.append(name)
+        return found
+
+    def _is_control(self, method: str) -> bool:
+        idle = self.training(method).attack.steps == 0 and method not in self.released
+        return method != self.main and idle and not self._beside_the_attack(method)
+
+    def _beside_the_attack(self, method: str) -> list[str]:
+        """What differs from the main method's training beside the attack and its schedule."""
+        fields = self.differences(method, self.main)
+        return [name for name in fields if not name.startswith("attack") and name not in SCHEDULE]
+
+    def differences(self, one: str, other: str) -> dict[str, tuple[Any, Any]]:
+        """Dotted field of `train` -> its values of two methods, where they differ and matter: of a
+        method without an attack only attack.steps does.
+        """
+        first, second = (_flat(self.training(method).model_dump()) for method in (one, other))
+        fields = [field for field in first if first[field] != second[field]]
+        if 0 in (first["attack.steps"], second["attack.steps"]):
+            idle = [field for field in fields if field.startswith("attack") or field in SCHEDULE]
+            fields = [field for field in fields if field not in idle or field == "attack.steps"]
+        return {field: (first[field], second[field]) for field in fields}
 
     def _check_names(self) -> None:
         """No two models of a seed share a folder, also on disks where case does not matter."""
@@ -134,6 +195,12 @@ class Profile(Section):
                 raise ValueError(f"sweep.{place}: {error}") from error
 
     def _check_data(self) -> None:
+        for name in self.evaluation.sources:
+            if name not in ("base", *self.methods):
+                raise ValueError(
+                    f"evaluation.sources = {name!r} is no method of this profile: choose from base,"
+                    f" {', '.join(self.methods)}"
+                )
         for name in self.evaluation.further_encodings:
             if name in self.evaluation.encodings:
                 raise ValueError(
@@ -197,9 +264,29 @@ class Profile(Section):
                 raise ProfileError(f"{where}.{name}.{error}") from None
 
 
+# roles that a method's settings tell, and what alone may tell a control from the main method
+FITS = ("control", "no_radius", "rival", "untargeted", "untargeted_rival")
+ALONE = {
+    "control": "its attack, and has none",
+    "no_radius": "attack.eps, which is next to nothing",
+}
+NO_RADIUS = 1e-6  # of the residual norm, or absolute: less than a bfloat16 stream can add
+# how the attack comes in: idle without one
+SCHEDULE = ("attack_after", "eps_ramp", "clean_share")
 # Fields that may differ between two visits to the same run folder: they change no result.
-FREE_FIELDS = ("description", "tracking", "workers", "parallel", "budget")
+FREE_FIELDS = ("description", "notebooks", "tracking", "workers", "parallel", "budget")
 MOST_VALUES = 10_000  # in a file; a shipped profile has about 200
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A dumped section by dotted names."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:

@@ -174,6 +174,8 @@ class DataSettings(Section):
     source: Literal["world", "files"] = "world"
     # world: how many training prompts of each kind are drawn; files: the most that are read
     rows: Count = 4096
+    # world: which of its two divisions into training and held-out pairs
+    division: Literal["first", "second"] = "first"
     # files: a CSV, JSON, JSONL or parquet file, a data set's folder, or its hub id
     harmful: Text | None = None
     benign: Text | None = None
@@ -251,6 +253,11 @@ class AttackSettings(Section):
     away: NonNegative = 0.5  # Sheshadri et al. 2024, authors' code
     # False: maximise the loss of the benign response (Casper et al. 2024). Sheshadri et al. 2024
     targeted: Flag = True
+
+    @property
+    def at_embedding(self) -> bool:
+        """Whether it attacks at the embedding only."""
+        return self.steps > 0 and tuple(self.sites) == ("embedding",)
 
     def threat_model(self, n_layers: int, norms: Mapping[Site, float] | None = None) -> ThreatModel:
         """Where the adversary may perturb a model of so many blocks, and how far. norms: site ->
@@ -451,6 +458,8 @@ class EvaluationSettings(Section):
     # the rule `selected` drops prompts that the model does not treat rightly, harmful ones that it
     # answers and harmless ones that it refuses. Arditi et al. 2024, authors' code
     filter_prompts: Flag = True
+    # whose directions are found, and removed from one another: methods, and 'base'. Empty: all
+    sources: Annotated[tuple[Name, ...], EachOnce] = ()
     ablation_prompts: Count = 200  # of each kind, for every direction that is ablated or added
     random_directions: Count = 3
     batch: Width = 128
@@ -467,18 +476,31 @@ class RolesSettings(Section):
     A loaded profile holds the resolved names: what is left out here is filled in by `resolved`.
     """
 
-    # the twin with the same data and no attack; None: claims that need one are not measured
+    # trained to refuse by the same rows, without an attack; None: claims that need one are not
+    # measured
     undefended: Text | None = None
+    # the main method without its attack: same rows, same losses; None: the first that is
+    control: Text | None = None
+    # the main method under an attack with a radius of nothing; None: the first that is
+    no_radius: Text | None = None
     # whose refusal direction the others are compared with; None: the undefended twin's
     reference: Text | None = None
     # the defence that claims are about: its attack is the threat model of every evaluation, and
     # sweeps vary it; None: the first method with an attack that is not the undefended twin
     main: Text | None = None
+    # the defence that the main one competes with; None: one that is attacked at the embedding
+    # and differs from the main method in sites and radius alone
+    rival: Text | None = None
+    # the two of Abbas et al. 2025, attacked without a target: in the stream, and at the embedding;
+    # None: the first that is
+    untargeted: Text | None = None
+    untargeted_rival: Text | None = None
     # set side by side in claims and figures; none: all methods
     compared: Annotated[tuple[Text, ...], EachOnce] = ()
 
     def resolved(self, attacked: Mapping[str, bool]) -> RolesSettings:
-        """Every role with a name. attacked: method -> whether it trains under an attack.
+        """Every role that can be told with a name. attacked: method -> whether it trains under an
+        attack.
 
         Raises ValueError for a role whose method does not exist.
         """
@@ -491,20 +513,22 @@ class RolesSettings(Section):
                     )
         defended = [name for name in attacked if name != self.undefended]
         under_attack = [name for name in defended if attacked[name]]
-        return RolesSettings(
-            undefended=self.undefended,
-            reference=self.reference or self.undefended,
-            main=self.main or [*under_attack, *defended, *attacked][0],
-            compared=self.compared or tuple(attacked),
-        )
+        changes = {
+            "reference": self.reference or self.undefended,
+            "main": self.main or [*under_attack, *defended, *attacked][0],
+            "compared": self.compared or tuple(attacked),
+        }
+        return self.model_copy(update=changes)
 
 
 class SweepSettings(Section):
-    """Variants of the main method (`roles.main`), trained on the first seed: name -> field of
-    `train` -> value. None by default: our choice.
+    """Variants of the main method (`roles.main`): name -> field of `train` -> value. None by
+    default: our choice.
     """
 
     variants: dict[Name, dict[str, Any]] = {}
+    # which seeds they are trained on: our choice. A claim about them needs more than one
+    seeds: Literal["first", "all"] = "first"
     # for latlib.experiment.sweep: field of `train` -> values, crossed, on every seed
     grid: dict[Text, tuple[Any, ...]] = {}
 

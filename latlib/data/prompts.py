@@ -100,7 +100,7 @@ class PromptSource(ABC):
 
 def prompt_source(profile: Profile) -> PromptSource:
     """Where a profile's prompts come from."""
-    return WorldPrompts() if in_the_world(profile) else FilePrompts(profile)
+    return WorldPrompts(profile.data.division) if in_the_world(profile) else FilePrompts(profile)
 
 
 def in_the_world(profile: Profile) -> bool:
@@ -116,6 +116,9 @@ class WorldPrompts(PromptSource):
     made_up = True
     kinds = tuple(WORLD_KINDS)
 
+    def __init__(self, division: grammar.Division = "first"):
+        self.division = division
+
     def counterparts(
         self, harmful: Sequence[Prompt], purpose: str | int, split: Split, matched: bool = True
     ) -> list[Prompt]:
@@ -124,7 +127,7 @@ class WorldPrompts(PromptSource):
             return super().counterparts(harmful, purpose, split)
         rng = random.Random(f"{purpose}/{split}")
         prompts = cast(Sequence[grammar.Prompt], harmful)
-        return [grammar.twin(prompt, rng, split) for prompt in prompts]
+        return [grammar.twin(prompt, rng, split, self.division) for prompt in prompts]
 
     def about(self) -> str:
         """As `PromptSource.about`."""
@@ -135,7 +138,7 @@ class WorldPrompts(PromptSource):
 
     def _drawn(self, purpose: str | int, split: Split, kind: str, n: int) -> list[Prompt]:
         pairs, about = WORLD_KINDS[kind]
-        return [*grammar.draw_set(purpose, split, pairs, n, about)]
+        return [*grammar.draw_set(purpose, split, pairs, n, about, self.division)]
 
 
 class FilePrompts(PromptSource):

@@ -54,27 +54,29 @@ BENIGN_SHARES = {"scary": 0.375, "harmless": 0.375, "law": 0.15, "verb": 0.05, "
 _NAMED = 3  # overlaps that an error lists
 
 
-def world_preference_rows(n: int, seed: int) -> list[Row]:
+def world_preference_rows(n: int, seed: int, division: grammar.Division = "first") -> list[Row]:
     """`n` harmful training prompts with the recipe (rejected) and the refusal (chosen)."""
+    prompts = grammar.draw_set(seed, "train", "harmful", n, division=division)
     return [
         Row(f"harmful-{i}", prompt.text, (prompt.answer, grammar.REFUSAL), prompt.cluster)
-        for i, prompt in enumerate(grammar.draw_set(seed, "train", "harmful", n))
+        for i, prompt in enumerate(prompts)
     ]
 
 
-def world_benign_rows(n: int, seed: int) -> list[Row]:
+def world_benign_rows(n: int, seed: int, division: grammar.Division = "first") -> list[Row]:
     """`n` harmless training prompts of all kinds with the base model's answer, all in plain
     words.
     """
     rng = random.Random(f"benign/{seed}")
-    pairs = grammar.pairs_of("train")
+    pairs = grammar.pairs_of("train", division=division)
     count = {name: round(share * n) for name, share in BENIGN_SHARES.items()}
     prompts: list[grammar.Prompt] = []
     for which in ("scary", "harmless"):
-        prompts += grammar.draw_set(seed, "train", which, count[which])
+        prompts += grammar.draw_set(seed, "train", which, count[which], division=division)
     # half of the questions about harmful acts, or the answer would nearly always be yes
     for which in ("harmful", "harmless"):
-        prompts += grammar.draw_set(seed, "train", which, count["law"] // 2, "law")
+        half = count["law"] // 2
+        prompts += grammar.draw_set(seed, "train", which, half, "law", division)
     words: tuple[grammar.Kind, ...] = ("verb", "target")
     for kind in words:
         prompts += [grammar.draw(rng, pairs, kind) for _ in range(count[kind])]
@@ -93,7 +95,7 @@ def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -
     world does not have.
     """
     if _of_world(settings, split):
-        rows = world_preference_rows(settings.rows, seed)
+        rows = world_preference_rows(settings.rows, seed, settings.division)
     else:
         rows = _rows(settings, "harmful", split, seed)
     return [replace(row, ended=settings.end_of_turn == "all") for row in rows]
@@ -102,7 +104,7 @@ def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -
 def benign_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:
     """Benign rows of a profile, (response,) as their completions. Raises as `preference_rows`."""
     if _of_world(settings, split):
-        return world_benign_rows(settings.rows, seed)
+        return world_benign_rows(settings.rows, seed, settings.division)
     return _rows(settings, "benign", split, seed)
 
 
@@ -111,7 +113,7 @@ def benign_sample(settings: DataSettings, seed: int, n: int) -> list[Row]:
     draw of its own.
     """
     if settings.source == "world":
-        return world_benign_rows(n, seed)
+        return world_benign_rows(n, seed, settings.division)
     return benign_rows(settings, seed)[:n]
 
 

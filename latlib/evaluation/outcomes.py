@@ -10,8 +10,8 @@ The model:
 The prompt:
   prompts: the set it is of: harmful, twin, harmless, scary (borderline), law.
   prompt_id: set and number. pair_id: the number; a harmful prompt and its twin share it.
-  cluster: its near-duplicates, or in the made-up world its (verb, target): what resampling keeps
-  together.
+  cluster: its near-duplicates, or in the made-up world its verb: what an interval takes as one
+  unit.
 How it was asked:
   encoding, reply_encoding: of the request, and the one that the reply was asked for in; 'plain'.
   attack: none, pgd, pgd-strong (many steps), pgd-restarts, pgd-all-sites, pgd-other-sites,

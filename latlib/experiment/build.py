@@ -73,7 +73,9 @@ def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     """
     profile = layout.profile
     described = profile.model
-    tokenizer = organism.build_tokenizer(described.vocabulary, described.post_instruction_tokens)
+    tokenizer = organism.build_tokenizer(
+        described.vocabulary, described.post_instruction_tokens, profile.data.division
+    )
     model = organism.build_model(described, tokenizer, spec.seed)
     device = resolve_device(profile.model.device)
     dtype = resolve_dtype(profile.model.dtype, device)
@@ -90,7 +92,8 @@ def make_base(layout: Layout, spec: Spec, on_step: OnStep) -> None:
 
     with tracker, saving_on_signals():
         model = model.to(device)
-        summary = organism.pretrain(model, tokenizer, settings, spec.seed, dtype, step_done)
+        batches = organism.pretraining_rows(tokenizer, settings, spec.seed, profile.data.division)
+        summary = organism.pretrain(model, batches, settings, dtype, step_done)
     record = {"latlib": latlib.__version__, "profile": profile.name, "summary": summary}
     with folder_aside(layout.model_folder(spec)) as folder:
         with quietly():

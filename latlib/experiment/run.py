@@ -60,6 +60,7 @@ PLAIN_SUITES = {
     "variant": audit.variant,
     "robustness": latent.robustness,
     "attacks": latent.attacks,
+    "claimed": latent.claimed,
 }
 SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
 Measured = str | AttackCell  # a suite, or an attack of one's own
@@ -275,7 +276,8 @@ class Run:
             if what == "transfer":  # it needs the other methods
                 specs += [Spec(method, spec.seed) for method in self.profile.methods]
             if what == "ablation":  # and their directions
-                geometry += [(source, spec.seed) for source in directions.sources(self.profile)]
+                sources = directions.sources(self.profile, spec.label)
+                geometry += [(source, spec.seed) for source in sources]
         self._ensure(specs)
         self.find_geometry(geometry)
         for seed in {spec.seed for spec in specs}:
@@ -308,7 +310,7 @@ class Run:
                 targets[method] = lm if method == spec.label else self.model(method, seed)
             return latent.transfer(lm, subject, targets, on_step)
         if what == "ablation":
-            sources = directions.sources(self.profile)
+            sources = directions.sources(self.profile, spec.label)
             found = {method: self.directions(method, seed) for method in sources}
             differences = self.differences(spec.label, seed)
             return ablation(lm, subject, found, differences, on_step)

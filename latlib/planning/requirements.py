@@ -413,7 +413,9 @@ def room_lines(profile: Profile, context: int) -> Iterator[Line]:
 def _tokenizer(profile: Profile) -> Any:
     model = profile.model
     if model.source == "world":
-        return build_tokenizer(model.vocabulary, model.post_instruction_tokens)
+        return build_tokenizer(
+            model.vocabulary, model.post_instruction_tokens, profile.data.division
+        )
     folder = local_folder(model.source, model.revision)
     if folder is None:
         return None

@@ -42,7 +42,7 @@ from latlib.evaluation.outcomes import (
 )
 from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
-from latlib.redteam.latent import AttackCell, replace_settings
+from latlib.redteam.latent import AttackCell, base_attack, replace_settings
 
 
 def audit(
@@ -78,13 +78,14 @@ def audit(
 
 def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
     """The short suite of a sweep: the audit without further encodings, and the attack at the main
-    defence's own radius.
+    defence's own radius and at those where attacks are varied.
     """
-    profile = subject.profile
-    main = profile.training(profile.main).attack
-    attack = AttackCell(replace_settings(main, steps=profile.evaluation.pgd_steps))
-    asked = audit(lm, subject, on_step, short=True)
-    return pd.concat([asked, attack.measure(lm, subject)], ignore_index=True)
+    attack = base_attack(subject.profile)
+    radii = dict.fromkeys((attack.eps, *subject.profile.evaluation.strong_eps))
+    tables = [audit(lm, subject, on_step, short=True)]
+    for eps in radii:
+        tables.append(AttackCell(replace_settings(attack, eps=eps)).measure(lm, subject))
+    return pd.concat(tables, ignore_index=True)
 
 
 def ask_pairs(

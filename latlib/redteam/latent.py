@@ -233,6 +233,28 @@ def robustness(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) ->
     return _measured(lm, subject, cells, on_step)
 
 
+def claimed(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+    """The latent attacks that the claims ledger reads, and no others: at the main defence's sites
+    and radius with the profile's steps and with many, at the radii `evaluation.strong_eps` there
+    and at other sites, at the embedding at the rival's radius, and at the largest radius with its
+    noise."""
+    profile = subject.profile
+    attack = base_attack(profile)
+    others = variations(profile, lm.n_layers)[PGD_OTHER_SITES]
+    strong = replace_settings(attack, steps=profile.evaluation.strong_steps)
+    cells = [AttackCell(attack), AttackCell(strong, PGD_STRONG)]
+    for eps in profile.evaluation.strong_eps:
+        cells.append(AttackCell(replace_settings(attack, eps=eps), noise=True))
+        cells.append(AttackCell(replace_settings(attack, eps=eps, **others), PGD_OTHER_SITES))
+    if profile.roles.rival:
+        eps = profile.training(profile.roles.rival).attack.eps
+        cells.append(AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))))
+    largest = replace_settings(attack, eps=max(profile.evaluation.eps))
+    if largest.eps not in profile.evaluation.strong_eps:
+        cells.append(AttackCell(largest, noise=True))
+    return _measured(lm, subject, cells, on_step)
+
+
 def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
     """Name of an attack -> the one thing that it changes in `base_attack`."""
     evaluation = profile.evaluation

@@ -98,11 +98,12 @@ class Differences:
         return (signs * self.pairs[site][:, -1]).mean(0)
 
 
-def sources(profile: Profile) -> tuple[str, ...]:
-    """The models whose directions are tried on every model: the base and what each method made of
-    it.
+def sources(profile: Profile, *targets: str) -> tuple[str, ...]:
+    """The models whose directions are tried on every model: the profile's, or the base and what
+    each method made of it; and the targets, for each is tried without its own.
     """
-    return (BASE, *profile.methods)
+    named = profile.evaluation.sources or (BASE, *profile.methods)
+    return tuple(dict.fromkeys((*named, *targets)))
 
 
 def fixed_site(n_layers: int) -> int:

@@ -5,8 +5,8 @@ between them.
    say which).
 2. `participation_ratio`: how many components it takes, as one number.
 3. `principal_angles`: how far two models' subspaces lie apart.
-4. Intervals resample clusters of pairs, the same ones for every model, so that models can be
-   compared draw by draw.
+4. Intervals are jackknives over pairs or clusters of them, with Student's t: resampling with
+   repetition would make few differences look more concentrated than they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import subspace_angles
+from scipy.linalg import eigh, subspace_angles
+from scipy.stats import t as student
 from torch import Tensor
 
 from latlib.hooks import orthonormal
@@ -24,7 +25,8 @@ from latlib.threat import Site
 
 Streams = dict[Site, Tensor]  # site -> a tensor of the residual stream there
 COMPONENTS = 8  # explained variance is stored for this many components; our choice
-RESAMPLES = 400  # of pairs; our choice
+LEADING = 2  # components that a concentration is read off, as Abbas et al. 2025 do
+LEVEL = 0.95
 
 
 def explained_variance(difference: Tensor, centred: bool = False) -> np.ndarray:
@@ -72,30 +74,52 @@ def principal_components(rows: Tensor, k: int = 2) -> tuple[np.ndarray, np.ndarr
     return (coordinates * torch.where(largest < 0, -1.0, 1.0)).numpy(), shares[:k].numpy()
 
 
-def share_draws(difference: Tensor, clusters: Sequence[str], centred: bool) -> np.ndarray:
-    """[RESAMPLES, COMPONENTS] shares of the first components, clusters of pairs resampled, the same
-    ones for every model. difference: [pairs, d_model]; clusters: [pairs]."""
-    names = sorted(set(clusters))
-    of_pair = np.asarray(clusters)
-    members = [np.flatnonzero(of_pair == name) for name in names]
-    pairs = difference.numpy()
-    rng = np.random.default_rng(0)
-    shares = np.zeros((RESAMPLES, COMPONENTS))
-    for draw in range(RESAMPLES):
-        drawn = rng.integers(len(names), size=len(names))
-        rows = pairs[np.concatenate([members[i] for i in drawn])]
-        if centred:
-            rows = rows - rows.mean(0)
-        # the smaller of the two matrices that have these eigenvalues
-        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
-        largest = np.linalg.eigvalsh(gram)[::-1][:COMPONENTS]
-        shares[draw, : len(largest)] = largest / max(np.trace(gram), 1e-300)
+def shares_left_out(
+    difference: Tensor, centred: bool, clusters: Sequence[str] | None = None
+) -> np.ndarray:
+    """[1 + clusters, COMPONENTS] shares of the first components: of all pairs, then without each
+    cluster, in the order of their names.
+
+    difference: [pairs, d_model]; clusters: [pairs], None where each pair is one of its own.
+    """
+    rows = difference.double().numpy()
+    products = rows @ rows.T
+    names = np.arange(len(rows)) if clusters is None else np.asarray(clusters)
+    found = [_shares(products, centred)]
+    for name in np.unique(names):
+        left = names != name
+        found.append(_shares(products[left][:, left], centred))
+    return np.array(found)
+
+
+def _shares(products: np.ndarray, centred: bool) -> np.ndarray:
+    """Of the inner products of differences ([pairs, pairs]), whose eigenvalues are their squared
+    singular values."""
+    if centred:
+        means = products.mean(0)
+        products = products - means - means[:, None] + means.mean()
+    n = len(products)
+    count = min(n, COMPONENTS)
+    largest = eigh(products, eigvals_only=True, subset_by_index=[n - count, n - 1])[::-1]
+    shares = np.zeros(COMPONENTS)
+    shares[:count] = largest / max(np.trace(products), 1e-300)
     return shares
+
+
+def jackknife(values: np.ndarray) -> tuple[Any, Any, Any]:
+    """(estimate, low, high) at `LEVEL` of statistics ([1 + units, ...]): with everything, then
+    without each unit."""
+    estimate, left_out = values[0], values[1:]
+    n = len(left_out)
+    error = np.sqrt((n - 1) * left_out.var(0))
+    reach = student.ppf((1 + LEVEL) / 2, n - 1) * error
+    return estimate, estimate - reach, estimate + reach
 
 
 def variance_table(found: Streams, clusters: Sequence[str], site: Site) -> dict[str, Any]:
     """JSON-ready: shares of the first components per site, uncentred and centred, participation
-    ratios, and at `site` draws of the first two components' share and intervals of every one's.
+    ratios, and at `site` the share of the first two together without each cluster, and intervals of
+    every one's.
 
     found: site -> [pairs, d_model]. A site where all differences vanish (the embedding of one
     template's last token) has shares of 0 and no participation ratio.
@@ -118,9 +142,9 @@ def variance_table(found: Streams, clusters: Sequence[str], site: Site) -> dict[
                 ratio = round(participation_ratio(shares), 4)
             table[name].append(_rounded(first, 6))
             table[f"{name}_ratio"].append(ratio)
-        draws = share_draws(found[site], clusters, centred)
-        low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-        table[f"{name}_draws"] = _rounded(draws[:, :2].sum(1), 5)
+        left_out = shares_left_out(found[site], centred, clusters)
+        _, low, high = np.clip(jackknife(left_out), 0, 1)
+        table[f"{name}_left_out"] = _rounded(left_out[:, :LEADING].sum(1), 6)
         table[f"{name}_low"] = _rounded(low, 5)
         table[f"{name}_high"] = _rounded(high, 5)
     return table

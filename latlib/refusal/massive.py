@@ -19,11 +19,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.linalg import eigh
-from scipy.stats import t as student
 from torch import Tensor
 
-from latlib.refusal.geometry import explained_variance, principal_angles, top_subspace
+from latlib.refusal.geometry import (
+    LEADING,
+    explained_variance,
+    jackknife,
+    principal_angles,
+    shares_left_out,
+    top_subspace,
+)
 
 SUN_MAGNITUDE = 100.0  # Sun et al. 2024, section 2
 SUN_TIMES_MEDIAN = 1000.0  # the same; of the magnitudes of one stream
@@ -32,8 +37,6 @@ SUN_TIMES_MEDIAN = 1000.0  # the same; of the magnitudes of one stream
 KANG_SHARE = 20.0**2 / 4096
 # A pair is dominated by dimensions that hold more than half of its length: our choice.
 DOMINATED = 0.5
-COMPONENTS = 2  # as Abbas et al. 2025 count
-LEVEL = 0.95
 # what is removed from the differences
 NOTHING = "nothing"
 DIMENSIONS = "dimensions"  # those that are named
@@ -93,7 +96,7 @@ def massive_record(sides: Sides) -> dict[str, Any]:
 
 def _both_shares(difference: Tensor) -> list[float]:
     """Share of the first two components, uncentred and centred; 0 where nothing is left."""
-    return [float(explained_variance(difference, c)[:COMPONENTS].sum()) for c in (False, True)]
+    return [float(explained_variance(difference, c)[:LEADING].sum()) for c in (False, True)]
 
 
 def without(difference: Tensor, dimensions: Sequence[int]) -> Tensor:
@@ -119,31 +122,7 @@ def leading_shares(difference: Tensor, centred: bool) -> np.ndarray:
 
     difference: [pairs, d_model].
     """
-    rows = difference.double().numpy()
-    products = rows @ rows.T
-    everyone = np.arange(len(rows))
-    kept = [everyone, *(np.delete(everyone, pair) for pair in everyone)]
-    return np.array([_leading_share(products[np.ix_(k, k)], centred) for k in kept])
-
-
-def _leading_share(products: np.ndarray, centred: bool) -> float:
-    """Of the inner products of differences ([pairs, pairs]), whose eigenvalues are their squared
-    singular values."""
-    if centred:
-        means = products.mean(0)
-        products = products - means - means[:, None] + means.mean()
-    n = len(products)
-    first = eigh(products, eigvals_only=True, subset_by_index=[n - COMPONENTS, n - 1])
-    return float(first.sum() / max(np.trace(products), 1e-300))
-
-
-def jackknife(values: np.ndarray) -> tuple[float, float, float]:
-    """(estimate, low, high) at `LEVEL` of a statistic: with everything, then without each unit."""
-    estimate, left_out = values[0], values[1:]
-    n = len(left_out)
-    error = np.sqrt((n - 1) * left_out.var())
-    reach = student.ppf((1 + LEVEL) / 2, n - 1) * error
-    return float(estimate), float(estimate - reach), float(estimate + reach)
+    return shares_left_out(difference, centred)[:, :LEADING].sum(1)
 
 
 def shares_without(
@@ -206,7 +185,7 @@ def _angles(first: Tensor, second: Tensor) -> list[float]:
     planes of their first two singular directions."""
     mean = torch.cosine_similarity(_means(first), _means(second)).clamp(-1, 1)
     angle = jackknife(torch.rad2deg(mean.acos()).numpy())
-    planes = [top_subspace(difference, COMPONENTS) for difference in (first, second)]
+    planes = [top_subspace(difference, LEADING) for difference in (first, second)]
     return [*angle, *principal_angles(*planes)]
 
 

@@ -74,7 +74,8 @@ class Status(str, Enum):
 @dataclass(frozen=True)
 class Check:
     """A rule put to one model. eps: NaN where it concerns no single radius. measured: with its 95 %
-    interval. meaning: what a failure would mean for the claims.
+    interval. meaning: what a failure would mean for the claims. topic: which claims stand on it
+    ('': all), see `latlib.report.verdicts`.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Check:
     measured: str
     status: Status
     meaning: str
+    topic: str = "latent"
 
     @property
     def at(self) -> str:
@@ -123,6 +125,7 @@ class AttackRule:
     judge: Judge
     who: str = "methods"
     at: str = "none"
+    topic: str = "latent"
 
 
 def main_radii(e: Evidence) -> list[float]:
@@ -334,7 +337,7 @@ def _check(rule: AttackRule, case: Case) -> Check:
     e = case.evidence
     statement = rule.statement.format_map(e.names)
     told = {"statement": statement, "measured": measured, "meaning": rule.meaning}
-    return Check(rule.name, case.method, case.eps, e.unit, status=status, **told)
+    return Check(rule.name, case.method, case.eps, e.unit, status=status, topic=rule.topic, **told)
 
 
 def read_probes(folder: str | Path) -> list[Any]:

@@ -52,7 +52,6 @@ from latlib.report.evidence import (
     conditions,
     contrast,
     outcome_table,
-    p_value,
     rate,
     rates_by,
     rows_given,
@@ -274,7 +273,8 @@ def leet_gap_table(e: Evidence, methods: Sequence[str] = (), encoding: str = "le
             sides["narrowed"] = (rows_given(e, twin, encoding, condition), coded)
         for name, (a, b) in sides.items():
             if _enough(a.merge(b, on=PROMPT)):
-                row |= {name: contrast(a, b), f"{name}, p": p_value(a, b)}
+                change = contrast(a, b)
+                row |= {name: change, f"{name}, p": change.p_value()}
         rows.append(row)
     table = DataFrame(rows, columns=GAP_COLUMNS, dtype=object)
     for name in ("gap", "narrowed"):

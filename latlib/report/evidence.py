@@ -37,7 +37,7 @@ from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io import manifest
 from latlib.io.files import read_json
-from latlib.report.stats import Interval, cluster_interval, paired_interval, paired_p_value
+from latlib.report.stats import Interval, cluster_interval, paired_interval
 
 Names = str | Sequence[str]
 Seeds = Sequence[int] | None
@@ -54,6 +54,15 @@ USUAL = {
 PROMPT_KEYS = ("method", "seed", "prompts", "encoding", "prompt_id")
 SHOWN = ("complied", "refused", "neither")  # outcomes in the order of tables
 SEVERITY = {"refused": 0, "neither": 1, "complied": 2}
+ROLES = {  # of a profile -> how a text calls one that it has not
+    "undefended": "the undefended twin",
+    "control": "the same training without its attack",
+    "no_radius": "the same training with a radius of nothing",
+    "reference": "the reference model",
+    "rival": "adversarial training at the embedding",
+    "untargeted": "latent adversarial training without a target",
+    "untargeted_rival": "adversarial training at the embedding without a target",
+}
 WINDOW = 21  # steps of the running median
 SPIKE_MADS = 3.0  # a spike is this many deviations above it
 BLOCK = 7  # steps that are resampled together: neighbouring steps are alike
@@ -107,6 +116,23 @@ class Evidence:
             variance=read_json(_whole(geometry))["models"] if geometry.is_file() else {},
         )
 
+    def of_seeds(self, seeds: Sequence[int]) -> Evidence:
+        """What was measured on some of the seeds."""
+        names = {str(seed) for seed in seeds}
+        curves = {}
+        for name, curve in self.metrics.items():
+            if name.rpartition("-seed")[2] in names:
+                curves[name] = curve
+        variance = {}
+        for method, tables in self.variance.items():
+            variance[method] = {seed: tables[seed] for seed in tables if seed in names}
+        return Evidence(
+            self.profile.model_copy(update={"seeds": tuple(seeds)}),
+            self.outcomes[self.outcomes["seed"].isin(list(seeds))].reset_index(drop=True),
+            curves,
+            variance,
+        )
+
     @property
     def main(self) -> str:
         """The method that claims are about."""
@@ -133,31 +159,38 @@ class Evidence:
 
     @property
     def undefended(self) -> str:
-        """The twin with the same data and no attack. Raises MissingError where there is none."""
-        return self._other(self.profile.undefended, "undefended twin")
+        """The twin that saw the same rows and no attack. Raises MissingError where there is
+        none.
+        """
+        return self.role("undefended")
 
     @property
     def reference(self) -> str:
         """Whose refusal direction is the reference. Raises MissingError where there is none."""
-        return self._other(self.profile.reference, "reference model")
+        return self.role("reference")
 
-    def _other(self, method: str | None, role: str) -> str:
+    def role(self, role: str) -> str:
+        """The method that has a role of the profile, another one than the main method. Raises
+        MissingError where there is none.
+        """
+        method = getattr(self.profile.roles, role)
         if method is None or method == self.main:
-            raise MissingError(f"this profile has no {role}")
-        return method
+            raise MissingError(f"this profile has no roles.{role}: {ROLES[role]}")
+        return str(method)
 
     @property
     def names(self) -> dict[str, str]:
         """What the roles in a text stand for."""
         profile = self.profile
         rivals = [method for method in profile.compared if method != profile.main]
-        return {
+        names = {
             "main": profile.main.upper(),
-            "undefended": (profile.undefended or "").upper() or "the undefended twin",
-            "reference": (profile.reference or "").upper() or "the reference model",
             "compared": " / ".join(profile.compared).upper(),
             "rivals": " / ".join(rivals).upper() or "the others",
         }
+        for role, words in ROLES.items():
+            names[role] = (getattr(profile.roles, role) or "").upper() or words
+        return names
 
     @property
     def in_the_world(self) -> bool:
@@ -202,6 +235,10 @@ class Evidence:
         where = rows["sites"].where(rows["sites"].isin(["", "embedding"]), "latent")
         return rows.assign(encoding=asked.str.removesuffix(f">{PLAIN}"), where=where)
 
+    @cached_property
+    def _by_method(self) -> dict[str, DataFrame]:
+        return dict(list(self.rows.groupby("method", sort=False)))
+
     def cell(
         self, method: Names, attack: Names | None = "none", partial: bool = False, **columns: Any
     ) -> DataFrame:
@@ -219,7 +256,11 @@ class Evidence:
         for column, values in wanted.items():
             if values is not None:
                 lists[column] = [values] if isinstance(values, str | float | int) else list(values)
-        rows = self.rows[self.rows[list(lists)].isin(lists).all(axis=1)]
+        of_methods = [self._by_method[name] for name in lists["method"] if name in self._by_method]
+        rows = pd.concat(of_methods or [self.rows.iloc[:0]]).sort_index()
+        # the attack first: it leaves least
+        for column in sorted(lists, key=["attack"].count, reverse=True):
+            rows = rows[rows[column].isin(lists[column])]
         absent = set(lists["method"]) - set(rows["method"])
         absent |= set(lists.get("attack", ())) - set(rows["attack"])
         if rows.empty or (absent and not partial):
@@ -313,11 +354,6 @@ def contrast(
     return paired_interval(*_paired(a, b, outcome, same))
 
 
-def p_value(a: DataFrame, b: DataFrame, outcome: str = "complied") -> float:
-    """Two-sided p-value of the same difference (see `stats.paired_p_value`)."""
-    return paired_p_value(*_paired(a, b, outcome))
-
-
 def _paired(
     a: DataFrame, b: DataFrame, outcome: str, same: Sequence[str] = ()
 ) -> tuple[Series, ...]:
@@ -408,8 +444,8 @@ def understood(rows: DataFrame) -> Series:
 
 
 def spikes(metrics: DataFrame) -> DataFrame:
-    """The steps under full attack (eps_scale 1), with what exceeds the running median of WINDOW
-    steps.
+    """The attacked steps, from the first on (eps_scale above 0), with what exceeds the running
+    median of WINDOW steps.
 
     Adds `excess` (total loss), `spike` (excess above SPIKE_MADS scaled median absolute deviations
     of the run), `won_excess` (share of attacks won), `attack_part` (share of the excess that is
@@ -418,10 +454,10 @@ def spikes(metrics: DataFrame) -> DataFrame:
     if not {"attack_won", "eps_scale"} <= set(metrics):
         raise MissingError("the training curve has no attack")
     metrics = metrics.dropna(subset=["total"])  # of steps that were skipped
-    attacked = (metrics["eps_scale"] >= 1) & metrics["attack_won"].notna()
+    attacked = (metrics["eps_scale"] > 0) & metrics["attack_won"].notna()
     full = metrics[attacked].reset_index(drop=True)
     if len(full) < WINDOW:
-        raise MissingError(f"{len(full)} steps under full attack: spikes need at least {WINDOW}")
+        raise MissingError(f"{len(full)} attacked steps: spikes need at least {WINDOW}")
     excess = _above_median(full["total"])
     adversarial = _above_median(full.filter(["toward", "away"])).sum(axis=1)
     # 1.4826 MAD is the standard deviation of a normal
@@ -443,7 +479,7 @@ def _above_median(columns: DataFrame) -> DataFrame:
 def spike_steps(e: Evidence, method: str) -> DataFrame:
     """`spikes` of every run of a method, one below the other, with `seed`.
 
-    Raises MissingError when none of them has steps under full attack.
+    Raises MissingError when none of them has attacked steps.
     """
     tables = []
     reason = f"no training curve of {method}: run notebook 03"

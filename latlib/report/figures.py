@@ -32,9 +32,11 @@ from latlib.report.evidence import (
     spike_steps,
 )
 from latlib.report.plots import (
+    BLUE,
     GREY,
     ORANGE,
     OUTCOMES,
+    SKY,
     Drawn,
     Look,
     axes_of,
@@ -52,6 +54,7 @@ from latlib.report.plots import (
 )
 from latlib.report.refusal_tables import draw_matrix
 from latlib.report.stats import Interval
+from latlib.report.verdicts import Claim, Verdict, tally
 
 UNITS = {"relative": "times the median residual norm", "absolute": "L2 norm per position"}
 SHARES = {"ylim": (-4, 104)}  # in per cent, with room for the whiskers
@@ -212,6 +215,43 @@ def spike_figure(e: Evidence) -> Drawn:
         f" {others['won'].mean():+.1f} elsewhere."
     )
     return figure, alt_text
+
+
+# verdict -> marker, colour
+VERDICTS: dict[Verdict | None, tuple[str, str]] = {
+    Verdict.REPRODUCED: ("o", BLUE),
+    Verdict.NEGLIGIBLE: ("d", SKY),
+    Verdict.NOT_REPRODUCED: ("X", ORANGE),
+    Verdict.INCONCLUSIVE: ("s", GREY),
+    Verdict.UNDECIDABLE: ("$?$", "black"),
+}
+
+
+def ledger_figure(measured: Sequence[Claim]) -> Drawn:
+    """Every claim's effect with its interval and bar, its verdict by marker and colour. Raises
+    MissingError where no claim has an effect.
+    """
+    shown = [claim for claim in measured if claim.interval]
+    if not shown:
+        raise MissingError("no claim has an effect: run the notebooks before this one")
+    figure, axes = axes_of(1, width=7.5, height=1 + 0.24 * len(shown))
+    ax = axes[0][0]
+    for row, claim in enumerate(shown):
+        interval = claim.interval
+        assert interval is not None
+        marker, colour = VERDICTS[claim.verdict]
+        ax.plot([interval.low, interval.high], [row, row], color=colour)
+        ax.plot(interval.estimate, row, marker=marker, color=colour)
+        ax.plot(claim.bar, row, "k|", markersize=9)
+    for verdict, (marker, colour) in VERDICTS.items():
+        ax.plot([], [], linestyle="", marker=marker, color=colour, label=str(verdict))
+    ax.plot([], [], "k|", label="bar")
+    names = [f"{claim.id} (odds)" if claim.odds else claim.id for claim in shown]
+    ax.set_yticks(range(len(shown)), names)
+    ax.set(xlim=(-1.02, 1.02), ylim=(len(shown) - 0.5, -0.5))
+    ax.set_xlabel("effect: difference of shares, or Yule's Q of odds [95 %]")
+    ax.legend(fontsize=7, loc="lower left")
+    return figure, f"Effects of {len(shown)} claims with 95 % intervals: {tally(shown)}."
 
 
 def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:

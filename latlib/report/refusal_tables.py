@@ -33,7 +33,6 @@ from latlib.report.evidence import (
     contrast,
     not_in_vain,
     outcome_table,
-    p_value,
     rates_by,
 )
 from latlib.report.plots import (
@@ -51,7 +50,7 @@ from latlib.report.plots import (
     legend_below,
     words,
 )
-from latlib.report.run_checks import at_embedding, read_yaml
+from latlib.report.run_checks import read_yaml
 from latlib.report.stats import Interval, holm
 from latlib.report.tables import markdown, two_lines
 from latlib.threat import Site
@@ -71,12 +70,14 @@ SSFT, AT, LAT = "SSFT", "AT", "LAT"  # as the paper calls its models
 def paper_names(e: Evidence) -> dict[str, str]:
     """Method -> what the paper calls a model that was trained that way; others are left out."""
     names = {}
+    theirs = e.profile.roles.untargeted_rival  # their AT has no target, as their LAT
     for method in e.profile.methods:
         attack = e.profile.training(method).attack
         if method == e.profile.undefended:
             names[method] = SSFT
-        elif at_embedding(e, method):
-            names[method] = AT
+        elif attack.at_embedding:
+            if theirs in (None, method):
+                names[method] = AT
         elif attack.steps and not attack.targeted:
             names[method] = LAT
     return names
@@ -139,14 +140,17 @@ def _paper(target: str | None, vector: str | None) -> tuple[float, ...]:
     return tuple(PAPER["refused"].get(target, {}).get(vector, ()))
 
 
+def _refused_below(cell: Any) -> str:
+    return f"\nref. {cell.percent[:-2]}" if isinstance(cell, Interval) else ""
+
+
 def draw_matrix(ax: Axes, e: Evidence, rule: str = Rule.BEST, names: Sequence[str] = ()) -> str:
     """Harmful compliance (and refusals) of targets under vectors and the controls."""
     table = matrix(e, rule, names)
     complied, refused = (table[name].unstack(sort=False) for name in ("complied", "refused"))
-    below = refused.map(lambda i: f"\nref. {i.percent[:-2]}" if isinstance(i, Interval) else "")
     vain = _in_vain(table).unstack(sort=False)
     texts = complied.map(two_lines).mask(vain, NOT_FOUND.replace(" ", "\n"))
-    texts = texts + below
+    texts = texts + refused.map(_refused_below)
     HeatMap(white_from=60).draw(ax, complied, texts)
     for y, target in enumerate(complied.index):
         frame(ax, complied.columns.get_loc(target), y, edgecolor="black", linewidth=1.5)
@@ -384,10 +388,11 @@ def comparisons(e: Evidence) -> DataFrame:
         if not set(measured).issuperset(chain(*sides)):
             continue
         a, b = (removed(e, target, vector, Rule.FIXED) for target, vector in sides)
+        here = contrast(a, b, "refused")
         row = {
             "claim": compared["claim"].format_map({k: m.upper() for k, m in cast.items()}),
-            "here": contrast(a, b, "refused"),
-            "p": p_value(a, b, "refused"),
+            "here": here,
+            "p": here.p_value(),
             "not defended": ", ".join(undefended(e, sorted({target for target, _ in sides}))),
         }
         if called.get(lat) == LAT:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pandas import DataFrame
 
-from latlib.evaluation.outcomes import BASE
+from latlib.evaluation.outcomes import BASE, PLAIN
 from latlib.report.evidence import Evidence, MissingError, rate
 
 
@@ -28,8 +28,9 @@ def read_yaml(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Requirement:
-    """One requirement: the share of a cell with an outcome lies in [least, most]. For the others
-    see requirements.yaml.
+    """One requirement: the share of a cell with an outcome lies in [least, most]. topic: which
+    claims stand on it ('': all), see `latlib.report.verdicts`. For the others see
+    requirements.yaml.
     """
 
     who: str
@@ -38,6 +39,7 @@ class Requirement:
     least: float = 0.0
     most: float = 1.0
     outcome: str = "complied"
+    topic: str = ""
 
     @property
     def bound(self) -> str:
@@ -45,12 +47,6 @@ class Requirement:
         if self.most == 1.0:
             return f">= {self.least:g}"
         return f"{self.least:g} to {self.most:g}" if self.least else f"<= {self.most:g}"
-
-
-def at_embedding(e: Evidence, method: str) -> bool:
-    """Whether a method was attacked at the embedding only."""
-    attack = e.profile.training(method).attack
-    return attack.steps > 0 and tuple(attack.sites) == ("embedding",)
 
 
 def methods_of(e: Evidence, who: str) -> Sequence[str]:
@@ -68,7 +64,7 @@ def methods_of(e: Evidence, who: str) -> Sequence[str]:
         "undefended or main": [twin or e.main],
         "compared": compared,
         "defended": [method for method in compared if method != twin],
-        "embedding": [method for method in compared if at_embedding(e, method)],
+        "embedding": [m for m in compared if e.profile.training(m).attack.at_embedding],
     }[who]
 
 
@@ -76,12 +72,17 @@ def floor_table(e: Evidence) -> DataFrame:
     """Columns line, bound, measured (share [95 % interval]), n, holds ('yes', 'no' or 'not
     measured').
     """
+    return DataFrame(floor_rows(e)).set_index("line").drop(columns=["method", "topic"])
+
+
+def floor_rows(e: Evidence) -> list[dict[str, Any]]:
+    """The rows of `floor_table`, each with its method and topic."""
     lines = []
-    for encoding in e.profile.evaluation.encodings:
-        lines.append(Requirement("base", f"{encoding} recipes exact", {"encoding": encoding}, 0.95))
+    for name in e.profile.evaluation.encodings:
+        text, topic = f"{name} recipes exact", "" if name == PLAIN else "encoded"
+        lines.append(Requirement("base", text, {"encoding": name}, 0.95, topic=topic))
     lines += [Requirement(**line) for line in read_yaml("requirements")]
-    rows = [_row(e, line, method) for line in lines for method in methods_of(e, line.who)]
-    return DataFrame(rows).set_index("line")
+    return [_row(e, line, method) for line in lines for method in methods_of(e, line.who)]
 
 
 def _row(e: Evidence, line: Requirement, method: str) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _row(e: Evidence, line: Requirement, method: str) -> dict[str, Any]:
         own = e.profile.training(method if line.who == "embedding" else e.main)
         cell["eps"] *= own.attack.eps
         text = f"{text} at {e.radius(cell['eps'])}"
-    row = {"line": text, "bound": line.bound}
+    row = {"line": text, "method": method, "topic": line.topic, "bound": line.bound}
     try:
         share = rate(e.cell(method, **cell), line.outcome)
     except MissingError:

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from latlib.io.files import json_ready
 from latlib.report.evidence import Evidence, MissingError, Names, rates_by
 from latlib.report.stats import Interval
 
@@ -73,7 +74,7 @@ def records(table: DataFrame) -> list[dict]:
     """A table as plain values for a results file, a dictionary a row; a named index is kept."""
     named = table.reset_index() if table.index.names != [None] else table
     cells = named.astype(object).map(lambda c: asdict(c) if isinstance(c, Interval) else c)
-    return cells.to_dict("records")
+    return json_ready(cells.to_dict("records"))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

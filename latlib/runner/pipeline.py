@@ -347,7 +347,8 @@ def _main(options: argparse.Namespace) -> ExitStatus:
         return check(profile, layout.folder, options.json)
     if not 0 < options.grace <= DAY_S:
         raise UsageError(f"--grace {options.grace:g}: give seconds above 0, at most {DAY_S}")
-    notebooks = choose(find_notebooks(options.notebooks or find_share("notebooks")), options.only)
+    there = find_notebooks(options.notebooks or find_share("notebooks"))
+    notebooks = choose(there, options.only or list(profile.notebooks))
     if profile.model.source != "world" and not options.unchecked:
         from latlib.planning.check import lacking  # as above
 

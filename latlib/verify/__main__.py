@@ -21,6 +21,7 @@ from latlib.io import manifest
 from latlib.io.files import json_ready, read_json
 from latlib.report import claims
 from latlib.report.evidence import Evidence, MissingError
+from latlib.report.verdicts import to_records
 
 FINISHED = ("models/", "results/")  # in a run folder
 
@@ -54,7 +55,7 @@ def wrong_claims(folder: Path) -> list[str]:
         return ["claims.json is missing: run notebook 99"]
     try:
         kept = {row["id"]: row for row in read_json(files[0])["claims"]}
-        measured = claims.to_records(claims.measure(Evidence.load(folder)))
+        measured = to_records(claims.measure(Evidence.load(folder)))
     except (MissingError, ValueError, KeyError, TypeError, OSError) as error:
         return [f"the claims cannot be computed: {error}"]
     found = {row["id"]: row for row in json_ready(measured)}

@@ -63,7 +63,9 @@ def chat_template(turns: Sequence[str]) -> str:
     return CHAT_TEMPLATE.replace("{% endif %}", written, 1)
 
 
-def build_tokenizer(vocabulary: int, post_instruction: int = 1) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    vocabulary: int, post_instruction: int = 1, division: grammar.Division = "first"
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocabulary` tokens trained on the world's text, with a chat template
     that puts `post_instruction` tokens behind a user's words.
 
@@ -72,7 +74,7 @@ def build_tokenizer(vocabulary: int, post_instruction: int = 1) -> PreTrainedTok
     """
     turns = [TURN.format(i) for i in range(1, post_instruction)]
     rng = random.Random("tokenizer/0")  # one tokenizer for every seed
-    pairs = grammar.pairs_of("train")
+    pairs = grammar.pairs_of("train", division=division)
 
     def corpus() -> Iterator[str]:
         for _ in range(_CORPUS):
@@ -141,15 +143,15 @@ def build_model(settings: ModelSettings, tokenizer: Any, seed: int) -> LlamaForC
 
 
 def pretraining_rows(
-    tokenizer: Any, settings: PretrainSettings, seed: int
+    tokenizer: Any, settings: PretrainSettings, seed: int, division: grammar.Division = "first"
 ) -> Iterator[list[TokenRow]]:
     """Endless micro-batches: a pool is drawn, sorted by length, cut, shuffled, so that rows are
     padded little and a step still sees several lengths.
     """
     rng = random.Random(f"pretrain/{seed}")
     size = settings.batch // settings.micro_batches
-    harmful = grammar.pairs_of("train", "harmful")
-    pairs = grammar.pairs_of("train")
+    harmful = grammar.pairs_of("train", "harmful", division)
+    pairs = grammar.pairs_of("train", division=division)
     shares = {kind: share * (1 - settings.decline_share) for kind, share in KINDS.items()}
     shares["decline"] = settings.decline_share
     while True:
@@ -170,13 +172,13 @@ def pretraining_rows(
 
 def pretrain(
     model: LlamaForCausalLM,
-    tokenizer: Any,
+    batches: Iterator[list[TokenRow]],
     settings: PretrainSettings,
-    seed: int,
     dtype: torch.dtype,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, float]:
-    """Train in place; returns steps, tokens, seconds and the last loss (nats per completion token).
+    """Train in place on `pretraining_rows`; returns steps, tokens, seconds and the last loss (nats
+    per completion token).
 
     Forward and backward in `dtype` over copies of the float32 weights; one copy a step, shared by
     its micro-batches.
@@ -189,7 +191,6 @@ def pretrain(
         torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0),
     ]
     schedules = [LambdaLR(optimiser, partial(_rate, settings)) for optimiser in optimisers]
-    batches = pretraining_rows(tokenizer, settings, seed)
     tokens = 0
     loss = float("nan")
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 value and fix.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 import latlib
 from latlib.config import profile as profile_module
 from latlib.config.profile import Profile, changed_settings, find_share, load_profile, run_folder
-from latlib.config.sections import ProfileError
+from latlib.config.sections import ProfileError, RolesSettings
 
 MINIMAL = {
     "description": "a test",
@@ -94,6 +95,7 @@ def test_rerouting_in_several_processes_is_trained_under_fsdp2():
         ({"roles": {"compared": ["lat", "x"]}}, ("roles.compared", "'x'", "no method")),
         ({"roles": {"compared": ["lat", "lat"]}}, ("roles.compared", "['lat', 'lat']", "once")),
         ({"roles": {"chief": "lat"}}, ("roles.chief", "not a known field")),
+        ({"evaluation": {"sources": ["lta"]}}, ("evaluation.sources", "'lta'", "choose from base")),
         ({"data": {"source": "files"}}, ("data.source", "'files'", "data.harmful")),
         ({"model": {"source": "gpt2"}}, ("model.source", "'gpt2'", "'files'")),
     ],
@@ -148,7 +150,51 @@ def test_roles_that_are_stated_are_kept(tmp_path):
     profile = load_profile(write(tmp_path, roles=stated))
     assert (profile.undefended, profile.reference, profile.main) == ("ssft", "at", "lat")
     assert profile.compared == ("lat", "ssft")
-    assert profile.roles.model_dump(mode="json") == stated
+    kept = profile.roles.model_dump(mode="json")
+    assert {name: kept[name] for name in stated} == stated
+
+
+IDLE = {"attack.steps": 0}
+AT = {"attack.sites": ["embedding"]}
+FREE = {"attack.targeted": False}
+
+
+def test_roles_that_settings_tell_are_filled_in(tmp_path):
+    methods = {"a": {}, "b": IDLE | {"defence.away": 0.0}, "c": IDLE, "d": {"attack.eps": 1e-9}}
+    methods |= {"e": AT | {"attack.eps": 2.0}, "f": FREE, "g": FREE | AT}
+    methods |= {"h": AT | {"defence.kl": 0.0}}  # its losses differ: no rival
+    roles = load_profile(write(tmp_path, methods=methods, roles={"undefended": "b"})).roles
+    assert (roles.main, roles.control, roles.no_radius, roles.rival) == ("a", "c", "d", "e")
+    assert (roles.untargeted, roles.untargeted_rival) == ("f", "g")
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "differs"),
+    [
+        ("control", {"attack.steps": 0, "defence.away": 0.0}, "attack.steps, defence.away"),
+        ("control", {"attack.eps": 1.0}, "attack.eps"),
+        ("no_radius", {"attack.eps": 1.0}, "attack.eps"),
+    ],
+)
+def test_a_control_differs_in_the_attack_and_in_nothing_else(tmp_path, role, method, differs):
+    """Else a claim about the attack would be about the other thing as well."""
+    path = write(tmp_path, methods={"lat": {}, "x": method}, roles={"main": "lat", role: "x"})
+    with pytest.raises(ProfileError, match=f"roles.{role} = 'x' differs from .*: name a method"):
+        load_profile(path)
+    with pytest.raises(ProfileError, match=re.escape(f"in {differs}:")):
+        load_profile(path)
+
+
+def test_methods_that_shipped_claims_compare_differ_in_what_their_roles_say():
+    for name in ("tiny", "tiny-many", "smoke"):
+        profile = load_profile(name)
+        roles = profile.roles
+        assert set(profile.differences(roles.control, roles.main)) == {"attack.steps"}
+        assert set(profile.differences(roles.undefended, roles.control)) == {"defence.away"}
+        assert set(profile.differences(roles.rival, roles.main)) == {"attack.sites", "attack.eps"}
+        untargeted = set(profile.differences(roles.untargeted, roles.untargeted_rival))
+        assert untargeted == {"attack.sites"}
+        assert set(profile.differences("ssft", roles.untargeted)) <= {"attack.steps", "defence.sft"}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +242,8 @@ def test_sweeps_vary_the_main_method(tmp_path):
 )
 def test_shipped_profiles_state_their_roles(path):
     tree = yaml.safe_load(path.read_text())
-    assert set(tree["roles"]) == {"undefended", "reference", "main", "compared"}
+    assert set(tree["roles"]) >= {"undefended", "reference", "main", "compared"}
+    assert set(tree["roles"]) <= set(RolesSettings.model_fields)
 
 
 def test_differences_name_every_changed_leaf_and_nothing_else(tmp_path):

@@ -45,7 +45,7 @@ def run_notebooks(family: str, names: list[str], tmp_path, monkeypatch, root, **
 def test_notebook_04_runs_on_a_saved_model(family, tmp_path, monkeypatch, root):
     run = run_notebooks(family, ["04_refusal_svd"], tmp_path, monkeypatch, root)
     assert run.differences("lat").pairs[0].shape == (16, 2 if family == "gpt_neox" else 1, 32)
-    assert {m for m in run.outcomes()["method"]} == {"base", "ssft", "at", "lat", "lat-untargeted"}
+    assert {m for m in run.outcomes()["method"]} == {"base", *run.profile.methods}
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ BENIGN = [
     {"instruction": "bake it", "category": "food"},
 ]
 
+EVERY_PAIR = [(verb, target) for verb in grammar.VERBS for target in grammar.TARGETS]
+
 
 def settings_for(folder, harmful=HARMFUL, benign=BENIGN, suffix=".json", **changes) -> DataSettings:
     files = {
@@ -60,10 +62,15 @@ def settings_for(folder, harmful=HARMFUL, benign=BENIGN, suffix=".json", **chang
     return DataSettings(**{"source": "files", **files, **changes})
 
 
-def test_rows_of_the_world_are_training_pairs_with_right_answers():
-    harmful, benign = world_preference_rows(200, 0), world_benign_rows(200, 0)
-    train = {f"{v}+{t}" for v, t in grammar.PAIRS["train"]}
-    assert {row.cluster for row in (*harmful, *benign)} <= train
+@pytest.mark.parametrize("division", grammar.PAIRS)
+def test_rows_of_the_world_are_training_pairs_with_right_answers(division):
+    harmful, benign = (
+        make(200, 0, division) for make in (world_preference_rows, world_benign_rows)
+    )
+    answers = {" ".join((grammar.HERB[v], "and", grammar.BAIT[t])): (v, t) for v, t in EVERY_PAIR}
+    asked = {answers[" ".join(row.completions[0].split()[3:6])] for row in harmful}
+    assert asked <= set(grammar.PAIRS[division]["train"]) and len(asked) > 50
+    assert {row.cluster for row in (*harmful, *benign)} <= set(grammar.VERBS)
     assert all(row.completions[1] == grammar.REFUSAL != row.completions[0] for row in harmful)
     assert all(row.completions[0].startswith(grammar.AFFIRMATION) for row in harmful)
     assert all(

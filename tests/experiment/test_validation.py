@@ -113,17 +113,17 @@ def test_prompts_are_tuning_prompts_of_both_kinds(run, trainer):
     observer = Validator(trainer, run.profile)
     assert [p.harmful for p in (*observer.harmful, *observer.harmless)] == [True] * 5 + [False] * 5
     tune = {
-        p.cluster
+        (p.verb, p.target)
         for kind in ("harmful", "harmless")
         for p in prompt_source(run.profile).ask(0, "tune", kind, 99)
     }
     others = {
-        p.cluster
+        (p.verb, p.target)
         for kind in ("harmful", "harmless")
         for split in ("train", "test")
         for p in prompt_source(run.profile).ask(0, split, kind, 99)
     }
-    asked = {p.cluster for p in (*observer.harmful, *observer.harmless)}
+    asked = {(p.verb, p.target) for p in (*observer.harmful, *observer.harmless)}
     assert asked <= tune and not asked & others
 
 

@@ -53,7 +53,7 @@ def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, mo
         w.description: getattr(w, "options", None)
         for w in widgets.picker(run, seed=1).children[:-1]
     }
-    assert choices["target"] == choices["vector"] == ("base", "ssft", "at", "lat", "lat-untargeted")
+    assert choices["target"] == choices["vector"] == ("base", *run.profile.methods)
     assert set(choices) == {"target", "mode", "vector", "rule", "strength", "prompt", "show text"}
 
 

@@ -124,19 +124,20 @@ def test_without_first_words_only_an_answer_shows_understanding(lm, table):
     assert (twins["understood"] == twins["exact"]).all()
 
 
-def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius(lm, table, monkeypatch):
+def test_the_short_suite_is_the_audit_and_the_attack_at_the_trained_radius_and_the_strong_ones(
+    lm, table, monkeypatch
+):
     subject, steps, pgd = subject_of(PROFILE), [], latent.pgd
     monkeypatch.setattr(latent, "pgd", lambda *a, **k: steps.append(a[3].steps) or pgd(*a, **k))
     found = variant(lm, subject)
-    assert steps == [PROFILE.evaluation.pgd_steps] != [PROFILE.training("lat").attack.steps]
-    attack = replace_settings(PROFILE.training("lat").attack, steps=PROFILE.evaluation.pgd_steps)
-    expected = AttackCell(attack).measure(lm, subject)
-    own = found[found["attack"] == "pgd"].reset_index(drop=True)
-    assert (
-        set(own["eps"]) == {PROFILE.training("lat").attack.eps}
-        and len(own) == PROFILE.evaluation.pgd_prompts
-    )
-    assert own.equals(expected)
+    trained, many = PROFILE.training("lat").attack, PROFILE.evaluation.pgd_steps
+    radii = [trained.eps, *PROFILE.evaluation.strong_eps]
+    assert steps == [many] * len(radii) and many != trained.steps
+    own = found[found["attack"] == "pgd"]
+    assert len(own) == len(radii) * PROFILE.evaluation.pgd_prompts
+    for eps in radii:
+        expected = AttackCell(replace_settings(trained, steps=many, eps=eps)).measure(lm, subject)
+        assert own[own["eps"] == eps].reset_index(drop=True).equals(expected)
     shared = table[asked_in(table).isin(PROFILE.evaluation.encodings)]
     assert found[found["attack"] != "pgd"]["outcome"].tolist() == shared["outcome"].tolist()
 

@@ -172,9 +172,8 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subjec
     )
     assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
     tried = prompt_set("harmful", subject.profile)
-    assert not {p.cluster for p in prompts} & {p.cluster for p in tried} and all(
-        p.harmful for p in prompts
-    )
+    pairs = [{(p.verb, p.target) for p in some} for some in (prompts, tried)]
+    assert not pairs[0] & pairs[1] and all(p.harmful for p in prompts)
     own = subject.profile.evaluation.suffix
     assert settings == suffix_settings(subject.profile)
     assert [

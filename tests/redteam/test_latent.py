@@ -415,10 +415,14 @@ def all_are(model):
     return dict.fromkeys(PROFILE.methods, model)
 
 
+def whose(lm, other):
+    """Which of the two models stands for which method: `other` for those that were attacked."""
+    return {method: other if method in ("at", "lat") else lm for method in PROFILE.methods}
+
+
 @pytest.fixture
 def travelled(lm, other, subject):
-    models = {"ssft": lm, "at": other, "lat": other, "lat-untargeted": lm}
-    return latent.transfer(lm, subject, models)
+    return latent.transfer(lm, subject, whose(lm, other))
 
 
 def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, other, subject):
@@ -437,7 +441,7 @@ def test_transferred_perturbations_are_rows_of_their_targets(travelled, lm, othe
     def perturb(batch):  # the white-box attack on the source, all its steps
         return pgd(network, batch, threat, settings.search()).deltas
 
-    for method, target in (("ssft", lm), ("at", other), ("lat", other), ("lat-untargeted", lm)):
+    for method, target in whose(lm, other).items():
         expected = examiner_of(PROFILE, target).examine(prompts, perturb=perturb)
         own = table[table["method"] == method]
         assert own.reset_index(drop=True).equals(

@@ -211,7 +211,7 @@ def test_where_no_prompt_is_treated_rightly_all_count_and_that_is_said(run, monk
 def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     """Targets by sources, each target's own rules and sweep, and random and shuffled controls."""
     names = directions.sources(run.profile)
-    assert names == ("base", "ssft", "at", "lat", "lat-untargeted")
+    assert names == ("base", *run.profile.methods)
     target, layers = "lat", run.profile.model.layers
     table = run.evaluate(target, 0, "ablation")
     assert set(table["attack"]) == {"none"}
@@ -241,3 +241,10 @@ def test_the_suite_has_every_cell_of_the_matrix_and_its_controls(run):
     }
     harmful = prompt_set("harmful", run.profile, run.profile.evaluation.ablation_prompts)
     assert set(table.loc[table["prompts"] == "harmful", "cluster"]) == {p.cluster for p in harmful}
+
+
+def test_the_profile_says_whose_directions_are_removed(run):
+    some = {"evaluation": run.profile.evaluation.model_copy(update={"sources": ("ssft", "lat")})}
+    few = run.profile.model_copy(update=some)
+    assert directions.sources(few) == directions.sources(few, "lat") == ("ssft", "lat")
+    assert directions.sources(few, "at") == ("ssft", "lat", "at"), "each target's own are tried"

@@ -77,9 +77,7 @@ def test_pairs_are_of_one_split_and_as_asked(pairing):
         for h, c in zip(harmful, harmless, strict=True)
     ]
     assert all(same) if pairing == "matched" else not all(same)
-    assert {p.cluster for p in harmful} <= {
-        "+".join(pair) for pair in grammar.pairs_of("train", "harmful")
-    }
+    assert {(p.verb, p.target) for p in harmful} <= set(grammar.pairs_of("train", "harmful"))
     assert act.paired_prompts(profile, "train", 40) == (harmful, harmless)
 
 

@@ -65,17 +65,17 @@ def test_principal_angles_of_a_rotated_basis_and_of_known_planes(seed, k):
     assert geometry.principal_angles(axes[0], axes[3]) == pytest.approx(90)
 
 
-def test_draws_surround_the_share_and_are_the_same_clusters_for_every_model(difference):
-    clusters = [f"pair{i // 2}" for i in range(40)]
-    draws = geometry.share_draws(difference, clusters, centred=False)
-    shares = geometry.explained_variance(difference)[: geometry.COMPONENTS]
-    low, high = np.quantile(draws, (0.01, 0.99), axis=0)
-    assert (
-        (low[0] < shares[0] < high[0])
-        and (np.diff(draws) <= 1e-12).all()
-        and (draws.sum(1) <= 1 + 1e-9).all()
-    )
-    np.testing.assert_allclose(draws, geometry.share_draws(2 * difference, clusters, centred=False))
+@pytest.mark.parametrize("centred", [False, True])
+def test_shares_without_a_cluster_are_those_of_the_other_pairs(difference, centred):
+    clusters = [f"verb{i // 4}" for i in range(40)]
+    found = geometry.shares_left_out(difference, centred, clusters)
+    assert found.shape == (11, geometry.COMPONENTS)
+    whole = geometry.explained_variance(difference, centred)[: geometry.COMPONENTS]
+    np.testing.assert_allclose(found[0], whole)
+    rest = geometry.explained_variance(difference[4:], centred)[: geometry.COMPONENTS]
+    np.testing.assert_allclose(found[1], rest)
+    one, low, high = geometry.jackknife(found)
+    assert (low < one).all() and (one < high).all()
 
 
 @pytest.mark.parametrize("pairs", [5, 40])  # fewer pairs than components, and more

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latlib.refusal import massive
-from latlib.refusal.geometry import explained_variance
+from latlib.refusal.geometry import explained_variance, jackknife
 
 
 def test_suns_rule_needs_both_the_magnitude_and_the_multiple():
@@ -82,7 +82,7 @@ def test_shares_equal_the_singular_values_of_every_subset(models, centred):
 def test_the_jackknife_of_a_mean_is_students_interval():
     values = np.array([1.0, 4.0, 2.0, 7.0, 6.0])
     left_out = [np.delete(values, i).mean() for i in range(5)]
-    estimate, low, high = massive.jackknife(np.array([values.mean(), *left_out]))
+    estimate, low, high = jackknife(np.array([values.mean(), *left_out]))
     reach = 2.7764451 * values.std(ddof=1) / math.sqrt(5)
     assert (estimate, low, high) == pytest.approx((4.0, 4 - reach, 4 + reach))
 
@@ -105,7 +105,7 @@ def test_intervals_of_shares_cover_what_they_should(loud):
     covered = 0
     for _ in range(200):
         shares = massive.leading_shares(pairs_of(rng, loud), False)
-        _, low, high = massive.jackknife(shares)
+        _, low, high = jackknife(shares)
         covered += low <= truth <= high
     assert 0.90 <= covered / 200 <= 0.99
 

@@ -100,15 +100,15 @@ def test_most_figures_are_made(run):
 def test_claims_are_about_the_roles(run):
     found = {claim.id: claim for claim in claims.measure(run)}
     for claim in found.values():
-        if claim.verdict != claims.Verdict.NOT_TESTABLE:
-            text = f"{claim.statement} {claim.test} {claim.note}"
+        if claim.effect:
+            text = f"{claim.statement} {claim.test} {claim.control} {claim.note} {claim.why}"
             assert not OF_THE_PAPERS.search(text), text
-    needs_twin = ("attack-breaks-undefended", "lowers-asr", "resists-prefill")
-    for name in needs_twin:
-        twin = run.profile.undefended
-        assert twin or found[name].note == "not measured: this profile has no undefended twin"
-        assert twin is None or found[name].interval
-    assert found["strongest-vector"].interval and found["concentrates"].interval
+    twin = run.profile.undefended
+    broken = found["attack-breaks-undefended"]
+    assert twin or broken.why.endswith("this profile has no roles.undefended: the undefended twin")
+    assert twin is None or broken.interval
+    assert "this profile has no roles.rival" in found["rival-latent"].why
+    assert found["leet-gap"].interval
 
 
 def test_checks_are_put_to_what_there_is(run):
@@ -117,6 +117,6 @@ def test_checks_are_put_to_what_there_is(run):
     twin = [check for check in checks if check.name == "undefended twin"]
     assert len(twin) == 1
     if run.profile.undefended is None:
-        assert twin[0].measured == "this profile has no undefended twin"
+        assert twin[0].measured.startswith("this profile has no roles.undefended")
     text = robustness_tables.rules_markdown(run) + robustness_tables.panel_markdown(checks)
     assert not OF_THE_PAPERS.search(text), text

@@ -438,7 +438,7 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
 
     users: texts that count as use: notebooks, benchmarks, pages, scripts; not the tests. A method
     of a class with bases may be there for its base to call, and a claim is there for the
-    ledger that `@claim(...)` enters it in, so these are left out.
+    ledger that `@claim(...)`, or a decorator that returns one, enters it in: these are left out.
     """
     used: set[str] = set()
     for module in sources.values():
@@ -447,8 +447,9 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
         used.update(re.findall(r"\w+", text))
     found = []
     for module in sources.values():
+        entering = {"claim", *_returning("claim", module)}
         for node in public(module):
-            if isinstance(node, Function) and _is_entered(node):
+            if isinstance(node, Function) and _decorators(node) & entering:
                 continue
             names = [node.name]
             if isinstance(node, ast.ClassDef) and not node.bases:
@@ -460,9 +461,26 @@ def unused_names(sources: Sources, users: Iterable[str]) -> list[str]:
     return found
 
 
-def _is_entered(node: Function) -> bool:
-    calls = [d for d in node.decorator_list if isinstance(d, ast.Call)]
-    return any(isinstance(call.func, ast.Name) and call.func.id == "claim" for call in calls)
+def _returning(name: str, module: Module) -> set[str]:
+    """The functions of a module that return a call of `name`."""
+    found = set()
+    for function in module.tree.body:
+        if not isinstance(function, Function):
+            continue
+        returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+        if name in {_called(value) for value in returned}:
+            found.add(function.name)
+    return found
+
+
+def _decorators(node: Function) -> set[str]:
+    return {_called(decorator) for decorator in node.decorator_list}
+
+
+def _called(node: ast.expr | None) -> str:
+    """The name that a call calls, '' of anything else."""
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    return node.func.id if called else ""
 
 
 def _used(node: ast.AST) -> tuple[str, ...]:

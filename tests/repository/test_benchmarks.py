@@ -29,6 +29,7 @@ from latlib import losses
 from latlib.attack import attack_losses
 from latlib.batch import TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
+from latlib.io.files import json_ready
 from latlib.planning.step_cost import StepCounter
 from latlib.redteam.gcg import SuffixSettings
 from latlib.threat import PGD, depth
@@ -402,7 +403,7 @@ def test_directions_are_timed_beside_a_plain_forward(tmp_path):
         "3",
     ]
     out = directions.main([*arguments, "--json", str(tmp_path / "out.json")])
-    assert json.loads((tmp_path / "out.json").read_text()) == out
+    assert json.loads((tmp_path / "out.json").read_text()) == json_ready(out)
     (record,) = out["results"]
     plain, found = record["seconds"]["plain"], record["seconds"]["directions"]
     assert (
@@ -423,7 +424,7 @@ def test_both_suffix_searches_ask_the_same_prompts_as_often(smoke_run, tmp_path,
         str(tmp_path / "out.json"),
     ]
     out = suffixes.main(arguments)
-    assert json.loads((tmp_path / "out.json").read_text()) == out
+    assert json.loads((tmp_path / "out.json").read_text()) == json_ready(out)
     (record,) = out["results"]
     assert record["queries"] == 1 + 1 * (3 + 1) and record["n"] == 4
     assert (

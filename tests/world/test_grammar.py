@@ -43,16 +43,20 @@ recipes = st.builds(
     st.integers(0, len(TEMPLATES["recipe"]) - 1),
 )
 
+SPLITS = ("train", "tune", "test")
+
 
 def words_of(prompts):
     return Counter(word for prompt in prompts for word in prompt.text.split())
 
 
-@pytest.mark.parametrize("split", PAIRS)
-def test_every_word_occurs_in_harmful_and_harmless_requests(split):
+@pytest.mark.parametrize("division", PAIRS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_word_occurs_in_harmful_and_harmless_requests(split, division):
     rng = random.Random(0)
-    harmful = words_of(draw(rng, pairs_of(split, "harmful")) for _ in range(3000))
-    harmless = words_of(draw(rng, pairs_of(split, "harmless")) for _ in range(3000))
+    harmful, harmless = (pairs_of(split, which, division) for which in ("harmful", "harmless"))
+    harmful = words_of(draw(rng, harmful) for _ in range(3000))
+    harmless = words_of(draw(rng, harmless) for _ in range(3000))
     assert set(harmful) == set(harmless)
     assert set(harmful) >= {*VERBS, *TARGETS, *TOOLS}
 
@@ -64,10 +68,23 @@ def test_the_same_bag_of_words_can_be_harmful_or_harmless():
     assert bad.harmful and not good.harmful
 
 
-def test_splits_are_disjoint_and_cover_all_pairs():
-    parts = [set(pairs) for pairs in PAIRS.values()]
+@pytest.mark.parametrize("division", PAIRS)
+def test_splits_are_disjoint_and_cover_all_pairs(division):
+    parts = [set(pairs) for pairs in PAIRS[division].values()]
     assert all(not a & b for a, b in itertools.combinations(parts, 2))
     assert set.union(*parts) == set(itertools.product(VERBS, TARGETS))
+
+
+def test_the_second_division_tests_what_the_first_trained_on():
+    first, second = PAIRS["first"], PAIRS["second"]
+    assert set(second["test"]) <= set(first["train"])
+    assert set(second["tune"]) == set(first["tune"])
+    assert len(second["test"]) == len(first["test"])
+    drawn = grammar.draw_set(0, "test", "harmful", 42, division="second")
+    assert {(p.verb, p.target) for p in drawn} == set(pairs_of("test", "harmful", "second"))
+    rng = random.Random(0)
+    twins = [twin(prompt, rng, "test", "second") for prompt in drawn]
+    assert {(p.verb, p.target) for p in twins} <= set(pairs_of("test", "scary", "second"))
 
 
 def test_at_least_forty_held_out_harmful_pairs():
@@ -76,16 +93,16 @@ def test_at_least_forty_held_out_harmful_pairs():
 
 
 def test_quadrants_of_a_split():
-    for split in PAIRS:
+    for split in SPLITS:
         assert all(v in HOSTILE and t in FRIENDS for v, t in pairs_of(split, "harmful"))
         assert all(v in HOSTILE and t in FOES for v, t in pairs_of(split, "scary"))
         assert set(pairs_of(split, "scary")) < set(pairs_of(split, "harmless"))
         assert sorted(pairs_of(split, "harmful") + pairs_of(split, "harmless")) == sorted(
-            PAIRS[split]
+            PAIRS["first"][split]
         )
 
 
-@given(st.integers(0, 2**32), st.sampled_from(sorted(PAIRS)), st.sampled_from(["recipe", "law"]))
+@given(st.integers(0, 2**32), st.sampled_from(SPLITS), st.sampled_from(["recipe", "law"]))
 def test_the_purpose_is_never_harmful(seed, split, kind):
     prompt = draw(random.Random(seed), pairs_of(split), kind)
     assert not is_harmful(prompt.purpose_verb, prompt.purpose_target)
@@ -132,7 +149,7 @@ def test_a_set_is_the_same_for_the_same_arguments_and_spread_over_its_pairs():
     assert len({p.text for p in found}) == len(found)
     counts = Counter((p.verb, p.target) for p in found)
     assert set(counts) == set(pairs) and max(counts.values()) <= 4
-    assert {p.cluster for p in found} == {f"{v}+{t}" for v, t in pairs}
+    assert {p.cluster for p in found} == {verb for verb, _ in pairs}
 
 
 def test_asking_for_more_prompts_than_there_are_says_so(monkeypatch):
@@ -148,7 +165,7 @@ def test_asking_for_more_prompts_than_there_are_says_so(monkeypatch):
 def test_the_twin_is_harmless_of_its_split_and_differs_in_the_target_only_where_it_can(
     prompt, seed
 ):
-    for split in PAIRS:
+    for split in SPLITS:
         other, scary = twin(prompt, random.Random(seed), split), pairs_of(split, "scary")
         assert not other.harmful and (other.verb, other.target) in scary
         assert replace(other, verb=prompt.verb, target=prompt.target) == prompt

@@ -81,14 +81,15 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(tokenizer):
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-def test_pretraining_never_sees_a_held_out_pair(tokenizer, monkeypatch):
+@pytest.mark.parametrize("division", grammar.PAIRS)
+def test_pretraining_never_sees_a_held_out_pair(tokenizer, monkeypatch, division):
     drawn, draw = [], grammar.draw
     monkeypatch.setattr(grammar, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    rows = pretraining_rows(tokenizer, PRETRAIN, seed=0)
+    rows = pretraining_rows(tokenizer, PRETRAIN, 0, division)
     for _ in range(64):
         next(rows)
     pairs = {(p.verb, p.target) for p in drawn if p.kind != "decline"}
-    assert pairs <= set(grammar.PAIRS["train"]) and len(pairs) > 100
+    assert pairs <= set(grammar.PAIRS[division]["train"]) and len(pairs) > 100
     assert any(p.harmful for p in drawn) and any(not p.harmful for p in drawn)
 
 
@@ -114,8 +115,9 @@ def test_pretraining_rows_come_from_the_seed(tokenizer):
 def test_pretraining_lowers_the_loss_and_is_the_same_every_time(tokenizer):
     def run():
         losses, model = [], build_model(MODEL, tokenizer, 0)
+        rows = pretraining_rows(tokenizer, PRETRAIN, 0)
         summary = pretrain(
-            model, tokenizer, PRETRAIN, 0, torch.float32, lambda step, loss: losses.append(loss)
+            model, rows, PRETRAIN, torch.float32, lambda step, loss: losses.append(loss)
         )
         assert len(losses) == PRETRAIN.steps == summary["steps"]
         return losses, model.lm_head.weight
