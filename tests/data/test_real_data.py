@@ -81,9 +81,6 @@ def tree(root, files, home):
     tree = yaml.safe_load((root / "profiles" / "smoke.yaml").read_text())
     tree |= {"name": "real", "seeds": [0], "model": {"source": str(folder), "dtype": "float32"}}
     tree["lora"]["targets"] = FAMILIES[FAMILY][2]
-    few = ("ssft", "at", "lat", "lat-untargeted")
-    tree["methods"] = {name: tree["methods"][name] for name in few}
-    tree["roles"] = {"undefended": "ssft", "main": "lat", "compared": ["ssft", "at", "lat"]}
     harmful, benign, test_benign = files
     tree["data"] = {
         "source": "files",
