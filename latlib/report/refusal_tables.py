@@ -118,10 +118,12 @@ def undefended(e: Evidence, names: Sequence[str]) -> list[str]:
 
 
 def matrix(e: Evidence, rule: str = Rule.BEST, names: Sequence[str] = ()) -> DataFrame:
-    """By target and vector (of `names`, or of all that were measured, and CONTROLS): n, seeds,
-    shares complied, refused and neither with their intervals, in how many seeds it was found, and
-    the paper's refusals with their standard error, in per cent, where it has the cell."""
-    names = list(names) or targets(e)
+    """By target and vector (of those of `names`, or of all, that were measured, and CONTROLS): n,
+    seeds, shares complied, refused and neither with their intervals, in how many seeds it was
+    found, and the paper's refusals with their standard error, in per cent, where it has the cell.
+    """
+    measured = targets(e)
+    names = [name for name in names or measured if name in measured]
     chosen = removed(e, names, names, rule)
     controls = removed(e, names, CONTROLS)
     table = _found_table(pd.concat([chosen, controls]), ["method", "source"])

@@ -54,6 +54,16 @@ def test_the_matrix_has_every_cell_with_three_outcomes():
     assert table.loc[("at", "random"), "complied"].estimate == 0.0
 
 
+def test_a_method_that_was_not_ablated_is_left_out_of_the_matrix():
+    # evaluation.sources may name fewer models than are compared
+    table = refusal_tables.matrix(evidence(True), names=["ssft", "rt", "lat"])
+    assert list(table.unstack(sort=False).index) == ["ssft", "lat"]
+    figure, axes = refusal_tables.axes_of()
+    alt = refusal_tables.draw_matrix(axes[0, 0], evidence(True), names=["ssft", "rt", "lat"])
+    assert "ssft: " in alt and "rt: " not in alt
+    plt.close(figure)
+
+
 def test_an_undefended_target_is_marked():
     found = evidence(True)
     assert refusal_tables.undefended(found, ["ssft", "lat"]) == []
