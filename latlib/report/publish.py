@@ -1,13 +1,15 @@
 """Copy what a reader needs of a finished run into the repository: the evidence behind the README.
 
     ./run_all.sh --fresh && .venv/bin/python -m latlib.report.publish runs/tiny results/tiny
-    --readme README.md
+    --claims README.md --timing README.md
 
 1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main
    figure are copied; models and W&B folders are not.
 2. Paths of the machine it ran on are left out (`latlib.io.files.without_paths`), as is the notebook
    runner's bookkeeping.
-3. The README's table of claims and its line on time are written anew from the copy.
+3. Where asked for, the README's table of claims and its line on time are written anew from the
+   copy. Of a run that was made in several sittings the line tells what the last one took, and says
+   so.
 4. A manifest with the checksums of all of it lies beside it (`latlib.io.manifest`).
 The folder is put into place whole, and only when it stays below the size a repository should carry.
 What it replaces must be what was published there, unchanged.
@@ -19,11 +21,13 @@ import argparse
 import json
 import shutil
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 
+from latlib.experiment.layout import BEGAN
 from latlib.io import manifest
 from latlib.io.files import folder_aside, without_paths
 from latlib.io.machine import available_cores
@@ -34,6 +38,8 @@ LIMIT_BYTES = 8_000_000
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".ipynb")
 COPIED = ("report.html", "profile.yaml", "results/*.json", "results/*.png", "metrics/*.jsonl")
 NOTEBOOKS = "notebooks/[0-9][0-9]_*.ipynb"
+NO_NOTEBOOKS = ("cores", "resumed")  # of a timing: no notebooks
+STARTING_S = 120  # seconds from a run's first file to its first notebook, at most: our choice
 
 
 def publish(run: Path, target: Path) -> None:
@@ -109,20 +115,29 @@ def _text(file: Path, run: Path) -> str:
 
 
 def timing(run: Path) -> dict[str, float]:
-    """Seconds each executed notebook of a run took, and the processor cores of this machine."""
-    seconds: dict[str, float] = {"cores": available_cores()}
+    """Seconds each executed notebook of a run took, the processor cores of this machine, and
+    whether the run had begun in an earlier sitting (1 or 0)."""
+    seconds: dict[str, float] = {}
+    starts = []
     for path in _files(run, NOTEBOOKS):
         bookkeeping = nbformat.read(path, as_version=4).metadata.get("papermill", {})
         seconds[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
-    return seconds
+        if started := bookkeeping.get("start_time"):
+            starts.append(datetime.fromisoformat(started).timestamp())
+    began = run / BEGAN
+    resumed = began.is_file() and bool(starts) and min(starts) - began.stat().st_mtime > STARTING_S
+    return {"cores": available_cores(), "resumed": float(resumed), **seconds}
 
 
 def with_timing(readme: str, seconds: dict[str, float]) -> str:
     """`readme` with the line between its timing markers written from `timing`'s result."""
-    minutes = {name: value / 60 for name, value in seconds.items() if name != "cores"}
+    minutes = {name: value / 60 for name, value in seconds.items() if name not in NO_NOTEBOOKS}
     each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    took = "the committed run took"
+    if seconds["resumed"]:
+        took = "the last of several sittings, which made what was still missing of the run, took"
     line = (
-        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores the committed run took"
+        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores {took}"
         f" {sum(minutes.values()):.1f} minutes after installation ({each})."
     )
     return between_markers(readme, "timing", line)
@@ -135,16 +150,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="run folder, such as runs/tiny")
     parser.add_argument("target", type=Path, help="where it goes, such as results/tiny")
-    parser.add_argument("--readme", type=Path, help="README whose table of claims is written anew")
+    parser.add_argument("--claims", type=Path, help="README whose table of claims is written anew")
+    parser.add_argument("--timing", type=Path, help="README whose line on time is written anew")
     options = parser.parse_args(arguments)
     try:
         publish(options.run, options.target)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if options.readme:
-        write_readme(options.target, options.readme)
-        text = with_timing(options.readme.read_text(encoding="utf-8"), timing(options.run))
-        options.readme.write_text(text, encoding="utf-8")
+    if options.claims:
+        write_readme(options.target, options.claims)
+    if options.timing:
+        text = with_timing(options.timing.read_text(encoding="utf-8"), timing(options.run))
+        options.timing.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Publishing copies a finished run's evidence, without anybody's paths, whole or not at all."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
@@ -76,11 +77,24 @@ def test_too_much_evidence_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_the_readme_says_how_long_it_took():
-    text = publish.with_timing(README, {"cores": 2, "01_hooks": 90.0, "02_pgd_attack": 30.0})
+    seconds = {"cores": 2, "resumed": 0.0, "01_hooks": 90.0, "02_pgd_attack": 30.0}
+    text = publish.with_timing(README, seconds)
     assert (
         "On 2 CPU cores the committed run took 2.0 minutes" in text
         and "old" not in text
         and text.endswith("tail\n")
     )
     with pytest.raises(ValueError, match="markers"):
-        publish.with_timing("no markers", {"cores": 2})
+        publish.with_timing("no markers", seconds)
+
+
+def test_a_run_of_several_sittings_is_not_timed_by_its_last(run):
+    (run / "began.json").write_text("{}")
+    began = (run / "began.json").stat().st_mtime
+    file = run / "notebooks" / "01_hooks.ipynb"
+    for minutes, said in ((1, "the committed run took 1.5"), (60, "the last of several sittings")):
+        notebook = nbformat.read(file, as_version=4)
+        started = datetime.fromtimestamp(began + 60 * minutes, UTC).isoformat()
+        notebook.metadata["papermill"]["start_time"] = started
+        nbformat.write(notebook, file)
+        assert said in publish.with_timing(README, publish.timing(run))
