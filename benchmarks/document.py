@@ -25,7 +25,7 @@ WATERFALL = (
     "![Waterfall: seconds a step from the naive implementation to the"
     " engine](../benchmarks/results/waterfall.png)"
 )
-TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower", "tiny-main-job")
+TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower", "tiny-main-job", "tiny-0.1.0")
 PHASES = (
     "01_hooks",
     "02_pgd_attack",
@@ -33,6 +33,8 @@ PHASES = (
     "04_refusal_svd",
     "05_leetspeak_audit",
     "06_robustness",
+    "07_abbas_7b",
+    "09_claims",
 )
 PHASES += ("99_report",)
 
@@ -289,9 +291,10 @@ def part(make: Callable[..., str], *names: str) -> str:
 
 def page() -> str:
     """The text of docs/performance.md."""
-    committed = json.loads(
-        (RESULTS.parents[1] / "results" / "tiny" / "timing.json").read_text(encoding="utf-8")
-    )
+    timing = RESULTS.parents[1] / "results" / "tiny" / "timing.json"
+    seconds = json.loads(timing.read_text(encoding="utf-8"))
+    run = {"about": "committed", "commit": "results/tiny", **seconds}
+    committed = [] if run["resumed"] else [run]  # a last sitting's times are no run's
     return TEMPLATE.read_text(encoding="utf-8").format(
         machine=part(lambda found: _machine(found["environment"]), "lat_step-cpu"),
         shape=_shape(asdict(SHAPES["cpu"])),
@@ -304,9 +307,7 @@ def page() -> str:
         growth=part(_growth, "scaling-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
-        tiny=_tiny(
-            *map(read, TINY_RUNS), {"about": "committed", "commit": "results/tiny", **committed}
-        ),
+        tiny=_tiny(*map(read, TINY_RUNS), *committed),
     )
 
 
