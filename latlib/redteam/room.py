@@ -77,9 +77,9 @@ def everything_asked(profile: Profile) -> Iterator[Asked]:
     evaluation, source = profile.evaluation, prompt_source(profile)
     if not source.made_up:  # directions and suffixes are sought on them
         for split in ("train", "tune"):
-            for kind in (HARMFUL, HARMLESS):
+            for kind, setting in ((HARMFUL, "harmful"), (HARMLESS, "benign")):
                 prompts = source.ask("room", split, kind, sys.maxsize)
-                yield Asked(f"the {split} prompts of data.{kind}", prompts)
+                yield Asked(f"the {split} prompts of data.{setting}", prompts)
     pair = harmful_and_twins(profile)
     for encoding in (*evaluation.encodings, *evaluation.further_encodings):
         kinds = source.kinds if encoding == PLAIN else (HARMLESS,)
