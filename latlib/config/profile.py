@@ -132,7 +132,8 @@ class Profile(Section):
         """The methods whose settings are a role's."""
         others = [name for name in self.methods if name not in (self.main, *self.released)]
         if role == "control":
-            return [name for name in others if self._is_control(name)]
+            idle = [name for name in others if self.training(name).attack.steps == 0]
+            return [name for name in idle if not self._beside_the_attack(name)]
         found = []
         for name in others:
             attack = self.training(name).attack
@@ -146,10 +147,6 @@ class Profile(Section):
             if attack.steps and fits[role]:
                 found.append(name)
         return found
-
-    def _is_control(self, method: str) -> bool:
-        idle = self.training(method).attack.steps == 0 and method not in self.released
-        return method != self.main and idle and not self._beside_the_attack(method)
 
     def _beside_the_attack(self, method: str) -> list[str]:
         """What differs from the main method's training beside the attack and its schedule."""

@@ -85,7 +85,7 @@ COLUMNS = (
 )
 
 
-class _Word(str, Enum):
+class Word(str, Enum):
     """A text of which there are only some; it prints, formats and is stored as that text."""
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class _Word(str, Enum):
         raise ValueError(f"{cls.__name__.lower()} = {value!r} is unknown: choose one of {names}")
 
 
-class Outcome(_Word):
+class Outcome(Word):
     """What a model did with a request."""
 
     REFUSED = "refused"
@@ -105,7 +105,7 @@ class Outcome(_Word):
     NEITHER = "neither"
 
 
-class Intervention(_Word):
+class Intervention(Word):
     """What was done with a direction while the model ran."""
 
     NONE = "none"
@@ -113,7 +113,7 @@ class Intervention(_Word):
     ADD = "add"
 
 
-class Rule(_Word):
+class Rule(Word):
     """How a direction was chosen (`latlib.refusal.directions`)."""
 
     FIXED = "fixed"

@@ -42,6 +42,7 @@ from latlib.planning.requirements import (
     room_lines,
     row_lengths,
     template_lines,
+    tokenizer_of,
 )
 from latlib.planning.step_cost import adapter_of, bytes_of, fake_model
 from latlib.redteam.rounding import ARRIVES, name_of, share_added
@@ -105,7 +106,8 @@ class _Job:
 
 def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     yield from model_lines(profile, machine)
-    yield from template_lines(profile)
+    tokenizer = tokenizer_of(profile)
+    yield from template_lines(tokenizer)
     yield from data_lines(profile, machine)
     fix = "download the model again, or give another folder"
     config = _found("shape", fix, lambda: config_of(profile.model))
@@ -124,10 +126,10 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     if _missing(sites):
         return
     fix = "correct the data, or the setting that is named"
-    lengths = _found("rows", fix, lambda: row_lengths(profile, lm.context), ValueError)
+    lengths = _found("rows", fix, lambda: row_lengths(profile, lm.context, tokenizer), ValueError)
     yield Line("rows", OK, lengths.source)
     try:
-        yield from room_lines(profile, lm.context)
+        yield from room_lines(profile, lm.context, tokenizer)
     except ValueError as error:
         yield Line("room", MISSING, in_a_line(error), fix)
     weights = lm.model.named_parameters()

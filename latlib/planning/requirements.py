@@ -309,9 +309,8 @@ def _licence_line(source: str, machine: Machine) -> Line:
     return Line("licence", NOTE, text, "accept the licence on that page, once")
 
 
-def template_lines(profile: Profile) -> Iterator[Line]:
+def template_lines(tokenizer: Any) -> Iterator[Line]:
     """Lines of jailbreaks that the model's chat template refuses."""
-    tokenizer = _tokenizer(profile)
     if tokenizer is None or not accepts(tokenizer):  # said in the model's line
         return
     system = accepts(tokenizer, system_prompt=SYSTEM_OVERRIDE)
@@ -367,12 +366,11 @@ def _overlap_line(profile: Profile) -> Line:
     return Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
 
 
-def row_lengths(profile: Profile, context: int) -> RowLengths:
+def row_lengths(profile: Profile, context: int, tokenizer: Any) -> RowLengths:
     """Of the profile's rows where data and tokenizer are on this machine, else assumed ones.
     context: of the model. Raises ProfileError or ValueError for data that cannot be used."""
     data = profile.data.model_copy(update={"rows": min(profile.data.rows, _READ_ROWS)})
     limit = min(data.max_tokens, context)
-    tokenizer = _tokenizer(profile)
     sources = (data.harmful, data.benign) if data.source == "files" else ()
     if tokenizer is None or not all(Path(str(path)).expanduser().exists() for path in sources):
         return assumed_lengths(limit)
@@ -390,11 +388,10 @@ def row_lengths(profile: Profile, context: int) -> RowLengths:
         return lengths_of(tokens(preference_rows(data, 0)), tokens(benign_rows(data, 0)))
 
 
-def room_lines(profile: Profile, context: int) -> Iterator[Line]:
+def room_lines(profile: Profile, context: int, tokenizer: Any) -> Iterator[Line]:
     """Lines of whether prompts fit as they will be asked, where data and tokenizer are on this
     machine, and of jailbreaks that will be left out. Raises ProfileError or ValueError where they
     do not."""
-    tokenizer = _tokenizer(profile)
     if tokenizer is None or not _all_here(profile):
         return
     for attack, why in without_room(profile, tokenizer, context).items():
@@ -410,7 +407,9 @@ def room_lines(profile: Profile, context: int) -> Iterator[Line]:
     yield Line("room", OK, text)
 
 
-def _tokenizer(profile: Profile) -> Any:
+def tokenizer_of(profile: Profile) -> Any:
+    """As a run has it; None where it is not on this machine or its folder is wrong, which its own
+    line says."""
     model = profile.model
     if model.source == "world":
         return build_tokenizer(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from latlib.evaluation.outcomes import (
     PGD_RESTARTS,
     PGD_STRONG,
     TRANSFER,
+    Word,
     pgd_by,
 )
 from latlib.io.files import read_json
@@ -60,15 +60,12 @@ Gradients = Mapping[str, Mapping[str, float | None]]
 Finding = tuple[bool, str]  # whether a rule holds, and what was measured
 
 
-class Status(str, Enum):
+class Status(Word):
     """What came of a check."""
 
     PASS = "pass"
     FAIL = "fail"
     NOT_MEASURED = "not measured"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)

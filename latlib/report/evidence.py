@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +31,7 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from latlib.config.profile import Profile, load_profile
-from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN
+from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN, Word
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io import manifest
@@ -65,23 +64,19 @@ ROLES = {  # of a profile -> how a text calls one that it has not
 }
 WINDOW = 21  # steps of the running median
 SPIKE_MADS = 3.0  # a spike is this many deviations above it
-BLOCK = 7  # steps that are resampled together: neighbouring steps are alike
 
 
 class MissingError(LookupError):
     """A results folder lacks what a claim is computed from; the message says what."""
 
 
-class Condition(str, Enum):
+class Condition(Word):
     """Which harmful prompts a success rate is over."""
 
     EVERY = "every prompt"
     ANSWERED = "answered"  # the model answered the harmless twin
     UNDERSTOOD = "understood"  # the model understood the twin
     BASE = "understood by the base"  # the base of the seed understood the twin
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -258,8 +253,10 @@ class Evidence:
                 lists[column] = [values] if isinstance(values, str | float | int) else list(values)
         of_methods = [self._by_method[name] for name in lists["method"] if name in self._by_method]
         rows = pd.concat(of_methods or [self.rows.iloc[:0]]).sort_index()
-        # the attack first: it leaves least
-        for column in sorted(lists, key=["attack"].count, reverse=True):
+        others = [column for column in lists if column not in ("method", "attack")]
+        for column in ("attack", *others):  # the attack first: it leaves least
+            if column not in lists:
+                continue
             rows = rows[rows[column].isin(lists[column])]
         absent = set(lists["method"]) - set(rows["method"])
         absent |= set(lists.get("attack", ())) - set(rows["attack"])
@@ -467,7 +464,6 @@ def spikes(metrics: DataFrame) -> DataFrame:
         spike=excess > SPIKE_MADS * spread,
         won_excess=_above_median(full["attack_won"]),
         attack_part=adversarial / excess.where(excess.abs() > 1e-12),
-        block=full.index // BLOCK,
     )
 
 

@@ -25,12 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
 from typing import Any
 
 from pandas import DataFrame
 
-from latlib.evaluation.outcomes import BASE
+from latlib.evaluation.outcomes import BASE, Word
 from latlib.report.attack_checks import Status, panel
 from latlib.report.evidence import Evidence, MissingError, contrast, rate
 from latlib.report.run_checks import floor_rows
@@ -53,7 +52,7 @@ HEADER = (
 Sides = dict[str, DataFrame]  # name -> its rows
 
 
-class Verdict(str, Enum):
+class Verdict(Word):
     """What is said of a claim."""
 
     REPRODUCED = "reproduced"
@@ -61,9 +60,6 @@ class Verdict(str, Enum):
     NOT_REPRODUCED = "not reproduced"
     INCONCLUSIVE = "inconclusive"
     UNDECIDABLE = "cannot be decided here"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,8 @@ def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
 
 
 def test_rows_that_are_here_are_read():
-    found = requirements.row_lengths(load_profile("smoke"), 256)
+    profile = load_profile("smoke")
+    found = requirements.row_lengths(profile, 256, requirements.tokenizer_of(profile))
     assert found.source.startswith("read: ") and found.longest.prompt >= found.mean.prompt
     assert estimate.assumed_lengths(100).longest == Lengths(25, 75)
 
