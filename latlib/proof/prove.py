@@ -234,8 +234,6 @@ class _Proof:
         self.expected = {each: self._reference(*each) for each in conditions}
         with self._rounded_anew():
             self.rounding = {each: self._rounding(each) for each in conditions}
-        times = ROUNDINGS_OF_16_BITS if torch.finfo(dtype).bits == 16 else ROUNDINGS
-        self.allowed = {each: min(times * size, MOST) for each, size in self.rounding.items()}
 
     def _row(self, lengths: Sequence[int]) -> TokenRow:
         tokens = [
@@ -285,6 +283,11 @@ class _Proof:
     def _rounding(self, condition: tuple[bool, str]) -> float:
         """The difference that rounding makes; to be asked for while the stream is rounded anew."""
         return _apart(self._reference(*condition), self.expected[condition])
+
+    def _allowed(self, condition: tuple[bool, str]) -> float:
+        """The greatest difference that is taken for rounding."""
+        times = ROUNDINGS_OF_16_BITS if torch.finfo(self.dtype).bits == 16 else ROUNDINGS
+        return min(times * self.rounding[condition], MOST)
 
     @contextmanager
     def _rounded_anew(self) -> Iterator[None]:
@@ -337,7 +340,7 @@ class _Proof:
         """Whether a network by these paths gives the reference under every condition."""
         try:
             return all(
-                _apart(self._found(paths, *condition), expected) <= self.allowed[condition]
+                _apart(self._found(paths, *condition), expected) <= self._allowed(condition)
                 for condition, expected in self.expected.items()
             )
         except torch.OutOfMemoryError:
@@ -390,7 +393,7 @@ class _Proof:
             steps = 2 if same else 1
             expected.append(first[:steps])
             found.append(second[:steps])
-        return _apart(torch.cat(found), torch.cat(expected)) <= self.allowed[True, "plain"]
+        return _apart(torch.cat(found), torch.cat(expected)) <= self._allowed((True, "plain"))
 
     def _written(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Of each prompt, [2, vocabulary] log-probabilities of the first two new tokens."""
