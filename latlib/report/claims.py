@@ -44,6 +44,7 @@ from latlib.evaluation.outcomes import (
     SUFFIX_RANDOM,
     SYSTEM,
 )
+from latlib.report.attack_checks import panel
 from latlib.report.evidence import (
     Condition,
     Evidence,
@@ -65,7 +66,7 @@ from latlib.report.verdicts import (
     Sides,
     Verdict,
     doubts,
-    failures,
+    grounds,
     lead,
     level,
     to_markdown,
@@ -653,9 +654,9 @@ def measure(e: Evidence, ids: Sequence[str] = ()) -> list[Claim]:
     about it. p-values are adjusted for the whole ledger, whatever is asked for.
     """
     measured = with_holm([claim.measured(e) for claim in CLAIMS])
-    failed = failures(e)
+    found = grounds(e, panel(e))
     asked = [claim for claim in measured if not ids or claim.id in ids]
-    return [replace(claim, doubts=doubts(e, claim, failed)) for claim in asked]
+    return [replace(claim, doubts=doubts(e, claim, found)) for claim in asked]
 
 
 def halves(e: Evidence) -> DataFrame:
@@ -686,8 +687,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m latlib.report.claims", description="The table of claims from results."
     )
-    folder = "results folder, such as results/tiny"
-    parser.add_argument("--results", type=Path, required=True, help=folder)
+    parser.add_argument("--results", type=Path, required=True, help="such as results/tiny")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced (else: print it)")
     options = parser.parse_args(arguments)
     if options.readme:

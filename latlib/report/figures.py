@@ -73,7 +73,7 @@ def show_measured(e: Evidence, *draws: Callable[[Evidence], Drawn]) -> None:
             show(*draw(e))
         except MissingError as error:
             plt.close("all")  # a notebook would display what was begun
-            print(f"{draw.__name__} is not shown: {error}")
+            print(f"Not measured yet: {draw.__name__} is not shown: {error}")
 
 
 def save_main_figure(e: Evidence, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 1. nbconvert renders it with the template in `latlib/report/templates/report`: no script, no
    request, light and dark.
-2. Tables get scopes and a scrollable frame, headings an id, task lists readable boxes.
+2. Tables get scopes and a scrollable frame, headings an id and a list of them, task lists readable
+   boxes; links to notebooks lead to the executed ones beside the file.
 3. The result is checked, and an `ExportError` lists every fault: an output that no block of the
    template rendered, an image without an alternative text that says something, a script, anything
    that would be loaded from elsewhere.
@@ -44,6 +45,8 @@ _EMPTY_ALT = re.compile(
 )
 FORBIDDEN_TAGS = ("script", "iframe", "object", "embed", "link", "base", "frame", "applet")
 LOADING_ATTRIBUTES = ("src", "srcset", "poster", "data", "background", "xlink:href")
+FEW_SECTIONS = 4  # a reader sees them without a list
+_NOTEBOOK = re.compile(r"^\d\d_\w+\.ipynb$")
 _SCRIPT = re.compile(r"on|href=(javascript|data):", re.IGNORECASE)
 _LOADED = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.IGNORECASE)
 
@@ -57,8 +60,9 @@ class ExportError(ValueError):
 def export_html(notebook_path: str | os.PathLike[str], html_path: str | os.PathLike[str]) -> None:
     """Render the executed notebook to `html_path`, written aside and moved into place.
 
-    Code is folded; that of cells tagged `hide-input` is left out. Raises ExportError, and leaves
-    `html_path` as it was.
+    Code is left out, and so are cells of text tagged `remove-cell`; outputs of a cell whose
+    metadata have `fold` are folded under these words. Raises ExportError, and leaves `html_path` as
+    it was.
     """
     source, target = Path(notebook_path), Path(html_path)
     html = to_html(nbformat.read(source, as_version=4), source.stem)
@@ -79,6 +83,9 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     html, _ = exporter.from_notebook_node(notebook)
     soup = BeautifulSoup(html, "html.parser", multi_valued_attributes=None)
     _name_headings(soup, name)
+    _list_contents(soup)
+    for link in soup.find_all("a", href=_NOTEBOOK):
+        link["href"] = f"notebooks/{link['href']}"
     _frame_tables(soup)
     for box in soup.select("input[type=checkbox]"):
         box.replace_with("\u2611 " if box.has_attr("checked") else "\u2610 ")
@@ -108,6 +115,23 @@ def _name_headings(soup: BeautifulSoup, name: str) -> None:
     soup.title.string = first.get_text(" ", strip=True) if first else name
     for heading in soup.find_all(re.compile("^h[1-6]$")):
         heading["id"] = heading.get("id") or re.sub(r"\s+", "-", heading.get_text().strip())
+
+
+def _list_contents(soup: BeautifulSoup) -> None:
+    """Links to the sections, folded, under the first paragraph; none where they are few."""
+    headings = soup.find_all("h2")
+    if len(headings) < FEW_SECTIONS:
+        return
+    fold, words, nav, items = (soup.new_tag(tag) for tag in ("details", "summary", "nav", "ol"))
+    words.string = "Contents"
+    for heading in headings:
+        item = soup.new_tag("li")
+        item.append(soup.new_tag("a", href=f"#{heading['id']}", string=heading.get_text()))
+        items.append(item)
+    nav.append(items)
+    fold.extend([words, nav])
+    first = soup.find("p") or headings[0]
+    first.insert_after(fold)
 
 
 def _frame_tables(soup: BeautifulSoup) -> None:

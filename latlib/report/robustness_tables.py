@@ -219,7 +219,9 @@ def attack_table(e: Evidence) -> DataFrame:
     rows = pd.concat(groups, names=["group"]).reset_index("group")
     at = f"{PGD}, " + rows["eps"].map(e.radius)
     rows["attack"] = rows["attack"].where(rows["group"] != "embedding", at)
-    table = rates_by(rows, ["group", "attack", "method"]).unstack(sort=False)[methods]
+    table = (
+        rates_by(rows, ["group", "attack", "method"]).unstack(sort=False).reindex(columns=methods)
+    )
     attacks = dict.fromkeys((*ORDER, *rows["attack"]))
     return none_where_absent(in_order(table, groups, attacks)).rename(index=SHOWN_AS)
 

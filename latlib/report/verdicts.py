@@ -30,7 +30,7 @@ from typing import Any
 from pandas import DataFrame
 
 from latlib.evaluation.outcomes import BASE, Word
-from latlib.report.attack_checks import Status, panel
+from latlib.report.attack_checks import Check, Status
 from latlib.report.evidence import Evidence, MissingError, contrast, rate
 from latlib.report.run_checks import floor_rows
 from latlib.report.stats import Interval, holm
@@ -38,6 +38,8 @@ from latlib.report.tables import markdown
 
 # ten points of a share: the held-out pairs of the made-up world cannot rule out much less
 SMALLEST_EFFECT = 0.10
+# of a line of the run's checks -> as the panel says it
+HOLDS = {"yes": Status.PASS, "no": Status.FAIL, "not measured": Status.NOT_MEASURED}
 HEADER = (
     "Claim",
     "Paper",
@@ -225,27 +227,44 @@ def with_holm(claims: Sequence[Claim]) -> list[Claim]:
     return [replace(claim, p_holm=adjusted.get(claim.id)) for claim in claims]
 
 
-def failures(e: Evidence) -> list[tuple[str, str, str]]:
-    """(topic, method, what fails), of the panel's checks and of the run's."""
+@dataclass(frozen=True)
+class Ground:
+    """Something that claims stand on: a check of the panel or of the run. topic: which claims, ''
+    for all. method: of whom it was checked.
+    """
+
+    topic: str
+    method: str
+    text: str
+    status: Status
+
+
+def grounds(e: Evidence, checks: Sequence[Check]) -> list[Ground]:
+    """The panel's checks, and in the made-up world the run's."""
     found = []
-    for check in panel(e):
-        if check.status is Status.FAIL:
-            text = f"{check.name} ({check.method.upper()}{check.at})"
-            found.append((check.topic, check.method, text))
-    for row in floor_rows(e) if e.in_the_world else ():
-        if row["holds"] == "no":
-            text = f"{row['line']}: {row['measured']}, {row['bound']} wanted"
-            found.append((row["topic"], row["method"], text))
+    for check in checks:
+        name = f"{check.name} ({check.method.upper()}{check.at})"
+        found.append(Ground(check.topic, check.method, name, check.status))
+    if not e.in_the_world:
+        return found
+    for row in floor_rows(e):
+        text = f"{row['line']}: {row['measured']}, {row['bound']} wanted"
+        found.append(Ground(row["topic"], row["method"], text, HOLDS[row["holds"]]))
     return found
 
 
-def doubts(e: Evidence, claim: Claim, failed: Sequence[tuple[str, str, str]]) -> list[str]:
-    """What fails among the things that a claim stands on."""
+def grounds_of(e: Evidence, claim: Claim, found: Sequence[Ground]) -> list[Ground]:
+    """Those that a claim with an effect stands on."""
     if claim.interval is None:
         return []
     methods = {getattr(e.profile.roles, role) for role in claim.roles} | {BASE}
     topics = {"", *claim.topics}
-    return [text for topic, method, text in failed if topic in topics and method in methods]
+    return [one for one in found if one.topic in topics and one.method in methods]
+
+
+def doubts(e: Evidence, claim: Claim, found: Sequence[Ground]) -> list[str]:
+    """What fails among the things that a claim stands on."""
+    return [one.text for one in grounds_of(e, claim, found) if one.status is Status.FAIL]
 
 
 def to_records(claims: Sequence[Claim]) -> list[dict[str, Any]]:

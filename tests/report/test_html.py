@@ -88,9 +88,41 @@ def test_page_stands_alone_and_says_what_it_is():
     assert "prefers-color-scheme: dark" in page and soup.h1["id"] == "Does-it-hold?"
 
 
-def test_code_is_folded_or_left_out():
-    assert "answer" in BeautifulSoup(rendered(), "html.parser").select_one("details").get_text()
-    assert "answer" not in rendered(tags=["hide-input"])
+def test_code_and_cells_for_the_notebook_alone_are_left_out():
+    assert "answer" not in rendered()
+    cell = new_markdown_cell("What the cells below use:", metadata={"tags": ["remove-cell"]})
+    assert "cells below" not in to_html(new_notebook(cells=[cell]), "99_report")
+
+
+def test_an_output_is_folded_under_the_words_of_its_cell():
+    output = shown("text/plain", "a long table")
+    cell = new_code_cell("x", outputs=[output], metadata={"fold": "Every check & more"})
+    soup = BeautifulSoup(to_html(new_notebook(cells=[cell]), "99_report"), "html.parser")
+    assert soup.details.summary.get_text() == "Every check & more"
+    assert "a long table" in soup.details.get_text() and not soup.details.has_attr("open")
+    assert not BeautifulSoup(rendered(output), "html.parser").details
+
+
+def test_sections_are_listed_where_there_are_many():
+    few = "# Does it hold?\n\nA question.\n\n## One\n\n## Two's & more\n\n## Three"
+    assert not BeautifulSoup(rendered(markdown=few), "html.parser").nav
+    soup = BeautifulSoup(rendered(markdown=few + "\n\n## Four"), "html.parser")
+    links = soup.nav.find_all("a")
+    assert [link.get_text() for link in links] == ["One", "Two's & more", "Three", "Four"]
+    assert all(soup.find("h2", id=link["href"][1:]) for link in links)
+    assert soup.nav.find_previous("p").get_text() == "A question."
+
+
+def test_links_to_notebooks_lead_to_those_beside_the_report():
+    soup = BeautifulSoup(
+        rendered(markdown="[a](06_robustness.ipynb) [b](https://x.org/01_a.ipynb) [c](#d)"),
+        "html.parser",
+    )
+    assert [link["href"] for link in soup.find_all("a")] == [
+        "notebooks/06_robustness.ipynb",
+        "https://x.org/01_a.ipynb",
+        "#d",
+    ]
 
 
 def test_tables_have_scopes_and_scroll_by_keyboard():
