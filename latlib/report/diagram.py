@@ -99,7 +99,7 @@ def _draw_ball(ax: Axes, attack: AttackSettings, radius: str) -> None:
     _say(ax, 0, -1.25, radius)
     _say(ax, 0, -1.5, f"{attack.steps} steps, projected back")
     limits = {"xlim": (-1.2, 1.2), "ylim": (-1.65, 1.2)}
-    ax.set(title="How far: a ball at each", aspect="equal", **limits)
+    ax.set(title="How far: a ball at each token and site", aspect="equal", anchor="N", **limits)
 
 
 def _draw_loop(ax: Axes) -> None:

@@ -60,6 +60,7 @@ UNITS = {"relative": "times the median residual norm", "absolute": "L2 norm per 
 SHARES = {"ylim": (-4, 104)}  # in per cent, with room for the whiskers
 HERE = {"color": "black", "linewidth": 0.8, "linestyle": ":"}  # a line at what a figure is about
 ATTACKS: dict[str, Look] = {PGD: {}, NOISE: {"mfc": "white", "alpha": 0.6}}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "fontsize": 7}
 TWINS = "harmless twin answered"
 DIAMONDS = {"color": "black", "marker": "D", "linestyle": "none", "linewidth": 0.8}
 # terms of objectives, and what they are called
@@ -90,23 +91,18 @@ def draw_security(ax: Axes, e: Evidence, methods: Methods) -> str:
     radii = sorted(e.profile.evaluation.eps)
     rows = e.cell(methods, list(ATTACKS), eps=radii, where="latent", partial=True)
     asr = rates_by(rows, ["eps", "method", "attack"]).unstack(["method", "attack"]).sort_index()
-    asr = asr[[curve for curve in product(methods, ATTACKS) if curve in asr]]
+    there = [curve for curve in product(methods, ATTACKS) if curve in asr]
+    asr = asr[there]
     look = looks(e.profile.methods)
-    styles = [look[method] | ATTACKS[attack] for method, attack in asr]
-    asr.columns = [f"{method.upper()} {attack}" for method, attack in asr]
+    styles = [look[method] | ATTACKS[attack] for method, attack in there]
+    asr.columns = [f"{method.upper()} {attack}" for method, attack in there]
     draw_curves(ax, asr, styles, shift=0.015)
-    ax.axvline(e.main_eps, **HERE)
-    ax.annotate(
-        f"{e.names['main']}'s own eps",
-        (e.main_eps, 50),
-        rotation=90,
-        ha="right",
-        va="center",
-        fontsize=7,
-    )
+    own = f"{e.names['main']}'s own eps"
+    ax.axvline(e.main_eps, label=own, **HERE)
     log_x(ax, radii)
-    ax.set(title="Latent attack", xlabel=f"eps ({UNITS[e.unit]})", ylabel="ASR (%)", **SHARES)
-    ax.legend(fontsize=7, ncols=1 + (len(methods) > 3))
+    label = f"eps ({UNITS[e.unit]})"
+    ax.set(title="Latent attack", xlabel=label, ylabel="ASR (%)", **SHARES)
+    ax.legend(**BELOW)
     return f"Attack success rate against eps. {words(asr)}."
 
 

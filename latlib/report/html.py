@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from nbconvert.exporters import HTMLExporter
 from traitlets.config import Config
 
@@ -86,7 +86,7 @@ def to_html(notebook: nbformat.NotebookNode, name: str) -> str:
     _list_contents(soup)
     for link in soup.find_all("a", href=_NOTEBOOK):
         link["href"] = f"notebooks/{link['href']}"
-    _frame_tables(soup)
+    _frame_wide(soup)
     for box in soup.select("input[type=checkbox]"):
         box.replace_with("\u2611 " if box.has_attr("checked") else "\u2610 ")
     faults = [*_unrendered(soup), *_images_without_words(soup), *_not_self_contained(soup)]
@@ -134,8 +134,8 @@ def _list_contents(soup: BeautifulSoup) -> None:
     first.insert_after(fold)
 
 
-def _frame_tables(soup: BeautifulSoup) -> None:
-    """Header cells say what they head; a wide table scrolls in its own frame, also by keyboard."""
+def _frame_wide(soup: BeautifulSoup) -> None:
+    """Header cells say what they head; what is wide scrolls in its own frame, also by keyboard."""
     for number, table in enumerate(soup.find_all("table"), start=1):
         for cell in table.find_all("th"):
             if not cell.get_text(strip=True):
@@ -143,9 +143,14 @@ def _frame_tables(soup: BeautifulSoup) -> None:
             elif not cell.has_attr("scope"):
                 cell["scope"] = "col" if cell.find_parent("thead") else "row"
         caption = table.find("caption")
-        label = caption.get_text(" ", strip=True) if caption else f"Table {number}"
-        frame = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label}
-        table.wrap(soup.new_tag("div", attrs=frame))
+        _frame(soup, table, caption.get_text(" ", strip=True) if caption else f"Table {number}")
+    for number, image in enumerate(soup.select("img.figure"), start=1):
+        _frame(soup, image, f"Figure {number}")
+
+
+def _frame(soup: BeautifulSoup, wide: Tag, label: str) -> None:
+    frame = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": label}
+    wide.wrap(soup.new_tag("div", attrs=frame))
 
 
 def _unrendered(soup: BeautifulSoup) -> Iterator[str]:

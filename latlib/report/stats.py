@@ -16,7 +16,7 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,12 @@ class Interval:
         sides = (self.estimate, self.low, self.high)
         estimate, low, high = [format(scale * side, form) for side in sides]
         return f"{estimate} [{low}, {high}]"
+
+
+def sizes(cells: Iterable[Interval | None]) -> str:
+    """n and seeds of intervals, once where they agree; None: not measured."""
+    counts = dict.fromkeys(f"n {cell.n}, seeds {cell.seeds}" for cell in cells if cell)
+    return " or ".join(counts)
 
 
 def _slope(value: float, half: float) -> float:

@@ -17,18 +17,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from shutil import which
 
 from pandas import DataFrame, Series
 
 from latlib import __version__
-from latlib.evaluation.outcomes import HARMLESS, PGD, PLAIN
+from latlib.evaluation.outcomes import HARMLESS, PLAIN
 from latlib.experiment.layout import BEGAN
 from latlib.io.files import read_json
 from latlib.report.attack_checks import Status, in_ball
 from latlib.report.claims import SCARY, TYPED
 from latlib.report.evidence import Evidence, MissingError, attacks_in, rate, shared
 from latlib.report.publish import NO_NOTEBOOKS, timing
-from latlib.report.stats import Interval
+from latlib.report.stats import Interval, sizes
 from latlib.report.tables import ABSENT, markdown
 from latlib.report.verdicts import Claim, Ground, Verdict, grounds_of
 
@@ -102,25 +103,25 @@ def in_short(e: Evidence, measured: Sequence[Claim], found: Sequence[Ground]) ->
 def _of_attacks(e: Evidence) -> str:
     """How often latent attacks succeed at the main method's radius, and on it at the largest."""
     roles = e.profile.roles
-    methods = {e.main: "", roles.control: "its control", roles.undefended: "undefended"}
-    levels = []
-    for method, what in methods.items():
+    largest = max(e.profile.evaluation.eps)
+    asked = (
+        (e.main, e.main_eps, ""),
+        (roles.control, e.main_eps, " (its control)"),
+        (roles.undefended, e.main_eps, " (undefended)"),
+        (e.main, largest, f" at {e.radius(largest)}"),
+    )
+    found = {}
+    for method, eps, what in asked:
         if method:
             with suppress(MissingError):
-                share = rate(in_ball(e, method, e.main_eps))
-                role = f", {what}" if what else ""
-                levels.append(f"{share.share} % on {method.upper()}{role}")
-    if not levels:
+                found[f"{method.upper()}{what}"] = rate(in_ball(e, method, eps))
+    if not found:
         return "**Latent attacks were not measured yet**: run notebook 06."
-    text = (
+    shares = ", ".join(f"{share.share} % on {whom}" for whom, share in found.items())
+    return (
         f"**Latent attacks** at {e.radius(e.main_eps)}, in which {e.names['main']} was trained,"
-        f" succeed in {_list(levels)}"
+        f" succeed in {shares} (worst case per prompt; {sizes(found.values())})."
     )
-    largest = max(e.profile.evaluation.eps)
-    with suppress(MissingError):
-        share = rate(e.cell(e.main, PGD, eps=largest, where="latent"))
-        text += f"; at {e.radius(largest)} in {share.share} % on {e.names['main']}"
-    return f"{text} (worst case per prompt, {share.seeds} seeds)."
 
 
 def _of_claims(measured: Sequence[Claim]) -> str:
@@ -159,11 +160,6 @@ def _in_brackets(texts: Sequence[str]) -> str:
     more = len(texts) - NAMED
     rest = [f"{more} more below"] if more > 0 else []
     return f" ({'; '.join([*texts[:NAMED], *rest])})" if texts else ""
-
-
-def _list(texts: Sequence[str]) -> str:
-    *most, last = texts
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 # ---- the claims, a line each
@@ -271,8 +267,7 @@ def _rates(rows_of: Callable[[], DataFrame], outcome: str = "complied") -> Serie
 
 def _header(rates: Series, name: str) -> str:
     """What a column has, and n and seeds of its cells, once where they agree."""
-    sizes = dict.fromkeys(f"n {cell.n}, seeds {cell.seeds}" for cell in rates)
-    return f"{name} (%)<br>{rates.name}{' or '.join(sizes)}"
+    return f"{name} (%)<br>{rates.name}{sizes(rates)}"
 
 
 def _share(cell: object) -> str:
@@ -310,9 +305,9 @@ def about(folder: Path) -> str:
 
 def _commit() -> str:
     """Of the code that runs, with '-dirty' where it was changed; 'unknown' outside a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git
+    clone = Path(__file__).parents[2]
+    if not ((clone / ".git").exists() and which("git")):
         return "unknown"
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

@@ -135,6 +135,14 @@ def test_tables_have_scopes_and_scroll_by_keyboard():
     assert soup.table.parent["tabindex"] == "0" and soup.table.parent["aria-label"]
 
 
+def test_figures_scroll_by_keyboard():
+    figures = [shown("image/png", PIXEL, {"image/png": {"alt": f"ASR of model {n}"}}) for n in "ab"]
+    soup = BeautifulSoup(rendered(*figures), "html.parser")
+    frames = soup.select(".scroll[tabindex='0'] > img.figure")
+    assert [image["alt"] for image in frames] == ["ASR of model a", "ASR of model b"]
+    assert [image.parent["aria-label"] for image in frames] == ["Figure 1", "Figure 2"]
+
+
 @pytest.mark.filterwarnings("ignore:Your element with mimetype")
 @pytest.mark.parametrize(
     ("output", "fault"),

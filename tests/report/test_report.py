@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
@@ -185,6 +186,17 @@ def test_the_answer_follows_the_outcome(pages):
     assert "● 0 reproduced" in fails and "✖ 0 not reproduced" not in fails
     assert re.search(r"succeed in 0 \[\S+ \d+\] % on LAT", holds)
     assert re.search(r"succeed in 60 \[\S+ \d+\] % on LAT", fails)
+
+
+def test_how_many_stand_behind_the_latent_attacks():
+    """LAT was attacked at the largest radius on one seed only."""
+    rows = ledger(True).outcomes
+    of_one = (rows["method"] == "lat") & (rows["attack"] == "pgd") & (rows["seed"] == 0)
+    largest = max(PROFILE.evaluation.eps)
+    both = pd.concat([rows, rows[of_one].assign(eps=largest)], ignore_index=True)
+    said = summary.in_short(Evidence(PROFILE, both), [], [])
+    assert re.search(rf"% on LAT at eps {largest} \w+ \(worst case per prompt", said)
+    assert re.search(r"n \d+, seeds 3 or n \d+, seeds 1\)", said)
 
 
 @pytest.mark.slow
