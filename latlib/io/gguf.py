@@ -150,7 +150,7 @@ def dequantised(file: Path, field: str) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             with folder_aside(target) as folder:
-                _write(file, found, folder, said)
+                save_standard(file, found, folder, said)
     return target
 
 
@@ -266,8 +266,9 @@ def read_tokenizer(file: Path, found: Contents, said: str) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
-def _write(file: Path, found: Contents, folder: Path, said: str) -> None:
-    """Fill a folder with what a file holds."""
+def save_standard(file: Path, found: Contents, folder: Path, said: str) -> None:
+    """Fill a folder with what a file holds: weights, configuration, tokenizer, NOTE. said: how
+    errors name the file."""
     config = read_config(file, found, said)
     tokenizer = read_tokenizer(file, found, said)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -113,7 +113,7 @@ def test_it_is_dequantised_once(source, cache, monkeypatch):
     write_gguf(source / "tiny.gguf", model_of())
     opened(source)
     kept = [path for path in cache.iterdir() if path.is_dir()]
-    monkeypatch.setattr(latlib.io.gguf, "_write", None)
+    monkeypatch.setattr(latlib.io.gguf, "save_standard", None)
     opened(source)
     opened(source / "tiny.gguf")
     assert [path for path in cache.iterdir() if path.is_dir()] == kept
