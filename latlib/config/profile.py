@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from latlib.config.paths import absolute, node_of
 from latlib.config.sections import (
+    BASE_ANSWERS,
     BudgetSettings,
     DataSettings,
     EachOnce,
@@ -103,6 +104,7 @@ class Profile(Section):
         self._check_names()
         self._check_sweep()
         self._check_data()
+        self._check_responses()
         self._check_parallel()
         for name in self.released:
             if name not in self.methods:
@@ -220,6 +222,23 @@ class Profile(Section):
                 f"model.source = {self.model.source!r} needs data.source: set it to 'files', or to"
                 " 'world' for the prompts of the made-up world, which only the organism knows"
             )
+
+    def _check_responses(self) -> None:
+        """The base can be asked for responses, and there is a use for them."""
+        if self.data.benign_responses != BASE_ANSWERS:
+            return
+        why = ""
+        if self.data.source == "world":
+            why = "stands beside data.source = 'world', whose prompts have their right answers"
+        elif self.model.source == "world":
+            why = "stands beside model.source = 'world', whose base knows its own world alone"
+        elif "response" in self.data.benign_columns:
+            column = self.data.benign_columns["response"]
+            why = f"stands beside data.benign_columns.response = {column!r}"
+        elif set(self.methods) <= set(self.released):
+            why = "stands beside released models alone, and nothing is trained on it"
+        if why:
+            raise ValueError(f"data.benign_responses = {BASE_ANSWERS!r} {why}: leave out either")
 
     def _check_parallel(self) -> None:
         """DDP waits for a gradient of every weight, which behind the last site there is none of."""

@@ -12,9 +12,18 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    model_validator,
+)
 
 from latlib.errors import SettingError
 from latlib.text.encodings import resolve
@@ -33,6 +42,7 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 # Windows has files of these names already, whatever follows behind a dot
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST_NAME = 64
+BASE_ANSWERS = "base"  # of data.benign_responses
 
 
 def _site(value: Any) -> int | float | str:
@@ -58,6 +68,15 @@ def _name(text: str) -> str:
             " itself (con, nul, com1)"
         )
     return text
+
+
+def _responses(value: Any) -> Any:
+    if value == BASE_ANSWERS:
+        return value
+    if isinstance(value, list | tuple) and value:
+        if all(isinstance(text, str) and text for text in value):
+            return tuple(value)
+    raise ValueError(f"give a list of texts, or {BASE_ANSWERS!r}: the base model's own responses")
 
 
 def _device(name: str) -> str:
@@ -203,8 +222,10 @@ class DataSettings(Section):
     near_duplicate: Share = 0.7
     # chosen, where the file has none
     refusals: tuple[Text, ...] = ("I'm sorry, but I can't help with that.",)
-    # where the file has none: say so in the data
-    benign_responses: tuple[Text, ...] = ("Sure, I can help with that.",)
+    # where the file has none: texts, or 'base': what the frozen base replies, once for all methods
+    # and seeds
+    benign_responses: Annotated[Any, AfterValidator(_responses)] = ("Sure, I can help with that.",)
+    response_tokens: Count = 128  # that the base writes at most
     # of a row's prompt and either completion; never more than the model's context
     max_tokens: Count = 512  # as in Casper et al. 2024, lat.py
     # truncate: cut a completion, drop a row whose prompt is
@@ -213,6 +234,23 @@ class DataSettings(Section):
     # which completions a token ends: all, or the benign ones alone (Sheshadri et al. 2024, authors'
     # code). Our choice: all, or a model does not learn where a refusal ends
     end_of_turn: Literal["all", "benign"] = "all"
+    _answers: Path | None = PrivateAttr(None)
+
+    @property
+    def default_responses(self) -> tuple[str, ...]:
+        """What stands in place of a response that the file lacks: '' where the base gives one."""
+        return ("",) if self.benign_responses == BASE_ANSWERS else self.benign_responses
+
+    @property
+    def answers(self) -> Path | None:
+        """The file with what the base replies, of a run; it may not be there yet."""
+        return self._answers
+
+    def answered_in(self, file: Path) -> DataSettings:
+        """The same settings in a run that keeps what the base replies in a file."""
+        settings = self.model_copy()
+        settings._answers = file
+        return settings
 
 
 class LoraSettings(Section):

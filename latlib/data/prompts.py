@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from latlib.config.profile import Profile
-from latlib.config.sections import ProfileError
+from latlib.config.sections import BASE_ANSWERS, ProfileError
 from latlib.data.splits import Split, benign_rows, borderline_rows, preference_rows
 from latlib.text.chat import Row
 from latlib.world import grammar
@@ -159,6 +159,9 @@ class FilePrompts(PromptSource):
         tested = (
             "from a file of their own" if self.data.test_harmful else "held out of the same data"
         )
+        replied = ""
+        if self.data.benign_responses == BASE_ANSWERS:
+            replied = " The answers of harmless prompts are the base model's own replies."
         return (
             f"**This run asks real prompts**, {tested}, of at most {self.most_letters} letters."
             f" Replies of {self.evaluation.max_new_tokens} tokens are graded by"
@@ -168,7 +171,7 @@ class FilePrompts(PromptSource):
             " it than after nine others; guessing reaches one in ten, and a few words can be"
             " enough. Where intervals are over pairs or clusters, these are groups of"
             " near-duplicate prompts. Words about recipes, word pairs and the law are about the"
-            " made-up world. Replies are shown as their length and a hash."
+            f" made-up world. Replies are shown as their length and a hash.{replied}"
         )
 
     def _drawn(self, purpose: str | int, split: Split, kind: str, n: int) -> list[Prompt]:
@@ -203,6 +206,6 @@ class FilePrompts(PromptSource):
 
     def _harmless(self, row: Row, split: Split) -> Question:
         answer = "".join(row.completions)
-        if answer in self.data.benign_responses:  # put there where the file has no response
+        if answer in self.data.default_responses:  # put there where the file has no response
             answer = ""
         return Question(row.prompt, answer, self.data.refusals[0], row.cluster, False)

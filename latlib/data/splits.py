@@ -13,7 +13,10 @@
    results are for: `check_overlap` compares every `train` and `tune` prompt with every `test` one.
    Held-out prompts pass by construction; test files pass only if they are clean. An overlap stops
    the run. It is named by file and row, never by the prompt's text, which may be harmful.
-5. Rows of the world are training rows; its other splits are drawn in latlib.data.prompts, and share
+5. Where the base is to answer benign prompts that have no response, its replies are handed in as a
+   file (`DataSettings.answered_in`). One that the limit of tokens cut makes a row without an end,
+   one that is empty makes none.
+6. Rows of the world are training rows; its other splits are drawn in latlib.data.prompts, and share
    no pair of verb and target.
 """
 
@@ -28,8 +31,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from latlib.config.sections import DataSettings, ProfileError
+from latlib.config.sections import BASE_ANSWERS, DataSettings, ProfileError
 from latlib.data.records import ANY_SPLIT, Source, read_table
+from latlib.io.files import read_json
 from latlib.text.chat import Row
 from latlib.text.near_duplicates import clusters, comparable, overlaps
 from latlib.world import grammar
@@ -102,10 +106,42 @@ def preference_rows(settings: DataSettings, seed: int, split: Split = "train") -
 
 
 def benign_rows(settings: DataSettings, seed: int, split: Split = "train") -> list[Row]:
-    """Benign rows of a profile, (response,) as their completions. Raises as `preference_rows`."""
+    """Benign rows of a profile, (response,) as their completions; none of a prompt that the base
+    was to answer and did not. Raises as `preference_rows`, and ProfileError before it was asked.
+    """
     if _of_world(settings, split):
         return world_benign_rows(settings.rows, seed, settings.division)
-    return _rows(settings, "benign", split, seed)
+    rows = _rows(settings, "benign", split, seed)
+    if settings.benign_responses == BASE_ANSWERS:
+        return _answered(rows, settings, split)
+    return rows
+
+
+def _answered(rows: Sequence[Row], settings: DataSettings, split: Split) -> list[Row]:
+    """The rows with the base's responses where they have none of their own."""
+    responses = base_responses(settings)
+    found = []
+    for row in rows:
+        text, ended = row.completions[0], row.ended
+        if not text:
+            text, ended = responses.get(row.row_id, ("", True))
+        if text:
+            found.append(replace(row, completions=(text,), ended=ended))
+    if not found:
+        raise ProfileError(
+            f"data.benign_responses = {BASE_ANSWERS!r}: the base has answered none of {len(rows)}"
+            f" prompts of split {split!r}: latlib.Run asks it before it makes anything; where it"
+            " has, raise data.max_tokens"
+        )
+    return found
+
+
+def base_responses(settings: DataSettings) -> dict[str, tuple[str, bool]]:
+    """row_id -> what the base replied ('': nothing), and whether it ended its reply or the limit
+    did; {} before it was asked.
+    """
+    file = settings.answers
+    return read_json(file) if file and file.is_file() else {}
 
 
 def benign_sample(settings: DataSettings, seed: int, n: int) -> list[Row]:
@@ -179,7 +215,7 @@ def _of_world(settings: DataSettings, split: str) -> bool:
 
 def _rows(settings: DataSettings, kind: Kind, split: Split, seed: int) -> list[Row]:
     prompts = file_prompts(settings)[kind]
-    defaults = settings.refusals if kind == "harmful" else settings.benign_responses
+    defaults = settings.refusals if kind == "harmful" else settings.default_responses
     rng = random.Random(seed)
     rows = []
     # the seed draws for every row of every split, so that a row has one refusal whatever is asked

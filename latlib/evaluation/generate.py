@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from latlib.batch import Batch, TokenRow, collate
 from latlib.evaluation.phrases import Texts
@@ -26,6 +28,14 @@ from latlib.threat import Site
 
 TokenRows = Sequence[TokenRow]
 Perturb = Callable[[Batch], Mapping[Site, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote. ended: whether it ended its turn, and no limit of tokens did."""
+
+    text: str
+    ended: bool
 
 
 def batches(
@@ -71,14 +81,27 @@ def write(
     size: int = 32,
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """`generate` for the prompts of rows, in their order. Replies end at the model's context."""
+    """`generate` for the prompts of rows, in their order."""
+    found = replies(lm, rows, perturb, directions, size, max_new_tokens)
+    return [reply.text for reply in found]
+
+
+def replies(
+    lm: LanguageModel,
+    rows: TokenRows,
+    perturb: Perturb | None = None,
+    directions: Tensor | None = None,
+    size: int = 32,
+    max_new_tokens: int = 64,
+) -> list[Reply]:
+    """`write`, and whether each reply ended. Replies end at the model's context."""
     tokenizer = lm.tokenizer
     pad = tokenizer.pad_token_id
     options = {
         "do_sample": False,
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
-    replies = [""] * len(rows)
+    found = [Reply("", False)] * len(rows)
     for index, batch in _prompt_batches(lm, rows, size):
         packed = perturb(batch) if perturb else {}
         deltas = {site: shift_left_padded(delta, batch) for site, delta in packed.items()}
@@ -90,14 +113,21 @@ def write(
         # in this order, so that what a perturbation writes is ablated too
         hook = LATHook(lm.model, deltas, decoding=True)
         with torch.no_grad(), hook, ablation, greedy(lm.model):
+            ends = _ends(lm.model.generation_config)
             # through the processes, if several hold the model between them: each writes all replies
             run = partial(lm.model.generate, **inputs, **options)
             out = lm.processes.through(False, run)
         new = out[:, inputs["input_ids"].shape[1] :]
         written = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for i, reply in zip(index, written, strict=True):
-            replies[i] = reply.strip()
-    return replies
+        for i, text, ids in zip(index, written, new.tolist(), strict=True):
+            found[i] = Reply(text.strip(), not ends.isdisjoint(ids))
+    return found
+
+
+def _ends(settings: GenerationConfig) -> set[int]:
+    """The tokens that end a reply."""
+    ids = settings.eos_token_id
+    return set(ids if isinstance(ids, list) else [ids])
 
 
 def _prompt_batches(

@@ -36,6 +36,7 @@ from latlib.errors import SettingError
 from latlib.experiment import build
 from latlib.experiment.jobs import HELD, begin_worker, prepare_process, threads_for, worker_context
 from latlib.experiment.layout import Layout
+from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, find_spec, spec_parser
 from latlib.io.progress import (
     OnStep,
@@ -154,8 +155,10 @@ def _train(layout: Layout, spec: Spec, on_step: OnStep) -> None:
     ranks.wait()
     layout.claim()
     prepare_process(min(torch.get_num_threads(), threads_for(layout.profile)))
-    if ranks.is_main() and not layout.has(spec.base):
-        build.make_base(layout, spec.base, unseen)
+    if ranks.is_main():
+        if not layout.has(spec.base):
+            build.make_base(layout, spec.base, unseen)
+        make_responses(layout, unseen)
     ranks.wait()
     if not ranks.broadcast(layout.has(spec)):
         build.make_adapter(layout, spec, on_step if ranks.is_main() else unseen)
@@ -168,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     profile = load_profile(options.profile)
-    layout = Layout(profile, run_folder(profile.name, options.out)).dated()
+    layout = Layout(profile, run_folder(profile.name, options.out)).completed()
     method = options.method or profile.main
     spec = find_spec(profile, method, options.seed, options.variant)
     if os.environ.get("RANK", "0") != "0":

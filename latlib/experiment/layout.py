@@ -3,6 +3,7 @@
     latlib.sha256                               what is here, with checksums (`latlib.io.manifest`)
     profile.yaml                                what the run was made with
     began.json                                  the same again, and digests of the files it names
+    data/responses.json                         what the base replies to benign prompts
     models/<model>/                             an adapter or a base, with its card and its record
     models/.<model>.checkpoints/                of a training that is not finished
     metrics/<model>.jsonl                       a line a training step
@@ -35,7 +36,7 @@ from pydantic import ValidationError
 
 from latlib.config.paths import from_home, portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
-from latlib.config.sections import ProfileError
+from latlib.config.sections import BASE_ANSWERS, ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.inputs import SHOWN, digests
 from latlib.experiment.jobs import HELD
@@ -75,7 +76,7 @@ class Layout:
         kept = self._kept()
         if not kept:
             self._check_empty()
-            settings = self.dated().profile.model_dump(mode="json")
+            settings = self.completed().profile.model_dump(mode="json")
             kept = {"profile": from_home(settings), "inputs": {}}
         mine = self.profile.model_dump(mode="json")
         began_with = fixed_settings(_in_full(kept["profile"]))
@@ -150,16 +151,23 @@ class Layout:
             )
         return {**kept, **found}
 
-    def dated(self) -> Layout:
-        """This layout, its profile's model.date set: the day on which the run began, where the
-        profile names none."""
-        model = self.profile.model
-        if model.date is not None:
-            return self
-        began = self._kept().get("profile", {}).get("model", {}).get("date")
-        day = datetime.date.fromisoformat(began) if began else datetime.date.today()
-        model = model.model_copy(update={"date": day})
-        return replace(self, profile=self.profile.model_copy(update={"model": model}))
+    def completed(self) -> Layout:
+        """This layout, its profile completed by what is the run's own: model.date, the day on which
+        it began, where the profile names none; and where the base's responses are kept."""
+        model, data = self.profile.model, self.profile.data
+        if model.date is None:
+            began = self._kept().get("profile", {}).get("model", {}).get("date")
+            day = datetime.date.fromisoformat(began) if began else datetime.date.today()
+            model = model.model_copy(update={"date": day})
+        if data.benign_responses == BASE_ANSWERS:
+            data = data.answered_in(self.folder / "data" / "responses.json")
+        changed = {"model": model, "data": data}
+        return replace(self, profile=self.profile.model_copy(update=changed))
+
+    def lacks_responses(self) -> bool:
+        """Whether the base is still to be asked for responses to benign prompts."""
+        file = self.profile.data.answers
+        return file is not None and not self.whole(file)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -210,33 +218,42 @@ class Layout:
         folder, log = self.model_folder(spec), self.metrics_file(spec)
         made = self.whole(folder)
         if made and spec.method != BASE:
-            self._check_base(spec)
+            self._check_inputs(spec)
         if made and (folder / METRICS).is_file() and not self.whole(log):
             write_text((folder / METRICS).read_text(encoding="utf-8"), log)
         return made
 
     def inputs(self, spec: Spec) -> dict[str, str]:
-        """Digests of what a model is made from: files that the settings name, and a base of this
-        run's own."""
-        found = digests(self.profile)
-        base = self.model_folder(spec.base) / "model.safetensors"
-        if self.source(spec.base) is None and base.is_file():
-            found["base"] = manifest.digest(base)[:SHOWN]
+        """Digests of what a model is made from: files that the settings name, and what this run has
+        made itself."""
+        return digests(self.profile) | self._made_inputs(spec)
+
+    def _made_inputs(self, spec: Spec) -> dict[str, str]:
+        """Of these what the run has made: a base, and what a base replied."""
+        files = {"responses of the base": self.profile.data.answers}
+        if self.source(spec.base) is None:
+            files["base"] = self.model_folder(spec.base) / "model.safetensors"
+        found = {}
+        for name, file in files.items():
+            if file is not None and file.is_file():
+                found[name] = manifest.digest(file)[:SHOWN]
         return found
 
-    def _check_base(self, spec: Spec) -> None:
-        """Raises ProfileError for a model that was trained on another base of this run."""
+    def _check_inputs(self, spec: Spec) -> None:
+        """Raises ProfileError for a model that was trained on another base of this run, or on other
+        responses of it."""
         record = self.model_folder(spec) / RECORD
-        if self.source(spec.base) is not None or not record.is_file():
+        mine = self._made_inputs(spec)
+        if not mine or not record.is_file():
             return
-        before = read_json(record).get("inputs", {}).get("base")
-        base = self.inputs(spec).get("base")
-        if before and base and before != base:
-            raise ProfileError(
-                f"{spec.name} in {self.folder} was trained on the base {before}, and"
-                f" {spec.base.name} there is {base} now: start over with --fresh, or give another"
-                " folder with --out"
-            )
+        before = read_json(record).get("inputs", {})
+        for name, digest in mine.items():
+            if before.get(name, digest) != digest:
+                raise ProfileError(
+                    f"{spec.name} in {self.folder} was trained on the {name} {before[name]}, and"
+                    f" that of {spec.base.name} is {digest} now: start over with --fresh, or give"
+                    " another folder with --out"
+                )
 
     def checkpoints(self, spec: Spec) -> Path:
         """The folder of a training's checkpoints."""

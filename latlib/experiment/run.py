@@ -38,6 +38,7 @@ from latlib.experiment.jobs import Job, prepare_process, threads_for, work
 from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE, Layout
 from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
+from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io.files import Json, read_json, write_json, write_table
@@ -93,7 +94,7 @@ class Run:
             profile = load_profile(profile)
         self.profile = profile
         self.folder = run_folder(self.profile.name, out)
-        self.layout = Layout(self.profile, self.folder).dated()
+        self.layout = Layout(self.profile, self.folder).completed()
         self.layout.claim()
         self.profile = self.layout.profile
         prepare_process(min(torch.get_num_threads(), threads_for(self.profile)))
@@ -114,6 +115,8 @@ class Run:
         self._ensure([self.spec(*model) for model in models])
 
     def _ensure(self, specs: list[Spec]) -> None:
+        if self.layout.lacks_responses():  # which all else stands on
+            self._work([Job("responses of the base", partial(make_responses, self.layout))])
         bases = [spec.base for spec in specs]
         jobs = []
         for spec in dict.fromkeys(bases + specs):

@@ -117,6 +117,7 @@ def sweep(
     say(f"{count} trials into {run.folder}: {there} there already, {len(missing)} to make")
     if missing:
         ray = _ray()
+        run.ensure([])  # what the base replies: the same for all trials
         with run.layout.locked(), _cluster(ray, address):
             gpus = _gpus(ray, run.profile, gpus_per_trial)
             options = ray.remote(num_cpus=cpus_per_trial, num_gpus=gpus, max_retries=RETRIES)

@@ -74,15 +74,18 @@ def _scratch_run(profile: Profile, name: str, scratch: str) -> Iterator[Run]:
 
 
 def files_of(layout: Layout, spec: Spec, adapter: bool = False) -> list[Path]:
-    """What a trial needs of its base: the model, where it is made here and not a hub's, and its
-    norms; or what is kept of a trial, its table last: where that is, all is.
+    """What a trial needs of its base: the model, where it is made here and not a hub's, its norms,
+    and its responses where it is asked for any; or what is kept of a trial, its table last: where
+    that is, all is.
     """
     model, metrics = layout.model_folder(spec), layout.metrics_file(spec)
     if spec.method != BASE:
         table = layout.table_file(spec, SUITE)
         return [model, metrics, table] if adapter else [metrics, table]
-    norms = layout.norms_file(spec.seed)
-    return [norms] if layout.source(spec) else [model, metrics, norms]
+    measured = [layout.norms_file(spec.seed)]
+    if answers := layout.profile.data.answers:
+        measured.append(answers)
+    return measured if layout.source(spec) else [model, metrics, *measured]
 
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:

@@ -244,7 +244,7 @@ class Validator:
         """Benign rows on which the model is to stay where it was."""
         rows = []
         for number, prompt in enumerate(self.harmless):
-            answer = prompt.answer or self.profile.data.benign_responses[0]
+            answer = prompt.answer or self.profile.data.default_responses[0]
             rows.append(Row(str(number), prompt.text, (answer,)))
         return training_tokens(rows, self.lm, self.profile)
 

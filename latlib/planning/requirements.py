@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ from peft import get_peft_model
 
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
-from latlib.config.sections import ProfileError
+from latlib.config.sections import BASE_ANSWERS, DataSettings, ProfileError
 from latlib.data.records import is_hub_id
-from latlib.data.splits import SPLITS, benign_rows, check_overlap, preference_rows
+from latlib.data.splits import (
+    SPLITS,
+    benign_rows,
+    check_overlap,
+    file_prompts,
+    preference_rows,
+)
 from latlib.evaluation.graders import judges, read_template
 from latlib.evaluation.outcomes import MANY_SHOT, SYSTEM
 from latlib.io.files import read_json
@@ -329,8 +336,11 @@ def data_lines(profile: Profile, machine: Machine) -> Iterator[Line]:
         return
     for name, source in _sources(profile).items():
         yield _data_line(f"data.{name}", source, machine)
-    if _all_here(profile):
+    are_here = _all_here(profile)
+    if are_here:
         yield _overlap_line(profile)
+    if data.benign_responses == BASE_ANSWERS:
+        yield _responses_line(data, are_here)
 
 
 def _sources(profile: Profile) -> dict[str, str]:
@@ -366,6 +376,21 @@ def _overlap_line(profile: Profile) -> Line:
     return Line("overlap", OK, "no training or tuning prompt comes back among the test prompts")
 
 
+def _responses_line(data: DataSettings, are_here: bool) -> Line:
+    """That the base will be asked first. are_here: whether its prompts can be counted."""
+    count = "all"
+    if are_here:
+        with suppress(ProfileError):  # said in the line on overlap
+            prompts = file_prompts(data)["benign"]
+            count = f"{sum(not prompt.completions[0] for prompt in prompts):,}"
+    text = (
+        f"the base answers {count} benign prompts without a response once, before anything is"
+        f" trained, with at most data.response_tokens = {data.response_tokens} tokens each; rows"
+        " are taken to be so long in what follows, and its time is not in it"
+    )
+    return Line("responses", NOTE, text)
+
+
 def row_lengths(profile: Profile, context: int, tokenizer: Any) -> RowLengths:
     """Of the profile's rows where data and tokenizer are on this machine, else assumed ones.
     context: of the model. Raises ProfileError or ValueError for data that cannot be used."""
@@ -379,13 +404,24 @@ def row_lengths(profile: Profile, context: int, tokenizer: Any) -> RowLengths:
         system, too_long = data.system_prompt, data.too_long
         return tokenise(rows, tokenizer, limit, system, too_long=too_long)
 
+    answered = data
+    if data.benign_responses == BASE_ANSWERS:  # the replies are not there yet
+        answered = data.model_copy(update={"benign_responses": ("A",)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that are cut: training says it
         if sources:
             for split in SPLITS:  # too few rows leave one empty
                 preference_rows(data, 0, split)
-                benign_rows(data, 0, split)
-        return lengths_of(tokens(preference_rows(data, 0)), tokens(benign_rows(data, 0)))
+                benign_rows(answered, 0, split)
+        benign = tokens(benign_rows(answered, 0))
+        if answered is not data:
+            benign = [_as_long_as_may_be(row, data.response_tokens, limit) for row in benign]
+        return lengths_of(tokens(preference_rows(data, 0)), benign)
+
+
+def _as_long_as_may_be(row: TokenRow, most: int, limit: int) -> TokenRow:
+    """A row with a response of `most` tokens, or of what `limit` leaves."""
+    return TokenRow(row.prompt, ((0,) * min(most, limit - len(row.prompt)),))
 
 
 def room_lines(profile: Profile, context: int, tokenizer: Any) -> Iterator[Line]:

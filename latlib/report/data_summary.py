@@ -21,7 +21,14 @@ from pandas import DataFrame
 from latlib.config.paths import portable
 from latlib.config.profile import Profile
 from latlib.config.sections import DataSettings
-from latlib.data.splits import SPLITS, FilePrompt, benign_rows, file_prompts, preference_rows
+from latlib.data.splits import (
+    SPLITS,
+    FilePrompt,
+    base_responses,
+    benign_rows,
+    file_prompts,
+    preference_rows,
+)
 from latlib.text.chat import Row, fitted, tokenise
 
 _UNBOUNDED = 1 << 60
@@ -54,12 +61,14 @@ def _parts(profile: Profile) -> Iterator[Part]:
         yield "harmful", "train", "world", preference_rows(data, seed), 0
         yield "benign", "train", "world", benign_rows(data, seed), 0
         return
-    default = {"harmful": data.refusals[0], "benign": data.benign_responses[0]}
+    default = {"harmful": data.refusals[0], "benign": data.default_responses[0]}
+    replied = {name: text for name, (text, _) in base_responses(data).items()}
     for (kind, of_kind), split in product(file_prompts(data).items(), SPLITS):
         prompts = [prompt for prompt in of_kind if prompt.split == split]
         if prompts:
-            rows = [_row(prompt, default.get(kind, "")) for prompt in prompts]
-            lacking = sum(kind in default and not prompt.completions[-1] for prompt in prompts)
+            own = default.get(kind, "")
+            rows = [_row(prompt, replied.get(prompt.row_id, own)) for prompt in prompts]
+            lacking = sum(bool(own) and not prompt.completions[-1] for prompt in prompts)
             yield kind, split, portable(prompts[0].file), rows, lacking
 
 

@@ -8,7 +8,7 @@ from tiny_models import plain_model, world_tokenizer
 from transformers import GenerationConfig
 
 from latlib.batch import collate
-from latlib.evaluation.generate import generate, left_padded
+from latlib.evaluation.generate import generate, left_padded, replies
 from latlib.losses import at_labels
 from latlib.network import StockNetwork
 from latlib.text.chat import Row, chat_text, token_ids, tokenise
@@ -150,3 +150,21 @@ def test_replies_are_greedy_whatever_the_checkpoint_asks_for(lm, asked, monkeypa
     batch = prompt_batch(lm)
     perturb = as_asked(batch, noise(lm, batch, size=0.0))
     assert generate(lm, PROMPTS, perturb, max_new_tokens=6) == plain
+
+
+def test_a_reply_that_the_limit_cut_is_told_from_one_that_ended(lm, monkeypatch):
+    rows = tokenise(
+        [Row(str(i), prompt, ()) for i, prompt in enumerate(PROMPTS)], lm.tokenizer, 128
+    )
+    cut = replies(lm, rows, size=4, max_new_tokens=8)
+    assert not any(reply.ended for reply in cut)
+    assert [reply.text for reply in cut] == generate(lm, PROMPTS, max_new_tokens=8)
+    # a token that some of them write, and others do not
+    written = [
+        set(lm.tokenizer(reply.text, add_special_tokens=False)["input_ids"]) for reply in cut
+    ]
+    some = next(iter(written[0] - written[1]))
+    for ends in (some, [lm.tokenizer.eos_token_id, some]):
+        monkeypatch.setattr(lm.model.generation_config, "eos_token_id", ends)
+        ended = [reply.ended for reply in replies(lm, rows, size=4, max_new_tokens=8)]
+        assert ended[0] and not ended[1]
