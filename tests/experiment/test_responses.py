@@ -16,7 +16,7 @@ from latlib.config.sections import ProfileError
 from latlib.data.prompts import prompt_source
 from latlib.data.splits import benign_rows, file_prompts
 from latlib.evaluation.generate import Reply, generate
-from latlib.experiment import build, responses
+from latlib.experiment import build, launch, responses, sweep
 from latlib.experiment.run import Run
 from latlib.experiment.sweep_tasks import files_of
 from latlib.io import manifest
@@ -261,6 +261,24 @@ def test_a_sweep_hands_them_to_its_machines(profile, tmp_path):
     plain = Run(profile(data={"benign_responses": ["Yes."]}), tmp_path / "plain")
     assert files_of(plain.layout, base) == [plain.layout.norms_file(0)]
     assert not plain.layout.lacks_responses()
+
+
+def test_a_sweep_asks_once_for_all_of_its_machines(profile, tmp_path, monkeypatch):
+    def none_here(*_):
+        raise KilledError
+
+    run = Run(profile(sweep={"grid": {"attack.eps": [1.0, 2.0]}}), tmp_path / "run")
+    monkeypatch.setattr(sweep, "_ray", lambda: None)
+    monkeypatch.setattr(sweep, "_cluster", none_here)
+    with pytest.raises(KilledError):
+        sweep.sweep(run, say=lambda _: None)
+    assert len(kept(run)) == 20
+
+
+def test_a_training_that_is_started_by_hand_asks_first(profile, tmp_path):
+    run = Run(profile(), tmp_path / "run")
+    launch._train(run.layout, run.spec("ssft", 0), unseen)
+    assert len(kept(run)) == 20 and run.layout.has(run.spec("ssft", 0))
 
 
 def test_the_check_says_what_will_be_asked(profile, tmp_path):
