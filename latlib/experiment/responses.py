@@ -18,7 +18,7 @@ from dataclasses import replace
 from latlib.batch import TokenRow
 from latlib.config.sections import DataSettings, ProfileError
 from latlib.data.splits import file_prompts
-from latlib.evaluation.generate import of_similar_length, replies
+from latlib.evaluation.generate import Reply, of_similar_length, replies
 from latlib.evaluation.outcomes import BASE
 from latlib.experiment.layout import Layout
 from latlib.experiment.spec import Spec
@@ -54,9 +54,7 @@ def make_responses(layout: Layout, on_step: OnStep) -> None:
                 continue
             most = min(data.response_tokens, limit - lengths[index[-1]])
             for row, reply in zip(rows, replies(lm, batch, size=len(batch), max_new_tokens=most)):
-                answered = replace(row, completions=(reply.text,), ended=reply.ended)
-                text = reply.text if _can_be_read(answered, lm, data, limit) else ""
-                found[row.row_id] = (text, reply.ended)
+                found[row.row_id] = _readable(row, reply, lm, data, limit)
             write_json(found, partial)
             on_step(len(found), len(asked), "")
             if stop_requested(layout.folder):
@@ -81,6 +79,19 @@ def _asked(data: DataSettings, lm: LanguageModel, limit: int) -> list[tuple[Row,
                 " data.too_long"
             )
     return found
+
+
+def _readable(
+    row: Row, reply: Reply, lm: LanguageModel, data: DataSettings, limit: int
+) -> tuple[str, bool]:
+    """The reply and whether it ended; without its last words where the row cannot be read with
+    them."""
+    text, ended = reply.text, reply.ended
+    while text and not _can_be_read(
+        replace(row, completions=(text,), ended=ended), lm, data, limit
+    ):
+        text, ended = text.rpartition(" ")[0].rstrip(), False
+    return text, ended
 
 
 def _can_be_read(row: Row, lm: LanguageModel, data: DataSettings, limit: int) -> bool:

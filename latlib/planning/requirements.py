@@ -404,9 +404,7 @@ def row_lengths(profile: Profile, context: int, tokenizer: Any) -> RowLengths:
         system, too_long = data.system_prompt, data.too_long
         return tokenise(rows, tokenizer, limit, system, too_long=too_long)
 
-    answered = data
-    if data.benign_responses == BASE_ANSWERS:  # the replies are not there yet
-        answered = data.model_copy(update={"benign_responses": ("A",)})
+    answered = _as_if_answered(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of rows that are cut: training says it
         if sources:
@@ -417,6 +415,13 @@ def row_lengths(profile: Profile, context: int, tokenizer: Any) -> RowLengths:
         if answered is not data:
             benign = [_as_long_as_may_be(row, data.response_tokens, limit) for row in benign]
         return lengths_of(tokens(preference_rows(data, 0)), benign)
+
+
+def _as_if_answered(data: DataSettings) -> DataSettings:
+    """The data with stand-ins for replies of the base, which are not there yet."""
+    if data.benign_responses != BASE_ANSWERS:
+        return data
+    return data.model_copy(update={"benign_responses": ("A",)})
 
 
 def _as_long_as_may_be(row: TokenRow, most: int, limit: int) -> TokenRow:
@@ -430,6 +435,7 @@ def room_lines(profile: Profile, context: int, tokenizer: Any) -> Iterator[Line]
     do not."""
     if tokenizer is None or not _all_here(profile):
         return
+    profile = profile.model_copy(update={"data": _as_if_answered(profile.data)})
     for attack, why in without_room(profile, tokenizer, context).items():
         yield Line(f"room of {attack}", NOTE, f"it will be left out: {why}")
     longest = check_room(profile, tokenizer, context)
