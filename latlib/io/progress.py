@@ -5,7 +5,7 @@ Whoever works replaces `<run>/progress.json` atomically, at most five times a se
     {"label": "lat seed 0", "step": 12, "total": 130, "detail": "loss 0.71", "time": 1760000000.0}
 
 The pipeline's driver reads that file to draw its line. In an interactive notebook the same updates
-also draw a tqdm bar; under the pipeline or nbval (`LATLIB_BATCH=1`) they do not. A file
+also draw a bar below the cell; under the pipeline or nbval (`LATLIB_BATCH=1`) they do not. A file
 `<run>/STOP` asks the worker to save and leave.
 """
 
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,9 +137,10 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if "ipykernel" in sys.modules and not in_batch():
-            from tqdm.auto import tqdm
+            from IPython.display import display
 
-            self._bar = tqdm(total=self.total, desc=self.label, leave=False)
+            # no widget, of which a saved notebook keeps a part that cannot be shown again
+            self._bar = display({}, raw=True, display_id=True)
         self.update(0)
         return self
 
@@ -153,9 +155,9 @@ class Progress:
         self._last_write = now
         self._write()
         if self._bar is not None:
-            self._bar.total = self.total
-            self._bar.set_postfix_str(detail, refresh=False)
-            self._bar.update(step - self._bar.n)
+            said = f"{self.label} {step}/{self.total} {detail}"
+            bar = f'<progress value="{step}" max="{self.total}"></progress> {escape(said)}'
+            self._bar.update({"text/html": bar, "text/plain": said}, raw=True)
 
     def on_step(self, step: int, total: int, detail: str) -> None:
         """The same of work that says itself how many steps it has."""
@@ -179,4 +181,4 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._write()
         if self._bar is not None:
-            self._bar.close()
+            self._bar.update({}, raw=True)

@@ -87,6 +87,15 @@ def test_cells_are_short_and_define_nothing(notebook):
             )
 
 
+def test_imports_are_folded(notebook):
+    """In JupyterLab; the reader came for what follows."""
+    for cell in code_of(notebook):
+        body = ast.parse(cell.source).body
+        imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if 2 * len(imports) > len(body) and len(imports) > 1:
+            assert cell.metadata.get("jupyter", {}).get("source_hidden"), cell.source
+
+
 def test_every_cell_of_code_stands_under_a_line_of_narrative(notebook):
     kinds = [cell.cell_type for cell in notebook.cells]
     for before, (cell, kind) in zip(kinds, list(zip(notebook.cells, kinds))[1:]):
