@@ -388,11 +388,36 @@ def find_share(kind: str) -> Path:
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
-    """Read a profile by name (`tiny`) or by path (`my.yaml`).
+    """Read a profile by name (`tiny`) or by path (`my.yaml`). One with `part_of: tiny` has the
+    settings and the run folder of that other one, and states only what changes no result.
 
     Raises ProfileError for an unknown name, unreadable YAML or any bad setting.
     """
-    path = _profile_file(name_or_path)
+    path, part = _profile_file(name_or_path), {}
+    tree = _tree_of(path)
+    if "part_of" in tree:
+        part, path = tree, _whole_of(tree, path)
+        tree = _tree_of(path)
+    tree.setdefault("name", path.stem)
+    bases = (path.resolve().parent, find_share("profiles").parent)
+    return validated(Profile, absolute(tree | part, bases))
+
+
+def _whole_of(part: dict[str, Any], path: Path) -> Path:
+    """The file of the profile that this is a part of, whose name leaves the part."""
+    whole = part.pop("part_of")
+    if not isinstance(whole, str):
+        raise ProfileError(f"part_of = {_short(whole)}: give the name or the file of a profile")
+    if others := [name for name in part if name not in FREE_FIELDS]:
+        raise ProfileError(
+            f"profile {path} sets {others[0]!r}, which part_of = {whole!r} shares with it: leave it"
+            f" out (a part may set {', '.join(FREE_FIELDS)}), or write a whole profile"
+        )
+    return _profile_file(whole)
+
+
+def _tree_of(path: Path) -> dict[str, Any]:
+    """What a profile's file holds."""
     try:
         tree = _read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -403,9 +428,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
         raise ProfileError(f"profile {path} is not readable YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ProfileError(f"profile {path} holds {type(tree).__name__}, not a mapping of sections")
-    tree.setdefault("name", path.stem)
-    bases = (path.resolve().parent, find_share("profiles").parent)
-    return validated(Profile, absolute(tree, bases))
+    return tree
 
 
 def _read_yaml(text: str) -> Any:

@@ -9,7 +9,8 @@
 2. Run each notebook through papermill into `<run>/notebooks/`, stopping at the first that fails.
 3. Meanwhile draw one line from `<run>/progress.json`: live on a terminal, every ten seconds
    elsewhere.
-4. Export `99_report.ipynb` to `<run>/report.html`.
+4. Export `00_glance.ipynb` to `<run>/glance.html` and `99_report.ipynb` to `<run>/report.html`,
+   each when it has run.
 
 Exit status (`io.progress.ExitStatus`): 0 done; 1 a notebook failed (the last lines say which cell,
 and where the log is); 2 a wrong option or setting; 3 something a run needs is missing; 75 stopped
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
 DAY_S = 86_400
-REPORT = "99_report"
+PAGES = {"00_glance": "glance.html", "99_report": "report.html"}  # notebook -> what it becomes
 # what a line of a parameters cell assigns to, annotated or not
 _ASSIGNED = re.compile(r"^(\w+)\s*(?::[^=]+)?=(?!=)", re.MULTILINE)
 
@@ -227,12 +228,13 @@ def _line(name: str, started: float, kernel: Kernel, record: dict[str, Any] | No
 
 
 def run_all(notebooks: list[Path], parameters: dict[str, Any], kernel: Kernel) -> ExitStatus:
-    """Run `notebooks` into the kernel's run folder, then refresh report.html if the report was
-    among them.
+    """Run `notebooks` into the kernel's run folder, and refresh the pages of those that have
+    one.
     """
     for notebook in notebooks:
         check_parameters(notebook, list(parameters))
     started = time.monotonic()
+    pages = []
     for notebook in notebooks:
         failure = None if kernel.stopping else _run(notebook, parameters, kernel)
         if kernel.stopping:
@@ -241,9 +243,13 @@ def run_all(notebooks: list[Path], parameters: dict[str, Any], kernel: Kernel) -
         if failure is not None:
             print(f"\n{failure}", flush=True)
             return ExitStatus.FAILED
+        if page := PAGES.get(notebook.stem):
+            pages.append(kernel.run_folder / page)
+            if not _export(kernel.run_folder / "notebooks" / notebook.name, pages[-1]):
+                return ExitStatus.FAILED
     print(f"{_timed('all', started)}  ok", flush=True)
-    if any(notebook.stem == REPORT for notebook in notebooks):
-        return _export(kernel.run_folder)
+    for written in pages:
+        print(f"\nreport: {written}", flush=True)
     return ExitStatus.DONE
 
 
@@ -264,18 +270,16 @@ def _run(notebook: Path, parameters: dict[str, Any], kernel: Kernel) -> Failure 
     return failure
 
 
-def _export(folder: Path) -> ExitStatus:
-    """Write report.html from the executed report."""
+def _export(executed: Path, target: Path) -> bool:
+    """Write the page of an executed notebook; False where it cannot be one."""
     from latlib.report.html import ExportError, export_html
 
-    executed, target = folder / "notebooks" / f"{REPORT}.ipynb", folder / "report.html"
     try:
         export_html(executed, target)
     except (ExportError, OSError) as error:
-        print(f"\nfailed: report.html from {executed}\n{error}", flush=True)
-        return ExitStatus.FAILED
-    print(f"\nreport: {target}", flush=True)
-    return ExitStatus.DONE
+        print(f"\nfailed: {target.name} from {executed}\n{error}", flush=True)
+        return False
+    return True
 
 
 @contextlib.contextmanager

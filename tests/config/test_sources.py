@@ -63,7 +63,7 @@ def test_every_value_of_a_profile_says_where_it_is_from(path):
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_the_marks_of_a_profile_are_explained_at_its_top(path):
     text = path.read_text()
-    legend = text[: text.index("\nname:")]
+    legend = text[: re.search(r"\n(name|part_of):", text).start()]
     used = set(MARK.findall(text))
     assert used and used <= set(MARK.findall(legend))
 
