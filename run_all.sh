@@ -17,7 +17,8 @@ usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--u
 Runs the notebooks in order and leaves runs/<profile>/report.html. The first time it makes an environment in .venv (or
 uses the active one, where latlib is installed from this checkout). Interrupted, the same command continues.
 
-  --profile NAME|FILE  settings of the run: a name from profiles/, or a YAML file of your own (default: tiny)
+  --profile NAME|FILE  settings of the run: a name from profiles/, or a YAML file of your own (default: tiny);
+                       glance: a first look, on which tiny goes on
   --only 03            run only this notebook, by number or name; repeat it, or separate several by commas
   --out DIR            run folder (default: runs/<profile>)
   --fresh              delete what a run made in the run folder, set aside what else is there, and start anew

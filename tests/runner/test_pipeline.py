@@ -111,6 +111,22 @@ def test_whole_run_in_order_with_the_parameters_in_this_python(place):
     assert done.stderr == "" and not (folder / "notebooks" / ".unfinished").exists()
 
 
+def test_the_first_look_becomes_a_page_before_later_notebooks_run(place):
+    write_notebook(place / "notebooks", "00_glance", "print('seen')")
+    write_notebook(
+        place / "notebooks",
+        "01_later",
+        "import pathlib\nprint((pathlib.Path(out) / 'glance.html').is_file())",
+    )
+    done = run(place)
+    folder = place / "run dir"
+    assert done.stdout.endswith(f"report: {folder / 'glance.html'}\n"), done.stdout + done.stderr
+    assert "seen" in (folder / "glance.html").read_text()
+    executed = nbformat.read(folder / "notebooks" / "01_later.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "True\n"
+    assert not (folder / "report.html").exists()
+
+
 def test_failing_cell_is_named_and_nothing_looks_finished(place):
     write_notebook(place / "notebooks", "01_first", "x = 1")
     write_notebook(
