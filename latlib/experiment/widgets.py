@@ -23,7 +23,7 @@ from IPython.display import HTML
 
 from latlib.attack import Deltas, pgd, random_noise
 from latlib.batch import collate
-from latlib.data.prompts import Prompt, in_the_world
+from latlib.data.prompts import Prompt, Prompts, in_the_world
 from latlib.evaluation.ask import PLAINLY, Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of, grader_of
 from latlib.evaluation.generate import Perturb, generate, write
@@ -56,19 +56,20 @@ class Told:
 
 def told(
     examiner: Examiner,
-    prompt: Prompt,
+    prompts: Prompts,
     perturb: Perturb | None = None,
     wording: Wording = PLAINLY,
-) -> Told:
-    """What a model replies to a prompt; a perturbation acts while the prompt is read, and not on
-    the words of the reply."""
-    found = examiner.examine([prompt], wording, perturb)
+) -> list[Told]:
+    """What a model replies to prompts, asked in one batch; a perturbation acts while they are read,
+    and not on the words of the replies."""
+    evaluation = examiner.profile.evaluation.model_copy(update={"batch": len(prompts)})
+    together = examiner.profile.model_copy(update={"evaluation": evaluation})
+    found = replace(examiner, profile=together).examine(prompts, wording, perturb)
     texts = found.texts
-    if texts is None:  # it was graded without being written
-        rows = examiner.rows([prompt], wording)
-        length = examiner.profile.evaluation.max_new_tokens
-        texts = write(examiner.lm, rows, perturb, max_new_tokens=length)
-    return Told(str(found.outcomes[0]), texts[0])
+    if texts is None:  # they were graded without being written
+        rows, length = examiner.rows(prompts, wording), evaluation.max_new_tokens
+        texts = write(examiner.lm, rows, perturb, size=len(rows), max_new_tokens=length)
+    return [Told(str(end), text) for end, text in zip(found.outcomes, texts, strict=True)]
 
 
 def noise_like(network: Network, deltas: Deltas, seed: int = 0) -> Deltas:
@@ -92,11 +93,11 @@ def attacked(
     generator = torch.Generator().manual_seed(seed)
     deltas = pgd(network, batch, threat, search, generator).deltas
     noise = noise_like(network, deltas, seed)
-    return {
-        "none": told(examiner, prompt),
-        "noise": told(examiner, prompt, lambda _: noise),
-        "PGD": told(examiner, prompt, lambda _: deltas),
-    }
+    each = {}
+    for site, delta in deltas.items():
+        each[site] = torch.cat((torch.zeros_like(delta), noise[site], delta))
+    found = told(examiner, [prompt] * 3, lambda _: each)
+    return dict(zip(("none", "noise", "PGD"), found, strict=True))
 
 
 def changed_words(before: str, after: str) -> str:
@@ -189,8 +190,9 @@ def encoding_picker(run: Run, seed: int = 0) -> Widget | None:
         replies = {}
         for method in (BASE, *_undefended_and_defended(run)):
             asked = examiner(method)
-            plain = told(asked, prompt)
-            replies[method] = {PLAIN: plain, wording.encoding: told(asked, prompt, None, wording)}
+            (plain,) = told(asked, [prompt])
+            (encoded,) = told(asked, [prompt], None, wording)
+            replies[method] = {PLAIN: plain, wording.encoding: encoded}
         table = side_by_side(replies, show)
         return HTML(f"<p>Asked: <i>{escape(wording.request(prompt))}</i></p>{table.data}")
 

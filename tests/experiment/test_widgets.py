@@ -96,31 +96,30 @@ def test_one_prompt_under_nothing_noise_and_the_attack(run, asked, monkeypatch):
     perturbed = []
 
     def spy(lm, rows, perturb=None, **options):
-        perturbed.append(perturb and perturb(None))
-        return [f"reply {len(perturbed)}"]
+        perturbed.append(perturb(None))
+        return [f"reply {i}" for i in range(len(rows))]
 
     monkeypatch.setattr(widgets, "write", spy)
     search = search_within(settings, threat, asked.network.d_model)
     found = widgets.attacked(asked, prompt, threat, search)
-    assert [(how, said.reply) for how, said in found.items()] == [
-        ("none", "reply 1"),
-        ("noise", "reply 2"),
-        ("PGD", "reply 3"),
-    ]
-    nothing, noise, pgd = perturbed
-    assert nothing is None and set(noise) == set(pgd) == set(threat.sites)
-    for site in pgd:
-        lengths = [deltas[site].norm(dim=-1) for deltas in (noise, pgd)]
-        assert torch.allclose(*lengths, rtol=1e-4) and lengths[0].max() > 0
-        assert not torch.allclose(noise[site], pgd[site], rtol=0.1)
+    replies = {how: said.reply for how, said in found.items()}
+    assert replies == {"none": "reply 0", "noise": "reply 1", "PGD": "reply 2"}
+    assert set(perturbed[0]) == set(threat.sites)
+    for site, (nothing, noise, pgd) in perturbed[0].items():
+        assert not nothing.any() and pgd.any()
+        assert torch.allclose(noise.norm(dim=-1), pgd.norm(dim=-1), rtol=1e-4)
+        assert not torch.allclose(noise, pgd, rtol=0.1), site
 
 
 def test_a_reply_and_its_outcome_are_of_the_same_perturbation(run, asked):
     prompt = prompt_set("harmful", run.profile)[0]
     (row,) = asked.rows([prompt])
     generator = torch.Generator().manual_seed(0)
-    delta = 30 * torch.randn(1, row.length, run.profile.model.dim, generator=generator)
-    seen = [widgets.told(asked, prompt, perturb) for perturb in (None, lambda _: {1: delta})]
+    delta = 30 * torch.randn(2, row.length, run.profile.model.dim, generator=generator)
+    delta[0] = 0
+    seen = widgets.told(asked, [prompt] * 2, lambda _: {1: delta})
+    assert seen[0] == widgets.told(asked, [prompt])[0]
+    assert seen[1] == widgets.told(asked, [prompt], lambda _: {1: delta[1:]})[0]
     assert seen[0].reply != seen[1].reply
     assert all(said.outcome in ("refused", "complied", "neither") for said in seen)
 
