@@ -5,6 +5,7 @@ leaves them out.
 import pytest
 import torch
 
+from latlib.attack import pgd
 from latlib.batch import TokenRow, collate
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate
@@ -105,10 +106,13 @@ def test_one_prompt_under_nothing_noise_and_the_attack(run, asked, monkeypatch):
     replies = {how: said.reply for how, said in found.items()}
     assert replies == {"none": "reply 0", "noise": "reply 1", "PGD": "reply 2"}
     assert set(perturbed[0]) == set(threat.sites)
-    for site, (nothing, noise, pgd) in perturbed[0].items():
-        assert not nothing.any() and pgd.any()
-        assert torch.allclose(noise.norm(dim=-1), pgd.norm(dim=-1), rtol=1e-4)
-        assert not torch.allclose(noise, pgd, rtol=0.1), site
+    batch = collate(asked.rows([prompt]))
+    own = pgd(asked.network, batch, threat, search, torch.Generator().manual_seed(0)).deltas
+    for site, (nothing, noise, found) in perturbed[0].items():
+        assert not nothing.any() and found.any()
+        assert torch.equal(found, own[site][0])
+        assert torch.allclose(noise.norm(dim=-1), found.norm(dim=-1), rtol=1e-4)
+        assert not torch.allclose(noise, found, rtol=0.1), site
 
 
 def test_a_reply_and_its_outcome_are_of_the_same_perturbation(run, asked):
