@@ -95,6 +95,17 @@ class Profile(Section):
         """The methods that are set side by side in claims and figures."""
         return self.roles.compared
 
+    @property
+    def contrasted(self) -> tuple[str, ...]:
+        """The undefended twin, where there is one, and the main method: what a first look is at."""
+        twin = (self.undefended,) if self.undefended else ()
+        return tuple(dict.fromkeys((*twin, self.main)))
+
+    @property
+    def only_a_first_look(self) -> bool:
+        """Whether notebook 00 is all that is run."""
+        return self.notebooks == ("00",)
+
     @model_validator(mode="after")
     def _checked(self) -> Profile:
         attacked = {method: self.training(method).attack.steps > 0 for method in self.methods}

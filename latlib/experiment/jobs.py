@@ -1,10 +1,6 @@
 """Do jobs side by side: models to be trained, suites to be measured, each in a process of its own.
 
-On a CPU there is one worker per core, on a GPU there is one. Where several processes train one
-model together (`latlib.experiment.launch`), a worker has as many cores, or all the GPUs. A single
-job runs here. The organism's kernels are so small that a second thread costs more than it brings
-(measured: docs/lab-log.md), so it runs on one thread a process; that also makes its results
-independent of who works beside whom.
+`planning.workers` says how many at a time. A single job runs here.
 
 A job waits for the model it stands on. The first error stops everything that has not begun and is
 raised with the job's name; what was finished stays finished.
@@ -35,12 +31,12 @@ from pathlib import Path
 
 from latlib.config.profile import Profile
 from latlib.io import progress
-from latlib.io.machine import available_cores, keep_freed_memory, resolve_device
+from latlib.io.machine import keep_freed_memory
 from latlib.io.progress import OnStep
+from latlib.planning.workers import threads_for, worker_count
 
 # environment: the run folders that this process, or the one that started it, holds for writing
 HELD = "LATLIB_HELD"
-MOST_WORKERS = 8  # each holds its own copy of torch, about 0.5 GiB
 POLL_SECONDS = 0.3
 
 
@@ -55,22 +51,6 @@ class Job:
     name: str
     call: Callable[[OnStep], None]
     after: str = ""
-
-
-def worker_count(profile: Profile, jobs: int) -> int:
-    """How many jobs are done side by side."""
-    together = profile.parallel.processes
-    if resolve_device(profile.model.device).type != "cpu":
-        return min(jobs, profile.workers or 1) if together == 1 else 1
-    workers = profile.workers or min(available_cores(), MOST_WORKERS)
-    return min(jobs, max(1, workers // together))
-
-
-def threads_for(profile: Profile, processes: int = 1) -> int:
-    """Threads of each of so many processes: one for the organism, an equal share of the cores for
-    other models.
-    """
-    return 1 if profile.model.source == "world" else max(1, available_cores() // processes)
 
 
 def prepare_process(threads: int) -> None:

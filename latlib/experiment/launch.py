@@ -34,7 +34,7 @@ from latlib.config.profile import load_profile, run_folder
 from latlib.distributed import ranks
 from latlib.errors import SettingError
 from latlib.experiment import build
-from latlib.experiment.jobs import HELD, begin_worker, prepare_process, threads_for, worker_context
+from latlib.experiment.jobs import HELD, begin_worker, prepare_process, worker_context
 from latlib.experiment.layout import Layout
 from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, find_spec, spec_parser
@@ -46,6 +46,7 @@ from latlib.io.progress import (
     saving_on_signals,
     unseen,
 )
+from latlib.planning.workers import threads_for
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for processes that are asked to end, before they are killed

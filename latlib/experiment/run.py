@@ -34,7 +34,7 @@ from latlib.distributed import ranks
 from latlib.evaluation.outcomes import BASE, Subject
 from latlib.evaluation.phrases import redacted
 from latlib.experiment import build, launch
-from latlib.experiment.jobs import Job, prepare_process, threads_for, work
+from latlib.experiment.jobs import Job, prepare_process, work
 from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE, Layout
 from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
@@ -44,6 +44,7 @@ from latlib.experiment.tracking import read_metrics
 from latlib.io.files import Json, read_json, write_json, write_table
 from latlib.io.progress import OnStep
 from latlib.models import LanguageModel, load_model
+from latlib.planning.workers import threads_for
 from latlib.redteam import audit, jailbreaks, latent
 from latlib.redteam.latent import AttackCell
 from latlib.refusal import directions

@@ -140,10 +140,6 @@ def _examiners(run: Run, seed: int) -> Callable[[str], Examiner]:
     return examiner
 
 
-def _undefended_and_defended(run: Run) -> list[str]:
-    return list(dict.fromkeys(filter(None, (run.profile.undefended, run.profile.main))))
-
-
 def attack_slider(run: Run, eps: float, seed: int = 0) -> Widget | None:
     """A slider of the attack's radius, from `eps`: what the undefended twin and the main method
     reply, side by side; None in a batch run."""
@@ -156,7 +152,7 @@ def attack_slider(run: Run, eps: float, seed: int = 0) -> Widget | None:
     def tell(prompt: Prompt, eps: float, show: bool) -> HTML:
         settings = replace_settings(usual, eps=eps)
         replies = {}
-        for method in _undefended_and_defended(run):
+        for method in run.profile.contrasted:
             asked = examiner(method)
             threat = settings.threat_model(asked.lm.n_layers, norms)
             search = search_within(settings, threat, asked.network.d_model)
@@ -188,7 +184,7 @@ def encoding_picker(run: Run, seed: int = 0) -> Widget | None:
         partly = strength < 1 and REGISTRY[encoding].strength is not None
         wording = Wording(f"{encoding}@{strength:g}" if partly else encoding)
         replies = {}
-        for method in (BASE, *_undefended_and_defended(run)):
+        for method in (BASE, *run.profile.contrasted):
             asked = examiner(method)
             (plain,) = told(asked, [prompt])
             (encoded,) = told(asked, [prompt], None, wording)

@@ -44,6 +44,10 @@ class ExitStatus(IntEnum):
 class Stopped(RuntimeError):
     """The run was asked to stop and has saved its state; the same command continues it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: nothing is wrong that a traceback would tell."""
+        return [f"{self}; run again to continue"]
+
 
 _asked = threading.Event()  # by a signal, see `saving_on_signals`
 

@@ -15,12 +15,14 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
+from latlib.evaluation.outcomes import BASE
+from latlib.io.machine import keep_freed_memory
 from latlib.io.messages import in_a_line
 from latlib.io.progress import ExitStatus
 from latlib.models import LanguageModel
@@ -45,6 +47,7 @@ from latlib.planning.requirements import (
     tokenizer_of,
 )
 from latlib.planning.step_cost import adapter_of, bytes_of, fake_model
+from latlib.planning.workers import threads_for, worker_count
 from latlib.redteam.rounding import ARRIVES, name_of, share_added
 from latlib.threat import resolve_sites
 
@@ -59,6 +62,11 @@ def check(
     long it takes.
     """
     lines = []
+    if profile.only_a_first_look:
+        methods = {name: profile.methods[name] for name in profile.contrasted}
+        profile = profile.model_copy(update={"seeds": profile.seeds[:1], "methods": methods})
+        text = f"a first look alone: {', '.join(methods)} of seed {profile.seeds[0]}"
+        lines.append(Line("scope", NOTE, text))
     try:
         for line in _lines(profile, machine or look(folder), hours):
             lines.append(line)
@@ -93,11 +101,12 @@ def _found(
 
 @dataclass(frozen=True)
 class _Job:
-    """What the lines on disk, device, memory and time are about. parameters: of the model without
-    its adapter. device: cuda or cpu."""
+    """What the lines on disk, device, memory and time are about. tokenizer: None where it is not
+    here. parameters: of the model without its adapter. device: cuda or cpu."""
 
     profile: Profile
     machine: Machine
+    tokenizer: Any
     lm: LanguageModel
     lengths: RowLengths
     parameters: int
@@ -137,7 +146,7 @@ def _lines(profile: Profile, machine: Machine, hours: bool) -> Iterator[Line]:
     device = profile.model.device.split(":")[0]
     if device == "auto":
         device = "cuda" if machine.gpus else "cpu"
-    job = _Job(profile, machine, lm, lengths, parameters, device)
+    job = _Job(profile, machine, tokenizer, lm, lengths, parameters, device)
     yield from _disk(job)
     yield _device(job)
     memory = _memory(job)
@@ -278,24 +287,28 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
     if not estimate.phases(profile):
         yield Line("time", OK, "nothing is trained")
         return
-    of_world, mean = profile.model.source == "world", job.lengths.mean
+    of_world, workers = profile.model.source == "world", 1
     # the organism's steps are timed in seconds on whatever it runs on
     if fits and (of_world or job.device == "cuda"):
-        one_seed = estimate.timed_hours(profile, job.lm, mean, job.device)
+        one_seed = _timed(job)
         on = job.machine.gpu or "CPU"
-        how = f"steps of each method timed on this {on} with random weights"
+        how = f"steps of each model timed on this {on} with random weights"
     else:
-        one_seed = estimate.counted_hours(profile, job.lm, mean)
+        one_seed = estimate.counted_hours(profile, job.lm, job.lengths.mean)
         flop = sum(one_seed.values()) * 3600 * SHARE * MEASURED_RATE
         how = (
             f"estimate, not measured here: {flop:.3g} FLOP counted / ({SHARE:.2f} x"
             f" {MEASURED_RATE / 1e12:.0f} TFLOP/s of an H100)"
         )
     n_seeds = len(profile.seeds)
-    hours = {method: n_seeds / processes * one for method, one in one_seed.items()}
-    total = sum(hours.values())
-    each = ", ".join(f"{method} {spoken(own)}" for method, own in hours.items())
+    if of_world and job.device == "cpu":
+        workers = worker_count(profile, n_seeds * len(one_seed))
+    total = estimate.elapsed_hours(one_seed, n_seeds, workers) / processes
+    hours = {name: n_seeds / processes * one for name, one in one_seed.items()}
+    each = ", ".join(f"{name} {spoken(own)}" for name, own in hours.items())
     scope = f"training of {n_seeds} seed(s), without sweeps and evaluations"
+    if workers > 1:
+        scope += f", {workers} models side by side"
     if processes > 1:
         scope += f", split over {processes} processes without loss"
     yield Line("time", NOTE, f"{spoken(total)} ({each}); {scope}; {how}")
@@ -311,6 +324,22 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
             f" {price:g}"
         )
         yield Line("cost", NOTE, text)
+
+
+def _timed(job: _Job) -> dict[str, float]:
+    """model -> hours of its training, one seed, by steps that are timed as a worker takes them."""
+    profile, device = job.profile, job.device
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads_for(profile))
+    keep_freed_memory()
+    try:
+        hours = estimate.timed_hours(profile, job.lm, job.lengths.mean, device)
+        if profile.model.source == "world":
+            base = estimate.timed_base_hours(profile, job.tokenizer, device)
+            hours = {BASE: base, **hours}
+    finally:
+        torch.set_num_threads(threads)
+    return hours
 
 
 def table(lines: list[Line], width: int = 120) -> str:

@@ -24,6 +24,8 @@ import torch
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import AttackSettings, TrainSettings
+from latlib.evaluation.outcomes import BASE
+from latlib.io.machine import resolve_dtype
 from latlib.models import LanguageModel
 from latlib.planning.step_cost import (
     Lengths,
@@ -34,6 +36,7 @@ from latlib.planning.step_cost import (
     random_model,
     random_trainer,
 )
+from latlib.world import organism
 
 # FLOP/s of a large bf16 matrix product on an H100 or H200: about four fifths of the datasheet's
 # peak of 989e12 (see docs/sources.md).
@@ -47,6 +50,7 @@ CPU_SIZE = 1024  # of the matrices whose product tells a CPU's rate: a second at
 SPARE = 1.1  # times the prediction, for fragmentation: our choice
 CONTEXT = 2**30  # bytes of CUDA's own context: our choice
 TIMED = 2  # steps of each kind, after one that warms up: our choice
+TIMED_OF_BASE = 8  # whose rows are of any length: our choice
 
 
 def cpu_rate() -> float:
@@ -163,7 +167,9 @@ def timed_hours(
     """method -> hours of its training, one seed, on one such device: timed steps of each kind of a
     model with random weights, as `fake` is without any.
     """
-    dtype = torch.float32 if device == "cpu" else fake.dtype
+    dtype = fake.dtype
+    if device == "cpu":
+        dtype = resolve_dtype(profile.model.dtype, torch.device(device))
     config: Any = fake.model.config
     lm = random_model(config, dtype, profile.lora, device, profile.model.forward)
 
@@ -176,6 +182,32 @@ def timed_hours(
         return (time.perf_counter() - began) / TIMED
 
     return _hours(profile, seconds)
+
+
+def timed_base_hours(profile: Profile, tokenizer: Any, device: str) -> float:
+    """Hours of the organism's base model, one seed, on one such device: timed steps of it."""
+    place = torch.device(device)
+    dtype = resolve_dtype(profile.model.dtype, place)
+    model = organism.build_model(profile.model, tokenizer, 0).to(place)
+    settings, division = profile.pretrain, profile.data.division
+    rows = organism.pretraining_rows(tokenizer, settings, 0, division)
+    few = settings.model_copy(update={"steps": 1 + TIMED_OF_BASE})
+    ends: list[float] = []
+
+    def step_done(step: int, loss: float) -> None:
+        ends.append(time.perf_counter())
+
+    organism.pretrain(model, rows, few, dtype, step_done)
+    seconds = (ends[-1] - ends[0]) / TIMED_OF_BASE
+    return settings.steps * seconds / 3600
+
+
+def elapsed_hours(one_seed: dict[str, float], n_seeds: int, workers: int) -> float:
+    """Until all models of all seeds are made, so many side by side; whatever stands on a base waits
+    for it. one_seed: model -> hours of its training."""
+    longest = max((hours for name, hours in one_seed.items() if name != BASE), default=0.0)
+    last = one_seed.get(BASE, 0.0) + longest
+    return max(last, n_seeds * sum(one_seed.values()) / workers)
 
 
 def spoken(hours: float) -> str:

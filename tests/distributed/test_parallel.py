@@ -37,6 +37,7 @@ from latlib.experiment import build, jobs
 from latlib.experiment import launch as parallel
 from latlib.experiment.run import Run
 from latlib.io.progress import Stopped, asked_by_signal, saving_on_signals
+from latlib.planning import workers
 from latlib.train import Trainer
 
 MODES = ("ddp", "fsdp2")
@@ -678,9 +679,9 @@ def test_processes_end_with_a_launch_that_is_killed(folder):
     [("cpu", 1, 4), ("cpu", 2, 2), ("cpu", 8, 1), ("cuda", 2, 1)],
 )
 def test_models_do_not_share_the_gpus_of_one(monkeypatch, device, processes_each, expected):
-    monkeypatch.setattr(jobs, "resolve_device", lambda _: torch.device(device))
+    monkeypatch.setattr(workers, "resolve_device", lambda _: torch.device(device))
     profile = smoke("ddp", processes_each).model_copy(update={"workers": 4})
-    assert jobs.worker_count(profile, 6) == expected
+    assert workers.worker_count(profile, 6) == expected
 
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch):

@@ -1,7 +1,10 @@
-"""The bar of a notebook: seen while the work is done, and nowhere in the file that is saved."""
+"""What a notebook shows of work: a bar while it is done, which is nowhere in the file that is saved,
+and a line where it was stopped."""
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 
 CODE = """
@@ -35,3 +38,20 @@ def test_a_bar_is_drawn_in_place_and_leaves_nothing_in_the_notebook(tmp_path, mo
     assert [output.data for output in outputs] == [{}], "something of the bar is left"
     assert "".join(o.text for o in cell.outputs if o.output_type == "stream") == "before\nafter\n"
     nbformat.validate(new_notebook(cells=[cell]))
+
+
+def test_who_interrupts_reads_one_line():
+    cell = new_code_cell(
+        "import os, pathlib, signal\n"
+        "from latlib.io.progress import Stopped, saving_on_signals, stop_requested\n"
+        "with saving_on_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert stop_requested(pathlib.Path('nowhere'))\n"
+        "    raise Stopped('lat seed 0: stopped after step 3 with everything saved')"
+    )
+    with pytest.raises(CellExecutionError):
+        NotebookClient(new_notebook(cells=[cell]), kernel_name="python3").execute()
+    (error,) = [output for output in cell.outputs if output.output_type == "error"]
+    assert error.traceback == [
+        "lat seed 0: stopped after step 3 with everything saved; run again to continue"
+    ]

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from latlib.config.profile import find_share, load_profile
 from latlib.planning import check as planning
 from latlib.planning import estimate, published_configs, requirements
-from latlib.planning.estimate import phases, timed_hours
+from latlib.planning.estimate import phases, timed_base_hours, timed_hours
 from latlib.planning.requirements import Machine
 from latlib.planning.step_cost import Lengths, Memory, fake_model
 
@@ -54,6 +54,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(
         estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)}
     )
+    monkeypatch.setattr(estimate, "timed_base_hours", lambda *_: 2.0)
     monkeypatch.chdir(tmp_path)
 
 
@@ -88,9 +89,10 @@ def missing(lines):
 
 
 def status_of(name, machine, capsys):
-    status = planning.main(load_profile(name), Path("run"), as_json=True, machine=machine)
+    profile = load_profile(name)
+    status = planning.main(profile, Path("run"), as_json=True, machine=machine)
     found = json.loads(capsys.readouterr().out)
-    assert found["status"] == status and found["profile"] == name
+    assert found["status"] == status and found["profile"] == profile.name
     assert (status == 3) == any(line["state"] == "missing" for line in found["lines"])
     assert all(bool(line["fix"]) for line in found["lines"] if line["state"] == "missing")
     return status, {line["subject"]: line for line in found["lines"]}
@@ -318,6 +320,35 @@ def test_hours_follow_flops_steps_seeds_processes_and_price(small, monkeypatch):
     assert lines["time"].text.startswith("4.0 h") and "16.00 USD" in lines["cost"].text
 
 
+def test_a_first_look_needs_its_own_models_alone(capsys, monkeypatch):
+    """And the whole run all of them, as many side by side as there are cores."""
+    cheap_steps(monkeypatch)
+    monkeypatch.setattr(planning, "worker_count", lambda profile, jobs: min(2, jobs))
+    _, lines = status_of("glance", CPU, capsys)
+    assert lines["scope"]["text"] == "a first look alone: ssft, lat of seed 0"
+    assert lines["time"]["text"].startswith(
+        "3.0 h (base 2.0 h, ssft 60 min, lat 60 min); training of 1 seed(s), "
+    )
+    assert "sites of at" not in lines
+    _, lines = status_of("tiny", CPU, capsys)
+    assert lines["time"]["text"].startswith("12.0 h (base 6.0 h, ssft 3.0 h, rt 3.0 h, at 3.0 h, ")
+    assert ", 2 models side by side; " in lines["time"]["text"] and "scope" not in lines
+
+
+@pytest.mark.parametrize(
+    ("one_seed", "n_seeds", "workers", "expected"),
+    [
+        ({"base": 2.0, "ssft": 1.0, "lat": 3.0}, 1, 2, 5.0),  # lat waits for the base
+        ({"base": 2.0, "ssft": 1.0, "lat": 3.0}, 3, 2, 9.0),
+        ({"base": 2.0, "ssft": 1.0, "lat": 3.0}, 3, 1, 18.0),
+        ({"base": 2.0}, 2, 2, 2.0),
+        ({"lat": 3.0}, 2, 1, 6.0),
+    ],
+)
+def test_what_stands_on_a_base_waits_for_it(one_seed, n_seeds, workers, expected):
+    assert estimate.elapsed_hours(one_seed, n_seeds, workers) == expected
+
+
 def test_rows_that_are_here_are_read():
     profile = load_profile("smoke")
     found = requirements.row_lengths(profile, 256, requirements.tokenizer_of(profile))
@@ -331,6 +362,17 @@ def test_steps_are_timed_on_any_device():
     fake = fake_model(config, torch.float32, profile.lora)
     found = timed_hours(profile, fake, Lengths(6, 4), "cpu")
     assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
+
+
+def test_a_base_is_timed_by_steps_like_its_own():
+    """As many times longer as there are more of them."""
+    profile = load_profile("smoke")
+    tokenizer = requirements.tokenizer_of(profile)
+    long = profile.model_copy(
+        update={"pretrain": profile.pretrain.model_copy(update={"steps": 1000})}
+    )
+    short, found = (timed_base_hours(each, tokenizer, "cpu") for each in (profile, long))
+    assert 0 < short < found < 1000 * short
 
 
 def test_published_shapes_have_the_published_size():
