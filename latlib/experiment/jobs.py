@@ -239,15 +239,17 @@ def worker_context() -> BaseContext:
 
 
 def start_server() -> None:
-    """Start the server, where there is one, without waiting for it. It ignores SIGTERM, as what it
-    was started with; only a main thread can see to that."""
+    """Start the server, where there is one, without waiting for it. It ignores SIGTERM and, also
+    while it imports, SIGINT, as what it was started with; only a main thread can see to that."""
     if worker_context().get_start_method() != "forkserver":
         return
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -123,7 +123,8 @@ def side_by_side(replies: Mapping[str, Mapping[str, Told]], show: bool) -> HTML:
             if show:
                 text = changed_words(first, said.reply)
             names = f"<th>{escape(model)}</th><th>{escape(change)}</th>"
-            lines.append(f"<tr>{names}<td><b>{said.outcome}</b></td><td>{text}</td></tr>")
+            cells = f"<td><b>{said.outcome}</b></td><td style='text-align: left'>{text}</td>"
+            lines.append(f"<tr>{names}{cells}</tr>")
     heads = "<th>model</th><th>change</th><th>outcome</th><th>reply (changed words marked)</th>"
     # a prompt's dollar signs are no formula
     table = f"<table class='tex2jax_ignore'><thead><tr>{heads}</tr></thead>"

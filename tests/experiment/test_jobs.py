@@ -76,6 +76,23 @@ if __name__ == "__main__":
 """
 
 
+def test_an_interrupt_before_the_server_is_ready_stops_as_any_does(tmp_path):
+    """JupyterLab's reaches every process of a kernel, at the first look at a bar too."""
+    (tmp_path / "logs").mkdir()
+    script = tmp_path / "mine.py"
+    script.write_text(WORK)
+    command = [sys.executable, str(script), str(tmp_path), "one two"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    first = psutil.Process(process.pid)
+    until = time.monotonic() + 120
+    while not (tmp_path / "progress.json").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    for each in (first, *first.children(recursive=True)):
+        each.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120)[0] == "stopped\n"
+
+
 @pytest.mark.parametrize("busy", ["one two", "one"])
 @pytest.mark.parametrize("to_all", [True, False], ids=["every process", "the first alone"])
 def test_signals_let_workers_save(tmp_path, busy, to_all):

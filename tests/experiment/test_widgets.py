@@ -135,8 +135,8 @@ def test_changed_words_are_marked_and_text_is_no_mark_up():
     )
     replies = {"ssft": {"none": Told("refused", "no & no"), "PGD": Told("complied", "take no")}}
     page = widgets.side_by_side(replies, show=True).data
-    assert "<b>refused</b></td><td>no &amp; no</td>" in page
-    assert "<b>complied</b></td><td><mark>take</mark> no</td>" in page
+    assert "<b>refused</b></td><td style='text-align: left'>no &amp; no</td>" in page
+    assert "<b>complied</b></td><td style='text-align: left'><mark>take</mark> no</td>" in page
     page = widgets.side_by_side(replies, show=False).data
     assert "take" not in page and "[7 characters, sha256" in page
 
