@@ -58,7 +58,7 @@ from latlib.report.evidence import (
     understood,
 )
 from latlib.report.plots import Drawn, HeatMap, axes_of, frame
-from latlib.report.stats import holm
+from latlib.report.stats import holm, sizes
 from latlib.report.tables import (
     ABSENT,
     in_order,
@@ -192,7 +192,7 @@ def encoding_heatmap(
         grid = cells[column][encodings]
         _draw_panel(ax, grid, hatches, colours)
         _draw_headings(ax, e, encodings)
-        ax.set_title(f"{title} in % [95 %]", pad=16)
+        ax.set_title(f"{title} in % [95 %] ({sizes(grid)})", pad=16)
         shares = grid.map(lambda cell: cell.percent if cell else ABSENT)
         marks = hatches.map(lambda hatch: " (hatched)" if hatch else "")
         marked = shares + marks

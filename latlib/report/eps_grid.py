@@ -25,6 +25,7 @@ from latlib.evaluation.outcomes import HARMLESS, PGD
 from latlib.experiment.spec import Spec
 from latlib.report.evidence import Evidence, MissingError, rates_by
 from latlib.report.plots import BOX, Drawn, HeatMap, axes_of, frame
+from latlib.report.stats import sizes
 from latlib.report.tables import two_lines
 
 EPS = "attack.eps"
@@ -131,7 +132,7 @@ def eps_and_kl(e: Evidence) -> Drawn:
         at = (shares.columns.get_loc(own[EPS]), shares.index.get_loc(own[KL]))
         frame(ax, *at, margin=0, linewidth=2.5)
         ax.set(
-            title=f"{side}: {counts} (%)\n{better} is better",
+            title=f"{side}: {counts} (%)\n{better} is better ({sizes(shares)})",
             xlabel=f"eps in training ({e.unit})",
             ylabel="weight of KL",
         )

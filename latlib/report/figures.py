@@ -32,6 +32,7 @@ from latlib.report.evidence import (
     spike_steps,
 )
 from latlib.report.plots import (
+    ANSWERED,
     BLUE,
     GREY,
     ORANGE,
@@ -53,7 +54,7 @@ from latlib.report.plots import (
     words,
 )
 from latlib.report.refusal_tables import draw_matrix
-from latlib.report.stats import Interval
+from latlib.report.stats import Interval, sizes
 from latlib.report.verdicts import Claim, Verdict, tally
 
 UNITS = {"relative": "times the median residual norm", "absolute": "L2 norm per position"}
@@ -96,12 +97,13 @@ def draw_security(ax: Axes, e: Evidence, methods: Methods) -> str:
     look = looks(e.profile.methods)
     styles = [look[method] | ATTACKS[attack] for method, attack in there]
     asr.columns = [f"{method.upper()} {attack}" for method, attack in there]
+    title = f"Latent attack ({sizes(asr)})"
     draw_curves(ax, asr, styles, shift=0.015)
     own = f"{e.names['main']}'s own eps"
     ax.axvline(e.main_eps, label=own, **HERE)
     log_x(ax, radii)
     label = f"eps ({UNITS[e.unit]})"
-    ax.set(title="Latent attack", xlabel=label, ylabel="ASR (%)", **SHARES)
+    ax.set(title=title, xlabel=label, ylabel="ASR (%)", **SHARES)
     ax.legend(**BELOW)
     return f"Attack success rate against eps. {words(asr)}."
 
@@ -127,13 +129,16 @@ def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -
         rows = e.cell(method, encoding=encodings, prompts=prompts)
         shares = outcome_table(rows, "encoding")
         shares = shares.loc[encodings, list(OUTCOMES)]
+        title = f"{method.upper()}\n{sizes(shares)}"
+        if prompts != HARMFUL:
+            shares = shares.rename(columns={"complied": ANSWERED})
         draw_stack(ax, numbers(shares))
         if prompts == HARMFUL:
             twins = e.cell(method, encoding=encodings, prompts=TWIN)
             shares[TWINS] = rates_by(twins, "encoding")
             points = shares[[TWINS]].reset_index(drop=True)
             draw_curves(ax, points, [DIAMONDS])
-        ax.set(title=method.upper(), xlabel="encoding", ylim=(0, 104))
+        ax.set(title=title, xlabel="encoding", ylim=(0, 104))
         alt_text.append(f"{method.upper()}: {words(shares)}")
     axes[0, 0].set_ylabel(f"{prompts} prompts (%)")
     legend_below(figure, axes[0, 0], columns=4)
@@ -165,11 +170,12 @@ def training_curves(e: Evidence, methods: Methods = ()) -> Drawn:
         line = look | {"marker": None, "linewidth": 1.2}
         edges = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
         by_step = curves.groupby("step")
+        label = f"{method.upper()} ({by_step.size().max()} seeds)"
         ends.append(f"{method.upper()} {by_step['total'].mean().iloc[-1]:.2f}")
         for ax, column in zip(axes[0], columns):
             if column in curves:
                 band = by_step[column].agg(["mean", "min", "max"])
-                ax.plot(band["mean"], label=method.upper(), **line)
+                ax.plot(band["mean"], label=label, **line)
                 ax.fill_between(band.index, band["min"], band["max"], **edges)
     for ax, column in zip(axes[0], columns):
         title = TITLES.get(column, column)
@@ -201,7 +207,7 @@ def spike_figure(e: Evidence) -> Drawn:
     right.plot("excess", "won", ".", data=others, color=GREY, label="other steps")
     right.plot("excess", "won", "*", data=spikes, color=ORANGE, label="spikes", markersize=8)
     right.axhline(0, color="black", linewidth=0.6)
-    right.set(title="All seeds", xlabel="total loss above its median")
+    right.set(title=f"All {steps['seed'].nunique()} seeds", xlabel="total loss above its median")
     right.set_ylabel("attacks won above their median (points)")
     for ax in axes[0]:
         ax.legend(fontsize=7)
@@ -267,8 +273,9 @@ def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
     look = looks(e.profile.methods)
     draw_curves(ax, grid.rename(columns=str.upper), [look[method] for method in grid])
     ax.axvline(sites.index(fixed), **HERE)
+    title = f"Explained variance, {kind}, {len(tables)} seeds; dotted: the papers' relative depth"
     ax.set(
-        title=f"Explained variance, {kind}; dotted: the papers' relative depth",
+        title=title,
         xlabel="site (residual stream after block)",
         ylabel="first two components (%)",
         ylim=(0, 104),
@@ -318,7 +325,8 @@ def draw_encodings(ax: Axes, e: Evidence, methods: Methods) -> str:
     look = looks(e.profile.methods)
     colours = [look[method]["color"] for method in methods]
     draw_bars(ax, asr.rename(columns=str.upper), colours)
-    ax.set(title="Encoded requests", xlabel="encoding", ylabel="ASR (%)", **SHARES)
+    title = f"Encoded requests ({sizes(asr)})"
+    ax.set(title=title, xlabel="encoding", ylabel="ASR (%)", **SHARES)
     ax.legend(fontsize=7)
     return f"By encoding: {words(asr)}."
 

@@ -48,6 +48,9 @@ OUTCOMES = {
     "complied": (ORANGE, "///"),
     "neither": ("#DDDDDD", "..."),
 }
+# of harmless requests, for which complying is no harm
+ANSWERED = "answered"
+SHADES = OUTCOMES | {ANSWERED: (GREEN, "\\\\\\")}
 EDGE = {"edgecolor": "black", "linewidth": 0.4}
 # behind numbers
 BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
@@ -199,7 +202,7 @@ def draw_bars(
 
 def draw_stack(ax: Axes, shares: DataFrame, kind: str = "bar") -> None:
     """Stacked bars, one for each row, of shares of outcomes in per cent. kind: 'bar' or 'barh'."""
-    colours, hatches = zip(*(OUTCOMES[outcome] for outcome in shares))
+    colours, hatches = zip(*(SHADES[outcome] for outcome in shares))
     shares.plot(
         kind=kind,
         ax=ax,

@@ -51,7 +51,7 @@ from latlib.report.plots import (
     words,
 )
 from latlib.report.run_checks import read_yaml
-from latlib.report.stats import Interval, holm
+from latlib.report.stats import Interval, holm, sizes
 from latlib.report.tables import markdown, two_lines
 from latlib.threat import Site
 
@@ -161,7 +161,8 @@ def draw_matrix(ax: Axes, e: Evidence, rule: str = Rule.BEST, names: Sequence[st
     marks = [f"{name}\n(not defended)" if name in weak else name for name in names]
     ax.set_yticks(range(len(marks)), marks)
     ax.tick_params(axis="x", rotation=20)
-    ax.set(xlabel="vector removed", ylabel="target", title=f"ASR after ablation (%), rule '{rule}'")
+    title = f"ASR after ablation (%), rule '{rule}'\n({sizes(complied)})"
+    ax.set(xlabel="vector removed", ylabel="target", title=title)
     return (
         f"Harmful compliance after ablation, rule {rule}, target: vector. {words(complied.T)}."
         f" Refused: {words(refused.T)}. Not defended before ablation: {', '.join(weak) or 'none'}."
@@ -250,7 +251,7 @@ def site_sweep(e: Evidence) -> Drawn:
     for ax, target in zip(axes[0], names):
         curves = shares.loc[target].reindex(sites)
         draw_curves(ax, curves, styles)
-        ax.set(title=target, xlabel="site of the direction", ylim=(-4, 104))
+        ax.set(title=f"{target}\n{sizes(curves)}", xlabel="site of the direction", ylim=(-4, 104))
         shown = curves.rename("site {}".format)
         alt_text.append(f"{target}: {words(shown)}")
     axes[0, 0].set_ylabel("harmful prompts (%)")
@@ -289,7 +290,7 @@ def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
     if kind == "uncentred":
         _draw_papers_variance(ax, e, list(grid.index))
     ax.set(xlabel="model", ylabel="share of the squared singular values (%)", ylim=(0, 104))
-    ax.set_title(f"Explained variance, {kind}")
+    ax.set_title(f"Explained variance, {kind} ({sizes(grid)})")
     ax.legend(fontsize=7)
     return figure, f"Explained variance at the papers' relative depth, {kind}: {words(grid)}."
 

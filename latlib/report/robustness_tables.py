@@ -55,7 +55,7 @@ from latlib.report.evidence import (
     worst,
 )
 from latlib.report.plots import Drawn, HeatMap, axes_of, frame, words
-from latlib.report.stats import Interval
+from latlib.report.stats import Interval, sizes
 from latlib.report.tables import in_order, markdown, measured, none_where_absent
 
 # what somebody can try who only types
@@ -244,7 +244,7 @@ def _heat(grid: DataFrame, framed: npt.ArrayLike, **labels: str) -> Axes:
     """A heat map of ASR in which every cell has its number and interval; hatched: not measured.
     framed: whether a cell is, broadcast to the shape of the grid.
     """
-    width = 2.4 + 1.15 * len(grid.columns)
+    width = 3.4 + 1.15 * len(grid.columns)
     height = 1.2 + 0.27 * len(grid)
     _, axes = axes_of(width=width, height=height)
     ax = axes[0, 0]
@@ -268,8 +268,10 @@ def heat_map(e: Evidence) -> Drawn:
     attacks = table.index.get_level_values("attack")
     names = np.where(groups == "typed", attacks, groups + ": " + attacks)
     grid = table.set_axis(names)
+    behind = [f"{name} ({sizes(row)})" for name, row in zip(names, grid.to_numpy())]
     framed = (attacks == WORST)[:, None]
     ax = _heat(grid, framed, title="ASR (%) [95 %]", xlabel="method")
+    ax.set_yticks(range(len(behind)), behind)
     for y in np.flatnonzero(groups[1:] != groups[:-1]):
         ax.axhline(y + 0.5, color="black", linewidth=1)
     return ax.figure, f"Attack success rate by attack and method. {words(grid)}."
@@ -292,7 +294,7 @@ def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
     ax = _heat(
         grid,
         np.eye(*grid.shape),
-        title=f"ASR (%) [95 %] at {at}",
+        title=f"ASR (%) [95 %] at {at} ({sizes(grid)})",
         xlabel="put into",
         ylabel="perturbation",
     )

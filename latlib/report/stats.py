@@ -16,7 +16,7 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,10 +117,16 @@ class Interval:
         return f"{estimate} [{low}, {high}]"
 
 
-def sizes(cells: Iterable[Interval | None]) -> str:
-    """n and seeds of intervals, once where they agree; None: not measured."""
-    counts = dict.fromkeys(f"n {cell.n}, seeds {cell.seeds}" for cell in cells if cell)
-    return " or ".join(counts)
+def sizes(cells: Any) -> str:
+    """n and seeds of a table or list of intervals, their range where they differ; what is none was
+    not measured.
+    """
+    known = [cell for cell in np.ravel(cells) if isinstance(cell, Interval)]
+    texts = []
+    for name in ("n", "seeds"):
+        counts = sorted({getattr(cell, name) for cell in known})
+        texts.append(f"{name} {' to '.join(map(str, counts[:1] + counts[1:][-1:]))}")
+    return ", ".join(texts)
 
 
 def _slope(value: float, half: float) -> float:

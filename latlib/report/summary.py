@@ -120,7 +120,7 @@ def _of_attacks(e: Evidence) -> str:
     shares = ", ".join(f"{share.share} % on {whom}" for whom, share in found.items())
     return (
         f"**Latent attacks** at {e.radius(e.main_eps)}, in which {e.names['main']} was trained,"
-        f" succeed in {shares} (worst case per prompt; {sizes(found.values())})."
+        f" succeed in {shares} (worst case per prompt; {sizes(list(found.values()))})."
     )
 
 

@@ -3,15 +3,19 @@ empty.
 """
 
 import io
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from synthetic import evidence
 
 from latlib.report import figures, plots, refusal_tables
 from latlib.report.evidence import Evidence, MissingError
+from latlib.report.stats import Interval, sizes
 
 FIGURES = (
     figures.security_curve,
@@ -43,6 +47,37 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, tmp_path):
     assert (tmp_path / "figures" / "f.png").stat().st_size < 150_000 and not plt.fignum_exists(
         figure.number
     )
+
+
+@pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
+def test_a_figure_says_how_many_seeds_it_is_of(run, draw):
+    figure, _ = draw(run)
+    for ax in figure.axes:
+        texts = [ax.get_title(), *(text.get_text() for text in ax.get_yticklabels())]
+        if draw is figures.training_curves:
+            texts = figure.axes[0].get_legend_handles_labels()[1]
+        assert any(re.search(r"seeds \d|(\d|one) seeds?\b", text) for text in texts), texts
+    plt.close(figure)
+
+
+def test_sizes_are_given_as_ranges_where_they_differ():
+    of_one = Interval(0.5, 0.4, 0.6, n=200, seeds=1)
+    of_three = Interval(0.5, 0.4, 0.6, n=600, seeds=3)
+    grid = pd.DataFrame({"at": [of_one, None], "lat": [of_three, of_three]})
+    assert sizes(grid) == "n 200 to 600, seeds 1 to 3"
+    assert sizes(grid["lat"]) == "n 600, seeds 3"
+
+
+def test_harmless_answers_do_not_look_like_jailbreaks(run):
+    for prompts, word in (("harmful", "complied"), ("twin", "answered")):
+        figure, alt = figures.encodings_bars(run, prompts=prompts)
+        names = figure.axes[0].get_legend_handles_labels()[1]
+        assert word in names and word in alt
+        colours = {
+            to_hex(bars.patches[0].get_facecolor()) for bars in figure.axes[0].containers[:3]
+        }
+        assert (plots.ORANGE.lower() in colours) == (prompts == "harmful")
+        plt.close(figure)
 
 
 def test_the_words_carry_the_numbers_of_the_table(run):

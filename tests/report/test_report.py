@@ -196,7 +196,7 @@ def test_how_many_stand_behind_the_latent_attacks():
     both = pd.concat([rows, rows[of_one].assign(eps=largest)], ignore_index=True)
     said = summary.in_short(Evidence(PROFILE, both), [], [])
     assert re.search(rf"% on LAT at eps {largest} \w+ \(worst case per prompt", said)
-    assert re.search(r"n \d+, seeds 3 or n \d+, seeds 1\)", said)
+    assert re.search(r"n \d+ to \d+, seeds 1 to 3\)", said)
 
 
 @pytest.mark.slow

@@ -51,10 +51,10 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert (
         len(labels) == len(table)
-        and "eps 0.2 absolute: pgd, other sites" in labels
-        and "no attack" in labels
+        and "eps 0.2 absolute: pgd, other sites (n 200, seeds 1)" in labels
+        and "no attack (n 600, seeds 3)" in labels
     )
-    row = labels.index("eps 0.05 absolute: pgd")
+    row = labels.index("eps 0.05 absolute: pgd (n 600, seeds 3)")
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in ax.texts}
     assert texts[0, row] == "80 [76, 83]" and texts[2, row] == "0 [0, 9]"
     assert (
