@@ -297,6 +297,9 @@ def test_methods_are_ranked_by_their_largest_asr():
     table = summary.ranking(ledger(True)).splitlines()
     order = [line.split(" | ")[0].strip("| ") for line in table[2:]]
     assert order.index("AT") < order.index("LAT") < order.index("SSFT")
+    swapped = ledger(True).outcomes.replace({"method": {"at": "ssft", "ssft": "at"}})
+    other = summary.ranking(Evidence(PROFILE, swapped))
+    assert other.index("| SSFT |") < other.index("| LAT |") < other.index("| AT |")
     assert "worst of 2, n 600, seeds 3" in table[0]
     lat = dict(zip(table[0].split(" | "), table[2 + order.index("LAT")].split(" | ")))
     typed = next(cell for name, cell in lat.items() if name.startswith("ASR, typed"))
