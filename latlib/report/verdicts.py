@@ -289,8 +289,13 @@ def to_markdown(claims: Sequence[Claim]) -> str:
 
 
 def to_readme(claims: Sequence[Claim]) -> str:
-    """The tally, and the table."""
-    return f"{tally(claims)}.\n\n{to_markdown(claims)}"
+    """The tally, and a short table: what was tested and how is in the report."""
+    header = ["Claim", "Paper", "Here, points [95 %]", "Verdict"]
+    rows = []
+    for claim in claims:
+        said = "<br>".join(filter(None, (_verdict(claim), claim.why)))
+        rows.append([claim.statement, claim.paper, claim.shown, said])
+    return f"{tally(claims)}.\n\n{markdown(header, rows)}"
 
 
 def _cells(claim: Claim) -> list[str]:
@@ -302,7 +307,9 @@ def _cells(claim: Claim) -> list[str]:
         tested = f"{claim.p:.2g} ({claim.p_holm:.2g})" if claim.p_holm is not None else ""
         if claim.detectable and not claim.odds and not math.isnan(claim.detectable):
             shown = f"{claim.detectable:.0%} of at most {claim.ceiling:.0%}"
-    verdict = f"**{claim.verdict}**"
-    if claim.doubts:
-        verdict += f"<br>in doubt: {'; '.join(claim.doubts)}"
-    return [claim.statement, claim.paper, here, tested, counts, shown, verdict]
+    return [claim.statement, claim.paper, here, tested, counts, shown, _verdict(claim)]
+
+
+def _verdict(claim: Claim) -> str:
+    doubts = f"<br>in doubt: {'; '.join(claim.doubts)}" if claim.doubts else ""
+    return f"**{claim.verdict}**{doubts}"
