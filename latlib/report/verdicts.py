@@ -300,6 +300,11 @@ def to_readme(claims: Sequence[Claim]) -> str:
 
 def _cells(claim: Claim) -> list[str]:
     here = "<br>".join(filter(None, (claim.shown, claim.note, claim.why)))
+    return [claim.statement, claim.paper, here, *_counts(claim), _verdict(claim)]
+
+
+def _counts(claim: Claim) -> tuple[str, str, str]:
+    """p, rows and what could have been shown; '' each where there is none."""
     counts = tested = shown = ""
     if claim.interval:
         interval = claim.interval
@@ -307,7 +312,7 @@ def _cells(claim: Claim) -> list[str]:
         tested = f"{claim.p:.2g} ({claim.p_holm:.2g})" if claim.p_holm is not None else ""
         if claim.detectable and not claim.odds and not math.isnan(claim.detectable):
             shown = f"{claim.detectable:.0%} of at most {claim.ceiling:.0%}"
-    return [claim.statement, claim.paper, here, tested, counts, shown, _verdict(claim)]
+    return tested, counts, shown
 
 
 def _verdict(claim: Claim) -> str:
