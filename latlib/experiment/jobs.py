@@ -157,11 +157,11 @@ def _follow(
     stopping: Callable[[], bool],
 ) -> None:
     """Hand out jobs until all are done or one fails. running: is kept up to date."""
-    label = f"{len(jobs)} jobs, {count} at a time"
+    label = f"jobs, {count} at a time"
     files = {job: folder / "logs" / f".job-{i}.json" for i, job in enumerate(jobs)}
     waiting = list(jobs)
     done = 0
-    with progress.Progress(folder, label, 100 * len(jobs)) as bar:
+    with progress.Progress(folder, label, len(jobs)) as bar:
         while waiting or running:
             if stopping():
                 waiting.clear()
@@ -176,8 +176,7 @@ def _follow(
                         error.add_note(f"while working on {job.name}")
                     raise error
                 done += 1
-            share, detail = _progress_of([files[job] for job in running.values()])
-            bar.update(int(100 * (done + share)), detail)
+            bar.update(done, _line_of([files[job] for job in running.values()]))
     if stopping():
         raise progress.Stopped("asked to stop; what was finished is saved")
 
@@ -212,17 +211,14 @@ def _perform(job: Job, file: Path) -> None:
             job.call(bar.on_step)
     finally:
         _heed_signals(False)
-    file.unlink(missing_ok=True)
 
 
-def _progress_of(files: Iterable[Path]) -> tuple[float, str]:
-    """(jobs' worth of work done by the running jobs, one line about them)"""
-    share = 0.0
+def _line_of(files: Iterable[Path]) -> str:
+    """How far the running jobs are."""
     lines = []
     for record in filter(None, map(progress.read, files)):
-        share += record["step"] / max(record["total"], 1)
         lines.append(f"{record['label']} {record['step']}/{record['total']}")
-    return share, " | ".join(lines)
+    return " | ".join(lines)
 
 
 # ---- the server that workers are forked from

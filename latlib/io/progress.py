@@ -4,9 +4,9 @@ Whoever works replaces `<run>/progress.json` atomically, at most five times a se
 
     {"label": "lat seed 0", "step": 12, "total": 130, "detail": "loss 0.71", "time": 1760000000.0}
 
-The pipeline's driver reads that file to draw its line. In an interactive notebook the same updates
-also draw a bar below the cell; under the pipeline or nbval (`LATLIB_BATCH=1`) they do not. A file
-`<run>/STOP` asks the worker to save and leave.
+It is gone when the work is over. The pipeline's driver reads it to draw its line. In an interactive
+notebook the same updates also draw a bar below the cell; under the pipeline or nbval
+(`LATLIB_BATCH=1`) they do not. A file `<run>/STOP` asks the worker to save and leave.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ class Progress:
             partial.write_text(json.dumps(record), encoding="utf-8")
 
     def __exit__(self, *_: object) -> None:
-        self._write()
+        with suppress(OSError):  # what is over is no progress any more
+            self.file.unlink(missing_ok=True)
         if self._bar is not None:
             self._bar.update({}, raw=True)

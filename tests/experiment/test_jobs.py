@@ -11,12 +11,37 @@ import pytest
 
 from latlib.config.profile import load_profile
 from latlib.experiment.jobs import Job, work
+from latlib.io import progress
 
 TWO = load_profile("smoke").model_copy(update={"workers": 2})
 
 
 def killed(on_step):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(on_step):
+    time.sleep(0.5)  # long enough for the one who follows
+    on_step(1, 4, "")
+    time.sleep(0.5)
+
+
+def test_jobs_are_counted_as_jobs_and_nothing_is_left_of_their_bar(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    said = []
+    write = progress.Progress._write
+
+    def listen(bar):
+        said.append((bar.label, bar._step, bar.total, bar._detail))
+        write(bar)
+
+    monkeypatch.setattr(progress.Progress, "_write", listen)  # workers have their own
+    work(TWO, tmp_path, [Job(name, waits) for name in ("one", "two", "three")])
+    labels, steps, totals, details = zip(*said)
+    assert set(labels) == {"jobs, 2 at a time"} and set(totals) == {3}
+    assert steps[0] == 0 and steps[-1] == 3 and list(steps) == sorted(steps)
+    assert any("one 1/4" in detail for detail in details)
+    assert progress.read(tmp_path) is None and not list((tmp_path / "logs").iterdir())
 
 
 def test_a_worker_that_is_killed_is_said_to_be_that(tmp_path):

@@ -426,6 +426,16 @@ def test_progress_line_shows_label_steps_and_detail(tmp_path):
     assert progress.read(tmp_path) is None
 
 
+def test_the_line_drops_a_bar_whose_work_is_over(tmp_path):
+    kernel = pipeline.Kernel(tmp_path, cell=3, cells=9)
+    with progress.Progress(tmp_path, "lat seed 0", 2) as bar:
+        bar.update(2)
+        text = pipeline._line("03_lat_training", time.monotonic(), kernel, progress.read(tmp_path))
+        assert text.endswith("cell 3/9  lat seed 0 [############] 2/2")
+    text = pipeline._line("03_lat_training", time.monotonic(), kernel, progress.read(tmp_path))
+    assert text.endswith("cell 3/9")
+
+
 def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(progress.Progress, "_write", lambda self: written.append(self._step))
