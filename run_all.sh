@@ -12,6 +12,7 @@ usage() {
   cat <<'HELP'
 usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--unchecked] [--grace SECONDS]
        ./run_all.sh --check [--json] [--profile NAME|FILE] [--out DIR]
+       ./run_all.sh --compare A B [--out FILE]
        ./run_all.sh --test [-- PYTEST_ARGUMENTS]
 
 Runs the notebooks in order and leaves runs/<profile>/report.html. The first time it makes an environment in .venv (or
@@ -26,6 +27,8 @@ uses the active one, where latlib is installed from this checkout). Interrupted,
   --json               with --check: as JSON
   --grace SECONDS      how long a run that is stopped may take to save; default 120
   --unchecked          run a real model although --check finds something missing, which otherwise stops it
+  --compare A B        say where two runs differ, claims first, in a page compare-A-B.html here (or --out FILE) and in
+                       short; A and B: run folders, or published results such as results/tiny
   --test               lint, types, tests and every notebook on the smoke profile; arguments after -- go to pytest
   --help               this text
 
@@ -55,6 +58,7 @@ run() {
 pipeline_options=()
 pytest_options=()
 testing=""
+module=latlib.runner.pipeline
 while [ $# -gt 0 ]; do
   case "$1" in
     --profile | --only | --out | --grace)
@@ -64,6 +68,13 @@ while [ $# -gt 0 ]; do
       ;;
     --profile=* | --only=* | --out=* | --grace=*) pipeline_options+=("${1%%=*}" "${1#*=}") ;;
     --fresh | --check | --json | --unchecked) pipeline_options+=("$1") ;;
+    --compare)
+      [ $# -ge 3 ] && [ "${2#--}" = "$2" ] && [ "${3#--}" = "$3" ] ||
+        die 2 "--compare needs two folders, A and B; see ./run_all.sh --help"
+      module=latlib.report.compare
+      pipeline_options+=("$2" "$3")
+      shift 2
+      ;;
     --test) testing=yes ;;
     --help | -h)
       usage
@@ -258,8 +269,8 @@ if [ -n "$testing" ]; then
 fi
 choose_environment "."
 if [ -n "${LATLIB_DRY_RUN:-}" ]; then
-  run "$PYTHON" -m latlib.runner.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
+  run "$PYTHON" -m "$module" ${pipeline_options[@]+"${pipeline_options[@]}"}
 else
   # in place of this shell, so that a signal reaches the driver that knows how to stop
-  exec "$PYTHON" -m latlib.runner.pipeline ${pipeline_options[@]+"${pipeline_options[@]}"}
+  exec "$PYTHON" -m "$module" ${pipeline_options[@]+"${pipeline_options[@]}"}
 fi

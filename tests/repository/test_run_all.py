@@ -98,6 +98,7 @@ def test_help_names_every_option(checkout):
         "--check",
         "--json",
         "--unchecked",
+        "--compare",
         "--test",
         "--help",
     ):
@@ -112,7 +113,8 @@ def test_help_names_every_option(checkout):
         (["--only"], "--only"),
         (["--out", "--fresh"], "--out"),
     ]
-    + [(["--test", "--fresh"], "--fresh"), (["--", "-x"], "--test")],
+    + [(["--test", "--fresh"], "--fresh"), (["--", "-x"], "--test")]
+    + [(["--compare", "a"], "--compare"), (["--compare", "a", "--out"], "--compare")],
 )
 def test_wrong_option_is_named_and_nothing_is_made(checkout, options, word):
     done = call(checkout, *options)
@@ -148,6 +150,12 @@ def test_a_check_reaches_the_pipeline_and_its_status_comes_back(checkout):
     )
     assert call(checkout, "--check", FAKE_PIPELINE=3).returncode == 3
     assert "3 something that the run needs is missing" in call(checkout, "--help").stdout
+
+
+def test_a_comparison_is_the_work_of_its_own_module(checkout):
+    done = call(checkout, "--compare", "my runs/a", "b", "--out", "c.html", LATLIB_DRY_RUN=1)
+    wanted = r"-m latlib.report.compare my\ runs/a b --out c.html"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith(wanted)
 
 
 def test_first_time_installs_second_time_does_not(checkout):
