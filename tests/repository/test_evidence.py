@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import house
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -13,12 +14,13 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 TEXTS = (".ipynb", ".html", ".json", ".jsonl", ".yaml", ".md")
 FILES = sorted(file for file in RESULTS.rglob("*") if file.suffix in TEXTS)
+# what house.MACHINE does not know, for docs may name it
 PLACE = re.compile(
-    r"(?<![\w.~-])/(?:home|Users|root|tmp|work|workspace|mnt|opt|usr|var|private|scratch)/\w"
-    r"|\b[A-Za-z]:\\+Users\b"
+    r"(?<![\w.~-])/(?:home|tmp|workspace|mnt|opt|usr|var|private|scratch)/\w|[A-Z]:\\+Users\\"
 )
 WARNING = re.compile(r"\b\w+Warning\b")
 IMAGE = re.compile(r'data:image/[^"]*|"image/(?:png|jpeg)": "[^"]*"')
+HOMES = [f"/{folder}" + "/ada" for folder in ("home", "Users", "root", "tmp")]
 # made while trained models took the stock forward, with a warning each time one was opened
 WARNED = ("02_pgd_attack", "04_refusal_svd", "05_leetspeak_audit", "06_robustness")
 
@@ -32,7 +34,7 @@ def noise(name: str, text: str) -> list[str]:
                 if output.get("name") == "stderr":
                     found.append(f"stderr: {output.text}")
     words = IMAGE.sub("", text)
-    for pattern in (PLACE, WARNING):
+    for pattern in (house.MACHINE, PLACE, WARNING):
         for match in pattern.finditer(words):
             found.append(words[max(match.start() - 60, 0) : match.end() + 60])
     return found
@@ -47,10 +49,9 @@ def notebook_with(*outputs):
     [
         notebook_with(new_output("stream", name="stderr", text="3 rows are cut")),
         notebook_with(new_output("stream", text="stats.py:71: RuntimeWarning: invalid value")),
-        notebook_with(new_output("display_data", {"text/html": "<p>/home/ada/runs</p>"})),
-        notebook_with(new_output("error", ename="E", evalue="", traceback=["File '/Users/ada/x'"])),
-        nbformat.writes(new_notebook(metadata={"papermill": {"input_path": "/root/01.ipynb"}})),
-        json.dumps({"out": "C:\\Users\\ada"}),
+        *(notebook_with(new_output("display_data", {"text/html": f"<p>{at}/x"})) for at in HOMES),
+        nbformat.writes(new_notebook(metadata={"papermill": {"input_path": f"{HOMES[0]}/01"}})),
+        json.dumps("C:" + r"\Users\ada"),
     ],
 )
 def test_noise_is_found(text):
