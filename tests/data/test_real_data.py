@@ -150,7 +150,7 @@ def test_every_notebook_and_the_report(finished, root):
     names = sorted(path.name for path in (root / "notebooks").glob("[0-9]*.ipynb"))
     assert sorted(path.name for path in (run.folder / "notebooks").glob("*.ipynb")) == names
     report = (run.folder / "report.html").read_text(encoding="utf-8")
-    assert "real prompts" in report and "Which of the papers" in report and "report.html" in printed
+    assert "real prompts" in report and "at what price?" in report and "report.html" in printed
 
 
 @pytest.fixture(scope="module")
