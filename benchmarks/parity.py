@@ -11,7 +11,7 @@ Their code is imported from the checkout and not copied. What it is given so tha
 Both get a model whose norms compute in float64: those of transformers round to float32.
 
 First come the settings where both must agree, to rounding. Then each deliberate deviation
-(docs/method.md) with what it changes.
+(docs/parity.md) with what it changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import AttackSettings, DefenceSettings, TrainSettings
 from latlib.losses import kl_divergence
 from latlib.models import LanguageModel
-from latlib.refusal.directions import MARGIN
 from latlib.threat import EMBEDDING
 from latlib.train import Trainer
 
@@ -392,7 +391,7 @@ def table(title: str, found: Mapping[str, Sequence[Comparison]]) -> str:
     return "\n".join(lines)
 
 
-PAGE = Path(__file__).with_name("method.template.md")
+PAGE = Path(__file__).with_name("parity.template.md")
 TABLE = "| | what | theirs | ours | greatest difference |\n|---|---|---|---|---|"
 
 
@@ -407,9 +406,8 @@ def markdown(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """docs/method.md: its text with the tables of these results."""
+    """docs/parity.md: its text with the tables of these results."""
     text = PAGE.read_text(encoding="utf-8")
-    text = text.replace("{{ margin }}", f"{100 * MARGIN:.0f}")
     for title in ("agree", "differ on purpose"):
         text = text.replace(f"{{{{ {title} }}}}", markdown(results[title]))
     return text
@@ -422,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     parser.add_argument("--authors", type=Path, required=True, help="a checkout of their code")
     parser.add_argument("--json", type=Path, help="where results go")
-    parser.add_argument("--write", type=Path, help="where the page goes: docs/method.md")
+    parser.add_argument("--write", type=Path, help="where the page goes: docs/parity.md")
     arguments = parser.parse_args(argv)
     authors = load_authors(arguments.authors)
     lm = tiny_llama()

@@ -55,4 +55,4 @@ def test_rows_in_the_authors_form_keep_every_token():
 
 def test_the_page_is_made_from_the_results():
     results = json.loads((ROOT / "benchmarks/results/parity.json").read_text())
-    assert (ROOT / "docs/method.md").read_text() == parity.page(results)
+    assert (ROOT / "docs/parity.md").read_text() == parity.page(results)
