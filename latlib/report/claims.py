@@ -87,7 +87,7 @@ ABBAS = "Abbas et al. 2025 (arXiv 2504.18872)"
 SEED = "the seed replication"
 FIELD = "a question of the field: reviews of Sheshadri et al. 2024"
 
-# The main method takes the away loss only in the steps that attack; `radius-matters` has no such difference.
+# The main method takes the away loss in attacked steps only; the sides of `radius-matters` agree.
 UNATTACKED = "{control}: the same losses, from its first step, without the attack"
 
 CLAIMS: list[Claim] = []
