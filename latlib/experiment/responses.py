@@ -25,10 +25,9 @@ from latlib.experiment.spec import Spec
 from latlib.io.files import read_json, write_json
 from latlib.io.progress import OnStep, Stopped, saving_on_signals, stop_requested
 from latlib.models import LanguageModel, load_model
-from latlib.text.chat import Row, tokenise
+from latlib.text.chat import UNBOUNDED, Row, tokenise
 
 PARTIAL = ".partial.json"  # beside the finished file
-_UNBOUNDED = 1 << 60
 
 
 def make_responses(layout: Layout, on_step: OnStep) -> None:
@@ -67,7 +66,7 @@ def _asked(data: DataSettings, lm: LanguageModel, limit: int) -> list[tuple[Row,
     """Every benign prompt without a response that leaves room for one, as text and as tokens."""
     prompts = [prompt for prompt in file_prompts(data)["benign"] if not prompt.completions[0]]
     rows = [Row(prompt.row_id, prompt.prompt, ()) for prompt in prompts]
-    every = tokenise(rows, lm.tokenizer, _UNBOUNDED, data.system_prompt)
+    every = tokenise(rows, lm.tokenizer, UNBOUNDED, data.system_prompt)
     found = []
     for prompt, row, tokens in zip(prompts, rows, every, strict=True):
         if tokens.length < limit:

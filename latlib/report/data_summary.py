@@ -29,9 +29,8 @@ from latlib.data.splits import (
     file_prompts,
     preference_rows,
 )
-from latlib.text.chat import Row, fitted, tokenise
+from latlib.text.chat import UNBOUNDED, Row, fitted, tokenise
 
-_UNBOUNDED = 1 << 60
 Part = tuple[str, str, str, list[Row], int]  # kind, split, source, rows, and default_completions
 
 
@@ -80,7 +79,7 @@ def _row(prompt: FilePrompt, default: str) -> Row:
 
 def _counts(data: DataSettings, rows: list[Row], tokenizer: Any) -> dict[str, Any]:
     limit = data.max_tokens
-    tokens = tokenise(rows, tokenizer, _UNBOUNDED, data.system_prompt)
+    tokens = tokenise(rows, tokenizer, UNBOUNDED, data.system_prompt)
     over = [row for row in tokens if row.longest > limit]
     kept = []
     if data.too_long != "error":

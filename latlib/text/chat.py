@@ -27,10 +27,9 @@ from latlib.batch import TokenRow
 Turn = tuple[str, str]  # what the user said and what the assistant replied
 Ids = tuple[int, ...]
 THOUGHT, THOUGHT_END = "<think>", "</think>"  # as Qwen3, DeepSeek-R1 and SmolLM3 write them
+UNBOUNDED = 1 << 60  # tokens in a row: no limit
 # stand for the request and the reply while the chat template is looked at; no template holds them
 _ASKED, _REPLY = "Plugh", "Xyzzy"
-
-
 _WORDS = (_REPLY, "Sure", "I", "No", "The", "a", "1")  # how replies begin
 
 

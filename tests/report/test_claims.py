@@ -218,3 +218,60 @@ def test_the_floor_says_what_holds_what_fails_and_what_was_not_measured():
     )
     assert found["base: plain recipes exact"] == "no"
     assert found["AT: embedding PGD at eps 6 absolute"] == "not measured"
+
+
+def verdict_of(name, expected=Verdict.REPRODUCED):
+    return lambda found: found[name].verdict == expected
+
+
+# What the README says did not hold, and what of the committed results has to be so for it.
+DIRECTIONS = ("concentrates", "strongest-vector", "resists-reference", "weaker-to-own")
+SAID = {
+    "the away loss's and not the attack's": verdict_of("away-resists-prefill"),
+    "without any attack nothing gets through either": lambda f: (
+        f["attack-resists-prefill"].ceiling < 0.01
+    ),
+    "half and more of what separates LAT from plain fine-tuning": lambda f: (
+        f["away-lowers-asr"].interval.estimate >= f["attack-lowers-asr"].interval.estimate
+    ),
+    "with a radius of nothing closes more of it still": lambda f: (
+        f["radius-matters"].interval.estimate < f["attack-lowers-asr"].interval.estimate
+    ),
+    "only the rest is the radius's": verdict_of("radius-matters"),
+    "LAT leaks more than AT at other sites": verdict_of("rival-other-sites"),
+    "at the embedding and in encodings": lambda f: (
+        verdict_of("rival-embedding")(f) and verdict_of("rival-encodings")(f)
+    ),
+    "keeps more encoded harmless answers": verdict_of("rival-answers-encoded"),
+    "leetspeak gets through it": verdict_of("leet-gap"),
+    "costs no answers to plain or harmful-sounding requests": lambda f: (
+        verdict_of("eps-too-large-plain", Verdict.NOT_REPRODUCED)(f)
+        and verdict_of("eps-too-large-scary", Verdict.NOT_REPRODUCED)(f)
+    ),
+    "only to encoded ones": verdict_of("eps-too-large-encoded"),
+    "Of the four claims on refusal directions none is reproduced": lambda f: (
+        not any(verdict_of(name)(f) for name in DIRECTIONS)
+    ),
+    "the concentration in two components is real and small": verdict_of(
+        "concentrates", Verdict.NEGLIGIBLE
+    ),
+    "open too few models": lambda f: any(
+        "own direction" in doubt for name in DIRECTIONS for doubt in f[name].doubts
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def committed(root):
+    measured = claims.measure(Evidence.load(root / "results" / "tiny-many"))
+    return {claim.id: claim for claim in measured}
+
+
+@pytest.mark.parametrize("words", SAID)
+def test_what_the_readme_says_did_not_hold_is_what_the_committed_results_say(
+    root, committed, words
+):
+    text = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    start, end = text.index("**What did not hold.**"), text.index("<!-- claims:begin -->")
+    assert words in text[start:end]
+    assert SAID[words](committed)
