@@ -7,9 +7,8 @@ To add a claim, write its effect as a function under `@claim`: evidence -> `Effe
 the claim holds. Its docstring is the test that the report prints. Rules and verdicts are those of
 `latlib.report.verdicts`, the same for all claims.
 
-1. What the *attack* does is the main method against its control: the same rows, steps and losses,
-   the away loss included (from the first step), without an attack. What the away loss does is the
-   control against the undefended twin.
+1. What the *attack* does is the main method against its control, the same rows, steps and losses
+   without an attack; what the away loss does, the control against the undefended twin.
 2. Claims of Abbas et al. are about untargeted LAT and untargeted adversarial training, and count
    refusals as the paper does; compliance stands in the note.
 3. Claims are about the roles that the profile gives its methods: {main}, {control} and the others
@@ -81,13 +80,11 @@ BREAKS = 0.5  # ASR of the control from which a smaller radius could have been s
 TWICE_THE_ODDS = 1 / 3  # Yule's Q of an odds ratio of 2
 WORST = (PGD, PGD_STRONG)
 BENIGN_TERMS = {"defence.kl", "defence.sft"}  # what a variant without the KL term sets to 0
-
 SHESHADRI = "Sheshadri et al. 2024 (arXiv 2407.15549)"
 ABBAS = "Abbas et al. 2025 (arXiv 2504.18872)"
 SEED = "the seed replication"
 FIELD = "a question of the field: reviews of Sheshadri et al. 2024"
-
-# The main method takes the away loss in attacked steps only; the sides of `radius-matters` agree.
+# the main method takes the away loss only in the steps that attack
 UNATTACKED = "{control}: the same losses, from its first step, without the attack"
 
 CLAIMS: list[Claim] = []

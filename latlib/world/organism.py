@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,6 +30,7 @@ from latlib.losses import token_losses
 from latlib.text.chat import Row, tokenise
 from latlib.text.encodings import encode
 from latlib.world import grammar
+from latlib.world.muon import Muon
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -187,7 +187,7 @@ def pretrain(
     blocks = [p for name, p in model.named_parameters() if "model.layers" in name]
     matrices = [parameter for parameter in blocks if parameter.dim() == 2]
     optimisers = [
-        _muon(matrices, settings.muon_lr),
+        Muon(matrices, settings.muon_lr),
         torch.optim.AdamW(tables, settings.adam_lr, (0.9, 0.95), weight_decay=0),
     ]
     schedules = [LambdaLR(optimiser, partial(_rate, settings)) for optimiser in optimisers]
@@ -222,13 +222,3 @@ def _backward(network: LeanNetwork, batch: Batch, labels: int) -> float:
     loss = losses.sum() / labels
     loss.backward()
     return loss.item()
-
-
-def _muon(matrices: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """torch's Muon (2.9 and later). Raises RuntimeError on an older torch, which has none."""
-    if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(
-            f"torch {torch.__version__} has no Muon optimiser: building the organism needs torch"
-            " >= 2.9"
-        )
-    return torch.optim.Muon(matrices, lr=lr, momentum=0.95, nesterov=True, weight_decay=0.1)

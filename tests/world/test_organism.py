@@ -15,7 +15,7 @@ from latlib.refusal.directions import paired_differences
 from latlib.refusal.selection import select
 from latlib.text.chat import Row, tokenise
 from latlib.text.encodings import ENCODINGS, encode
-from latlib.world import grammar, organism
+from latlib.world import grammar
 from latlib.world.organism import CONTEXT, build_model, build_tokenizer, pretrain, pretraining_rows
 
 MODEL = ModelSettings(dim=D, layers=LAYERS, heads=4, kv_heads=2, ffn=24, vocabulary=700)
@@ -125,12 +125,6 @@ def test_pretraining_lowers_the_loss_and_is_the_same_every_time(tokenizer):
     (losses, head), (again, other_head) = run(), run()
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert losses == again and torch.equal(head, other_head)
-
-
-def test_an_old_torch_is_told_apart(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RuntimeError, match="no Muon optimiser.*torch >= 2.9"):
-        organism._muon([], 0.1)
 
 
 def test_a_template_may_put_more_tokens_behind_the_request():
