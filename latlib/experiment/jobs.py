@@ -91,14 +91,21 @@ def _leave_with_parent() -> None:
 def work(profile: Profile, folder: Path, jobs: Sequence[Job]) -> None:
     """Do all jobs of a run folder, those first that others wait for.
 
-    Raises the first job's error; `Stopped` when asked to stop.
+    Raises the first job's error; `Stopped` when asked to stop, and in place of KeyboardInterrupt.
     """
     if not jobs:
         return
     count = worker_count(profile, len(jobs))
-    if count > 1:
-        _in_processes(folder, jobs, count, threads_for(profile, count))
-        return
+    try:
+        if count > 1:
+            _in_processes(folder, jobs, count, threads_for(profile, count))
+        else:
+            _one_by_one(folder, jobs)
+    except KeyboardInterrupt:  # of what has no step to save, here or in a worker
+        raise progress.Stopped("interrupted; what was finished is saved") from None
+
+
+def _one_by_one(folder: Path, jobs: Sequence[Job]) -> None:
     for number, job in enumerate(jobs, start=1):
         label = f"{job.name} ({number} of {len(jobs)})" if len(jobs) > 1 else job.name
         with progress.Progress(folder, label, 1) as bar:

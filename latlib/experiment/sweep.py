@@ -42,7 +42,7 @@ from latlib.experiment.spec import Spec
 from latlib.experiment.sweep_tasks import files_of, packed, perform, unpack
 from latlib.io.machine import available_cores
 from latlib.io.messages import in_a_line
-from latlib.io.progress import ExitStatus
+from latlib.io.progress import ExitStatus, Stopped
 
 RETRIES = 3  # of a trial whose process or machine was lost; an error of its own is not retried
 REMIND_S = 60.0  # after which the driver says that it waits
@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ProfileError, SweepError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitStatus.USAGE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         print("\nstopped; what was finished is saved: continue with the same command", flush=True)
         return ExitStatus.STOPPED
 

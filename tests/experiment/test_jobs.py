@@ -50,6 +50,19 @@ def test_a_worker_that_is_killed_is_said_to_be_that(tmp_path):
         work(TWO, tmp_path, [Job("one", killed), Job("two", killed)])
 
 
+def interrupted(on_step):
+    raise KeyboardInterrupt  # as default_int_handler does where no step is to be saved
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=["here", "in workers"])
+def test_an_interrupt_without_a_step_to_save_is_a_line_too(tmp_path, names):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(progress.Stopped) as stopped:
+        work(TWO, tmp_path, [Job(name, interrupted) for name in names])
+    said = "interrupted; what was finished is saved; run again to continue"
+    assert stopped.value._render_traceback_() == [said]
+
+
 def test_a_script_that_workers_run_again_is_told_what_it_lacks(tmp_path):
     (tmp_path / "logs").mkdir()
     script = tmp_path / "mine.py"
