@@ -11,6 +11,10 @@
    copy. Of a run that was made in several sittings the line tells what the last one took, and says
    so.
 4. A manifest with the checksums of all of it lies beside it (`latlib.io.manifest`).
+5. `restore` is the way back: a run folder of published evidence, on which notebooks that train
+   nothing (09, 99) run again when the report has changed:
+    python -m latlib.report.publish --restore results/tiny-many runs/again
+    ./run_all.sh --profile tiny-many --out runs/again --only 09,99
 The folder is put into place whole, and only when it stays below the size a repository should carry.
 What it replaces must be what was published there, unchanged.
 """
@@ -21,15 +25,16 @@ import argparse
 import json
 import shutil
 import sys
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
 
 from latlib.experiment.layout import BEGAN
 from latlib.io import manifest
-from latlib.io.files import folder_aside, without_paths
+from latlib.io.files import folder_aside, read_json, without_paths
 from latlib.io.machine import available_cores
 from latlib.report.claims import write_readme
 from latlib.report.tables import between_markers
@@ -38,7 +43,8 @@ LIMIT_BYTES = 8_000_000
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".ipynb")
 COPIED = ("report.html", "profile.yaml", "results/*.json", "results/*.png", "metrics/*.jsonl")
 NOTEBOOKS = "notebooks/[0-9][0-9]_*.ipynb"
-NO_NOTEBOOKS = ("cores", "resumed")  # of a timing: no notebooks
+TIMING = "timing.json"
+OF_A_RUN = ("notebooks", "metrics", "profile.yaml", "report.html")  # where they lie in a run, too
 STARTING_S = 120  # seconds from a run's first file to its first notebook, at most: our choice
 
 
@@ -67,6 +73,26 @@ def publish(run: Path, target: Path) -> None:
             shutil.rmtree(target)
 
 
+def restore(published: Path, run: Path) -> None:
+    """Lay out a run folder of published evidence; it has no models.
+
+    Raises FileExistsError when `run` is there already, ValueError when nothing was published at
+    `published`, or something in it is damaged.
+    """
+    if run.exists():
+        raise FileExistsError(f"{run} is there already: give another folder")
+    if not (published / manifest.NAME).is_file():
+        raise ValueError(f"{published} has no {manifest.NAME}: it holds no published results")
+    with folder_aside(run.resolve()) as folder:
+        for file in manifest.files_below(published.resolve()):
+            if damage := manifest.damage(file):
+                raise ValueError(f"{file}: {damage}")
+            path = file.relative_to(published.resolve())
+            place = folder / path if path.parts[0] in OF_A_RUN else folder / "results" / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
+
+
 def check_replaceable(target: Path) -> None:
     """Raise FileExistsError where `target` holds something that was not published there, or was
     changed since."""
@@ -89,7 +115,7 @@ def _write(run: Path, folder: Path) -> None:
             copy.write_text(_text(source, run), encoding="utf-8")
         else:
             shutil.copy2(source, copy)
-    (folder / "timing.json").write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
+    (folder / TIMING).write_text(json.dumps(timing(run), indent=1), encoding="utf-8")
     (folder / "outcomes").mkdir()
     tables = [pd.read_parquet(path) for path in _files(run, "results/outcomes/*.parquet")]
     every = pd.concat(tables, ignore_index=True)
@@ -114,30 +140,41 @@ def _text(file: Path, run: Path) -> str:
     return without_paths(text, run)
 
 
-def timing(run: Path) -> dict[str, float]:
-    """Seconds each executed notebook of a run took, the processor cores of this machine, and
-    whether the run had begun in an earlier sitting (1 or 0)."""
-    seconds: dict[str, float] = {}
+def timing(run: Path) -> dict[str, Any]:
+    """What a run took: `notebooks`, seconds of each executed one; `resumed`, whether it had begun
+    in an earlier sitting; `models` and `training_s`, how many were trained and in how many seconds;
+    `began`, a date; the `cores` of this machine. Of a restored run, what was published.
+    """
+    if (published := run / "results" / TIMING).is_file():
+        return read_json(published)
+    notebooks: dict[str, float] = {}
     starts = []
     for path in _files(run, NOTEBOOKS):
         bookkeeping = nbformat.read(path, as_version=4).metadata.get("papermill", {})
-        seconds[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
+        notebooks[path.stem] = round(bookkeeping.get("duration") or float("nan"), 1)
         if started := bookkeeping.get("start_time"):
             starts.append(datetime.fromisoformat(started).timestamp())
-    began = run / BEGAN
-    resumed = began.is_file() and bool(starts) and min(starts) - began.stat().st_mtime > STARTING_S
-    return {"cores": available_cores(), "resumed": float(resumed), **seconds}
+    began = (run / BEGAN).stat().st_mtime
+    cards = [read_json(path) for path in _files(run, "models/*/latlib.json")]
+    return {
+        "cores": available_cores(),
+        "resumed": bool(starts) and min(starts) - began > STARTING_S,
+        "began": str(date.fromtimestamp(began)),
+        "models": len(cards),
+        "training_s": round(sum(card.get("seconds", 0.0) for card in cards), 1),
+        "notebooks": notebooks,
+    }
 
 
-def with_timing(readme: str, seconds: dict[str, float]) -> str:
+def with_timing(readme: str, took: dict[str, Any]) -> str:
     """`readme` with the line between its timing markers written from `timing`'s result."""
-    minutes = {name: value / 60 for name, value in seconds.items() if name not in NO_NOTEBOOKS}
+    minutes = {name: seconds / 60 for name, seconds in took["notebooks"].items()}
     each = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
-    took = "the committed run took"
-    if seconds["resumed"]:
-        took = "the last of several sittings, which made what was still missing of the run, took"
+    who = "the committed run took"
+    if took["resumed"]:
+        who = "the last of several sittings, which made what was still missing of the run, took"
     line = (
-        f"**How long it takes.** On {seconds['cores']:.0f} CPU cores {took}"
+        f"**How long it takes.** On {took['cores']} CPU cores {who}"
         f" {sum(minutes.values()):.1f} minutes after installation ({each})."
     )
     return between_markers(readme, "timing", line)
@@ -150,11 +187,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="run folder, such as runs/tiny")
     parser.add_argument("target", type=Path, help="where it goes, such as results/tiny")
+    parser.add_argument("--restore", action="store_true", help="lay out a run folder of results")
     parser.add_argument("--claims", type=Path, help="README whose table of claims is written anew")
     parser.add_argument("--timing", type=Path, help="README whose line on time is written anew")
     options = parser.parse_args(arguments)
     try:
-        publish(options.run, options.target)
+        (restore if options.restore else publish)(options.run, options.target)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if options.claims:

@@ -23,12 +23,10 @@ from pandas import DataFrame, Series
 
 from latlib import __version__
 from latlib.evaluation.outcomes import HARMLESS, PLAIN
-from latlib.experiment.layout import BEGAN
-from latlib.io.files import read_json
 from latlib.report.attack_checks import Status, in_ball
 from latlib.report.claims import SCARY, TYPED
 from latlib.report.evidence import Evidence, MissingError, attacks_in, rate, shared
-from latlib.report.publish import NO_NOTEBOOKS, timing
+from latlib.report.publish import timing
 from latlib.report.stats import Interval, sizes
 from latlib.report.tables import ABSENT, markdown
 from latlib.report.verdicts import Claim, Ground, Verdict, grounds_of
@@ -287,18 +285,14 @@ def if_measured(make: Callable[[Evidence], str], e: Evidence) -> str:
 
 def about(folder: Path) -> str:
     """Code, dates and time of a run, as its folder has them."""
-    seconds = []
-    for path in folder.glob("models/*/latlib.json"):
-        seconds.append(read_json(path).get("seconds", 0))
-    notebooks = timing(folder)
-    sitting = "the last of several sittings" if notebooks["resumed"] else "the one sitting"
-    notebook_s = sum(notebooks[name] for name in notebooks if name not in NO_NOTEBOOKS)
-    began = date.fromtimestamp((folder / BEGAN).stat().st_mtime)
+    took = timing(folder)
+    sitting = "the last of several sittings" if took["resumed"] else "the one sitting"
+    notebooks, training = took["notebooks"], took["training_s"] / 60
     lines = [
         f"Code: latlib {__version__}, commit {_commit()}.",
-        f"Dates: settings of {began}, report of {date.today()}.",
-        f"Time: {len(seconds)} models, {sum(seconds) / 60:.1f} minutes of training; {sitting}"
-        f" took {notebook_s / 60:.1f} minutes for {len(notebooks) - len(NO_NOTEBOOKS)} notebooks.",
+        f"Dates: settings of {took['began']}, report of {date.today()}.",
+        f"Time: {took['models']} models, {training:.1f} minutes of training; {sitting}"
+        f" took {sum(notebooks.values()) / 60:.1f} minutes for {len(notebooks)} notebooks.",
     ]
     return "\n".join(f"* {line}" for line in lines)
 

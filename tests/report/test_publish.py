@@ -20,6 +20,8 @@ def run(tmp_path):
         (folder / name).mkdir(parents=True)
     (folder / "report.html").write_text(f"<p>made in {folder}/notebooks</p>")
     (folder / "profile.yaml").write_text("name: tiny\n")
+    (folder / "began.json").write_text("{}")
+    (folder / "models" / "lat-seed0" / "latlib.json").write_text('{"seconds": 60.04}')
     (folder / "results" / "claims.json").write_text("[]")
     (folder / "results" / "main_figure.png").write_bytes(b"png")
     (folder / "metrics" / "lat-seed0.jsonl").write_text("{}\n")
@@ -56,7 +58,9 @@ def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
     ]
     assert not any(str(tmp_path) in text for text in texts)
     assert "runs/tiny/notebooks" in (target / "report.html").read_text()
-    assert json.loads((target / "timing.json").read_text())["01_hooks"] == 90.0
+    took = json.loads((target / "timing.json").read_text())
+    assert took["notebooks"] == {"01_hooks": 90.0}
+    assert (took["models"], took["training_s"]) == (1, 60.0)
 
 
 def test_an_unfinished_run_is_refused_and_the_old_evidence_stays(run, tmp_path):
@@ -77,19 +81,19 @@ def test_too_much_evidence_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_the_readme_says_how_long_it_took():
-    seconds = {"cores": 2, "resumed": 0.0, "01_hooks": 90.0, "02_pgd_attack": 30.0}
-    text = publish.with_timing(README, seconds)
+    notebooks = {"01_hooks": 90.0, "02_pgd_attack": 30.0}
+    took = {"cores": 2, "resumed": False, "notebooks": notebooks}
+    text = publish.with_timing(README, took)
     assert (
         "On 2 CPU cores the committed run took 2.0 minutes" in text
         and "old" not in text
         and text.endswith("tail\n")
     )
     with pytest.raises(ValueError, match="markers"):
-        publish.with_timing("no markers", seconds)
+        publish.with_timing("no markers", took)
 
 
 def test_a_run_of_several_sittings_is_not_timed_by_its_last(run):
-    (run / "began.json").write_text("{}")
     began = (run / "began.json").stat().st_mtime
     file = run / "notebooks" / "01_hooks.ipynb"
     for minutes, said in ((1, "the committed run took 1.5"), (60, "the last of several sittings")):
@@ -98,3 +102,30 @@ def test_a_run_of_several_sittings_is_not_timed_by_its_last(run):
         notebook.metadata["papermill"]["start_time"] = started
         nbformat.write(notebook, file)
         assert said in publish.with_timing(README, publish.timing(run))
+
+
+def test_published_evidence_becomes_a_run_again_and_says_what_that_took(run, tmp_path):
+    published, again = tmp_path / "results" / "tiny", tmp_path / "runs" / "again"
+    publish.main([str(run), str(published)])
+    took = publish.timing(run)
+    publish.main(["--restore", str(published), str(again)])
+    nbformat.write(nbformat.v4.new_notebook(), again / "notebooks" / "99_report.ipynb")
+    assert publish.timing(again) == took
+    assert pd.read_parquet(again / "results" / "outcomes")["seed"].tolist() == [0, 1]
+    second = tmp_path / "second"
+    publish.publish(again, second)
+    listed = {file.relative_to(published) for file in published.rglob("*") if file.is_file()}
+    here = {file.relative_to(second) for file in second.rglob("*") if file.is_file()}
+    assert here == listed | {Path("notebooks/99_report.ipynb")}
+    with pytest.raises(SystemExit, match="there already"):
+        publish.main(["--restore", str(published), str(again)])
+
+
+def test_damaged_evidence_is_not_restored(run, tmp_path):
+    published = tmp_path / "results"
+    publish.publish(run, published)
+    (published / "claims.json").write_text("[1]")
+    for folder, words in ((published, "claims.json"), (run, "no published results")):
+        with pytest.raises(SystemExit, match=words):
+            publish.main(["--restore", str(folder), str(tmp_path / "again")])
+    assert not (tmp_path / "again").exists()
