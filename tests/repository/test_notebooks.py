@@ -15,6 +15,9 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+TAUGHT = ("01", "02", "03", "04", "05", "06")  # have exercises
+EXERCISE = re.compile(r"^\*\*(\d)\. ", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 COMPARED = "NBVAL_CHECK_OUTPUT"
 KEPT = "keep_output"  # nbstripout's word for the same cells
 MOST_LINES = 15
@@ -128,6 +131,30 @@ def test_what_it_imports_stands_where_it_says(notebook):
     latlib = house.read_sources(NOTEBOOKS[0].parents[1] / "latlib")
     names = {name for cell in code_of(notebook) for name in house.names_imported(cell.source)}
     assert names and not {name for name in names if not house.exists(latlib, name)}
+
+
+def test_links_lead_somewhere(notebook):
+    for cell in notebook.cells:
+        for link in LINK.findall(cell.source) if cell.cell_type == "markdown" else ():
+            assert (NOTEBOOKS[0].parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem[:2] in TAUGHT], ids=lambda p: p.stem
+)
+def test_exercises_have_code_and_a_folded_answer(path):
+    latlib = house.read_sources(path.parents[1] / "latlib")
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    assert sum("## Exercises" in source for source in cells) == 1
+    exercises = [source for source in cells if EXERCISE.search(source)]
+    assert [EXERCISE.search(source)[1] for source in exercises] == ["1", "2", "3"][: len(exercises)]
+    assert len(exercises) >= 2, "a reader learns by trying"
+    for source in exercises:
+        (code,) = re.findall(r"```python\n(.*?)```", source, re.DOTALL)
+        assert {n for n in house.names_imported(code) if not house.exists(latlib, n)} == set()
+        answer = source.partition("```\n\n<details><summary>Answer</summary>\n\n")[2]
+        assert answer.endswith("\n\n</details>"), "blank lines, or it is not read as Markdown"
+    assert "Next: [" in cells[-1]
 
 
 def test_every_figure_has_an_alternative_text(notebook):
