@@ -91,6 +91,7 @@ def restore(published: Path, run: Path) -> None:
             place = folder / path if path.parts[0] in OF_A_RUN else folder / "results" / path
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
+        manifest.record(folder, folder, folder)
 
 
 def check_replaceable(target: Path) -> None:

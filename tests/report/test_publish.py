@@ -8,6 +8,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from latlib.io import manifest
 from latlib.report import publish
 
 README = "# x\n<!-- timing:begin -->\nold\n<!-- timing:end -->\ntail\n"
@@ -111,6 +112,7 @@ def test_published_evidence_becomes_a_run_again_and_says_what_that_took(run, tmp
     publish.main(["--restore", str(published), str(again)])
     nbformat.write(nbformat.v4.new_notebook(), again / "notebooks" / "99_report.ipynb")
     assert publish.timing(again) == took
+    assert "report.html" in manifest.listed(again)
     assert pd.read_parquet(again / "results" / "outcomes")["seed"].tolist() == [0, 1]
     second = tmp_path / "second"
     publish.publish(again, second)
