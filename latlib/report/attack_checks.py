@@ -320,7 +320,10 @@ def panel(
     for rule in RULES:
         for eps, method in product(radii[rule.at], methods_of(e, rule.who)):
             case = Case(e, method, eps, gradients.get(method), unbound.get(method))
-            checks.append(_check(rule, case))
+            asked = (rule.name, method, str(eps), str(case.gradients), case.unbound)
+            if asked not in e.checked:
+                e.checked[asked] = _check(rule, case)
+            checks.append(e.checked[asked])
     return checks
 
 

@@ -27,6 +27,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame, Series
 
@@ -138,7 +139,7 @@ class Evidence:
         """The radius of the main method's attack, in its unit."""
         return self.profile.training(self.main).attack.eps
 
-    @property
+    @cached_property
     def unit(self) -> str:
         """The unit of every eps of the evaluation: 'absolute', or 'relative' to the median residual
         norm of the site."""
@@ -228,11 +229,33 @@ class Evidence:
         rows = self.outcomes
         asked = rows["encoding"] + ">" + rows["reply_encoding"]
         where = rows["sites"].where(rows["sites"].isin(["", "embedding"]), "latent")
-        return rows.assign(encoding=asked.str.removesuffix(f">{PLAIN}"), where=where)
+        rows = rows.assign(encoding=asked.str.removesuffix(f">{PLAIN}"), where=where)
+        texts = {}
+        for name, column in rows.items():
+            if isinstance(column.dtype, pd.StringDtype):
+                # in one piece: to take rows of a column in many is five times as slow
+                texts[name] = pd.array(column.to_numpy(object), column.dtype)
+        return rows.assign(**texts)
 
     @cached_property
-    def _by_method(self) -> dict[str, DataFrame]:
-        return dict(list(self.rows.groupby("method", sort=False)))
+    def checked(self) -> dict[tuple[Any, ...], Any]:
+        """What `attack_checks.panel` has found, which several pages ask for."""
+        return {}
+
+    @cached_property
+    def _places(self) -> dict[str, dict[Any, np.ndarray]]:
+        """Column -> value -> the places of its rows, ascending; of columns that were asked for."""
+        return {}
+
+    def _with(self, column: str, values: Sequence[Any]) -> np.ndarray:
+        """[rows] bool: which have one of the values in a column."""
+        if column not in self._places:
+            self._places[column] = self.rows.groupby(column, sort=False).indices
+        places = self._places[column]
+        found = np.zeros(len(self.rows), bool)
+        for value in values:
+            found[places.get(value, [])] = True
+        return found
 
     def cell(
         self, method: Names, attack: Names | None = "none", partial: bool = False, **columns: Any
@@ -251,13 +274,10 @@ class Evidence:
         for column, values in wanted.items():
             if values is not None:
                 lists[column] = [values] if isinstance(values, str | float | int) else list(values)
-        of_methods = [self._by_method[name] for name in lists["method"] if name in self._by_method]
-        rows = pd.concat(of_methods or [self.rows.iloc[:0]]).sort_index()
-        others = [column for column in lists if column not in ("method", "attack")]
-        for column in ("attack", *others):  # the attack first: it leaves least
-            if column not in lists:
-                continue
-            rows = rows[rows[column].isin(lists[column])]
+        found = np.ones(len(self.rows), bool)
+        for column, values in lists.items():
+            found &= self._with(column, values)
+        rows = self.rows[found]
         absent = set(lists["method"]) - set(rows["method"])
         absent |= set(lists.get("attack", ())) - set(rows["attack"])
         if rows.empty or (absent and not partial):
@@ -310,9 +330,18 @@ def hits(rows: DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> Da
     """One row a prompt: its keys, its cluster, and `hit`, whether any of its rows has the
     outcome.
     """
-    marked = rows.assign(hit=rows["outcome"] == outcome)
-    by_prompt = marked.groupby(list(keys), as_index=False)
-    return by_prompt.agg(hit=("hit", "max"), cluster=("cluster", "first"))
+    # numbered by hand: to aggregate texts takes pandas several times as long
+    number = rows.groupby(list(keys)).ngroup()
+    known = number.notna()  # a row whose key is missing is of no prompt
+    rows = rows[known]
+    number = number[known].to_numpy(int)
+    _, first = np.unique(number, return_index=True)
+    hit = np.zeros(len(first), bool)
+    won = rows["outcome"] == outcome
+    hit[number[won]] = True
+    by_prompt = rows[[*keys, "cluster"]].iloc[first]
+    by_prompt = by_prompt.reset_index(drop=True)
+    return by_prompt.assign(hit=hit)
 
 
 def rate(rows: DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMPT_KEYS) -> Interval:
@@ -325,9 +354,16 @@ def rate(rows: DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMP
 
 def rates_by(rows: DataFrame, by: str | list[str], outcome: str = "complied") -> Series:
     """The rate of each group of rows, indexed by the columns `by`, in the order of the rows."""
-    groups = rows.groupby(by, sort=False)
-    rates = [rate(part, outcome) for _, part in groups]
-    return Series(rates, index=groups.size().index, dtype=object)
+    first = [by] if isinstance(by, str) else by
+    keys = dict.fromkeys((*first, *PROMPT_KEYS))
+    by_prompt = hits(rows, outcome, list(keys))  # once, and not in every group
+    groups = by_prompt.groupby(by, sort=False)
+    rates = []
+    for _, part in groups:
+        rates.append(cluster_interval(part["hit"], part["cluster"], part["seed"]))
+    found = Series(rates, index=groups.size().index, dtype=object)
+    order = rows.groupby(by, sort=False).size().index
+    return found.reindex(order)
 
 
 def outcome_table(

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import StratifiedTable
 from statsmodels.stats.multitest import multipletests
@@ -181,7 +182,7 @@ def _cells(values: Column, clusters: Column, seeds: Column | None) -> np.ndarray
     wrong = np.count_nonzero(~np.isfinite(numbers))
     if wrong:
         raise ValueError(f"{wrong} of {lengths[0]} values are not finite: leave them out first")
-    places = [np.unique(column, return_inverse=True)[1] for column in (seeds, clusters)]
+    places = [pd.factorize(pd.Series(column), sort=True)[0] for column in (seeds, clusters)]
     cells = np.zeros((2, *(place.max() + 1 for place in places)))
     np.add.at(cells[0], tuple(places), numbers)
     np.add.at(cells[1], tuple(places), 1)
