@@ -15,8 +15,9 @@ usage: ./run_all.sh [--profile NAME|FILE] [--only 03] [--out DIR] [--fresh] [--u
        ./run_all.sh --compare A B [--out FILE]
        ./run_all.sh --test [-- PYTEST_ARGUMENTS]
 
-Runs the notebooks in order and leaves runs/<profile>/report.html. The first time it makes an environment in .venv (or
-uses the active one, where latlib is installed from this checkout). Interrupted, the same command continues.
+Runs the notebooks in order and leaves runs/<profile>/report.html, which is written anew after every notebook. The first
+time it makes an environment in .venv (or uses the active one, where latlib is installed from this checkout). Interrupted,
+the same command continues.
 
   --profile NAME|FILE  settings of the run: a name from profiles/, or a YAML file of your own (default: tiny);
                        glance: a first look, on which tiny goes on

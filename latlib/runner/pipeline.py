@@ -10,7 +10,8 @@
 3. Meanwhile draw one line from `<run>/progress.json`: live on a terminal, every ten seconds
    elsewhere.
 4. Export `00_glance.ipynb` to `<run>/glance.html` and `99_report.ipynb` to `<run>/report.html`,
-   each when it has run.
+   each when it has run; and have the report so far written there after every other notebook, beside
+   the next one (`runner.interim`).
 
 Exit status (`io.progress.ExitStatus`): 0 done; 1 a notebook failed (the last lines say which cell,
 and where the log is); 2 a wrong option or setting; 3 something a run needs is missing; 75 stopped
@@ -39,6 +40,7 @@ from latlib.experiment.record import PROFILE
 from latlib.io import manifest, progress
 from latlib.io.files import SET_ASIDE, discard, set_aside
 from latlib.io.progress import ExitStatus
+from latlib.runner.interim import Interim
 from latlib.runner.kernel import GRACE_S, Kernel
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 
 REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
 DAY_S = 86_400
-PAGES = {"00_glance": "glance.html", "99_report": "report.html"}  # notebook -> what it becomes
+REPORT = "99_report"
+ON_REQUEST = ("08_your_model",)  # of no run of the suite: about a model of one's own
+PAGES = {"00_glance": "glance.html", REPORT: "report.html"}  # notebook -> what it becomes
 # what a line of a parameters cell assigns to, annotated or not
 _ASSIGNED = re.compile(r"^(\w+)\s*(?::[^=]+)?=(?!=)", re.MULTILINE)
 
@@ -68,10 +72,10 @@ def find_notebooks(folder: Path) -> list[Path]:
 
 def choose(notebooks: list[Path], only: list[str]) -> list[Path]:
     """The notebooks named by `only` (`03`, `3`, `03_lat_training` or `lat_training`; commas
-    allowed), in run order.
+    allowed), in run order; where it names none, all but those on request.
     """
     if not only:
-        return notebooks
+        return [notebook for notebook in notebooks if notebook.stem not in ON_REQUEST]
     words = re.findall(r"[^,\s]+", ",".join(only))
     if not words:
         raise UsageError("--only names no notebook: give a number such as 03")
@@ -175,11 +179,12 @@ def _agreed(folder: Path) -> bool:
 
 
 class LiveLine(threading.Thread):
-    """Draws the state of one notebook until it is closed."""
+    """Draws the state of one notebook until it is closed, and says once where the report so far
+    is."""
 
-    def __init__(self, name: str, kernel: Kernel) -> None:
+    def __init__(self, name: str, kernel: Kernel, interim: Interim) -> None:
         super().__init__(daemon=True)
-        self.notebook, self.kernel = name, kernel
+        self.notebook, self.kernel, self.interim = name, kernel, interim
         self.terminal = sys.stdout.isatty()
         self.started = time.monotonic()
         self._closed = threading.Event()
@@ -187,6 +192,7 @@ class LiveLine(threading.Thread):
     def run(self) -> None:
         """Draw, and draw again."""
         while not self._closed.wait(REDRAW_S if self.terminal else LINE_S):
+            self._say_news()
             record = progress.read(self.kernel.run_folder)
             text = _line(self.notebook, self.started, self.kernel, record)
             width = shutil.get_terminal_size((80, 24)).columns
@@ -196,7 +202,12 @@ class LiveLine(threading.Thread):
         """Replace the line by the notebook's summary."""
         self._closed.set()
         self.join()
+        self._say_news()
         self._draw(f"{_timed(self.notebook, self.started)}  {outcome}\n")
+
+    def _say_news(self) -> None:
+        if news := self.interim.news():
+            self._draw(f"{news}\n")
 
     def _draw(self, text: str) -> None:
         clear = "\r\x1b[2K" if self.terminal else ""
@@ -228,15 +239,28 @@ def _line(name: str, started: float, kernel: Kernel, record: dict[str, Any] | No
 
 
 def run_all(notebooks: list[Path], parameters: dict[str, Any], kernel: Kernel) -> ExitStatus:
-    """Run `notebooks` into the kernel's run folder, and refresh the pages of those that have
-    one.
+    """Run `notebooks` into the kernel's run folder, and refresh the pages of those that have one;
+    that of the report beside every other notebook, too.
     """
     for notebook in notebooks:
         check_parameters(notebook, list(parameters))
+    report = next((notebook for notebook in notebooks if notebook.stem == REPORT), None)
+    interim = Interim(report, kernel.run_folder / PAGES[REPORT], parameters)
+    try:
+        return _run_each(notebooks, parameters, kernel, interim)
+    finally:
+        interim.stop()
+
+
+def _run_each(
+    notebooks: list[Path], parameters: dict[str, Any], kernel: Kernel, interim: Interim
+) -> ExitStatus:
     started = time.monotonic()
     pages = []
-    for notebook in notebooks:
-        failure = None if kernel.stopping else _run(notebook, parameters, kernel)
+    for number, notebook in enumerate(notebooks, start=1):
+        if notebook == interim.notebook:
+            interim.stop()
+        failure = None if kernel.stopping else _run(notebook, parameters, kernel, interim)
         if kernel.stopping:
             print("\nstopped; what was finished is saved: continue with the same command")
             return ExitStatus.STOPPED
@@ -247,19 +271,28 @@ def run_all(notebooks: list[Path], parameters: dict[str, Any], kernel: Kernel) -
             pages.append(kernel.run_folder / page)
             if not _export(kernel.run_folder / "notebooks" / notebook.name, pages[-1]):
                 return ExitStatus.FAILED
+        interim.refresh(_not_run(notebooks[number:], kernel.run_folder))
     print(f"{_timed('all', started)}  ok", flush=True)
     for written in pages:
         print(f"\nreport: {written}", flush=True)
     return ExitStatus.DONE
 
 
-def _run(notebook: Path, parameters: dict[str, Any], kernel: Kernel) -> Failure | None:
+def _not_run(notebooks: list[Path], folder: Path) -> list[str]:
+    """Those that this run has never finished, without its report."""
+    done = {REPORT, *(path.stem for path in (folder / "notebooks").glob("*.ipynb"))}
+    return [notebook.stem for notebook in notebooks if notebook.stem not in done]
+
+
+def _run(
+    notebook: Path, parameters: dict[str, Any], kernel: Kernel, interim: Interim
+) -> Failure | None:
     """Run one notebook under its line."""
     from latlib.runner.notebooks import run_notebook  # papermill: not before the options are right
 
     folder = kernel.run_folder
     (folder / "progress.json").unlink(missing_ok=True)
-    line = LiveLine(notebook.stem, kernel)
+    line = LiveLine(notebook.stem, kernel, interim)
     line.start()
     failure = run_notebook(notebook, folder, parameters, kernel)
     outcome = "ok"

@@ -53,7 +53,7 @@ def command(place, *options):
 
 def run(place, *options):
     return subprocess.run(
-        command(place, *options), capture_output=True, text=True, timeout=120, cwd="/"
+        command(place, *options), capture_output=True, text=True, timeout=280, cwd="/"
     )
 
 
@@ -459,3 +459,163 @@ def test_the_process_that_workers_are_forked_from_starts_with_the_kernel(place):
     assert done.returncode == 0, done.stdout + done.stderr
     executed = nbformat.read(place / "run dir" / "notebooks" / "01_first.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "True True\n"
+
+
+# ---- the report so far
+
+# of a report: what is there, and what was given
+REPORT = """
+from pathlib import Path
+from IPython.display import HTML, display
+print(f'of {Path(profile).name}:', *sorted(p.stem for p in Path(out, 'notebooks').glob('0*')))
+display(HTML('<p>a figure</p>'))
+"""
+WAITS = """
+import time
+from pathlib import Path
+started = time.monotonic()
+while not ({condition}) and time.monotonic() < started + 200:
+    time.sleep(0.05)
+assert {condition}
+"""
+WRITTEN = "Path(out, 'report.html').exists()"
+
+
+def test_the_report_so_far_is_written_beside_the_next_notebook(place):
+    notebooks = place / "notebooks"
+    write_notebook(notebooks, "01_first", "x = 1")
+    keep = "Path(out, 'results', 'so_far.html').write_text(Path(out, 'report.html').read_text())"
+    write_notebook(notebooks, "02_second", WAITS.format(condition=WRITTEN), keep)
+    write_notebook(notebooks, "03_third", "x = 3")
+    write_notebook(notebooks, "99_report", REPORT, "'the last expression'")
+    done = run(place)
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    folder = place / "run dir"
+    so_far = (folder / "results" / "so_far.html").read_text()
+    assert "of mine.yaml: 01_first\n" in so_far, "the state then, with the run's parameters"
+    assert "<p>a figure</p>" in so_far and "the last expression" in so_far
+    top = so_far.index("Not run yet")
+    assert so_far.index("Is it so?</h1>") < top < so_far.index("of mine.yaml")
+    assert "<code>02_second</code>, <code>03_third</code>." in so_far[top : top + 100]
+    assert f"{place}/" not in so_far
+    last = (folder / "report.html").read_text()
+    assert "of mine.yaml: 01_first 02_second 03_third\n" in last and "Not run yet" not in last
+    assert done.stdout.count(f"report so far: {folder / 'report.html'}\n") == 1
+    assert not list(folder.glob(".report.html*"))
+    again = run(place)
+    assert again.returncode == 0 and "so far" not in again.stdout, "nothing is lacking now"
+
+
+def test_a_report_so_far_that_fails_is_in_the_log_and_fails_nothing(place):
+    notebooks = place / "notebooks"
+    write_notebook(notebooks, "01_first", "x = 1")
+    failed = "'ZeroDivisionError' in Path(out, 'logs', 'report_so_far.log').read_text()"
+    write_notebook(notebooks, "02_second", WAITS.format(condition=failed), f"assert not {WRITTEN}")
+    write_notebook(
+        notebooks, "99_report", REPORT, "1 / Path(out, 'notebooks/02_second.ipynb').exists()"
+    )
+    done = run(place)
+    assert done.returncode == 0 and "so far" not in done.stdout, done.stdout + done.stderr
+    assert "01_first 02_second\n" in (place / "run dir" / "report.html").read_text()
+
+
+def test_there_is_none_without_a_report(place):
+    for name in ("01_first", "02_second", "99_report"):
+        write_notebook(place / "notebooks", name, "x = 1")
+    done = run(place, "--only", "01,02")
+    assert done.returncode == 0 and "report" not in done.stdout
+    assert not (place / "run dir" / "logs" / "report_so_far.log").exists()
+
+
+SLOW_REPORT = """
+import os, time
+from pathlib import Path
+if not Path(out, 'notebooks', '02_second.ipynb').exists():
+    Path(out, 'reporter').write_text(f'{os.getpid()} {os.nice(0)}')
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_reporter_is_left_after_a_stop_or_a_kill(place, number):
+    notebooks = place / "notebooks"
+    write_notebook(notebooks, "01_first", "x = 1")
+    write_notebook(notebooks, "02_second", "OBEYS = True", LOOP)
+    write_notebook(notebooks, "99_report", SLOW_REPORT)
+    process, kernel = started(place)
+    pid, niceness = reporter(place)
+    assert niceness > os.nice(0), "it would take time from the notebook"
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert gone(pid, 5), "a reporter is left"
+    assert not list((place / "run dir").glob("*report.html*"))
+    assert gone(kernel, 60)
+
+
+def reporter(place):
+    """Process id and niceness of what writes the report so far, once it does."""
+    file = place / "run dir" / "reporter"
+    for _ in range(4000):
+        if file.exists() and (text := file.read_text()):
+            return [int(word) for word in text.split()]
+        time.sleep(0.05)
+    raise AssertionError("no report was begun within 200 s")
+
+
+def test_the_last_report_waits_for_no_other(place):
+    """One that hangs while the run's own report is due is taken away first."""
+    notebooks = place / "notebooks"
+    write_notebook(notebooks, "01_first", "x = 1")
+    begun = "Path(out, 'reporter').exists()"
+    write_notebook(notebooks, "02_second", WAITS.format(condition=begun))
+    write_notebook(notebooks, "99_report", SLOW_REPORT, "print('done')")
+    done = run(place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done" in (place / "run dir" / "report.html").read_text()
+    assert gone(reporter(place)[0], 0.1)
+
+
+# ---- on a terminal
+
+BAR = """
+import time
+from pathlib import Path
+from latlib.io.progress import Progress
+with Progress(Path(out), 'lat seed 0', 2) as bar:
+    time.sleep(1)
+    bar.update(1)
+    time.sleep(1)
+    bar.update(2)
+    time.sleep(1)
+"""
+
+
+def test_on_a_terminal_one_line_is_drawn_anew_and_drops_a_finished_bar(place):
+    import pty
+
+    write_notebook(place / "notebooks", "01_first", BAR, "time.sleep(1)")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command(place), stdout=theirs, cwd="/")
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            more = os.read(ours, 4096)
+        except OSError:  # its end on Linux
+            break
+        if not more:
+            break
+        seen += more
+    os.close(ours)
+    assert process.wait(60) == 0
+    first, *drawn = seen.decode().replace("\r\n", "\n").split("\r\x1b[2K")
+    assert first.startswith("profile mine: 1 notebook(s)")
+    half, full = (f"lat seed 0 [{bar}] {n}/2" for n, bar in ((1, "######------"), (2, "#" * 12)))
+    bars = [text for text in drawn if "lat seed 0" in text]
+    assert any(half in text for text in bars) and full in bars[-1]
+    after = drawn[max(i for i, text in enumerate(drawn) if text in bars) + 1 :]
+    assert "cell 4/4" in after[-2] and all("[" not in text for text in after)
+    summary, total = after[-1].splitlines()
+    assert summary.startswith("01_first") and summary.endswith("ok")
+    assert total.startswith("all ") and total.endswith("ok")
+    assert all(len(text) < 80 and "\n" not in text for text in drawn[:-1])
