@@ -126,7 +126,7 @@ has_test_tools() {
   "$1" -I - >/dev/null 2>&1 <<'PYTHON'
 import importlib.util, sys
 tools = ("pytest", "pytest_timeout", "xdist", "hypothesis", "nbval", "nbstripout", "sklearn", "ray", "gguf", "ruff", "mypy",
-  "hatchling", "playwright")
+  "hatchling", "playwright", "axe_playwright_python")
 sys.exit(any(importlib.util.find_spec(name) is None for name in tools))
 PYTHON
 }

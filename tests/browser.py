@@ -1,13 +1,22 @@
-"""What a page does when it is opened in a headless Chromium: nothing, if what it shows is text."""
+"""What a page does when it is opened in a headless Chromium: nothing, if what it shows is text. And
+what keeps somebody from reading it, as axe-core finds it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 # what nbconvert's own template loads beside the page; it is not let through
 LIBRARIES = ("https://cdnjs.cloudflare.com/ajax/libs/",)
 ACTS = "a[href^='javascript' i], [onerror*=pwned], [onload*=pwned], [onclick*=pwned]"
+
+
+VIEWS = (("light", 1400), ("dark", 400))  # colour scheme, width of the window
+GRAVE = ("serious", "critical")
+# what nbconvert's own template draws too pale, whatever the notebook: prompts and code in colours
+NBCONVERT = [[".jp-InputPrompt"], [".jp-OutputPrompt"], [".highlight"]]
 
 
 @dataclass
@@ -56,3 +65,25 @@ def opened(browser, file: Path) -> Seen:
     seen.requests = [url for url in seen.requests if not url.startswith(("data:", "blob:"))]
     page.close()
     return seen
+
+
+def barriers(browser, file: Path) -> dict[str, list[str]]:
+    """Rule of axe-core -> elements of a page that break it, of serious and critical ones, with
+    everything unfolded; NBCONVERT is left out.
+    """
+    tools = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python"
+    )
+    found: dict[str, list[str]] = {}
+    for scheme, width in VIEWS:
+        view = {"width": width, "height": 900}
+        page = browser.new_page(viewport=view, color_scheme=scheme)
+        page.route("**/*", lambda r: r.continue_() if r.request.url == file.as_uri() else r.abort())
+        page.goto(file.as_uri(), wait_until="load")
+        page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+        for one in tools.Axe().run(page, {"exclude": NBCONVERT}).response["violations"]:
+            if one["impact"] in GRAVE:
+                elements = [f"{scheme}, {width}: {node['html'][:200]}" for node in one["nodes"]]
+                found[one["id"]] = found.get(one["id"], []) + elements
+        page.close()
+    return found

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from browser import opened
+from browser import barriers, opened
 from hostile import ACT, NAME, SECRETS, TEXTS, acting, made_hostile, readable
 from nbconvert.exporters import HTMLExporter
 from rows_in_files import texts
@@ -213,6 +213,11 @@ def test_nothing_in_a_page_acts(finished, shown, chromium):
         assert page.name != "report.html" or not (seen.errors or seen.libraries), seen
         texts_shown += seen.text
     assert ACT in texts_shown, "no hostile text was shown at all"
+
+
+def test_axe_finds_nothing_grave_in_a_page(finished, shown, chromium):
+    found = {page.name: barriers(chromium, page) for page in pages_of(finished[1], shown)}
+    assert not {name: rules for name, rules in found.items() if rules}
 
 
 def test_a_text_that_acts_is_seen(chromium, tmp_path):
