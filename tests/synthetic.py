@@ -249,3 +249,20 @@ def evidence(holds: bool) -> Evidence:
     shares = {"ssft": 0.5, "at": 0.45, "lat": 0.75 if holds else 0.5}
     variances = {m: {str(s): variance(share) for s in SEEDS} for m, share in shares.items()}
     return Evidence(PROFILE, pd.concat(tables, ignore_index=True), metrics, variances)
+
+
+def known(robust: float, answered: float) -> Evidence:
+    """LAT and its variants: the attack wins on 1 - robust of the harmful prompts, `answered` of the
+    harmless are.
+    """
+    first = PROFILE.seeds[:1]
+    tables = []
+    for variant in ("", "small", "large"):
+        model = {"seeds": first, "variant": variant}
+        tables.append(cell("lat", 1 - robust, "pgd", eps=0.05, sites="1,3", **model))
+        for encoding in PROFILE.evaluation.encodings:
+            tables += [
+                cell("lat", answered, encoding=encoding, prompts=p, **model)
+                for p in ("harmless", "scary")
+            ]
+    return Evidence(PROFILE, pd.concat(tables, ignore_index=True))

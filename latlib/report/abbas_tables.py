@@ -11,9 +11,17 @@ from pandas import DataFrame
 
 from latlib.refusal.abbas import AT, BASELINE, LAT, MASSIVE_DIMENSIONS, MODELS, Findings
 from latlib.refusal.massive import DIMENSIONS, LARGEST, MASSIVE, NOTHING, PAIRS
-from latlib.report.plots import Drawn, axes_of, draw_curves, legend_below, series_looks, words
+from latlib.report.plots import (
+    Drawn,
+    axes_of,
+    draw_curves,
+    every,
+    legend_below,
+    series_looks,
+    words,
+)
 from latlib.report.refusal_tables import PAPER
-from latlib.report.stats import Interval
+from latlib.report.stats import Interval, sizes
 from latlib.report.tables import markdown
 
 STAND_IN = "MADE-UP STAND-IN, not the authors' activations"
@@ -85,12 +93,14 @@ def _cell(share: Interval, whole: int) -> str:
 def concentration_figure(found: Findings, mark: str = "") -> Drawn:
     """Shares by block, uncentred and centred, with intervals; the paper's as crosses. mark: stands
     in the figure and its text, such as `STAND_IN`."""
-    figure, axes = axes_of(2, 10.5, 5.2, sharey=True)
+    figure, axes = axes_of(2, 9.5, 5.2, sharey=True)
     texts = []
+    panels = {}
     for ax, name in zip(axes[0], ("uncentred", "centred")):
         grid = share_grid(found, name == "centred").drop(columns=CONTROL)
         draw_curves(ax, grid, series_looks(), 0.01)
         ax.set(title=name, xlabel="block", ylim=(0, 104), xticks=grid.index)
+        panels[ax] = grid
         texts.append(f"Share of the first two components by block, {name}: {words(grid)}.")
     texts.append(_draw_papers_shares(axes[0, 0]))
     axes[0, 0].set_ylabel("share of the squared singular values (%)")
@@ -98,7 +108,10 @@ def concentration_figure(found: Findings, mark: str = "") -> Drawn:
         figure.suptitle(mark, color="#B00000", fontweight="bold")
         texts.insert(0, f"{mark}.")
     legend_below(figure, axes[0, 0], columns=3)
-    return figure, " ".join(texts)
+    what = (
+        "Share of the first two components of the paired differences by block; crosses: the paper"
+    )
+    return Drawn(figure, " ".join(texts), f"{what}. {sizes(every(panels), ' pairs')}.")
 
 
 def _draw_papers_shares(ax: Axes) -> str:
@@ -106,7 +119,7 @@ def _draw_papers_shares(ax: Axes) -> str:
     parts = []
     for model, share in _papers_shares().items():
         ax.plot(PAPER_BLOCK, share, "kx", markersize=8, label="_")
-        ax.annotate(f"paper: {model}", (PAPER_BLOCK + 0.3, share), fontsize=7)
+        ax.annotate(f"paper: {model}", (PAPER_BLOCK + 0.3, share), fontsize=8)
         parts.append(f"{model} {share:.1f} %")
     return f"The paper at block {PAPER_BLOCK}: {', '.join(parts)}."
 

@@ -41,6 +41,7 @@ from latlib.report.evidence import (
     MissingError,
     Names,
     contrast,
+    display_name,
     rate,
     rates_by,
     shared,
@@ -154,7 +155,7 @@ def _more(attack: str) -> Judge:
         own = rate(plain)
         small = abs(change.estimate) <= (own.high - own.low) / 2
         holds = small or change.low <= 0 <= change.high
-        return holds, f"{attack} minus pgd {change.signed}; pgd {own}"
+        return holds, f"{attack} minus pgd {change.points} points; pgd {own}"
 
     return judge
 
@@ -168,7 +169,7 @@ def _none_below(*pairs: tuple[str, str]) -> Judge:
             more, winning = _side(s, first)
             less, losing = _side(s, second)
             changes[f"{more} minus {less}"] = contrast(winning, losing)
-        text = ", ".join(f"{name} {change.signed}" for name, change in changes.items())
+        text = ", ".join(f"{name} {change.points} points" for name, change in changes.items())
         holds = all(change.high >= 0 for change in changes.values())
         return holds, f"{text}; {second} {rate(losing)}"
 
@@ -188,7 +189,7 @@ def _side(s: Case, attack: str) -> tuple[str, DataFrame]:
     rows = s.rows(TRANSFER, where=None, source=others)
     asr = rates_by(rows, "source").map(lambda interval: interval.estimate)
     best = asr.reindex(others).idxmax()
-    return f"transfer from {best}", rows[rows["source"] == best]
+    return f"transfer from {display_name(best)}", rows[rows["source"] == best]
 
 
 def monotone(s: Case) -> Finding:
@@ -204,7 +205,7 @@ def monotone(s: Case) -> Finding:
     if not changes:
         raise MissingError("one radius has no neighbour: give evaluation.eps two or more")
     name, least = min(changes.items(), key=lambda item: item[1].high)
-    return least.high >= 0, f"least of {len(changes)} differences: {least.signed} ({name})"
+    return least.high >= 0, f"least of {len(changes)} differences: {least.points} points ({name})"
 
 
 def unbounded(s: Case) -> Finding:
@@ -221,9 +222,9 @@ def follows(s: Case) -> Finding:
     attack.
     """
     if not s.gradients:
-        raise MissingError(f"no gradient norms of {s.method}: run notebook 06")
+        raise MissingError(f"no gradient norms of {display_name(s.method)}: run notebook 06")
     norms = Series(s.gradients, dtype=float)
-    text = ", ".join(f"{norm:.1e} at {site}" for site, norm in norms.items())
+    text = ", ".join(f"{norm:.1e} at site {site}" for site, norm in norms.items())
     holds = norms.between(0, math.inf, inclusive="neither").all()
     return holds, f"smallest norm over prompts: {text}"
 
@@ -235,7 +236,7 @@ def limited(s: Case) -> Finding:
     shares = Series({eps: s.rows(eps=eps)["on_ball"].mean() for eps in radii}).dropna()
     if shares.empty:
         raise MissingError("no perturbation that held out was measured (0.1.0 did not look)")
-    text = ", ".join(f"{share:.0%} at eps {eps:g}" for eps, share in shares.items())
+    text = ", ".join(f"{100 * share:.0f} % at eps {eps:g}" for eps, share in shares.items())
     return bool(shares.min() > 0), f"perturbations that held out and touch their ball: {text}"
 
 
@@ -243,7 +244,7 @@ def trained(s: Case) -> Finding:
     """Holds when the steps of the training's own attack can go as far as its radius; see
     `AttackSettings.never_binds`."""
     if s.unbound is None:
-        raise MissingError(f"no radius of {s.method}'s training: run notebook 06")
+        raise MissingError(f"no radius of {display_name(s.method)}'s training: run notebook 06")
     return not s.unbound, s.unbound or "its steps can go there, or it has no attack"
 
 
@@ -257,7 +258,7 @@ def breaks(s: Case) -> Finding:
     asr = rate(rows)
     change = contrast(rows, s.rows(NOISE))
     holds = asr.estimate >= WINS and change.low > 0
-    return holds, f"ASR {asr}; pgd minus noise {change.signed}"
+    return holds, f"ASR {asr}; pgd minus noise {change.points} points"
 
 
 def able(s: Case) -> Finding:

@@ -51,17 +51,19 @@ from latlib.report.evidence import (
     Names,
     conditions,
     contrast,
+    display_name,
     outcome_table,
     rate,
     rates_by,
     rows_given,
     understood,
 )
-from latlib.report.plots import Drawn, HeatMap, axes_of, frame
-from latlib.report.stats import holm, sizes
+from latlib.report.plots import Drawn, HeatMap, axes_of, counted, every, frame, size_panels
+from latlib.report.stats import holm
 from latlib.report.tables import (
     ABSENT,
     in_order,
+    named,
     none_where_absent,
     rates_of,
     two_lines,
@@ -149,7 +151,11 @@ def three_outcomes(e: Evidence, methods: Sequence[str], encodings: Sequence[str]
         with suppress(MissingError):
             known = rows_given(e, methods, encodings, condition)
             _add_rate(table, f"n_{name}", known, f"asr_{name}")
-    absent = [" in ".join(cell) for cell in product(methods, encodings) if cell not in table.index]
+    absent = [
+        f"{display_name(method)} in {encoding}"
+        for method, encoding in product(methods, encodings)
+        if (method, encoding) not in table.index
+    ]
     if absent:
         raise MissingError(f"no outcome of {', '.join(absent)}")
     return none_where_absent(in_order(table, methods, encodings)).reset_index()
@@ -159,8 +165,8 @@ def _told_apart(harmful: DataFrame, twins: DataFrame) -> Series:
     """Refused of the harmful minus of their twins, by method and encoding."""
     by_pair = [rows.assign(prompt_id=rows["pair_id"]) for rows in (harmful, twins)]
     requests, pairs = (dict(list(rows.groupby(CELL))) for rows in by_pair)
-    for cell in set(requests) - set(pairs):
-        raise MissingError(f"no twins of {' in '.join(cell)}")
+    for method, encoding in set(requests) - set(pairs):
+        raise MissingError(f"no twins of {display_name(method)} in {encoding}")
     return Series({c: contrast(rows, pairs[c], "refused") for c, rows in requests.items()})
 
 
@@ -180,19 +186,20 @@ def encoding_heatmap(
     order = [name for members in groups(e).values() for name in members]
     if table is None:
         table = three_outcomes(e, [BASE, *e.profile.methods], order)
-    cells = table.set_index(CELL).unstack(sort=False)
+    cells = named(table).set_index(CELL).unstack(sort=False)
     encodings = [name for name in order if name in cells["complied"]]
     hatches = _hatches(cells["understanding"][encodings])
     height = 0.5 + (1.5 + 0.36 * len(hatches)) * len(panels)
-    width = max(1.8 + 0.58 * len(encodings), 5)
+    width = max(1.8 + 0.6 * len(encodings), 5)
     figure, axes = axes_of(width=width, height=height, nrows=len(panels))
     alt_text = []
+    drawn = {}
     for ax, panel in zip(axes[:, 0], panels):
         column, title, colours = PANELS[panel]
-        grid = cells[column][encodings]
+        drawn[ax] = grid = cells[column][encodings]
         _draw_panel(ax, grid, hatches, colours)
         _draw_headings(ax, e, encodings)
-        ax.set_title(f"{title} in % [95 %] ({sizes(grid)})", pad=16)
+        ax.set_title(f"{title} in % [95 %]", pad=16)
         shares = grid.map(lambda cell: cell.percent if cell else ABSENT)
         marks = hatches.map(lambda hatch: " (hatched)" if hatch else "")
         marked = shares + marks
@@ -200,12 +207,16 @@ def encoding_heatmap(
         alt_text.append(f"{title}. {'; '.join(rows.index + ': ' + rows)}.")
     keys = [Patch(fc="white", ec="#555555", hatch=h, label=text) for h, text in HATCHES.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=1, fontsize=8)
+    size_panels(drawn)
     summary = " ".join(alt_text)
-    return figure, f"Harmful requests by method and encoding; hatched: hardly understood. {summary}"
+    what = "Harmful requests by method and encoding; hatched: hardly understood"
+    return Drawn(figure, f"{what}. {summary}", counted(what, every(drawn)))
 
 
 def _draw_panel(ax: Axes, grid: DataFrame, hatches: DataFrame, colours: str) -> None:
-    HeatMap(colours, full=180, fontsize=6.5).draw(ax, grid, grid.map(two_lines))  # black is legible
+    HeatMap(colours, full=180, fontsize=7.5).draw(
+        ax, grid, grid.map(two_lines)
+    )  # full: all ink is black
     for text, ((y, x), hatch) in zip(ax.texts, np.ndenumerate(hatches)):
         if hatch:
             frame(ax, x, y, margin=0, hatch=hatch, edgecolor="#999999", linewidth=0)

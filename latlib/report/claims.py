@@ -50,6 +50,8 @@ from latlib.report.evidence import (
     MissingError,
     Names,
     contrast,
+    display_name,
+    display_names,
     not_in_vain,
     rate,
     rows_given,
@@ -106,7 +108,7 @@ def claim(name: str, source: str, statement: str, **more: Any) -> Callable[[Effe
 def _of(e: Evidence, methods: Sequence[str], attack: Names = NO_ATTACK, **cell: Any) -> Sides:
     """The same cell of several methods."""
     partial = bool(cell.pop("partial", False))
-    return {method.upper(): e.cell(method, attack, partial, **cell) for method in methods}
+    return {display_name(method): e.cell(method, attack, partial, **cell) for method in methods}
 
 
 # ---- latent attacks
@@ -384,8 +386,8 @@ def spikes_are_wins(e: Evidence) -> Effect:
     among = [f"{steps.loc[of, 'spike'].sum()} of {of.sum()}" for of in (won, ~won)]
     note = (
         f"spikes in {among[0]} steps with wins, in {among[1]} others;"
-        f" {steps.loc[steps['spike'], 'attack_part'].median():.0%} of a spike is toward and away"
-        f" loss; rank correlation {rank:.2f}"
+        f" {100 * steps.loc[steps['spike'], 'attack_part'].median():.0f} % of a spike is toward and"
+        f" away loss; rank correlation {rank:.2f}"
     )
     return Effect([odds], note)
 
@@ -479,7 +481,7 @@ def rival_encodings(e: Evidence) -> Effect:
     the base understood in that encoding.
     """
     methods = (e.main, e.role("rival"))
-    sides = {m.upper(): rows_given(e, m, _encodings(e), Condition.BASE) for m in methods}
+    sides = {display_name(m): rows_given(e, m, _encodings(e), Condition.BASE) for m in methods}
     return lead("ASR in encodings", sides, same=("encoding",), control="first")
 
 
@@ -530,9 +532,10 @@ def concentration(e: Evidence) -> Effect:
     depth), last prompt token), {untargeted} minus {untargeted_rival} and {reference}.
     """
     models = _papers_models(e)
+    names = display_names(models)
     tables = DataFrame(e.variance).reindex(columns=models).dropna()  # by seed
     if tables.empty:
-        raise MissingError(f"no explained variance of {', '.join(models)}: run notebook 04")
+        raise MissingError(f"no explained variance of {', '.join(names)}: run notebook 04")
     shares = tables.map(_first_two)
     centred = tables.map(_first_two, kind="centred")
     table = tables.iat[0, 0]
@@ -541,7 +544,7 @@ def concentration(e: Evidence) -> Effect:
     changes = [left_out[first] - left_out[other] for other in others]
     comparisons = [jackknife_interval(change, table["pairs"]) for change in changes]
     note = (
-        f"first two components, {' / '.join(tables).upper()}: {_means(shares)} % at site"
+        f"first two components, {' / '.join(names)}: {_means(shares)} % at site"
         f" {table['fixed_site']}; centred {_means(centred)} %"
     )
     return Effect(comparisons, note, 1 - float(shares[others].mean().max()))
@@ -570,7 +573,7 @@ def _without(e: Evidence, source: str, target: Names) -> DataFrame:
     """
     rows = not_in_vain(e.cell(target, intervention="ablate", source=source, rule="best"))
     if rows.empty:
-        raise MissingError(f"the search found no direction of {source} in any seed")
+        raise MissingError(f"the search found no direction of {display_name(source)} in any seed")
     return rows
 
 
@@ -597,8 +600,8 @@ def strongest_vector(e: Evidence) -> Effect:
 def resists_reference(e: Evidence) -> Effect:
     """Refusals under {reference}'s vector, {untargeted} minus {reference}."""
     models = (e.role("untargeted"), e.reference)
-    sides = {target.upper(): _without(e, e.reference, target) for target in models}
-    return lead(f"refused under {e.reference.upper()}'s vector", sides, "refused")
+    sides = {display_name(target): _without(e, e.reference, target) for target in models}
+    return lead(f"refused under {e.names['reference']}'s vector", sides, "refused")
 
 
 @of_abbas(
@@ -618,14 +621,13 @@ def weaker_to_own(e: Evidence) -> Effect:
 def _fewer_refusals(cells: Sides, models: Sequence[str], what: str) -> Effect:
     """Refusals of each other cell minus those of the first model's; targets are paired."""
     first, *others = models
-    several = cells[first]["method"].nunique() > 1
-    same = ("method",) if several else ()
+    same = ("method",) if cells[first]["method"].nunique() > 1 else ()
     comparisons = []
     refused = []
     for other in others:
         comparisons.append(contrast(cells[other], cells[first], "refused", same))
         refused.append(rate(cells[other], "refused").estimate)
-    levels = [level(name.upper(), rows, "refused") for name, rows in cells.items()]
+    levels = [level(display_name(name), rows, "refused") for name, rows in cells.items()]
     note = f"refused, {what}: {', '.join(levels)}"
     return Effect(comparisons, note, min(refused))
 
@@ -674,9 +676,7 @@ def halves(e: Evidence) -> DataFrame:
 
 
 def write_readme(results: Path, readme: Path) -> None:
-    """Write the claims of a results folder between the README's markers. Raises ValueError without
-    the markers.
-    """
+    """Write a results folder's claims between a README's markers. ValueError: it has none."""
     table = to_readme(measure(Evidence.load(results)))
     text = readme.read_text(encoding="utf-8")
     readme.write_text(between_markers(text, "claims", table), encoding="utf-8")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -37,10 +36,18 @@ from latlib.experiment.layout import fixed_settings
 from latlib.io.files import write_text
 from latlib.io.progress import ExitStatus
 from latlib.report.claims import measure
-from latlib.report.evidence import Evidence, MissingError, rates_by
+from latlib.report.evidence import Evidence, MissingError, display_name, rates_by
 from latlib.report.figures import SHARES, UNITS
 from latlib.report.html import to_html
-from latlib.report.plots import Drawn, lines, numbers, png_of, words
+from latlib.report.plots import (
+    Drawn,
+    lines,
+    numbered,
+    numbers,
+    png_of,
+    width_of,
+    words,
+)
 from latlib.report.stats import sizes
 from latlib.report.summary import badge
 from latlib.report.tables import markdown
@@ -170,7 +177,7 @@ class Comparison:
                 asr = {side.letter: side.asr(method) for side in (self.a, self.b)}
                 found[method] = DataFrame(asr).sort_index()
             except MissingError as error:
-                missing.append(f"{method.upper()} is not shown: {error}.")
+                missing.append(f"{display_name(method)} is not shown: {error}.")
         order = sorted(found, key=lambda method: -points_apart(found[method]))
         return {method: found[method] for method in order}, missing
 
@@ -233,11 +240,12 @@ def _claims(pairs: list[Pair]) -> NotebookNode:
 def _curves(found: Comparison) -> list[NotebookNode]:
     curves, missing = found.curves
     cells = [_text("## Attack success over eps", *missing)]
-    for method, asr in curves.items():
-        cells.append(_figure(*curve_figure(method, asr, found.a.evidence.unit)))
+    for number, (method, asr) in enumerate(curves.items(), start=1):
+        cells.append(_figure(number, curve_figure(method, asr, found.a.evidence.unit)))
         common = asr.dropna()
         apart = f"at most {points_apart(asr):.0f} points apart at {len(common)} radii"
-        cells.append(_text(f"{method.upper()}: {apart if len(common) else 'no radius in common'}."))
+        said = apart if len(common) else "no radius in common"
+        cells.append(_text(f"{display_name(method)}: {said}."))
     return cells
 
 
@@ -255,20 +263,28 @@ def _output(data: dict[str, str], **metadata: Any) -> NotebookNode:
     return new_code_cell("", outputs=[output])
 
 
-def _figure(figure: Figure, alt: str) -> NotebookNode:
-    data = base64.b64encode(png_of(figure)).decode()
-    plt.close(figure)
-    return _output({"image/png": data}, **{"image/png": {"alt": alt}})
+def _figure(number: int, drawn: Drawn) -> NotebookNode:
+    data = base64.b64encode(png_of(drawn.figure)).decode()
+    look = {"alt": drawn.alt, "width": width_of(drawn.figure)}
+    plt.close(drawn.figure)
+    cell = _output({"image/png": data}, **{"image/png": look})
+    caption = {"text/markdown": numbered(number, drawn.caption)}
+    cell.outputs.append(new_output("display_data", caption))
+    return cell
 
 
 def curve_figure(method: str, asr: DataFrame, unit: str) -> Drawn:
     """Attack success over eps in both runs."""
-    name = method.upper()
-    names = {letter: f"{letter} ({sizes(column.dropna())})" for letter, column in asr.items()}
+    name = display_name(method)
+    what = f"Attack success rate (ASR) of {name} by eps in both runs"
+    names = []
+    for letter, column in asr.items():
+        names.append(f"{letter} ({sizes(column.dropna())})")
     labels = (f"eps ({UNITS[unit]})", "ASR (%)")
-    figure, _ = lines(asr.rename(columns=names), labels, name, log="x", scale=100)
-    figure.axes[0].set(title=f"{name} under latent PGD", **SHARES)
-    return figure, f"Attack success rate of {name} by eps in both runs. {words(asr)}."
+    drawn = lines(asr.set_axis(names, axis=1), labels, what, log="x", scale=100)
+    (ax,) = drawn.figure.axes
+    ax.set(title=f"{name} under latent PGD", **SHARES)
+    return drawn._replace(alt=f"{what}. {words(asr)}.")
 
 
 def _statement(a: Claim, b: Claim) -> str:
@@ -283,7 +299,7 @@ def _outcome(claim: Claim) -> str:
     assert claim.verdict is not None  # measured
     said = [badge(claim.verdict), claim.shown, claim.why]
     if claim.interval:
-        said.append(f"n {claim.interval.n}, seeds {claim.interval.seeds}")
+        said.append(sizes(claim.interval))
     if claim.doubts:
         said.append(f"in doubt: {len(claim.doubts)} of its checks failed")
     return "<br>".join(filter(None, said))

@@ -44,13 +44,15 @@ def lat_diagram(e: Evidence) -> Drawn:
         f" {e.radius(attack.eps)} at every token and site. Right: the training loop of attack,"
         " defence and KL to the frozen teacher."
     )
-    return figure, alt_text
+    return Drawn(
+        figure, alt_text, f"What {e.names['main']} is: where it attacks, how far, and when."
+    )
 
 
 def _site_name(site: int | float | str) -> str:
     if isinstance(site, float):
-        return f"{site:.0%} of depth"
-    return "embedding" if site == "embedding" else f"after block {site}"
+        return f"site at {100 * site:g} %\nof the depth"
+    return "embedding" if site == "embedding" else f"site {site}"
 
 
 def _box(ax: Axes, middle: tuple[float, float], size: tuple[float, float], **look: object) -> None:

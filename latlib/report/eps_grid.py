@@ -24,8 +24,7 @@ from pandas import DataFrame
 from latlib.evaluation.outcomes import HARMLESS, PGD
 from latlib.experiment.spec import Spec
 from latlib.report.evidence import Evidence, MissingError, rates_by
-from latlib.report.plots import BOX, Drawn, HeatMap, axes_of, frame
-from latlib.report.stats import sizes
+from latlib.report.plots import Drawn, HeatMap, axes_of, counted, every, frame, size_panels
 from latlib.report.tables import two_lines
 
 EPS = "attack.eps"
@@ -122,21 +121,25 @@ def eps_and_kl(e: Evidence) -> Drawn:
     main method itself is framed.
     """
     cells = measured_grid(e).set_index(["kl", "eps"])
-    figure, axes = axes_of(len(SIDES), width=11, height=1.8 + 0.6 * cells.index.levshape[0])
+    figure, axes = axes_of(len(SIDES), width=10, height=1.8 + 0.6 * cells.index.levshape[0])
     own = _own(e)
     alt_text = []
+    panels = {}
     for ax, (side, (counts, better, colours)) in zip(axes[0], SIDES.items()):
         shares = cells[side].unstack()
         texts = shares.map(two_lines, absent="")
-        HeatMap(colours, full=100, fontsize=8, box=BOX).draw(ax, shares, texts)
+        HeatMap(colours, full=100).draw(ax, shares, texts)
         at = (shares.columns.get_loc(own[EPS]), shares.index.get_loc(own[KL]))
         frame(ax, *at, margin=0, linewidth=2.5)
         ax.set(
-            title=f"{side}: {counts} (%)\n{better} is better ({sizes(shares)})",
+            title=f"{side}: {counts} (%)\n{better} is better",
             xlabel=f"eps in training ({e.unit})",
             ylabel="weight of KL",
         )
+        panels[ax] = shares
         for (kl, eps), share in cells[side].items():
             alt_text.append(f"eps {eps:g}, KL {kl:g}: {side} {share.percent}")
-    what = f"{e.names['main']} trained on a grid of eps and KL weight, first seed"
-    return figure, f"{what}. {'; '.join(alt_text)}."
+    size_panels(panels)
+    what = f"{e.names['main']} trained on a grid of eps and KL weight"
+    caption = counted(f"{what}; framed: as it is elsewhere", every(panels))
+    return Drawn(figure, f"{what}. {'; '.join(alt_text)}.", caption)

@@ -67,8 +67,24 @@ WINDOW = 21  # steps of the running median
 SPIKE_MADS = 3.0  # a spike is this many deviations above it
 
 
+LONGEST_ABBREVIATION = 4  # letters: SSFT
+
+
 class MissingError(LookupError):
     """A results folder lacks what a claim is computed from; the message says what."""
+
+
+def display_name(method: str) -> str:
+    """A method as readers see it: 'lat-untargeted' is LAT-untargeted, 'base' stays."""
+    if method == BASE:
+        return method
+    parts = method.split("-")
+    return "-".join(p.upper() if len(p) <= LONGEST_ABBREVIATION else p for p in parts)
+
+
+def display_names(methods: Iterable[str]) -> list[str]:
+    """`display_name` of each."""
+    return [display_name(method) for method in methods]
 
 
 class Condition(Word):
@@ -150,7 +166,7 @@ class Evidence:
         """What the main method is set beside. Raises MissingError where there is nothing."""
         others = [method for method in self.profile.compared if method != self.main]
         if not others:
-            raise MissingError(f"this profile has no method to compare {self.main} with")
+            raise MissingError(f"this profile has no method to compare {self.names['main']} with")
         return others
 
     @property
@@ -180,12 +196,12 @@ class Evidence:
         profile = self.profile
         rivals = [method for method in profile.compared if method != profile.main]
         names = {
-            "main": profile.main.upper(),
-            "compared": " / ".join(profile.compared).upper(),
-            "rivals": " / ".join(rivals).upper() or "the others",
+            "main": display_name(profile.main),
+            "compared": " / ".join(display_names(profile.compared)),
+            "rivals": " / ".join(display_names(rivals)) or "the others",
         }
         for role, words in ROLES.items():
-            names[role] = (getattr(profile.roles, role) or "").upper() or words
+            names[role] = display_name(getattr(profile.roles, role) or "") or words
         return names
 
     @property
@@ -278,7 +294,7 @@ class Evidence:
         for column, values in lists.items():
             found &= self._with(column, values)
         rows = self.rows[found]
-        absent = set(lists["method"]) - set(rows["method"])
+        absent = set(display_names(set(lists["method"]) - set(rows["method"])))
         absent |= set(lists.get("attack", ())) - set(rows["attack"])
         if rows.empty or (absent and not partial):
             names = ", ".join(sorted(absent))
@@ -289,6 +305,8 @@ class Evidence:
 def _described(wanted: Mapping[str, Any]) -> str:
     """What is unusual about a cell, and which notebook measures it."""
     unusual = {name: of for name, of in wanted.items() if of and of != [USUAL.get(name)]}
+    for name in {"method", "source"}.intersection(unusual):
+        unusual[name] = display_names(unusual[name])
     words = [f"{name} is {' or '.join(map(str, of))}" for name, of in unusual.items()]
     notebook = "05" if wanted.get("attack") == ["none"] else "06"
     if "intervention" in unusual:
@@ -455,7 +473,8 @@ def rows_given(
     twins = e.cell(BASE if of_base else method, encoding=encoding, prompts=prompts)
     keys = ["seed", "encoding"] if of_base else ["seed", "encoding", "method"]
     if len(_among(rows, twins, keys)) < len(rows):
-        raise MissingError(f"twins in {encoding} were not measured on all seeds of {method}")
+        whose = " and ".join(display_names([method] if isinstance(method, str) else method))
+        raise MissingError(f"twins in {encoding} were not measured on all seeds of {whose}")
     known_twins = twins[understood(twins) if of_base else twins["outcome"] == "complied"]
     return _among(rows, known_twins, [*keys, "pair_id"])
 
@@ -514,12 +533,13 @@ def spike_steps(e: Evidence, method: str) -> DataFrame:
     Raises MissingError when none of them has attacked steps.
     """
     tables = []
-    reason = f"no training curve of {method}: run notebook 03"
+    name = display_name(method)
+    reason = f"no training curve of {name}: run notebook 03"
     for seed, curve in e.curves(method).items():
         try:
             tables.append(spikes(curve).assign(seed=seed))
         except MissingError as error:
-            reason = f"{method} seed {seed}: {error}"
+            reason = f"{name} seed {seed}: {error}"
     if not tables:
         raise MissingError(reason)
     return pd.concat(tables, ignore_index=True)

@@ -1,4 +1,5 @@
-"""Figures of what a run measured: each takes `Evidence` and returns (figure, alternative text).
+"""Figures of what a run measured: each takes `Evidence` and returns `plots.Drawn`, the figure, its
+alternative text and its caption.
 
     show(*security_curve(evidence))
 
@@ -27,6 +28,8 @@ from latlib.report.evidence import (
     Evidence,
     Methods,
     MissingError,
+    display_name,
+    display_names,
     outcome_table,
     rates_by,
     spike_steps,
@@ -37,20 +40,26 @@ from latlib.report.plots import (
     GREY,
     ORANGE,
     OUTCOMES,
+    RC,
+    SITE,
     SKY,
     Drawn,
     Look,
     axes_of,
+    counted,
     draw_bars,
     draw_curves,
     draw_stack,
+    every,
     legend_below,
     lines,
     log_x,
     looks,
     numbers,
+    panels_of,
     save,
     show,
+    size_panels,
     words,
 )
 from latlib.report.refusal_tables import draw_matrix
@@ -61,7 +70,13 @@ UNITS = {"relative": "times the median residual norm", "absolute": "L2 norm per 
 SHARES = {"ylim": (-4, 104)}  # in per cent, with room for the whiskers
 HERE = {"color": "black", "linewidth": 0.8, "linestyle": ":"}  # a line at what a figure is about
 ATTACKS: dict[str, Look] = {PGD: {}, NOISE: {"mfc": "white", "alpha": 0.6}}
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "fontsize": 7}
+BELOW = {
+    "loc": "upper center",
+    "bbox_to_anchor": (0.5, -0.16),
+    "ncols": 3,
+    "fontsize": 8,
+    "frameon": False,
+}
 TWINS = "harmless twin answered"
 DIAMONDS = {"color": "black", "marker": "D", "linestyle": "none", "linewidth": 0.8}
 # terms of objectives, and what they are called
@@ -87,8 +102,9 @@ def save_main_figure(e: Evidence, path: Path) -> None:
         print(f"{path.name} is not written: {error}")
 
 
-def draw_security(ax: Axes, e: Evidence, methods: Methods) -> str:
-    """ASR against the radius of the latent attack; hollow markers: noise of the same norm."""
+def draw_security(ax: Axes, e: Evidence, methods: Methods) -> DataFrame:
+    """ASR against the radius of the latent attack; hollow markers: noise of the same norm. Returns
+    what is drawn."""
     radii = sorted(e.profile.evaluation.eps)
     rows = e.cell(methods, list(ATTACKS), eps=radii, where="latent", partial=True)
     asr = rates_by(rows, ["eps", "method", "attack"]).unstack(["method", "attack"]).sort_index()
@@ -96,24 +112,29 @@ def draw_security(ax: Axes, e: Evidence, methods: Methods) -> str:
     asr = asr[there]
     look = looks(e.profile.methods)
     styles = [look[method] | ATTACKS[attack] for method, attack in there]
-    asr.columns = [f"{method.upper()} {attack}" for method, attack in there]
-    title = f"Latent attack ({sizes(asr)})"
-    draw_curves(ax, asr, styles, shift=0.015)
+    asr.columns = [f"{display_name(method)} {attack}" for method, attack in there]
+    draw_curves(ax, asr, styles, shift=0.025)
     own = f"{e.names['main']}'s own eps"
     ax.axvline(e.main_eps, label=own, **HERE)
     log_x(ax, radii)
     label = f"eps ({UNITS[e.unit]})"
-    ax.set(title=title, xlabel=label, ylabel="ASR (%)", **SHARES)
+    ax.set(title="Latent attack", xlabel=label, ylabel="ASR (%)", **SHARES)
     ax.legend(**BELOW)
-    return f"Attack success rate against eps. {words(asr)}."
+    return asr
 
 
 def security_curve(e: Evidence, methods: Methods = ()) -> Drawn:
     """ASR against eps for every method (by default those compared), beside noise of the same
     norm.
     """
-    figure, axes = axes_of()
-    return figure, draw_security(axes[0, 0], e, methods or e.profile.compared)
+    figure, axes = axes_of(height=4.2)
+    asr = draw_security(axes[0, 0], e, methods or e.profile.compared)
+    what = (
+        "Attack success rate (ASR) against the radius eps of the latent attack; hollow: noise of"
+        f" the same norm; dotted: the eps in which {e.names['main']} was trained"
+    )
+    alt = f"Attack success rate against eps. {words(asr)}."
+    return Drawn(figure, alt, counted(what, asr))
 
 
 def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -> Drawn:
@@ -121,15 +142,16 @@ def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -
     encoding; a diamond: harmless twins answered.
     """
     methods = methods or (BASE, *e.profile.compared)
-    width = 2.3 * len(methods) + 0.8
     encodings = list(e.profile.evaluation.encodings)
-    figure, axes = axes_of(len(methods), width, sharey=True)
+    figure, axes = panels_of(len(methods), 2.5, sharey=True)
     alt_text = []
-    for ax, method in zip(axes[0], methods):
+    panels = {}
+    for ax, method in zip(axes, methods):
         rows = e.cell(method, encoding=encodings, prompts=prompts)
         shares = outcome_table(rows, "encoding")
         shares = shares.loc[encodings, list(OUTCOMES)]
-        title = f"{method.upper()}\n{sizes(shares)}"
+        panels[ax] = shares.to_numpy().ravel()
+        name = display_name(method)
         if prompts != HARMFUL:
             shares = shares.rename(columns={"complied": ANSWERED})
         draw_stack(ax, numbers(shares))
@@ -138,12 +160,15 @@ def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -
             shares[TWINS] = rates_by(twins, "encoding")
             points = shares[[TWINS]].reset_index(drop=True)
             draw_curves(ax, points, [DIAMONDS])
-        ax.set(title=title, xlabel="encoding", ylim=(0, 104))
-        alt_text.append(f"{method.upper()}: {words(shares)}")
-    axes[0, 0].set_ylabel(f"{prompts} prompts (%)")
-    legend_below(figure, axes[0, 0], columns=4)
+        ax.set(title=name, xlabel="encoding", ylim=(0, 104))
+        alt_text.append(f"{name}: {words(shares)}")
+    figure.supylabel(f"{prompts} prompts (%)", fontsize=9)
+    size_panels(panels)
+    legend_below(figure, axes[0], columns=4)
     summary = ". ".join(alt_text)
-    return figure, f"What models do with {prompts} prompts in each encoding. {summary}."
+    what = f"What models do with {prompts} prompts in each encoding"
+    diamonds = f"; diamonds: {TWINS}" if prompts == HARMFUL else ""
+    return Drawn(figure, f"{what}. {summary}.", counted(what + diamonds, every(panels)))
 
 
 def harmless_bars(e: Evidence) -> Drawn:
@@ -163,26 +188,30 @@ def training_curves(e: Evidence, methods: Methods = ()) -> Drawn:
     columns = [name for name in dict.fromkeys(["total", *terms, "attack_end"]) if name in logged]
     if not columns:
         raise MissingError("no training curve: run notebook 03")
-    figure, axes = axes_of(len(columns), width=2.6 * len(columns), height=3.0)
+    figure, axes = panels_of(len(columns), width=2.8, height=2.8)
     ends = []
+    seeds = []
     for method, curves in steps.items():
         look = looks(e.profile.methods)[method]
         line = look | {"marker": None, "linewidth": 1.2}
         edges = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
         by_step = curves.groupby("step")
-        label = f"{method.upper()} ({by_step.size().max()} seeds)"
-        ends.append(f"{method.upper()} {by_step['total'].mean().iloc[-1]:.2f}")
-        for ax, column in zip(axes[0], columns):
+        name = display_name(method)
+        seeds.append(Interval(0, 0, 0, seeds=by_step.size().max()))
+        ends.append(f"{name} {by_step['total'].mean().iloc[-1]:.2f}")
+        for ax, column in zip(axes, columns):
             if column in curves:
                 band = by_step[column].agg(["mean", "min", "max"])
-                ax.plot(band["mean"], label=label, **line)
+                ax.plot(band["mean"], label=name, **line)
                 ax.fill_between(band.index, band["min"], band["max"], **edges)
-    for ax, column in zip(axes[0], columns):
-        title = TITLES.get(column, column)
-        ax.set(title=title, xlabel="step", ylabel="nats per token, weighted")
-    axes[0, 0].legend(fontsize=7)
+    for ax, column in zip(axes, columns):
+        ax.set(title=TITLES.get(column, column), xlabel="step")
+    figure.supylabel("nats per token, weighted", fontsize=9)
+    legend_below(figure, axes[0], columns=4)
     losses = ", ".join(ends)
-    return figure, f"Training curves, mean and range over seeds. Total loss at the end: {losses}."
+    alt = f"Training curves, mean and range over seeds. Total loss at the end: {losses}."
+    what = "Terms of the loss over training: their mean, and from the lowest to the highest seed"
+    return Drawn(figure, alt, counted(what, seeds))
 
 
 def spike_figure(e: Evidence) -> Drawn:
@@ -210,13 +239,17 @@ def spike_figure(e: Evidence) -> Drawn:
     right.set(title=f"All {steps['seed'].nunique()} seeds", xlabel="total loss above its median")
     right.set_ylabel("attacks won above their median (points)")
     for ax in axes[0]:
-        ax.legend(fontsize=7)
+        ax.legend(**BELOW)
     alt_text = (
         f"Spikes of the total loss of {name}: {len(spikes)} of {len(steps)} steps; attacks won"
         f" {spikes['won'].mean() if len(spikes) else 0:+.1f} points more than usual in them,"
         f" {others['won'].mean():+.1f} elsewhere."
     )
-    return figure, alt_text
+    caption = (
+        f"Spikes of {name}'s total loss, and whether the attack of the same step won more often"
+        f" than usual. n = {len(steps)} steps, {steps['seed'].nunique()} seeds."
+    )
+    return Drawn(figure, alt_text, caption)
 
 
 # verdict -> marker, colour
@@ -242,18 +275,23 @@ def ledger_figure(measured: Sequence[Claim]) -> Drawn:
         interval = claim.interval
         assert interval is not None
         marker, colour = VERDICTS[claim.verdict]
-        ax.plot([interval.low, interval.high], [row, row], color=colour)
-        ax.plot(interval.estimate, row, marker=marker, color=colour)
-        ax.plot(claim.bar, row, "k|", markersize=9)
+        low, middle, high = (
+            100 * side for side in (interval.low, interval.estimate, interval.high)
+        )
+        ax.plot([low, high], [row, row], color=colour)
+        ax.plot(middle, row, marker=marker, color=colour)
+        ax.plot(100 * claim.bar, row, "k|", markersize=9)
     for verdict, (marker, colour) in VERDICTS.items():
         ax.plot([], [], linestyle="", marker=marker, color=colour, label=str(verdict))
     ax.plot([], [], "k|", label="bar")
     names = [f"{claim.id} (odds)" if claim.odds else claim.id for claim in shown]
     ax.set_yticks(range(len(shown)), names)
-    ax.set(xlim=(-1.02, 1.02), ylim=(len(shown) - 0.5, -0.5))
-    ax.set_xlabel("effect: difference of shares, or Yule's Q of odds [95 %]")
-    ax.legend(fontsize=7, loc="lower left")
-    return figure, f"Effects of {len(shown)} claims with 95 % intervals: {tally(shown)}."
+    ax.set(xlim=(-102, 102), ylim=(len(shown) - 0.5, -0.5))
+    ax.set_xlabel("effect in points, or Yule's Q of odds in hundredths [95 %]")
+    legend_below(figure, ax, columns=3)
+    what = f"Effects of {len(shown)} claims with 95 % intervals"
+    intervals = [claim.interval for claim in shown]
+    return Drawn(figure, f"{what}: {tally(shown)}.", counted(f"{what}, and their bars", intervals))
 
 
 def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
@@ -264,26 +302,33 @@ def variance_by_site(e: Evidence, kind: str = "uncentred") -> Drawn:
     for method, tables in e.variance_tables().items():
         first_two = np.array([table[kind] for table in tables])[:, :, :2].sum(2)
         middle, low, high = first_two.mean(0), first_two.min(0), first_two.max(0)
-        columns[method] = [Interval(*site) for site in zip(middle, low, high)]
+        columns[display_name(method)] = [
+            Interval(*site, n=tables[0]["pairs"], seeds=len(tables))
+            for site in zip(middle, low, high)
+        ]
     sites = tables[0]["sites"]
     fixed = str(tables[0]["fixed_site"])
     grid = DataFrame(columns, index=sites)
     figure, axes = axes_of()
     ax = axes[0, 0]
     look = looks(e.profile.methods)
-    draw_curves(ax, grid.rename(columns=str.upper), [look[method] for method in grid])
+    draw_curves(ax, grid, [look[method] for method in e.variance_tables()])
     ax.axvline(sites.index(fixed), **HERE)
-    title = f"Explained variance, {kind}, {len(tables)} seeds; dotted: the papers' relative depth"
     ax.set(
-        title=title,
-        xlabel="site (residual stream after block)",
+        title=f"Explained variance, {kind}",
+        xlabel=SITE,
         ylabel="first two components (%)",
         ylim=(0, 104),
     )
-    ax.legend(fontsize=8)
-    ends = ", ".join(f"{name.upper()} {share.percent}" for name, share in grid.loc[fixed].items())
+    legend_below(figure, ax, columns=6)
+    ends = ", ".join(f"{name} {share.percent}" for name, share in grid.loc[fixed].items())
     what = f"Variance in the first two components, {kind}, at the papers' relative depth"
-    return figure, f"{what}: {ends}."
+    pairs = sizes(grid, " pairs")
+    caption = (
+        "Share of the first two components of the paired differences: mean, and from the lowest to"
+        f" the highest seed; dotted: the papers' relative depth. {pairs}."
+    )
+    return Drawn(figure, f"{what}: {ends}.", caption)
 
 
 def sweep_rates(e: Evidence, variants: Sequence[str]) -> DataFrame:
@@ -310,34 +355,44 @@ def eps_sweep(e: Evidence) -> Drawn:
     rates = sweep_rates(e, list(radii.index)).set_axis(radii.to_numpy())
     name = e.names["main"]
     labels = (f"eps in training ({UNITS[e.unit]})", "prompts (%)")
-    figure, _ = lines(rates, labels, name, log="x", scale=100)
-    title = f"{name} by its training eps, attacked at {e.radius(e.main_eps)}, one seed"
-    figure.axes[0].set(title=title, **SHARES)
-    return figure, f"{name} by training eps. {words(rates)}."
+    what = (
+        f"{name} trained at several eps: latent attacks won, harmless prompts answered and refused"
+    )
+    drawn = lines(rates, labels, what, log="x", scale=100)
+    title = f"{name} by its training eps, attacked at {e.radius(e.main_eps)}"
+    drawn.figure.axes[0].set(title=title, **SHARES)
+    return drawn._replace(alt=f"{name} by training eps. {words(rates)}.")
 
 
-def draw_encodings(ax: Axes, e: Evidence, methods: Methods) -> str:
-    """ASR of each method in each encoding, side by side."""
+def draw_encodings(ax: Axes, e: Evidence, methods: Methods) -> DataFrame:
+    """ASR of each method in each encoding, side by side. Returns what is drawn."""
     encodings = list(e.profile.evaluation.encodings)
     rows = e.cell(methods, encoding=encodings)
     asr = rates_by(rows, ["encoding", "method"]).unstack()
     asr = asr.loc[encodings, list(methods)]
     look = looks(e.profile.methods)
     colours = [look[method]["color"] for method in methods]
-    draw_bars(ax, asr.rename(columns=str.upper), colours)
-    title = f"Encoded requests ({sizes(asr)})"
-    ax.set(title=title, xlabel="encoding", ylabel="ASR (%)", **SHARES)
-    ax.legend(fontsize=7)
-    return f"By encoding: {words(asr)}."
+    asr.columns = display_names(asr)
+    draw_bars(ax, asr, colours)
+    ax.set(title="Encoded requests", xlabel="encoding", ylabel="ASR (%)", **SHARES)
+    ax.legend(**BELOW | {"ncols": 4})
+    return asr
 
 
 def main_figure(e: Evidence) -> Drawn:
     """The whole story in three panels: latent attack, leetspeak audit, ablation."""
-    figure, axes = axes_of(3, width=13, height=3.9, width_ratios=(1.1, 1, 1))
+    with plt.rc_context(RC):
+        layout = [["latent", "encoded"], ["ablated", "ablated"]]
+        figure, axes = plt.subplot_mosaic(layout, figsize=(9.5, 7.4), height_ratios=(1.15, 1))
     methods = e.profile.compared
-    alt_text = [
-        draw_security(axes[0, 0], e, methods),
-        draw_encodings(axes[0, 1], e, methods),
-        draw_matrix(axes[0, 2], e, names=methods),
-    ]
-    return figure, " ".join(alt_text)
+    latent = draw_security(axes["latent"], e, methods)
+    encoded = draw_encodings(axes["encoded"], e, methods)
+    alt, ablated = draw_matrix(axes["ablated"], e, names=methods)
+    panels = {axes["latent"]: latent, axes["encoded"]: encoded, axes["ablated"]: ablated}
+    size_panels(panels, always=True)  # it is shown without its caption too
+    first = f"Attack success rate against eps. {words(latent)}. By encoding: {words(encoded)}."
+    what = (
+        "Attack success rate (ASR): under the latent attack by its radius, in each encoding, and"
+        " after one direction is removed"
+    )
+    return Drawn(figure, f"{first} {alt}", counted(what, every(panels)))

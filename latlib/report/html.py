@@ -2,8 +2,8 @@
 
 1. nbconvert renders it with the template in `latlib/report/templates/report`: no script, no
    request, light and dark.
-2. Tables get scopes and a scrollable frame, headings an id and a list of them, task lists readable
-   boxes; links to notebooks lead to the executed ones beside the file.
+2. Tables get scopes and a scrollable frame, figures their captions, headings an id and a list of
+   them, task lists readable boxes; links to notebooks lead to the executed ones beside the file.
 3. The result is checked, and an `ExportError` lists every fault: an output that no block of the
    template rendered, an image without an alternative text that says something, a script, anything
    that would be loaded from elsewhere.
@@ -46,6 +46,7 @@ _EMPTY_ALT = re.compile(
 FORBIDDEN_TAGS = ("script", "iframe", "object", "embed", "link", "base", "frame", "applet")
 LOADING_ATTRIBUTES = ("src", "srcset", "poster", "data", "background", "xlink:href")
 FEW_SECTIONS = 4  # a reader sees them without a list
+_CAPTION = re.compile(r"Figure \d+(?=\.)")
 _NOTEBOOK = re.compile(r"^\d\d_\w+\.ipynb$")
 _SCRIPT = re.compile(r"on|href=(javascript|data):", re.IGNORECASE)
 _LOADED = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.IGNORECASE)
@@ -144,8 +145,26 @@ def _frame_wide(soup: BeautifulSoup) -> None:
                 cell["scope"] = "col" if cell.find_parent("thead") else "row"
         caption = table.find("caption")
         _frame(soup, table, caption.get_text(" ", strip=True) if caption else f"Table {number}")
-    for number, image in enumerate(soup.select("img.figure"), start=1):
-        _frame(soup, image, f"Figure {number}")
+    for image in soup.select("img.figure"):
+        _frame(soup, image, _caption(soup, image) or "Figure")
+
+
+def _caption(soup: BeautifulSoup, image: Tag) -> str:
+    """Its number, 'Figure 3', from the caption that the next output has, which becomes the figure's
+    own; '' where there is none.
+    """
+    output = image.find_parent("div", class_="output")
+    after = output.find_next_sibling() if output else None
+    found = _CAPTION.match(after.get_text().strip()) if after else None
+    if not (output and after and found):
+        return ""
+    output.name = "figure"
+    output.attrs = {"id": found.group().lower().replace(" ", "-")}
+    after.extract()
+    caption = soup.new_tag("figcaption")
+    caption.extend(after.p.contents[:] if after.p else [])
+    output.append(caption)
+    return found.group()
 
 
 def _frame(soup: BeautifulSoup, wide: Tag, label: str) -> None:

@@ -1,8 +1,9 @@
 """What all figures are drawn with, and plain figures of notebooks from a tidy table each.
 
 1. Colour is never the only cue: methods differ in marker and line too, outcomes in hatching.
-2. A figure is a pair, `Drawn`: the figure and its alternative text, both from the same numbers. It
-   is shown with that text or not at all.
+2. A figure is `Drawn`: the figure, its alternative text and its caption, all from the same numbers.
+   It is shown with that text or not at all, and numbered in the order in which a notebook shows its
+   figures.
 3. A *grid* is a table of `stats.Interval`s (shares), None where nothing was measured: `words` says
    it, `draw_curves`, `draw_bars` and `HeatMap.draw` draw it, in per cent.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,9 +28,11 @@ from pandas import DataFrame
 from PIL import Image
 
 from latlib.io.files import aside
-from latlib.report.stats import Interval
+from latlib.report.stats import Interval, sizes
 
-DPI = 110
+CSS_DPI = 96  # dots of a page that an inch is
+DPI = 2 * CSS_DPI  # sharp on screens with two pixels a dot
+A_ROW = 3  # panels beside each other: more are not read on a narrow screen
 # Okabe and Ito's colours, which the colour-blind can tell apart; no yellow
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
@@ -66,8 +69,19 @@ RC = {
     "hatch.linewidth": 0.6,
     "figure.facecolor": "white",
 }
-Drawn = tuple[Figure, str]
+SITE = "site: embedding, or the stream after a block"  # of an axis
 Look = dict[str, Any]  # of a line, as matplotlib takes it
+
+
+class Drawn(NamedTuple):
+    """caption: what the figure shows and of how many, see `counted`; '' for no caption."""
+
+    figure: Figure
+    alt: str
+    caption: str = ""
+
+
+_numbers: dict[str, int] = {}  # caption -> number, in this kernel
 
 
 def series_looks() -> Iterator[Look]:
@@ -83,7 +97,8 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 
 def png_of(figure: Figure) -> bytes:
-    """The figure as a PNG of 256 colours, a third of the size of the full one."""
+    """The figure as a PNG of 256 colours, a third of the size of the full one, with two pixels for
+    each dot of a page."""
     full = io.BytesIO()
     small = io.BytesIO()
     with plt.rc_context(RC):
@@ -93,16 +108,37 @@ def png_of(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display the figure in a notebook with its alternative text, and close it. Raises ValueError
-    for an empty text.
+def width_of(figure: Figure) -> int:
+    """How wide a page shows the figure, in its dots."""
+    return round(figure.get_figwidth() * CSS_DPI)
+
+
+def numbered(number: int, caption: str) -> str:
+    """A caption with its number, as Markdown."""
+    return f"**Figure {number}.** {caption}"
+
+
+def counted(what: str, cells: Any) -> str:
+    """A caption: what is shown, and how many stand behind a table or list of intervals."""
+    counts = sizes(cells, " (prompts \N{MULTIPLICATION SIGN} seeds)")
+    return f"{what}. {counts}." if counts else f"{what}."
+
+
+def show(figure: Figure, alt: str, caption: str = "") -> None:
+    """Display the figure in a notebook with its alternative text and its numbered caption, and
+    close it. One that is drawn again under the same caption keeps its number. Raises ValueError for
+    an empty text.
     """
     from IPython import display
 
     if len(alt.split()) < 5:
         raise ValueError(f"alt = {alt!r}: say in a sentence what the figure shows")
-    display.display(display.Image(data=png_of(figure), format="png", alt=alt))
+    width = width_of(figure)
+    display.display(display.Image(data=png_of(figure), format="png", alt=alt, width=width))
     plt.close(figure)
+    if caption:
+        number = _numbers.setdefault(caption, len(_numbers) + 1)
+        display.display(display.Markdown(numbered(number, caption)))
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -123,6 +159,19 @@ def axes_of(
         return plt.subplots(ncols=columns, figsize=(width, height), squeeze=False, **options)
 
 
+def panels_of(
+    count: int, width: float, height: float = 3.3, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """(figure, axes) of some panels, A_ROW of them beside each other; sizes of one, in inches."""
+    columns = min(count, A_ROW)
+    rows = -(-count // columns)
+    size = (width * columns + 0.6, height * rows)
+    figure, axes = axes_of(columns, *size, nrows=rows, **options)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
+
+
 def log_x(ax: Axes, values: Sequence[float]) -> None:
     """A log scale with a tick at every value."""
     ax.set_xscale("log")
@@ -133,7 +182,23 @@ def log_x(ax: Axes, values: Sequence[float]) -> None:
 def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
     """One legend for all panels of a figure."""
     entries = ax.get_legend_handles_labels()
-    figure.legend(*entries, loc="outside lower center", ncols=columns, fontsize=8)
+    look = {"fontsize": 8, "frameon": False}
+    figure.legend(*entries, loc="outside lower center", ncols=columns, **look)
+
+
+def size_panels(panels: Mapping[Axes, Any], always: bool = False) -> None:
+    """Say n and seeds of each panel under its title, where they differ between panels. panels: to
+    the intervals drawn in them. always: also where they do not.
+    """
+    texts = {ax: sizes(cells) for ax, cells in panels.items()}
+    if always or len(set(texts.values())) > 1:
+        for ax, text in texts.items():
+            ax.set_title(f"{ax.get_title()}\n{text}")
+
+
+def every(panels: Mapping[Axes, Any]) -> list[Any]:
+    """The intervals of all panels."""
+    return [cell for cells in panels.values() for cell in np.ravel(cells)]
 
 
 def numbers(grid: DataFrame, side: str = "estimate", scale: float = 100) -> DataFrame:
@@ -217,33 +282,40 @@ def draw_stack(ax: Axes, shares: DataFrame, kind: str = "bar") -> None:
         plt.setp(bars.patches, hatch=hatch)
 
 
+def _ink(colour: Sequence[float]) -> str:
+    """Black or white, whichever has more contrast (of WCAG, at least 4.58) with [r, g, b, alpha] on
+    white paper."""
+    *rgb, alpha = colour
+    parts = alpha * np.asarray(rgb) + 1 - alpha
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return "black" if (luminance + 0.05) ** 2 >= 0.05 * 1.05 else "white"
+
+
 @dataclass(frozen=True)
 class HeatMap:
     """How a heat map of shares looks. colours: of matplotlib. full: per cent that would have the
-    last colour. white_from: per cent from which numbers are white. box: behind numbers.
+    last colour. Numbers are black or white, whatever can be read better.
     """
 
     colours: str = "Oranges"
     full: float = 115
-    white_from: float = 1000
-    fontsize: float = 7
-    box: Mapping[str, Any] | None = None
+    fontsize: float = 8
 
     def draw(self, ax: Axes, grid: DataFrame, texts: DataFrame) -> None:
         """texts: what stands in each cell of the grid, a table of the same shape."""
         shades = numbers(grid).to_numpy(float)
-        ax.imshow(shades, cmap=self.colours, vmin=0, vmax=self.full, aspect="auto")
+        image = ax.imshow(shades, cmap=self.colours, vmin=0, vmax=self.full, aspect="auto")
+        behind = image.to_rgba(shades)
         ax.grid(False)
         style = {
             "ha": "center",
             "va": "center",
             "fontsize": self.fontsize,
-            "bbox": self.box,
         }
         for (y, x), text in np.ndenumerate(texts.to_numpy(object)):
-            colour = "white" if shades[y, x] > self.white_from else "black"
             if text:
-                ax.text(x, y, text, color=colour, **style)
+                ax.text(x, y, text, color=_ink(behind[y, x]), **style)
         ax.set_xticks(range(len(grid.columns)), map(_tick, grid.columns))
         ax.set_yticks(range(len(grid)), map(_tick, grid.index))
 
@@ -264,8 +336,8 @@ def lines(
 ) -> Drawn:
     """A line for each column of a grid of intervals or numbers, against its index.
 
-    labels: of the axes, with units. what: how the alternative text begins. log: axes on a log scale
-    ('', 'x', 'y', 'xy'). scale: 100 for shares in per cent.
+    labels: of the axes, with units. what: a sentence, how the alternative text and the caption
+    begin. log: axes on a log scale ('', 'x', 'y', 'xy'). scale: 100 for shares in per cent.
     """
     x, y = labels
     figure, axes = axes_of()
@@ -277,12 +349,14 @@ def lines(
     elif grid.index.dtype.kind == "i":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    ax.legend(title=grid.columns.name, fontsize=7, title_fontsize=7, **beside)
+    look = {"fontsize": 8, "title_fontsize": 8, "frameon": False}
+    ax.legend(title=grid.columns.name, **beside, **look)
     ends = []
     for name, column in numbers(grid, scale=scale).iloc[[0, -1]].items():
         first, last = [f"{value:.3g} at {at:g}" for at, value in column.items()]
         ends.append(f"{name}: {first} to {last}")
-    return figure, f"{what} {y} by {x}: {'; '.join(ends)}."
+    alt = f"{what} {y} by {x}: {'; '.join(ends)}."
+    return Drawn(figure, alt, counted(what.rstrip("."), grid))
 
 
 def bands(curves: Mapping[str, np.ndarray], labels: tuple[str, str], what: str) -> Drawn:
@@ -293,7 +367,8 @@ def bands(curves: Mapping[str, np.ndarray], labels: tuple[str, str], what: str) 
     for name, values in curves.items():
         quartiles = np.quantile(values, (0.5, 0.25, 0.75), axis=1)
         columns[name] = [Interval(*row) for row in quartiles.T]
-    return lines(DataFrame(columns), labels, f"{what} Median and middle half:")
+    drawn = lines(DataFrame(columns), labels, f"{what} Median and middle half:")
+    return drawn._replace(caption=f"{what} Median and middle half.")
 
 
 def outcome_bars(table: DataFrame, rows: Sequence[str], what: str) -> Drawn:
@@ -318,6 +393,6 @@ def outcome_bars(table: DataFrame, rows: Sequence[str], what: str) -> Drawn:
         )
     ax.invert_yaxis()
     ax.set(xlabel="prompts (%)", ylabel="", xlim=(0, 100))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     exact = shares.T.map(lambda share: Interval(share, share, share))
-    return figure, f"{what} {words(exact)}."
+    return Drawn(figure, f"{what} {words(exact)}.", what)

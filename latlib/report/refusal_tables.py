@@ -31,6 +31,8 @@ from latlib.report.evidence import (
     MissingError,
     Names,
     contrast,
+    display_name,
+    display_names,
     not_in_vain,
     outcome_table,
     rates_by,
@@ -44,15 +46,19 @@ from latlib.report.plots import (
     HeatMap,
     Look,
     axes_of,
+    counted,
     draw_bars,
     draw_curves,
+    every,
     frame,
     legend_below,
+    panels_of,
+    size_panels,
     words,
 )
 from latlib.report.run_checks import read_yaml
 from latlib.report.stats import Interval, holm, sizes
-from latlib.report.tables import markdown, two_lines
+from latlib.report.tables import markdown, named, two_lines
 from latlib.threat import Site
 
 DEFENDED = 0.8  # of harmful prompts refused
@@ -146,28 +152,33 @@ def _refused_below(cell: Any) -> str:
     return f"\nref. {cell.percent[:-2]}" if isinstance(cell, Interval) else ""
 
 
-def draw_matrix(ax: Axes, e: Evidence, rule: str = Rule.BEST, names: Sequence[str] = ()) -> str:
-    """Harmful compliance (and refusals) of targets under vectors and the controls."""
+def draw_matrix(
+    ax: Axes, e: Evidence, rule: str = Rule.BEST, names: Sequence[str] = ()
+) -> tuple[str, DataFrame]:
+    """Harmful compliance (and refusals) of targets under vectors and the controls: (alternative
+    text, the compliance drawn).
+    """
     table = matrix(e, rule, names)
+    weak = display_names(undefended(e, list(table.index.unique("target"))))
+    table = named(table)
     complied, refused = (table[name].unstack(sort=False) for name in ("complied", "refused"))
     vain = _in_vain(table).unstack(sort=False)
     texts = complied.map(two_lines).mask(vain, NOT_FOUND.replace(" ", "\n"))
     texts = texts + refused.map(_refused_below)
-    HeatMap(white_from=60).draw(ax, complied, texts)
+    HeatMap().draw(ax, complied, texts)
     for y, target in enumerate(complied.index):
         frame(ax, complied.columns.get_loc(target), y, edgecolor="black", linewidth=1.5)
-    names = list(complied.index)
-    weak = undefended(e, names)
-    marks = [f"{name}\n(not defended)" if name in weak else name for name in names]
+    marks = [f"{name}\n(not defended)" if name in weak else name for name in complied.index]
     ax.set_yticks(range(len(marks)), marks)
     ax.tick_params(axis="x", rotation=20)
-    title = f"ASR after ablation (%), rule '{rule}'\n({sizes(complied)})"
+    title = f"ASR after ablation (%), rule '{rule}'"
     ax.set(xlabel="vector removed", ylabel="target", title=title)
-    return (
+    alt = (
         f"Harmful compliance after ablation, rule {rule}, target: vector. {words(complied.T)}."
         f" Refused: {words(refused.T)}. Not defended before ablation: {', '.join(weak) or 'none'}."
         f" Not found: {_named(vain) or 'none'}."
     )
+    return alt, complied
 
 
 def _in_vain(table: DataFrame) -> Series:
@@ -185,7 +196,12 @@ def ablation_matrix(e: Evidence, rule: str = Rule.BEST) -> Drawn:
     """Self (framed) and cross ablation, beside the controls."""
     count = len(targets(e))
     figure, axes = axes_of(width=2.4 + 1.05 * (count + 3), height=1.4 + 0.72 * count)
-    return figure, draw_matrix(axes[0, 0], e, rule)
+    alt, complied = draw_matrix(axes[0, 0], e, rule)
+    what = (
+        "Attack success rate (ASR) on harmful prompts after one direction is removed, and the share"
+        " refused (ref.); framed: a model's own direction"
+    )
+    return Drawn(figure, alt, counted(what, complied))
 
 
 def _own(e: Evidence, rule: Names) -> DataFrame:
@@ -240,23 +256,27 @@ def site_sweep(e: Evidence) -> Drawn:
     names = [target for target in targets(e) if target in shares.index]
     sites = shares.index.unique("site")
     sites = sorted(sites, key=lambda site: -1 if site == "embedding" else int(site))
-    width = 2.4 * len(names) + 0.9
-    figure, axes = axes_of(len(names), width, sharey=True)
+    figure, axes = panels_of(len(names), 2.6, sharey=True)
     styles = [
         {"color": ORANGE, "marker": "^"},
         {"color": SKY, "marker": "o"},
         {"color": GREY, "marker": "x"},
     ]
     alt_text = []
-    for ax, target in zip(axes[0], names):
-        curves = shares.loc[target].reindex(sites)
+    panels = {}
+    for ax, target in zip(axes, names):
+        panels[ax] = curves = shares.loc[target].reindex(sites)
         draw_curves(ax, curves, styles)
-        ax.set(title=f"{target}\n{sizes(curves)}", xlabel="site of the direction", ylim=(-4, 104))
+        ax.set(title=display_name(target), xlabel="site of the direction", ylim=(-4, 104))
+        ax.tick_params(axis="x", rotation=35 if "embedding" in sites else 0)
         shown = curves.rename("site {}".format)
-        alt_text.append(f"{target}: {words(shown)}")
-    axes[0, 0].set_ylabel("harmful prompts (%)")
-    legend_below(figure, axes[0, 0], columns=3)
-    return figure, f"Own difference of means ablated, by site. {'. '.join(alt_text)}."
+        alt_text.append(f"{display_name(target)}: {words(shown)}")
+    size_panels(panels)
+    figure.supylabel("harmful prompts (%)", fontsize=9)
+    legend_below(figure, axes[0], columns=3)
+    what = "Harmful prompts after a model's own difference of means is removed, by the site"
+    alt = f"Own difference of means ablated, by site. {'. '.join(alt_text)}."
+    return Drawn(figure, alt, counted(f"{what} it was taken at", every(panels)))
 
 
 def _component(tables: Sequence[Mapping[str, Any]], kind: str, number: int) -> Interval:
@@ -280,19 +300,23 @@ def variance_bars(e: Evidence, kind: str = "uncentred") -> Drawn:
     crosses.
     """
     shares = {}
-    for name, tables in e.variance_tables().items():
+    variance = e.variance_tables()
+    for name, tables in variance.items():
         for number in range(len(SHADES)):
-            shares[name, f"component {number + 1}"] = _component(tables, kind, number)
+            component = f"component {number + 1}"
+            shares[display_name(name), component] = _component(tables, kind, number)
     grid = Series(shares).unstack(sort=False)
     figure, axes = axes_of(width=1.6 + 1.5 * len(grid))
     ax = axes[0, 0]
     draw_bars(ax, grid, SHADES, hatches=("",))
     if kind == "uncentred":
-        _draw_papers_variance(ax, e, list(grid.index))
+        _draw_papers_variance(ax, e, list(variance))
     ax.set(xlabel="model", ylabel="share of the squared singular values (%)", ylim=(0, 104))
-    ax.set_title(f"Explained variance, {kind} ({sizes(grid)})")
-    ax.legend(fontsize=7)
-    return figure, f"Explained variance at the papers' relative depth, {kind}: {words(grid)}."
+    ax.set_title(f"Explained variance, {kind}")
+    legend_below(figure, ax, columns=5)
+    what = f"Explained variance at the papers' relative depth, {kind}"
+    alt = f"{what}: {words(grid)}."
+    return Drawn(figure, alt, f"{what}; crosses: the paper's. {sizes(grid, ' pairs')}.")
 
 
 def _draw_papers_variance(ax: Axes, e: Evidence, names: Sequence[str]) -> None:
@@ -365,14 +389,16 @@ def scatter(
         ax.plot(*harmless.T, label="harmless", **CIRCLES)
         ax.plot(*harmful.T, label="harmful", **CROSSES)
         variance = 100 * shares.sum()
-        ax.set_title(f"{method}, site {site}: {variance:.0f} % of variance", fontsize=7)
+        name = display_name(method)
+        ax.set_title(f"{name}, site {site}:\n{variance:.0f} % of variance", fontsize=8)
         ax.set(xticks=[], yticks=[])
         distance = np.linalg.norm(harmful.mean(0) - harmless.mean(0))
         gap = distance / points.std(0).max()
-        alt_text.append(f"{method} at {site}: centres {gap:.1f} standard deviations apart")
+        alt_text.append(f"{name} at site {site}: centres {gap:.1f} standard deviations apart")
     legend_below(figure, axes[0, 0], columns=2)
     summary = "; ".join(alt_text)
-    return figure, f"Harmful and harmless prompts along two principal components. {summary}."
+    what = "Harmful and harmless prompts along two principal components"
+    return Drawn(figure, f"{what}. {summary}.", f"{what}. n = {len(both)} prompts, 1 seed.")
 
 
 def comparisons(e: Evidence) -> DataFrame:
@@ -392,11 +418,12 @@ def comparisons(e: Evidence) -> DataFrame:
             continue
         a, b = (removed(e, target, vector, Rule.FIXED) for target, vector in sides)
         here = contrast(a, b, "refused")
+        weak = undefended(e, sorted({target for target, _ in sides}))
         row = {
-            "claim": compared["claim"].format_map({k: m.upper() for k, m in cast.items()}),
+            "claim": compared["claim"].format_map({k: display_name(m) for k, m in cast.items()}),
             "here": here,
             "p": here.p_value(),
-            "not defended": ", ".join(undefended(e, sorted({target for target, _ in sides}))),
+            "not defended": ", ".join(display_names(weak)),
         }
         if called.get(lat) == LAT:
             row |= _papers(*compared["sides"])
@@ -420,7 +447,7 @@ def comparisons_markdown(table: DataFrame) -> str:
     rows = []
     for row in table.to_dict("records"):
         paper = "" if pd.isna(row["paper"]) else f"{row['paper']:+.1f} ({row['paper p']:.2g})"
-        p_values = [f"{row[name]:.3f}" for name in ("p", "p, Holm")]
+        p_values = [f"{row[name]:.2g}" for name in ("p", "p, Holm")]
         weak = f"not defended: {row['not defended']}" if row["not defended"] else ""
         rows.append([row["claim"], paper, row["here"].points, *p_values, weak])
     header = ["Claim", "Paper: points (p)", "Here: points [95 %]", "p", "p, Holm", ""]

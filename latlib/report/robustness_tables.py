@@ -49,14 +49,15 @@ from latlib.report.evidence import (
     MissingError,
     attacks_in,
     contrast,
+    display_name,
     outcome_table,
     rates_by,
     shared,
     worst,
 )
-from latlib.report.plots import Drawn, HeatMap, axes_of, frame, words
+from latlib.report.plots import Drawn, HeatMap, axes_of, counted, frame, words
 from latlib.report.stats import Interval, sizes
-from latlib.report.tables import in_order, markdown, measured, none_where_absent
+from latlib.report.tables import in_order, markdown, measured, named, none_where_absent
 
 # what somebody can try who only types
 TYPED = (PREFILL, MANY_SHOT, SYSTEM, SUFFIX_RANDOM, SUFFIX_GCG)
@@ -74,7 +75,6 @@ WORST = "worst case per prompt"
 ORDER = (NOISE, *BALL, WORST, *ELSEWHERE, NO_ATTACK, *TYPED)  # of attacks in a table
 SHOWN_AS = {attack: f"{PGD}, {name}" for attack, name in ELSEWHERE.items()}
 SHOWN_AS[NO_ATTACK] = "no attack"
-HEAT = HeatMap(white_from=85)
 NOT_MEASURED: dict[str, Any] = {"margin": 0, "hatch": "////", "edgecolor": "#999999", "lw": 0}
 FRAMED: dict[str, Any] = {"margin": 0.05, "edgecolor": "black", "lw": 1.2, "zorder": 4}
 NOTHING_MEASURED = "no attack was measured: run notebook 06"
@@ -168,9 +168,10 @@ def gain_table(e: Evidence) -> DataFrame:
                 gains[threat, method] = _gain(undefended, rows[rows["method"] == method])
     if not gains:
         raise MissingError(
-            f"no attack was measured on {e.undefended} and on another method: run notebook 06"
+            f"no attack was measured on {e.names['undefended']} and on another method: run"
+            " notebook 06"
         )
-    return _wide(Series(gains)).rename_axis(f"ASR of {e.undefended} minus")
+    return _wide(Series(gains)).rename_axis(f"ASR of {e.names['undefended']} minus")
 
 
 def _gain(*sides: DataFrame) -> Interval:
@@ -182,7 +183,7 @@ def _gain(*sides: DataFrame) -> Interval:
 
 def _wide(cells: Series) -> DataFrame:
     """A column for each method, the last level of the index."""
-    return cells.unstack(sort=False).rename_axis(columns=None)
+    return cells.unstack(sort=False).rename_axis(columns="method")
 
 
 def worst_case_wide(table: DataFrame) -> DataFrame:
@@ -195,7 +196,7 @@ def worst_case_wide(table: DataFrame) -> DataFrame:
     sizes = table[["attacks", "n", "seeds"]].astype(str)
     sizes = sizes.agg(", ".join, axis=1)
     counts = sizes.groupby("threat").agg(lambda part: " or ".join(dict.fromkeys(part)))
-    wide = _wide(Series(cells)).rename_axis("ASR (%), worst case per prompt")
+    wide = named(_wide(Series(cells)).rename_axis("ASR (%), worst case per prompt"))
     wide.insert(0, "attacks, rows, seeds", counts)
     return wide.fillna("-")
 
@@ -242,14 +243,14 @@ def _at_radius(e: Evidence, methods: list[str], eps: float) -> DataFrame:
 
 def _heat(grid: DataFrame, framed: npt.ArrayLike, **labels: str) -> Axes:
     """A heat map of ASR in which every cell has its number and interval; hatched: not measured.
-    framed: whether a cell is, broadcast to the shape of the grid.
+    grid: a column a method. framed: whether a cell is, broadcast to the shape of the grid.
     """
     width = 3.4 + 1.15 * len(grid.columns)
     height = 1.2 + 0.27 * len(grid)
     _, axes = axes_of(width=width, height=height)
     ax = axes[0, 0]
     texts = grid.map(lambda cell: cell.share, na_action="ignore").fillna("")
-    HEAT.draw(ax, grid, texts)
+    HeatMap().draw(ax, grid, texts)
     ax.hlines(np.arange(1, len(grid)) - 0.5, *ax.get_xlim(), color="white", linewidth=1.5)
     frames = np.broadcast_to(framed, grid.shape)
     for marked, style in ((grid.isna(), NOT_MEASURED), (frames, FRAMED)):
@@ -267,14 +268,17 @@ def heat_map(e: Evidence) -> Drawn:
     groups = table.index.get_level_values("group")
     attacks = table.index.get_level_values("attack")
     names = np.where(groups == "typed", attacks, groups + ": " + attacks)
-    grid = table.set_axis(names)
+    grid = table.set_axis(names).rename(columns=display_name)
     behind = [f"{name} ({sizes(row)})" for name, row in zip(names, grid.to_numpy())]
     framed = (attacks == WORST)[:, None]
     ax = _heat(grid, framed, title="ASR (%) [95 %]", xlabel="method")
     ax.set_yticks(range(len(behind)), behind)
     for y in np.flatnonzero(groups[1:] != groups[:-1]):
         ax.axhline(y + 0.5, color="black", linewidth=1)
-    return ax.figure, f"Attack success rate by attack and method. {words(grid)}."
+    alt = f"Attack success rate by attack and method. {words(grid)}."
+    what = "Attack success rate (ASR) of every attack by itself, on each method"
+    marks = "; framed: worst case per prompt; hatched: not measured"
+    return Drawn(ax.figure, alt, counted(what + marks, grid))
 
 
 def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
@@ -289,17 +293,20 @@ def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
     rows = pd.concat([moved, noise.assign(source=NOISE)])
     grid = rates_by(rows, ["source", "method"]).unstack()
     grid = grid.reindex(index=[*methods, NOISE], columns=methods)
-    grid = grid.rename(index={method: f"from {method}" for method in methods})
+    grid = grid.rename(index={method: f"from {display_name(method)}" for method in methods})
+    grid = grid.rename(columns=display_name)
     at = e.radius(eps)
     ax = _heat(
         grid,
         np.eye(*grid.shape),
-        title=f"ASR (%) [95 %] at {at} ({sizes(grid)})",
+        title=f"ASR (%) [95 %] at {at}",
         xlabel="put into",
         ylabel="perturbation",
     )
     what = f"Attack success rate of transferred perturbations at {at}"
-    return ax.figure, f"{what}, by the model they were put into. {words(grid)}."
+    alt = f"{what}, by the model they were put into. {words(grid)}."
+    caption = counted(f"{what}; framed: put back into the model they were found on", grid)
+    return Drawn(ax.figure, alt, caption)
 
 
 def panel_grid(checks: Sequence[Check]) -> DataFrame:
@@ -307,12 +314,12 @@ def panel_grid(checks: Sequence[Check]) -> DataFrame:
     concern a model.
     """
     cells = {(check.name + check.at, check.method): check.status for check in checks}
-    return _wide(Series(cells)).fillna("").rename_axis("check")
+    return named(_wide(Series(cells)).fillna("").rename_axis("check"))
 
 
 def panel_markdown(checks: Sequence[Check]) -> str:
     """Every check as a Markdown table: what was measured, with its interval, and the status."""
-    rows = [(c.name, c.method + c.at, c.measured, c.status) for c in checks]
+    rows = [(c.name, display_name(c.method) + c.at, c.measured, c.status) for c in checks]
     return markdown(["Check", "Model", "Measured [95 %]", "Verdict"], rows)
 
 
@@ -326,7 +333,8 @@ def panel_findings(checks: Sequence[Check]) -> str:
         "",
     ]
     for c in failed:
-        lines.append(f"* **{c.name} failed on {c.method}{c.at}**: {c.measured}. {c.meaning}")
+        on = f"{display_name(c.method)}{c.at}"
+        lines.append(f"* **{c.name} failed on {on}**: {c.measured}. {c.meaning}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ import yaml
 from pandas import DataFrame
 
 from latlib.evaluation.outcomes import BASE, PLAIN
-from latlib.report.evidence import Evidence, MissingError, rate
+from latlib.report.evidence import Evidence, MissingError, display_name, rate
 
 
 def read_yaml(name: str) -> Any:
@@ -44,9 +44,10 @@ class Requirement:
     @property
     def bound(self) -> str:
         """The bound in words."""
+        least, most = 100 * self.least, 100 * self.most
         if self.most == 1.0:
-            return f">= {self.least:g}"
-        return f"{self.least:g} to {self.most:g}" if self.least else f"<= {self.most:g}"
+            return f">= {least:g} %"
+        return f"{least:g} to {most:g} %" if self.least else f"<= {most:g} %"
 
 
 def methods_of(e: Evidence, who: str) -> Sequence[str]:
@@ -88,7 +89,7 @@ def floor_rows(e: Evidence) -> list[dict[str, Any]]:
 def _row(e: Evidence, line: Requirement, method: str) -> dict[str, Any]:
     """A requirement put to a method."""
     cell = dict(line.cell)
-    text = f"{method if method == BASE else method.upper()}: {line.text}"
+    text = f"{display_name(method)}: {line.text}"
     if "rule" in cell:
         cell["source"] = method
     if "eps" in cell:

@@ -55,22 +55,19 @@ class Interval:
     half: float = math.nan
 
     def __str__(self) -> str:
-        return self._text(".3f")
-
-    @property
-    def signed(self) -> str:
-        """A difference with its sign and bounds."""
-        return self._text("+.3f")
+        return f"{self.share} %"
 
     @property
     def points(self) -> str:
-        """A difference in points, hundredths of a share, with its sign and bounds."""
-        return self._text("+.1f", 100)
+        """A difference in points, hundredths of a share, with its sign and bounds, without the
+        unit.
+        """
+        return self._text("+.1f")
 
     @property
     def share(self) -> str:
         """A share in per cent with its bounds, without the unit."""
-        return self._text(".0f", 100)
+        return self._text(".0f")
 
     @property
     def percent(self) -> str:
@@ -82,7 +79,8 @@ class Interval:
         """Yule's Q as the odds ratio that it is of."""
         sides = (self.estimate, self.low, self.high)
         ratios = [(1 + side) / (1 - side) if side < 1 else math.inf for side in sides]
-        return "{:.2g} [{:.2g}, {:.2g}]".format(*ratios)
+        texts = [f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios]
+        return "{} [{}, {}]".format(*texts)
 
     @property
     def complement(self) -> Interval:
@@ -112,22 +110,29 @@ class Interval:
             se *= _slope(self.estimate, self.half)
         return float(2 * student.sf(abs(ends[0] - ends[1]) / se, self.df))
 
-    def _text(self, form: str, scale: float = 1) -> str:
+    def _text(self, form: str) -> str:
         sides = (self.estimate, self.low, self.high)
-        estimate, low, high = [format(scale * side, form) for side in sides]
+        estimate, low, high = [format(100 * side, form) for side in sides]
         return f"{estimate} [{low}, {high}]"
 
 
-def sizes(cells: Any) -> str:
+def sizes(cells: Any, what: str = "") -> str:
     """n and seeds of a table or list of intervals, their range where they differ; what is none was
-    not measured.
+    not measured, and counts of 0 are not said. what: behind n, what it counts.
     """
     known = [cell for cell in np.ravel(cells) if isinstance(cell, Interval)]
+    n, seeds = (sorted({getattr(cell, name) for cell in known}) for name in ("n", "seeds"))
     texts = []
-    for name in ("n", "seeds"):
-        counts = sorted({getattr(cell, name) for cell in known})
-        texts.append(f"{name} {' to '.join(map(str, counts[:1] + counts[1:][-1:]))}")
+    if any(n):
+        texts.append(f"n = {_span(n)}{what}")
+    if any(seeds):
+        texts.append(f"{_span(seeds)} seed{'' if seeds == [1] else 's'}")
     return ", ".join(texts)
+
+
+def _span(counts: list[int]) -> str:
+    """The first and the last, once where they are one."""
+    return " to ".join(map(str, counts[:1] + counts[1:][-1:]))
 
 
 def _slope(value: float, half: float) -> float:

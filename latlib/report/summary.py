@@ -25,7 +25,14 @@ from latlib import __version__
 from latlib.evaluation.outcomes import HARMLESS, PLAIN
 from latlib.report.attack_checks import Status, in_ball
 from latlib.report.claims import SCARY, TYPED
-from latlib.report.evidence import Evidence, MissingError, attacks_in, rate, shared
+from latlib.report.evidence import (
+    Evidence,
+    MissingError,
+    attacks_in,
+    display_name,
+    rate,
+    shared,
+)
 from latlib.report.publish import timing
 from latlib.report.stats import Interval, sizes
 from latlib.report.tables import ABSENT, markdown
@@ -112,7 +119,7 @@ def _of_attacks(e: Evidence) -> str:
     for method, eps, what in asked:
         if method:
             with suppress(MissingError):
-                found[f"{method.upper()}{what}"] = rate(in_ball(e, method, eps))
+                found[f"{display_name(method)}{what}"] = rate(in_ball(e, method, eps))
     if not found:
         return "**Latent attacks were not measured yet**: run notebook 06."
     shares = ", ".join(f"{share.share} % on {whom}" for whom, share in found.items())
@@ -245,7 +252,9 @@ def ranking(e: Evidence) -> str:
     worst = DataFrame(attacked).map(lambda cell: getattr(cell, "estimate", float("nan")))
     table = DataFrame(columns).loc[worst.max(axis=1).sort_values(kind="stable").index]
     header = ["Method", *(_header(columns[name], name) for name in table)]
-    rows = [[method.upper(), *map(_share, row)] for method, row in zip(table.index, table.values)]
+    rows = []
+    for method, row in zip(table.index, table.values):
+        rows.append([display_name(method), *map(_share, row)])
     return markdown(header, rows)
 
 

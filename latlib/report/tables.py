@@ -17,10 +17,12 @@ import pandas as pd
 from pandas import DataFrame
 
 from latlib.io.files import json_ready
-from latlib.report.evidence import Evidence, MissingError, Names, rates_by
+from latlib.report.evidence import Evidence, MissingError, Names, display_name, rates_by
 from latlib.report.stats import Interval
 
 ABSENT = "-"
+# of indexes and columns that hold methods, and what is no method but stays as it is
+METHODS = {"method", "target", "vector", "model"}
 Cells = Mapping[str, Mapping[str, Any]]  # name -> what `Evidence.cell` is asked for
 
 
@@ -45,6 +47,18 @@ def none_where_absent(table: DataFrame) -> DataFrame:
     return table.where(table.notna(), None)
 
 
+def named(table: DataFrame) -> DataFrame:
+    """The table with its methods as readers see them: labels of levels of METHODS, and columns of
+    that name. Above columns nothing is said of what they are."""
+    shown = table.copy()
+    for axis, labels in (("index", table.index), ("columns", table.columns)):
+        for level in METHODS.intersection(labels.names):
+            shown = shown.rename(display_name, axis=axis, level=level)
+    for column in METHODS.intersection(table.columns):
+        shown[column] = shown[column].map(display_name)
+    return shown.rename_axis(columns=None)
+
+
 def in_order(table: DataFrame, *levels: Iterable[str]) -> DataFrame:
     """The rows that a table has, in the order of the levels of its index."""
     return table.loc[[key for key in product(*levels) if key in table.index]]
@@ -56,18 +70,18 @@ def two_lines(cell: Any, absent: str = ABSENT) -> str:
 
 
 def printed(table: DataFrame, sign: bool = False) -> DataFrame:
-    """A table with its intervals and p-values as text, differences with their sign; '-' where
-    nothing was measured.
+    """A table with its methods as readers see them and its intervals and p-values as text: shares
+    in per cent, differences in points with their sign; '-' where nothing was measured.
     """
 
     def text(value: Any) -> Any:
         if isinstance(value, Interval):
-            return value.signed if sign else str(value)
+            return f"{value.points} points" if sign else str(value)
         if pd.isna(value):
             return ABSENT
-        return f"{value:.4f}" if isinstance(value, float) else value
+        return f"{value:.3g}" if isinstance(value, float) else value
 
-    return table.astype(object).map(text)
+    return named(table).astype(object).map(text)
 
 
 def records(table: DataFrame) -> list[dict]:

@@ -37,17 +37,23 @@ def telling_radii(
     if eps is not None:
         large, why = eps, "it was asked for"
     elif succeeding:
-        large, why = succeeding[0], f"the smallest at which {success:.0%} or more are won"
+        large, why = succeeding[0], f"the smallest at which {_percent(success)} or more are won"
     else:
-        large, why = radii[-1], f"the largest; {success:.0%} are won at none"
+        large, why = radii[-1], f"the largest; {_percent(success)} are won at none"
     below = [radius for radius in radii if radius < large]
     failing = [radius for radius in below if asr[radius] <= 1 - success]
-    first = f"Looked at is eps **{large:g}**, where the attack wins {asr[large]:.0%}: {why}."
+    first = f"Looked at is eps **{large:g}**, where the attack wins {_percent(asr[large])}: {why}."
     if not below:
         return TellingRadii(large, large, f"{first} No smaller radius was measured.")
     if failing:
-        small, why = failing[-1], f"the largest at which {1 - success:.0%} or fewer are won"
+        small, why = failing[-1], f"the largest at which {_percent(1 - success)} or fewer are won"
     else:
-        small, why = below[0], f"the smallest; more than {1 - success:.0%} are won at all"
-    second = f"Beside it stands eps **{small:g}**, where the attack wins {asr[small]:.0%}: {why}."
+        small, why = below[0], f"the smallest; more than {_percent(1 - success)} are won at all"
+    second = (
+        f"Beside it stands eps **{small:g}**, where the attack wins {_percent(asr[small])}: {why}."
+    )
     return TellingRadii(large, small, f"{first} {second}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

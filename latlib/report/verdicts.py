@@ -31,7 +31,7 @@ from pandas import DataFrame
 
 from latlib.evaluation.outcomes import BASE, Word
 from latlib.report.attack_checks import Check, Status
-from latlib.report.evidence import Evidence, MissingError, contrast, rate
+from latlib.report.evidence import Evidence, MissingError, contrast, display_name, rate
 from latlib.report.run_checks import floor_rows
 from latlib.report.stats import Interval, holm
 from latlib.report.tables import markdown
@@ -164,10 +164,17 @@ class Claim:
         """The rule of the verdict, in words."""
         if self.effect is None:
             return "no verdict"
+        bar, least = (self._bound(value) for value in (self.bar, self.least))
         return (
-            f"reproduced if the 95 % interval is above {self.bar:g} and reaches {self.least:g}, not"
-            f" reproduced if it is below {self.least:g} and not above {self.bar:g}"
+            f"reproduced if the 95 % interval is above {bar} and reaches {least}, not reproduced if"
+            f" it is below {least} and not above {bar}"
         )
+
+    def _bound(self, value: float) -> str:
+        """A bound of the effect as readers see effects: in points, or an odds ratio."""
+        if self.odds:
+            return f"an odds ratio of {(1 + value) / (1 - value):.2g}"
+        return f"{100 * value:g} points"
 
     def measured(self, e: Evidence) -> Claim:
         """The claim about the methods of a run, by name, and what came of it."""
@@ -208,7 +215,7 @@ def decide(effect: Effect, bar: float = 0.0, least: float = SMALLEST_EFFECT) -> 
     if interval.seeds < 2:
         return Verdict.UNDECIDABLE, "one seed says nothing of others"
     if effect.ceiling < least:
-        why = f"the control leaves room for {effect.ceiling:.1%} at most"
+        why = f"the control leaves room for {100 * effect.ceiling:.1f} points at most"
         return Verdict.UNDECIDABLE, why
     if interval.low > bar:
         return (Verdict.REPRODUCED if interval.high >= least else Verdict.NEGLIGIBLE), ""
@@ -243,7 +250,7 @@ def grounds(e: Evidence, checks: Sequence[Check]) -> list[Ground]:
     """The panel's checks, and in the made-up world the run's."""
     found = []
     for check in checks:
-        name = f"{check.name} ({check.method.upper()}{check.at})"
+        name = f"{check.name} ({display_name(check.method)}{check.at})"
         found.append(Ground(check.topic, check.method, name, check.status))
     if not e.in_the_world:
         return found
@@ -311,7 +318,8 @@ def _counts(claim: Claim) -> tuple[str, str, str]:
         counts = f"{interval.n}, {interval.clusters}, {interval.seeds}"
         tested = f"{claim.p:.2g} ({claim.p_holm:.2g})" if claim.p_holm is not None else ""
         if claim.detectable and not claim.odds and not math.isnan(claim.detectable):
-            shown = f"{claim.detectable:.0%} of at most {claim.ceiling:.0%}"
+            most = 100 * (claim.ceiling or 0.0)
+            shown = f"{100 * claim.detectable:.0f} points of at most {most:.0f}"
     return tested, counts, shown
 
 

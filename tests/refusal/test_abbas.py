@@ -108,10 +108,10 @@ def test_tables_and_figure_hold_the_same_numbers_and_a_stand_in_says_so(found):
     text = abbas_tables.shares_markdown(found)
     assert cell in text and "| 14, the paper | 54.2 | 48.5 | 74.0 |" in text
     assert "the paper" not in abbas_tables.shares_markdown(found, centred=True)
-    figure, alt = abbas_tables.concentration_figure(found, abbas_tables.STAND_IN)
+    figure, alt, caption = abbas_tables.concentration_figure(found, abbas_tables.STAND_IN)
     assert alt.startswith(abbas_tables.STAND_IN) and "uncentred" in alt
     assert figure.get_suptitle() == abbas_tables.STAND_IN
-    figure, alt = abbas_tables.concentration_figure(found)
+    figure, alt, caption = abbas_tables.concentration_figure(found)
     assert "STAND-IN" not in alt and not figure.get_suptitle()
     table = abbas_tables.massive_by_block(found)
     assert table.loc[(12, "lat"), "Kang et al."] == "1415 (33), 2533 (33)"

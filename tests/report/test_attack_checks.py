@@ -133,7 +133,7 @@ def test_an_attack_that_touches_no_ball_fails():
         for check in attack_checks.panel(on_ball({0.05: 0.25, 0.2: 0.0}))
         if (check.name, check.method) == ("touches its ball", "lat")
     ]
-    assert "25% at eps 0.05, 0% at eps 0.2" in check.measured
+    assert "25 % at eps 0.05, 0 % at eps 0.2" in check.measured
 
 
 def test_a_training_whose_ball_never_binds_fails():
@@ -178,7 +178,7 @@ def test_a_change_within_the_interval_is_no_failure():
         for c in attack_checks.panel(evidence)
         if (c.name, c.method, c.eps) == ("more steps", "lat", 0.05)
     )
-    assert "+0.200 [+0.1" in change.measured and "pgd 0.400 [0.3" in change.measured
+    assert "+20.0 [+1" in change.measured and "pgd 40 [3" in change.measured
 
 
 def test_steps_are_compared_on_the_seeds_that_have_both():

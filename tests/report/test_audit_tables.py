@@ -21,7 +21,14 @@ from latlib.report.audit_tables import (
     three_outcomes,
     twin_check,
 )
-from latlib.report.evidence import Condition, Evidence, MissingError, contrast, rows_given
+from latlib.report.evidence import (
+    Condition,
+    Evidence,
+    MissingError,
+    contrast,
+    display_name,
+    rows_given,
+)
 from latlib.report.stats import Interval, holm
 from latlib.report.tables import printed, records
 
@@ -179,7 +186,7 @@ def test_a_rate_over_few_prompts_is_a_dash():
         assert row["n_understood"].item() == 2 * known
         assert (row["asr_understood"].item() is not None) == shown
         text = printed(row)["asr_understood"].item()
-        assert text.startswith("1.000 [") if shown else text == "-"
+        assert text.startswith("100 [") if shown else text == "-"
 
 
 def test_prompts_are_counted_four_ways(run):
@@ -212,9 +219,9 @@ def test_further_encodings_are_of_the_first_seed(run):
 
 
 def test_what_is_missing_is_named(run):
-    with pytest.raises(MissingError, match="no outcome of at"):
+    with pytest.raises(MissingError, match="no outcome of AT"):
         three_outcomes(run, ["at"], ["leet"])
-    with pytest.raises(MissingError, match="no outcome of lat"):
+    with pytest.raises(MissingError, match="no outcome of LAT"):
         three_outcomes(run, ["lat"], ["rot13"])
     no_twins = Evidence(PROFILE, run.outcomes[run.outcomes["prompts"] != "twin"])
     for table in (
@@ -239,7 +246,7 @@ def test_what_is_missing_is_named(run):
 
 def test_a_base_of_other_seeds_is_no_base(run):
     part = run.outcomes[(run.outcomes["method"] != "base") | (run.outcomes["seed"] == 0)]
-    with pytest.raises(MissingError, match="twins in leet were not measured on all seeds of lat"):
+    with pytest.raises(MissingError, match="twins in leet were not measured on all seeds of LAT"):
         rows_given(Evidence(PROFILE, part), "lat", "leet", "understood by the base")
     without = Evidence(PROFILE, part[part["method"] != "base"])
     row = three_outcomes(without, ["lat"], ["leet"]).iloc[0]
@@ -249,7 +256,7 @@ def test_a_base_of_other_seeds_is_no_base(run):
 
 @pytest.mark.parametrize("what", audit_tables.PANELS)
 def test_the_heat_map_says_every_number(run, what, tmp_path):
-    figure, alt = encoding_heatmap(run, what)
+    figure, alt, caption = encoding_heatmap(run, what)
     table = three_outcomes(run, ["base", "ssft", "lat"], ["plain", "leet", "base64", "plain>leet"])
     column, title, _ = audit_tables.PANELS[what]
     (ax,) = figure.axes
@@ -258,7 +265,7 @@ def test_the_heat_map_says_every_number(run, what, tmp_path):
     for (method, rows), part in zip(
         table.groupby("method", sort=False), alt.split("; ")[1:], strict=True
     ):
-        assert f"{method}: " in part
+        assert f"{display_name(method)}: " in part
         for row in rows.to_dict("records"):
             found = row[column]
             said = "-" if found is None else f"{100 * found.estimate:.0f} %"
@@ -288,17 +295,17 @@ def test_hatching_tells_whose_understanding_is_lacking():
         *(asked(m, "base64", LOST) for m in ("base", "lat")),
     )
     table = three_outcomes(e, ["base", "lat"], ["base64", "leet", "plain"])
-    figure, alt = encoding_heatmap(e, ("complied", "refused"), table)
+    figure, alt, caption = encoding_heatmap(e, ("complied", "refused"), table)
     hatches = {(p.get_x() + 0.5, p.get_y() + 0.5): p.get_hatch() for p in figure.axes[0].patches}
     columns = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert columns == ["plain", "leet", "base64"], "encodings stand in the order of their groups"
     assert hatches == {(1, 1): "//", (2, 0): "xx", (2, 1): "xx"}
     assert (
         len(figure.axes) == 2
-        and "lat: plain 100 %, leet 100 % (hatched), base64 0 % (hatched)" in alt
+        and "LAT: plain 100 %, leet 100 % (hatched), base64 0 % (hatched)" in alt
     )
     plt.close(figure)
-    figure, _ = encoding_heatmap(e, "refused", table[table["method"] == "lat"])
+    figure = encoding_heatmap(e, "refused", table[table["method"] == "lat"]).figure
     assert {p.get_hatch() for p in figure.axes[0].patches} == {"//"}, (
         "without the base, its own understanding"
     )

@@ -9,7 +9,7 @@ from ledger_evidence import PROFILE, ledger
 from synthetic import PROMPTS, SEEDS, attacked, cell, curve, evidence
 
 from latlib.report import claims
-from latlib.report.evidence import Evidence, MissingError, contrast, rate, spikes
+from latlib.report.evidence import Evidence, MissingError, contrast, display_name, rate, spikes
 from latlib.report.run_checks import floor_table
 from latlib.report.stats import Interval
 from latlib.report.tables import between_markers
@@ -70,7 +70,7 @@ def test_no_claim_rests_on_a_direction_that_was_not_found():
     found = {c.id: c for c in claims.measure(replace(run, outcomes=rows))}
     for name in ("strongest-vector", "weaker-to-own"):
         assert found[name].interval is None
-        assert f"found no direction of {lat}" in found[name].why
+        assert f"found no direction of {display_name(lat)}" in found[name].why
     assert found["resists-reference"].interval
     rows.loc[of_main & (rows["seed"] > 0), "found"] = True
     some = {c.id: c for c in claims.measure(replace(run, outcomes=rows))}
@@ -114,7 +114,7 @@ def test_the_rule_says_one_thing_of_every_interval(low, high, more, verdict):
 def test_what_could_not_have_come_out_is_not_decided():
     small = Effect([interval(-0.02, 0.02)], "", ceiling=0.05)
     verdict, why = decide(small)
-    assert verdict is Verdict.UNDECIDABLE and "room for 5.0%" in why
+    assert verdict is Verdict.UNDECIDABLE and "room for 5.0 points" in why
     weak = Effect([interval(-0.5, 0.7, se=0.3)], "", ceiling=0.6)
     verdict, why = decide(weak)
     assert verdict is Verdict.UNDECIDABLE and "seeds show" in why

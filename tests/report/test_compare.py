@@ -111,7 +111,7 @@ def test_the_page_has_what_differs_first(opposite, opposite_page):
         assert a.statement in statement
         for claim, text in ((a, of_a), (b, of_b)):
             assert claim.shown in text
-            assert f"n {claim.interval.n}, seeds {claim.interval.seeds}" in text
+            assert f"n = {claim.interval.n}, {claim.interval.seeds} seeds" in text
     assert found[ONE_SIDED][0].get_text() == "None."
     assert headline(opposite) in BeautifulSoup(opposite_page, "html.parser").p.get_text()
 

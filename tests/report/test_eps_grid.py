@@ -4,27 +4,10 @@ that says it.
 
 import pandas as pd
 import pytest
-from synthetic import PROFILE, cell, evidence
+from synthetic import PROFILE, cell, evidence, known
 
 from latlib.report import eps_grid
 from latlib.report.evidence import Evidence, MissingError
-
-
-def known(robust: float, answered: float) -> Evidence:
-    """LAT and its variants: the attack wins on 1 - robust of the harmful prompts, `answered` of the
-    harmless are.
-    """
-    first = PROFILE.seeds[:1]
-    tables = []
-    for variant in ("", "small", "large"):
-        model = {"seeds": first, "variant": variant}
-        tables.append(cell("lat", 1 - robust, "pgd", eps=0.05, sites="1,3", **model))
-        for encoding in PROFILE.evaluation.encodings:
-            tables += [
-                cell("lat", answered, encoding=encoding, prompts=p, **model)
-                for p in ("harmless", "scary")
-            ]
-    return Evidence(PROFILE, pd.concat(tables, ignore_index=True))
 
 
 def test_the_grid_holds_lat_and_the_variants_that_change_eps_or_kl_only():
@@ -55,7 +38,7 @@ def test_the_three_numbers_are_those_of_the_table():
 
 
 def test_the_figure_says_every_cell():
-    figure, alt = eps_grid.eps_and_kl(known(robust=0.8, answered=0.6))
+    figure, alt, caption = eps_grid.eps_and_kl(known(robust=0.8, answered=0.6))
     assert len(figure.axes) == 3
     for eps in ("0.01", "0.05", "0.2"):
         assert (

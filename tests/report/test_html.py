@@ -140,7 +140,26 @@ def test_figures_scroll_by_keyboard():
     soup = BeautifulSoup(rendered(*figures), "html.parser")
     frames = soup.select(".scroll[tabindex='0'] > img.figure")
     assert [image["alt"] for image in frames] == ["ASR of model a", "ASR of model b"]
-    assert [image.parent["aria-label"] for image in frames] == ["Figure 1", "Figure 2"]
+    assert all(image.parent["aria-label"] == "Figure" for image in frames)
+
+
+def test_the_caption_behind_a_figure_is_its_own():
+    outputs = []
+    for number in (1, 2):
+        look = {"image/png": {"alt": f"ASR of model {number}", "width": 300 * number}}
+        outputs.append(shown("image/png", PIXEL, look))
+        outputs.append(shown("text/markdown", f"**Figure {number}.** Of *{number}* seeds."))
+    outputs.append(shown("text/markdown", "Figures are numbered."))
+    soup = BeautifulSoup(rendered(*outputs), "html.parser")
+    figures = soup.find_all("figure")
+    assert [one["id"] for one in figures] == ["figure-1", "figure-2"]
+    captions = [one.figcaption.get_text() for one in figures]
+    assert captions == ["Figure 1. Of 1 seeds.", "Figure 2. Of 2 seeds."]
+    assert [one.div["aria-label"] for one in figures] == ["Figure 1", "Figure 2"]
+    assert [one.img["style"] for one in figures] == ["--width: 300px", "--width: 600px"]
+    assert (
+        len(soup.select("div.output")) == 1 and "Figures are" in soup.select("div.output")[0].text
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Your element with mimetype")

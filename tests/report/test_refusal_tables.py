@@ -34,7 +34,7 @@ def with_untargeted(refused: dict, plain: float = 0.0) -> Evidence:
 
 def test_targets_come_in_order_and_the_sweep_by_depth():
     assert refusal_tables.targets(evidence(True)) == ["ssft", "at", "lat"]
-    figure, _ = refusal_tables.site_sweep(evidence(True))
+    figure = refusal_tables.site_sweep(evidence(True)).figure
     assert list(figure.axes[0].lines[0].get_xdata()) == ["embedding", "0", "2", "10"]
     plt.close(figure)
 
@@ -59,8 +59,8 @@ def test_a_method_that_was_not_ablated_is_left_out_of_the_matrix():
     table = refusal_tables.matrix(evidence(True), names=["ssft", "rt", "lat"])
     assert list(table.unstack(sort=False).index) == ["ssft", "lat"]
     figure, axes = refusal_tables.axes_of()
-    alt = refusal_tables.draw_matrix(axes[0, 0], evidence(True), names=["ssft", "rt", "lat"])
-    assert "ssft: " in alt and "rt: " not in alt
+    alt, _ = refusal_tables.draw_matrix(axes[0, 0], evidence(True), names=["ssft", "rt", "lat"])
+    assert "SSFT: " in alt and "RT: " not in alt
     plt.close(figure)
 
 
@@ -72,7 +72,7 @@ def test_an_undefended_target_is_marked():
     sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
     sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
     table = refusal_tables.comparisons(with_untargeted(sides, plain=0.5))
-    assert table["not defended"].str.contains("ssft").any() and (table["not defended"] != "").all()
+    assert table["not defended"].str.contains("SSFT").any() and (table["not defended"] != "").all()
 
 
 def test_comparisons_have_the_sign_of_the_claim_and_are_corrected_together():
@@ -100,7 +100,7 @@ def test_without_both_sides_there_is_no_comparison():
 def test_clouds_far_apart_are_said_to_be(monkeypatch):
     rng = np.random.default_rng(0)
     near, far = (torch.tensor(rng.normal(size=(30, 8)) + shift) for shift in (0, 20))
-    figure, alt = refusal_tables.scatter(
+    figure, alt, caption = refusal_tables.scatter(
         {"ssft": ({0: far}, {0: near}), "lat": ({0: near[:15]}, {0: near[15:]})}, [0]
     )
     assert len(figure.axes) == 2 and len(figure.axes[0].lines) == 2
@@ -169,9 +169,9 @@ def test_a_vector_that_was_not_found_is_no_weak_one():
     assert (own["complied"].estimate, own["seeds"], own["found"]) == (0.6, 2, "2 of 3")
     vain = table.loc[("lat", "lat")]
     assert pd.isna(vain["complied"]) and vain["found"] == "0 of 3"
-    figure, alt = refusal_tables.ablation_matrix(found)
+    figure, alt, caption = refusal_tables.ablation_matrix(found)
     assert [t.get_text() for t in figure.axes[0].texts].count("not\nfound") == 1
-    assert "Not found: lat on lat." in alt and "nan" not in alt
+    assert "Not found: LAT on LAT." in alt and "nan" not in alt
     plt.close(figure)
     rules = refusal_tables.rules_table(found)
     assert rules.loc[("lat", "best"), "complied"] == "not found"

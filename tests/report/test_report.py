@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from browser import barriers
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
 from ledger_evidence import PROFILE, ledger
@@ -18,7 +19,7 @@ from nbformat.v4 import new_output
 from synthetic import attacked
 
 from latlib.experiment.run import Run
-from latlib.report import claims, diagram, summary
+from latlib.report import claims, diagram, plots, summary
 from latlib.report.attack_checks import Status, panel
 from latlib.report.evidence import Evidence
 from latlib.report.html import to_html
@@ -80,6 +81,7 @@ def execute(notebook, parameters) -> None:
     names = {}
     formatter = DisplayFormatter()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_numbers", {})  # as in a kernel of its own
         patch.setattr("IPython.display.display", lambda *objects: shown.extend(objects))
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             tree = ast.parse(cell.source)
@@ -196,7 +198,7 @@ def test_how_many_stand_behind_the_latent_attacks():
     both = pd.concat([rows, rows[of_one].assign(eps=largest)], ignore_index=True)
     said = summary.in_short(Evidence(PROFILE, both), [], [])
     assert re.search(rf"% on LAT at eps {largest} \w+ \(worst case per prompt", said)
-    assert re.search(r"n \d+ to \d+, seeds 1 to 3\)", said)
+    assert re.search(r"n = \d+ to \d+, 1 to 3 seeds\)", said)
 
 
 @pytest.mark.slow
@@ -225,6 +227,68 @@ def test_what_was_not_measured_is_said(pages):
     some = first_screen(pages["half"])
     assert "Latent attacks were not measured yet" in some and "● 0 reproduced" not in some
     assert "main_figure is not shown" in pages["half"].get_text()
+
+
+@pytest.mark.slow
+def test_every_figure_has_a_numbered_caption_that_says_of_how_many(page):
+    figures = page.find_all("figure")
+    assert len(figures) == len(page.find_all("img"))
+    for number, figure in enumerate(figures, start=1):
+        caption = figure.figcaption.get_text()
+        assert caption.startswith(f"Figure {number}. ") and figure["id"] == f"figure-{number}"
+        assert figure.find(class_="scroll")["aria-label"] == f"Figure {number}"
+        if "where it attacks" not in caption:  # the diagram is of no prompts
+            assert re.search(r" n = \d.* seeds?\.$| \d seeds?\.$", caption), caption
+
+
+@pytest.mark.slow
+def test_a_method_is_written_in_one_way(pages):
+    """In prose, tables, captions and the texts of figures."""
+    for name in ("holds", "fails", "half"):
+        page = BeautifulSoup(str(pages[name]), "html.parser")
+        for part in page.find_all(["pre", "code"]):  # settings, and claims' ids
+            part.extract()
+        said = [page.get_text(" "), *(image["alt"] for image in page.find_all("img"))]
+        found = re.findall(r"\b(?:ssft|rt|lat|at-u|lat-u|LAT-U\w+|Lat)\b[^.]{0,40}", " ".join(said))
+        assert not found
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_grave(page, chromium, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(str(page), encoding="utf-8")
+    assert barriers(chromium, file) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 800, 1400])
+def test_only_tables_and_figures_scroll_sideways(pages, chromium, tmp_path, width):
+    file = tmp_path / "report.html"
+    file.write_text(str(pages["holds"]), encoding="utf-8")
+    view = chromium.new_page(viewport={"width": width, "height": 900})
+    view.goto(file.as_uri())
+    view.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    wider = "pre => pre.filter(one => one.scrollWidth > one.clientWidth).length"
+    assert view.locator("pre").count() > 3 and view.locator("pre").evaluate_all(wider) == 0
+    drawn = view.locator("img.figure").evaluate_all(
+        "all => all.map(one => one.width / one.naturalWidth)"
+    )
+    assert min(drawn) > 0.39, "below 80 % of what it was drawn for it is not readable"
+    view.close()
+
+
+@pytest.mark.slow
+def test_the_rules_of_the_verdicts_are_printed(pages, chromium, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(str(pages["holds"]), encoding="utf-8")
+    view = chromium.new_page(viewport={"width": 700, "height": 900})
+    view.goto(file.as_uri())
+    view.emulate_media(media="print")
+    rules = view.get_by_text("Verdict: reproduced if the 95 % interval is above")
+    box = rules.first.bounding_box()
+    assert box["height"] > 300 and box["width"] <= 700, "folded, or cut off at the right"
+    view.close()
 
 
 @pytest.mark.slow
@@ -300,14 +364,14 @@ def test_methods_are_ranked_by_their_largest_asr():
     swapped = ledger(True).outcomes.replace({"method": {"at": "ssft", "ssft": "at"}})
     other = summary.ranking(Evidence(PROFILE, swapped))
     assert other.index("| SSFT |") < other.index("| LAT |") < other.index("| AT |")
-    assert "worst of 2, n 600, seeds 3" in table[0]
+    assert "worst of 2, n = 600, 3 seeds" in table[0]
     lat = dict(zip(table[0].split(" | "), table[2 + order.index("LAT")].split(" | ")))
     typed = next(cell for name, cell in lat.items() if name.startswith("ASR, typed"))
     assert typed.startswith("40 [")  # of prefilling and the system prompt the worse
 
 
 def test_the_diagram_is_of_the_profile():
-    figure, alt = diagram.lat_diagram(ledger(True))
+    figure, alt, caption = diagram.lat_diagram(ledger(True))
     sites = PROFILE.training("lat").attack.sites
     assert f"{len(sites)} sites" in alt and "eps 0.05" in alt and "3 of 5 tokens" in alt
     drawn = [text.get_text() for text in figure.axes[0].texts]

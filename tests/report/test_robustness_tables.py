@@ -33,7 +33,7 @@ def without(run, **column):
 @pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("source", ["attacked", "whole"])
 def test_a_figure_has_words_labels_and_pixels(run, draw, source, tmp_path):
-    figure, alt = draw(run if source == "attacked" else evidence(True))
+    figure, alt, caption = draw(run if source == "attacked" else evidence(True))
     assert len(alt.split()) > 8 and any(c.isdigit() for c in alt) and "nan" not in alt
     for ax in figure.axes:
         assert ax.get_title() and ax.get_xlabel(), "a panel without title or axis label"
@@ -43,7 +43,7 @@ def test_a_figure_has_words_labels_and_pixels(run, draw, source, tmp_path):
 
 
 def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run):
-    figure, alt = robustness_tables.heat_map(without(run, method="at", attack="system"))
+    figure, alt, caption = robustness_tables.heat_map(without(run, method="at", attack="system"))
     (ax,), table = figure.axes, robustness_tables.attack_table(run)
     assert (
         len(ax.texts) == table.size - 1 and [p.get_hatch() for p in ax.patches].count("////") == 1
@@ -51,14 +51,14 @@ def test_the_heat_map_has_a_number_in_every_cell_and_hatches_what_is_missing(run
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert (
         len(labels) == len(table)
-        and "eps 0.2 absolute: pgd, other sites (n 200, seeds 1)" in labels
-        and "no attack (n 600, seeds 3)" in labels
+        and "eps 0.2 absolute: pgd, other sites (n = 200, 1 seed)" in labels
+        and "no attack (n = 600, 3 seeds)" in labels
     )
-    row = labels.index("eps 0.05 absolute: pgd (n 600, seeds 3)")
+    row = labels.index("eps 0.05 absolute: pgd (n = 600, 3 seeds)")
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in ax.texts}
     assert texts[0, row] == "80 [76, 83]" and texts[2, row] == "0 [0, 9]"
     assert (
-        "lat: eps 0.05 absolute: noise 0 %, eps 0.05 absolute: pgd 0 %" in alt
+        "LAT: eps 0.05 absolute: noise 0 %, eps 0.05 absolute: pgd 0 %" in alt
         and "suffix-gcg 60 %" in alt
     )
     assert alt.count("system 20 %") == 2, "a cell that was not measured is said"
@@ -83,11 +83,11 @@ def test_the_transfer_matrix_reads_from_row_to_column(run):
     into = (rows["method"] == "at") & (rows["source"] == "lat")
     # seeds on which nothing was transferred
     into |= (rows["attack"] == "noise") & (rows["seed"] > 0)
-    figure, alt = robustness_tables.transfer_matrix(
+    figure, alt, caption = robustness_tables.transfer_matrix(
         Evidence(run.profile, rows.assign(outcome=rows["outcome"].mask(into, "complied")))
     )
-    assert "at: from ssft 40 %, from at 40 %, from lat 100 %" in alt
-    assert "lat: from ssft 40 %, from at 40 %, from lat 40 %, noise 0 %" in alt
+    assert "AT: from SSFT 40 %, from AT 40 %, from LAT 100 %" in alt
+    assert "LAT: from SSFT 40 %, from AT 40 %, from LAT 40 %, noise 0 %" in alt
     texts = {tuple(map(round, t.get_position())): t.get_text() for t in figure.axes[0].texts}
     assert texts[1, 2] == "100 [91, 100]" and texts[2, 1] == "40 [33, 47]" and len(texts) == 12
     corners = sorted(
@@ -160,7 +160,7 @@ def test_the_worst_case_table_names_every_threat_and_its_seeds(run):
         "its own perturbation is no transfer"
     )
     wide = robustness_tables.worst_case_wide(table)
-    assert wide.loc["suffix-gcg", "lat"] == "60 [53, 67] (refused 40, neither 0)"
+    assert wide.loc["suffix-gcg", "LAT"] == "60 [53, 67] (refused 40, neither 0)"
     assert wide.loc["main sites, eps 0.2 absolute", "attacks, rows, seeds"] == "6, 200, 1"
 
 
@@ -181,7 +181,7 @@ def test_typed_attacks_come_with_what_was_understood():
         and gcg["complied, understood"].n == 80
     )
     assert junk["neither"].estimate == 1.0 and junk["complied, understood"] is None
-    assert printed(table).loc[("suffix-random", "lat"), "complied, understood"] == "-"
+    assert printed(table).loc[("suffix-random", "LAT"), "complied, understood"] == "-"
 
 
 def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
@@ -192,11 +192,11 @@ def test_what_a_defence_takes_off_is_paired_and_over_the_same_attacks(run):
     assert gain.loc["suffix-gcg", "lat"].estimate == pytest.approx(-0.4)
     text = printed(gain, sign=True)
     assert (
-        text.loc["suffix-gcg", "lat"] == "-0.400 [-0.522, -0.262]"
-        and "+0.800" in text.iloc[0]["lat"]
+        text.loc["suffix-gcg", "LAT"] == "-40.0 [-52.2, -26.2] points"
+        and "+80.0" in text.iloc[0]["LAT"]
     )
     uneven = without(run, method="lat", attack="prefill")
-    assert printed(robustness_tables.gain_table(uneven)).loc["prefill", "lat"] == "-"
+    assert printed(robustness_tables.gain_table(uneven)).loc["prefill", "LAT"] == "-"
     stronger = without(
         attacked({("ssft", "pgd-strong", 0.05): 1.0}), method="lat", attack="pgd-strong"
     )
@@ -219,23 +219,23 @@ def test_the_panel_is_printed_plainly():
     )
     grid = robustness_tables.panel_grid(checks)
     assert (
-        grid.loc["more steps, eps 0.05 absolute", "lat"] == "fail"
-        and grid.loc["more steps, eps 0.2 absolute", "lat"] == "pass"
+        grid.loc["more steps, eps 0.05 absolute", "LAT"] == "fail"
+        and grid.loc["more steps, eps 0.2 absolute", "LAT"] == "pass"
     )
-    assert grid.loc["base", "lat"] == "" and grid.loc["base", "base"] == "pass"
-    assert grid.loc["restarts, eps 0.2 absolute", "at"] == "not measured"
+    assert grid.loc["base", "LAT"] == "" and grid.loc["base", "base"] == "pass"
+    assert grid.loc["restarts, eps 0.2 absolute", "AT"] == "not measured"
     text = robustness_tables.panel_findings(checks)
     assert " 1 failed, " in text.splitlines()[0] and text.count("\n* ") == 1
     (failure,) = (check for check in checks if check.status == "fail")
     assert (
-        f"**more steps failed on lat, eps 0.05 absolute**: {failure.measured}. {failure.meaning}"
+        f"**more steps failed on LAT, eps 0.05 absolute**: {failure.measured}. {failure.meaning}"
         in text
     )
     table = robustness_tables.panel_markdown(checks).splitlines()
     assert len(table) == 2 + len(checks)
     assert (
-        "| more steps | lat, eps 0.05 absolute | pgd-strong minus pgd +0.400 [+0.322, +0.473]; pgd 0.000"
-        " [0.000, 0.088] | fail |" in table
+        "| more steps | LAT, eps 0.05 absolute | pgd-strong minus pgd +40.0 [+32.2, +47.3] points;"
+        " pgd 0 [0, 9] % | fail |" in table
     )
     assert robustness_tables.rules_markdown(attacked()).count("\n") == 1 + len(attack_checks.RULES)
 
