@@ -45,7 +45,7 @@ class Lab:
 
     def __init__(self, page, address: str) -> None:
         page.set_default_timeout(1000 * PATIENCE_S)
-        page.goto(f"{address}/lab")
+        page.goto(f"{address}/lab?reset")  # nothing that was open before
         page.wait_for_function("window.jupyterapp")
         page.evaluate("window.jupyterapp.restored")
         self.page = page
@@ -67,6 +67,13 @@ class Lab:
     def start(self, name: str) -> None:
         """Begin what a command does."""
         self.page.evaluate("name => void window.jupyterapp.commands.execute(name)", name)
+
+    def restart_and_run_all(self) -> None:
+        """As a reader does, who is asked whether to restart, until all cells have run."""
+        what = "window.jupyterapp.commands.execute('notebook:restart-run-all')"
+        self.page.evaluate(f"void (window.restarted = {what})")
+        self.page.locator(".jp-Dialog .jp-mod-accept").click()
+        assert self.page.evaluate("window.restarted") is True
 
     def notebook(self) -> dict:
         """The notebook as it would be saved."""
