@@ -41,7 +41,8 @@ from latlib.report.tables import between_markers
 
 LIMIT_BYTES = 8_000_000
 TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".ipynb")
-COPIED = ("report.html", "profile.yaml", "results/*.json", "results/*.png", "metrics/*.jsonl")
+COPIED = ("report.html", "profile.yaml", "metrics/*.jsonl")
+RESULTS = ("results/*.json", "results/*.png", "results/*.md")
 NOTEBOOKS = "notebooks/[0-9][0-9]_*.ipynb"
 TIMING = "timing.json"
 OF_A_RUN = ("notebooks", "metrics", "profile.yaml", "report.html")  # where they lie in a run, too
@@ -108,7 +109,7 @@ def check_replaceable(target: Path) -> None:
 
 def _write(run: Path, folder: Path) -> None:
     """Fill a folder with the evidence of a run."""
-    for source in _files(run, *COPIED, NOTEBOOKS):
+    for source in _files(run, *COPIED, *RESULTS, NOTEBOOKS):
         # results lie at the top of the copy
         copy = folder / source.relative_to(run).as_posix().removeprefix("results/")
         copy.parent.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@
    which claims failed or could not be decided; which checks failed that the numbers stand on.
 2. `claims_table` is a line a claim, its verdict in colour and shape.
 3. `ranking` orders the methods by what the worst of each kind of attack gets out of them.
+4. `front_page` is all of that for a folder of published results, which a code host shows.
 
 All of it is Markdown, and says so where something was not measured.
 """
@@ -287,6 +288,25 @@ def if_measured(make: Callable[[Evidence], str], e: Evidence) -> str:
         return make(e)
     except MissingError as error:
         return f"*Not measured yet:* {error}."
+
+
+def front_page(
+    e: Evidence, measured: Sequence[Claim], found: Sequence[Ground], figure: Path
+) -> str:
+    """The README.md of published results. figure: the main one, beside it, if it was drawn."""
+    answers = [in_short(e, measured, found), if_measured(ranking, e)]
+    if figure.is_file():
+        answers.append(f"![Latent attack, encoded requests, ablation]({figure.name})")
+    return "\n\n".join(
+        [
+            f"# What `{e.profile.name}` measured",
+            e.profile.description,
+            *answers,
+            claims_table(e, measured, found),
+            "The whole report is `report.html`, a page to open from a clone. The"
+            " [executed notebooks](notebooks) can be read here; `99_report` is the report.\n",
+        ]
+    )
 
 
 # ---- this run

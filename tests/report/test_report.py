@@ -15,6 +15,7 @@ from browser import barriers
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
 from ledger_evidence import PROFILE, ledger
+from nbconvert.filters import markdown2html
 from nbformat.v4 import new_output
 from synthetic import attacked
 
@@ -127,9 +128,13 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reports")
-    return {name: page_of(make(), folder / name) for name, make in RUNS.items()}
+def reports(tmp_path_factory):
+    return tmp_path_factory.mktemp("reports")
+
+
+@pytest.fixture(scope="module")
+def pages(reports):
+    return {name: page_of(make(), reports / name) for name, make in RUNS.items()}
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -376,3 +381,14 @@ def test_the_diagram_is_of_the_profile():
     assert f"{len(sites)} sites" in alt and "eps 0.05" in alt and "3 of 5 tokens" in alt
     drawn = [text.get_text() for text in figure.axes[0].texts]
     assert drawn.count("+δ") == 3 * len(sites)
+
+
+def test_published_results_have_a_front_page_with_the_same_answer(reports, pages):
+    for name, page in pages.items():
+        text = (reports / name / "results" / "README.md").read_text(encoding="utf-8")
+        shown = BeautifulSoup(markdown2html(text), "html.parser")
+        tally = [span.get_text() for span in page.h2.find_all_previous("span") if span.get("style")]
+        assert len(tally) == len(Verdict)
+        assert {span.get_text() for span in shown.select("span[style]")} >= set(tally)
+        statements = {row.td.get_text() for row in shown.select("table")[-1].select("tbody tr")}
+        assert len(statements) == len(claims.CLAIMS)
