@@ -6,7 +6,7 @@
 1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main
    figure are copied; models and W&B folders are not.
 2. Paths of the machine it ran on are left out (`latlib.io.files.without_paths`), as is the notebook
-   runner's bookkeeping.
+   runner's bookkeeping; numbers of training curves have nine digits.
 3. Where asked for, the README's table of claims and its line on time are written anew from the
    copy. Of a run that was made in several sittings the line tells what the last one took, and says
    so.
@@ -139,7 +139,14 @@ def _text(file: Path, run: Path) -> str:
             part.metadata.pop("papermill", None)
             part.metadata.pop("execution", None)
         text = nbformat.writes(notebook)
+    if file.suffix == ".jsonl":
+        text = "".join(json.dumps(_short(json.loads(line))) + "\n" for line in text.splitlines())
     return without_paths(text, run)
+
+
+def _short(step: dict[str, Any]) -> dict[str, Any]:
+    """A line of training curves in nine digits a number, which tell any two float32 apart."""
+    return {k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in step.items()}
 
 
 def timing(run: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def run(tmp_path):
     (folder / "models" / "lat-seed0" / "latlib.json").write_text('{"seconds": 60.04}')
     (folder / "results" / "claims.json").write_text("[]")
     (folder / "results" / "main_figure.png").write_bytes(b"png")
-    (folder / "metrics" / "lat-seed0.jsonl").write_text("{}\n")
+    (folder / "metrics" / "lat-seed0.jsonl").write_text('{"step": 1, "kl": 0.30000001192092896}\n')
     (folder / "models" / "lat-seed0" / "adapter.bin").write_bytes(b"0" * 100)
     for seed in (0, 1):
         pd.DataFrame({"seed": [seed]}).to_parquet(
@@ -59,6 +59,8 @@ def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
     ]
     assert not any(str(tmp_path) in text for text in texts)
     assert "runs/tiny/notebooks" in (target / "report.html").read_text()
+    (curve,) = (target / "metrics" / "lat-seed0.jsonl").read_text().splitlines()
+    assert json.loads(curve) == {"step": 1, "kl": 0.300000012}
     took = json.loads((target / "timing.json").read_text())
     assert took["notebooks"] == {"01_hooks": 90.0}
     assert (took["models"], took["training_s"]) == (1, 60.0)
