@@ -91,6 +91,7 @@ def test_publishing_replaces_only_what_was_published(root, copy, tmp_path):
     run = tmp_path / "runs" / "tiny"  # as much of a run as publishing looks at
     shutil.copytree(root / RESULTS / "outcomes", run / "results" / "outcomes")
     (run / "report.html").write_text("<p>new</p>")
+    (run / "began.json").write_text("{}")
     (copy / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match=r"thesis\.tex in it is not as it was published"):
         publish(run, copy)
