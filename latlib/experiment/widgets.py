@@ -112,9 +112,11 @@ def changed_words(before: str, after: str) -> str:
     return " ".join(parts)
 
 
-def side_by_side(replies: Mapping[str, Mapping[str, Told]], show: bool) -> HTML:
-    """A table of replies: a row for each model and what was done, the words marked that are not in
-    the model's first reply. show: the text, and not its length and a hash."""
+def side_by_side(
+    replies: Mapping[str, Mapping[str, Told]], show: bool, whose: str = "model"
+) -> HTML:
+    """A table of replies: a row for each model (or whatever is `whose`) and what was done, the
+    words marked that are not in its first reply. show: the text, and not its length and a hash."""
     lines = []
     for model, by_change in replies.items():
         first = next(iter(by_change.values())).reply
@@ -125,7 +127,7 @@ def side_by_side(replies: Mapping[str, Mapping[str, Told]], show: bool) -> HTML:
             names = f"<th>{escape(model)}</th><th>{escape(change)}</th>"
             cells = f"<td><b>{said.outcome}</b></td><td style='text-align: left'>{text}</td>"
             lines.append(f"<tr>{names}{cells}</tr>")
-    heads = "<th>model</th><th>change</th><th>outcome</th><th>reply (changed words marked)</th>"
+    heads = f"<th>{whose}</th><th>change</th><th>outcome</th><th>reply (changed words marked)</th>"
     # a prompt's dollar signs are no formula
     table = f"<table class='tex2jax_ignore'><thead><tr>{heads}</tr></thead>"
     return HTML(f"{table}<tbody>{''.join(lines)}</tbody></table>")

@@ -169,20 +169,22 @@ def execute(content: NotebookNode, parameters: Mapping[str, Any]) -> None:
 
     no_history = Config({"HistoryManager": {"enabled": False}})
     shell = InteractiveShell.instance(config=no_history)
-    shell.reset(new_session=False)
-    for cell in content.cells:
-        if cell.cell_type != "code":
-            continue
-        # the trap first: entered by `run_cell`, it would take the outputs from the capture
-        with shell.display_trap, capture_output(stderr=False) as said:
-            shell.run_cell(cell.source).raise_error()
-        if said.stdout:
-            cell.outputs.append(new_output("stream", text=said.stdout))
-        for shown in said.outputs:
-            both = {"data": shown.data, "metadata": shown.metadata}
-            cell.outputs.append(new_output("display_data", **both))
-        if "parameters" in cell.metadata.get("tags", []):
-            shell.push(dict(parameters))
+    try:
+        for cell in content.cells:
+            if cell.cell_type != "code":
+                continue
+            # the trap first: entered by `run_cell`, it would take the outputs from the capture
+            with shell.display_trap, capture_output(stderr=False) as said:
+                shell.run_cell(cell.source).raise_error()
+            if said.stdout:
+                cell.outputs.append(new_output("stream", text=said.stdout))
+            for shown in said.outputs:
+                both = {"data": shown.data, "metadata": shown.metadata}
+                cell.outputs.append(new_output("display_data", **both))
+            if "parameters" in cell.metadata.get("tags", []):
+                shell.push(dict(parameters))
+    finally:
+        shell.reset(new_session=False)  # until the next one it holds no table
 
 
 if __name__ == "__main__":

@@ -327,6 +327,10 @@ def test_select_by_number_and_name(place):
     assert pipeline.choose(notebooks, []) == notebooks
     with pytest.raises(pipeline.UsageError, match="--only 04.*01_hooks"):
         pipeline.choose(notebooks, ["04"])
+    write_notebook(place, "08_your_model")
+    more = pipeline.find_notebooks(place)
+    assert pipeline.choose(more, []) == notebooks, "it is of no run of the suite"
+    assert [n.stem for n in pipeline.choose(more, ["08"])] == ["08_your_model"]
 
 
 PROJECT = (".git/HEAD", "thesis.tex", "data/mine.csv", "results/notes.md", "models/mine/a.bin")
@@ -562,17 +566,25 @@ def reporter(place):
     raise AssertionError("no report was begun within 200 s")
 
 
-def test_the_last_report_waits_for_no_other(place):
+LAST_REPORT = """
+reporter = int(Path(out, 'reporter').read_text().split()[0])
+try:
+    os.kill(reporter, 0)
+except ProcessLookupError:
+    print('alone')
+"""
+
+
+def test_the_last_report_waits_for_no_other_and_is_alone(place):
     """One that hangs while the run's own report is due is taken away first."""
     notebooks = place / "notebooks"
     write_notebook(notebooks, "01_first", "x = 1")
     begun = "Path(out, 'reporter').exists()"
     write_notebook(notebooks, "02_second", WAITS.format(condition=begun))
-    write_notebook(notebooks, "99_report", SLOW_REPORT, "print('done')")
+    write_notebook(notebooks, "99_report", SLOW_REPORT, LAST_REPORT)
     done = run(place)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "done" in (place / "run dir" / "report.html").read_text()
-    assert gone(reporter(place)[0], 0.1)
+    assert "alone" in (place / "run dir" / "report.html").read_text()
 
 
 # ---- on a terminal
