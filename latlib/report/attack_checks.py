@@ -321,7 +321,7 @@ def panel(
     for rule in RULES:
         for eps, method in product(radii[rule.at], methods_of(e, rule.who)):
             case = Case(e, method, eps, gradients.get(method), unbound.get(method))
-            asked = (rule.name, method, str(eps))
+            asked: tuple[str, ...] = (rule.name, method, str(eps))
             if rule.judge in (follows, trained):  # what the others say does not depend on it
                 asked += (str(case.gradients), str(case.unbound))
             if asked not in e.checked:
