@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 LOG = "report_so_far.log"  # in the run's logs
+GLANCE = "glance.html"  # what notebook 00 becomes
 NICENESS = 5  # a third of what a worker gets that wants as much: our choice
 END_S = 2.0  # to take away what is half written
 STOP_S = 5.0  # then it is killed
@@ -154,6 +155,8 @@ def write_so_far(
         f"**Written at {datetime.now():%H:%M}, while the run went on.** Not run yet: {names}. What"
         " they measure is not here; the page is written anew after every notebook."
     )
+    if (page.parent / GLANCE).exists():
+        said += f" The first look is in [{GLANCE}]({GLANCE})."
     content.cells.insert(1, nbformat.v4.new_markdown_cell(said))
     html = to_html(content, notebook.stem)
     write_text(without_paths(html, page.parent), page)

@@ -40,7 +40,7 @@ from latlib.experiment.record import PROFILE
 from latlib.io import manifest, progress
 from latlib.io.files import SET_ASIDE, discard, set_aside
 from latlib.io.progress import ExitStatus
-from latlib.runner.interim import Interim
+from latlib.runner.interim import GLANCE, Interim
 from latlib.runner.kernel import GRACE_S, Kernel
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ REDRAW_S, LINE_S = 0.25, 10.0  # on a terminal; elsewhere
 DAY_S = 86_400
 REPORT = "99_report"
 ON_REQUEST = ("08_your_model",)  # of no run of the suite: about a model of one's own
-PAGES = {"00_glance": "glance.html", REPORT: "report.html"}  # notebook -> what it becomes
+PAGES = {"00_glance": GLANCE, REPORT: "report.html"}  # notebook -> what it becomes
 # what a line of a parameters cell assigns to, annotated or not
 _ASSIGNED = re.compile(r"^(\w+)\s*(?::[^=]+)?=(?!=)", re.MULTILINE)
 

@@ -487,23 +487,30 @@ WRITTEN = "Path(out, 'report.html').exists()"
 
 def test_the_report_so_far_is_written_beside_the_next_notebook(place):
     notebooks = place / "notebooks"
+    write_notebook(notebooks, "00_glance", "x = 0")
     write_notebook(notebooks, "01_first", "x = 1")
     keep = "Path(out, 'results', 'so_far.html').write_text(Path(out, 'report.html').read_text())"
-    write_notebook(notebooks, "02_second", WAITS.format(condition=WRITTEN), keep)
+    of_both = f"{WRITTEN} and '00_glance 01_first' in Path(out, 'report.html').read_text()"
+    write_notebook(notebooks, "02_second", WAITS.format(condition=of_both), keep)
     write_notebook(notebooks, "03_third", "x = 3")
     write_notebook(notebooks, "99_report", REPORT, "'the last expression'")
     done = run(place)
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     folder = place / "run dir"
     so_far = (folder / "results" / "so_far.html").read_text()
-    assert "of mine.yaml: 01_first\n" in so_far, "the state then, with the run's parameters"
+    assert "of mine.yaml: 00_glance 01_first\n" in so_far, (
+        "the state then, with the run's parameters"
+    )
     assert "<p>a figure</p>" in so_far and "the last expression" in so_far
     top = so_far.index("Not run yet")
     assert so_far.index("Is it so?</h1>") < top < so_far.index("of mine.yaml")
     assert "<code>02_second</code>, <code>03_third</code>." in so_far[top : top + 100]
-    assert f"{place}/" not in so_far
+    assert f"{place}/" not in so_far and 'href="glance.html"' in so_far
     last = (folder / "report.html").read_text()
-    assert "of mine.yaml: 01_first 02_second 03_third\n" in last and "Not run yet" not in last
+    assert (
+        "of mine.yaml: 00_glance 01_first 02_second 03_third\n" in last
+        and "Not run yet" not in last
+    )
     assert done.stdout.count(f"report so far: {folder / 'report.html'}\n") == 1
     assert not list(folder.glob(".report.html*"))
     again = run(place)
