@@ -56,7 +56,7 @@ def named(table: DataFrame) -> DataFrame:
             shown = shown.rename(display_name, axis=axis, level=level)
     for column in METHODS.intersection(table.columns):
         shown[column] = shown[column].map(display_name)
-    return shown.rename_axis(columns=None)
+    return shown.rename_axis(columns=[None] * shown.columns.nlevels)
 
 
 def in_order(table: DataFrame, *levels: Iterable[str]) -> DataFrame:

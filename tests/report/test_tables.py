@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nbconvert.filters import markdown2html
+from pandas import DataFrame
 
+from latlib.report.tables import printed
 from latlib.text.markdown import verbatim
 
 
@@ -40,3 +42,10 @@ def test_a_prompt_is_shown_as_it_is(text):
 @given(st.text(min_size=1, max_size=40, alphabet=st.characters(codec="ascii", min_codepoint=33)))
 def test_no_text_becomes_a_tag(text):
     assert shown(f"a{text}a")[1] <= {"p", "em"}
+
+
+def test_a_table_with_columns_of_two_levels_is_printed():
+    table = DataFrame({("eps 0.1", "embedding"): [0.5], ("eps 0.1", "other sites"): [None]})
+    shown = printed(table.set_axis(["lat"]).rename_axis("method"))
+    assert shown.columns.tolist() == table.columns.tolist()
+    assert shown.to_numpy().tolist() == [["0.5", "-"]] and shown.index.tolist() == ["LAT"]
