@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from shapes import SHAPES
 
@@ -262,6 +263,17 @@ def _directions(found: Mapping) -> str:
     )
 
 
+def _widgets(found: Mapping) -> str:
+    rows = []
+    for name, record in found["results"].items():
+        seconds = record["seconds"]
+        cells = (median(seconds), max(seconds), record["first"])
+        rows.append([name, str(len(seconds)), *(f"{cell:.2f} s" for cell in cells)])
+    head = ["widget (notebooks)", "moves", "median", "longest", "first, with its models to load"]
+    machine = _machine(found["environment"])
+    return f"Models of profile {found['profile']}. {machine}\n\n{table(head, rows)}"
+
+
 def _run(run: Mapping) -> str:
     rate = (
         f", {run['bfloat16_flop_per_second'] / 1e9:.0f} GFLOP/s in bf16"
@@ -307,6 +319,7 @@ def page() -> str:
         growth=part(_growth, "scaling-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
+        widgets=part(_widgets, "widgets-tiny"),
         tiny=_tiny(*map(read, TINY_RUNS), *committed),
     )
 

@@ -183,15 +183,17 @@ def encoding_picker(run: Run, seed: int = 0) -> Widget | None:
 
     examiner = _examiners(run, seed)
 
+    @lru_cache  # it is the same whatever the encoding
+    def plainly(method: str, prompt: Prompt) -> Told:
+        return told(examiner(method), [prompt])[0]
+
     def tell(prompt: Prompt, encoding: str, strength: float, show: bool) -> HTML:
         partly = strength < 1 and REGISTRY[encoding].strength is not None
         wording = Wording(f"{encoding}@{strength:g}" if partly else encoding)
         replies = {}
         for method in (BASE, *run.profile.contrasted):
-            asked = examiner(method)
-            (plain,) = told(asked, [prompt])
-            (encoded,) = told(asked, [prompt], None, wording)
-            replies[method] = {PLAIN: plain, wording.encoding: encoded}
+            (encoded,) = told(examiner(method), [prompt], None, wording)
+            replies[method] = {PLAIN: plainly(method, prompt), wording.encoding: encoded}
         table = side_by_side(replies, show)
         return HTML(f"<p>Asked: <i>{escape(wording.request(prompt))}</i></p>{table.data}")
 

@@ -18,6 +18,7 @@ import lat_step
 import measure
 import scaling
 import suffixes
+import widgets
 from measure import MatrixRate, Measurement, Rate, count
 from naive import NaiveTrainer
 from predicted import predict
@@ -432,3 +433,32 @@ def test_both_suffix_searches_ask_the_same_prompts_as_often(smoke_run, tmp_path,
     )
     gap = record["asr"]["gcg"]["estimate"] - record["asr"]["random"]["estimate"]
     assert record["difference"]["estimate"] == pytest.approx(gap)
+
+
+def test_every_control_of_a_widget_is_moved_alone(smoke_run, tmp_path, monkeypatch):
+    made = {}
+
+    def spied(name, make):
+        def kept(run):
+            widget = make(run)
+            calls, tell = [dict(widget.kwargs)], widget.f
+            made[name] = calls
+            widget.f = lambda **chosen: (calls.append(chosen), tell(**chosen))[1]
+            return widget
+
+        return kept
+
+    monkeypatch.setenv("LATLIB_BATCH", "1")  # under which there would be no widget
+    makers = {name: spied(name, make) for name, make in widgets.MAKERS.items()}
+    monkeypatch.setattr(widgets, "MAKERS", makers)
+    file = tmp_path / "out.json"
+    out = widgets.main(["--run", str(smoke_run.folder), "--json", str(file)])
+    assert json.loads(file.read_text()) == json_ready(out)
+    moved = {"attack (00, 02)": {"prompt", "eps"}}
+    moved["direction (04)"] = {"target", "mode", "vector", "rule", "strength", "prompt"}
+    moved["encoding (05)"] = {"prompt", "encoding", "strength"}
+    for name, (usual, *calls) in made.items():
+        changed = [{key for key in usual if call[key] != usual[key]} for call in calls]
+        assert all(len(keys) == 1 for keys in changed)
+        assert set().union(*changed) == moved[name]
+        assert len(out["results"][name]["seconds"]) == len(calls)
