@@ -192,8 +192,10 @@ def encoding_picker(run: Run, seed: int = 0) -> Widget | None:
         wording = Wording(f"{encoding}@{strength:g}" if partly else encoding)
         replies = {}
         for method in (BASE, *run.profile.contrasted):
-            (encoded,) = told(examiner(method), [prompt], None, wording)
-            replies[method] = {PLAIN: plainly(method, prompt), wording.encoding: encoded}
+            asked = examiner(method)
+            plain = plainly(method, prompt)
+            (encoded,) = told(asked, [prompt], None, wording)
+            replies[method] = {PLAIN: plain, wording.encoding: encoded}
         table = side_by_side(replies, show)
         return HTML(f"<p>Asked: <i>{escape(wording.request(prompt))}</i></p>{table.data}")
 
