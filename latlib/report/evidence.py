@@ -79,7 +79,12 @@ def display_name(method: str) -> str:
     if method == BASE:
         return method
     parts = method.split("-")
-    return "-".join(p.upper() if len(p) <= LONGEST_ABBREVIATION else p for p in parts)
+    return "-".join(p.upper() if is_abbreviation(p) else p for p in parts)
+
+
+def is_abbreviation(part: str) -> bool:
+    """Whether a part of a method's name is written in capitals: 'ssft', and not 'eps0'."""
+    return len(part) <= LONGEST_ABBREVIATION and not part.startswith("eps")
 
 
 def display_names(methods: Iterable[str]) -> list[str]:

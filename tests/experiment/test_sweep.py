@@ -111,10 +111,12 @@ def written(metrics):
 
 class Killer(threading.Thread):
     """Stops the process of a trial in the middle of training, makes sure that it is there, and
-    kills it; then, in the middle of another trial, the node `second` with all its processes."""
+    kills it; then, in the middle of another trial, the node `second` with all its processes. Looks
+    for them until `ended` is set: on a busy machine the first step of a trial can take minutes."""
 
     def __init__(self, nodes, scratch):
         super().__init__(daemon=True)
+        self.ended = threading.Event()
         self.nodes, self.scratch, self.worker, self.on_node, self.error = (
             nodes,
             scratch,
@@ -135,8 +137,7 @@ class Killer(threading.Thread):
 
     def catch(self, node, kill):
         raylet = node.all_processes["raylet"][0].process.pid
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
+        while not self.ended.wait(0.002):
             for trial, pids in attempts(self.scratch).items():
                 # done while it was looked at
                 with contextlib.suppress(OSError, psutil.NoSuchProcess):
@@ -156,7 +157,6 @@ class Killer(threading.Thread):
                     finally:
                         with contextlib.suppress(OSError):
                             os.kill(*pids, signal.SIGCONT)
-            time.sleep(0.002)
         raise TimeoutError(f"no trial was seen in the middle: {attempts(self.scratch)}")
 
 
@@ -170,8 +170,11 @@ def swept(cluster, tmp_path_factory):
     )
     killer = Killer(cluster, scratch)
     killer.start()
-    result = sweep(run, scratch=scratch, adapters=True, say=lines.append)
-    killer.join()
+    try:
+        result = sweep(run, scratch=scratch, adapters=True, say=lines.append)
+    finally:
+        killer.ended.set()
+        killer.join()
     if killer.error:
         raise killer.error
     return SimpleNamespace(
@@ -277,11 +280,7 @@ def test_what_is_finished_is_kept_when_a_sweep_is_stopped(swept, tmp_path):
     def interrupt(line):
         lines.append(line)
         if "lat[" in line:
-            until = time.monotonic() + 60
-            while (
-                not any(map(written, scratch.glob("*/lat-*/metrics/lat-*.jsonl")))
-                and time.monotonic() < until
-            ):
+            while not any(map(written, scratch.glob("*/lat-*/metrics/lat-*.jsonl"))):
                 time.sleep(0.01)  # until the other one is in the middle
             raise KeyboardInterrupt
 

@@ -132,7 +132,13 @@ def test_the_words_carry_the_numbers_of_the_table(run):
 
 
 def test_a_method_has_one_name_for_readers():
-    names = {"lat": "LAT", "lat-untargeted": "LAT-untargeted", "base": "base", "rr": "RR"}
+    names = {
+        "lat": "LAT",
+        "lat-untargeted": "LAT-untargeted",
+        "base": "base",
+        "rr": "RR",
+        "lat-eps0": "LAT-eps0",
+    }
     assert {method: display_name(method) for method in names} == names
     table = pd.DataFrame({"vector": ["at"], "attack": ["pgd"]}, pd.Index(["lat"], name="target"))
     shown = named(table)
