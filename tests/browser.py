@@ -17,7 +17,12 @@ VIEWS = (("light", 1400), ("dark", 400))  # colour scheme, width of the window
 GRAVE = ("serious", "critical")
 # what nbconvert's own template draws so, whatever the notebook: prompts and code in colours too pale,
 # links without a line below
-NBCONVERT = [[".jp-InputPrompt"], [".jp-OutputPrompt"], [".highlight"], [".jp-RenderedHTMLCommon a"]]
+NBCONVERT = [
+    [".jp-InputPrompt"],
+    [".jp-OutputPrompt"],
+    [".highlight"],
+    [".jp-RenderedHTMLCommon a"],
+]
 
 
 @dataclass

@@ -130,7 +130,7 @@ def _files(folder: Path, *patterns: str) -> list[Path]:
 
 def _text(file: Path, run: Path) -> str:
     """A text without paths of this machine; of an executed notebook without the runner's metadata,
-    which changes with every run.
+    which changes with every run, and without the plain words of what is shown richly, too.
     """
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".ipynb":
@@ -138,6 +138,10 @@ def _text(file: Path, run: Path) -> str:
         for part in (notebook, *notebook.cells):
             part.metadata.pop("papermill", None)
             part.metadata.pop("execution", None)
+        for cell in notebook.cells:
+            for output in cell.get("outputs", ()):
+                if len(output.get("data", ())) > 1:
+                    output["data"].pop("text/plain", None)
         text = nbformat.writes(notebook)
     if file.suffix == ".jsonl":
         text = "".join(json.dumps(_short(json.loads(line))) + "\n" for line in text.splitlines())

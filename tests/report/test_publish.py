@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbformat.v4 import new_output
 
 from latlib.io import manifest
 from latlib.report import publish
@@ -31,7 +32,10 @@ def run(tmp_path):
         pd.DataFrame({"seed": [seed]}).to_parquet(
             folder / "results" / "outcomes" / f"audit-{seed}.parquet"
         )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"out = '{folder}'")])
+    table = {"text/html": "<table>rich", "text/plain": "a table, poor"}
+    shown = [new_output("display_data", data) for data in (table, {"text/plain": "alone"})]
+    cell = nbformat.v4.new_code_cell(f"out = '{folder}'", outputs=shown)
+    notebook = nbformat.v4.new_notebook(cells=[cell])
     notebook.metadata["papermill"] = {"duration": 90.04, "output_path": str(folder)}
     nbformat.write(notebook, folder / "notebooks" / "01_hooks.ipynb")
     return folder
@@ -59,6 +63,11 @@ def test_evidence_is_copied_without_models_or_paths(run, tmp_path):
     ]
     assert not any(str(tmp_path) in text for text in texts)
     assert "runs/tiny/notebooks" in (target / "report.html").read_text()
+    (cell,) = nbformat.read(target / "notebooks" / "01_hooks.ipynb", as_version=4).cells
+    assert [dict(output.data) for output in cell.outputs] == [
+        {"text/html": "<table>rich"},
+        {"text/plain": "alone"},
+    ]
     (curve,) = (target / "metrics" / "lat-seed0.jsonl").read_text().splitlines()
     assert json.loads(curve) == {"step": 1, "kl": 0.300000012}
     took = json.loads((target / "timing.json").read_text())
