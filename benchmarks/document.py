@@ -28,6 +28,7 @@ WATERFALL = (
 )
 TINY_RUNS = ("tiny-before", "tiny-engine", "tiny-engine-slower", "tiny-main-job", "tiny-0.1.0")
 PHASES = (
+    "00_glance",
     "01_hooks",
     "02_pgd_attack",
     "03_lat_training",
@@ -36,8 +37,8 @@ PHASES = (
     "06_robustness",
     "07_abbas_7b",
     "09_claims",
+    "99_report",
 )
-PHASES += ("99_report",)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -304,9 +305,9 @@ def part(make: Callable[..., str], *names: str) -> str:
 def page() -> str:
     """The text of docs/performance.md."""
     timing = RESULTS.parents[1] / "results" / "tiny" / "timing.json"
-    seconds = json.loads(timing.read_text(encoding="utf-8"))
-    run = {"about": "committed", "commit": "results/tiny", **seconds}
-    committed = [] if run["resumed"] else [run]  # a last sitting's times are no run's
+    took = json.loads(timing.read_text(encoding="utf-8"))
+    run = {"about": "committed", "commit": "results/tiny", **took["notebooks"]}
+    committed = [] if took["resumed"] else [run]  # a last sitting's times are no run's
     return TEMPLATE.read_text(encoding="utf-8").format(
         machine=part(lambda found: _machine(found["environment"]), "lat_step-cpu"),
         shape=_shape(asdict(SHAPES["cpu"])),

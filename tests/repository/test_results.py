@@ -21,8 +21,6 @@ PLACE = re.compile(
 WARNING = re.compile(r"\b\w+Warning\b")
 IMAGE = re.compile(r'data:image/[^"]*|"image/(?:png|jpeg)": "[^"]*"')
 HOMES = [f"/{folder}" + "/ada" for folder in ("home", "Users", "root", "tmp")]
-# made while trained models took the stock forward, with a warning each time one was opened
-WARNED = ("02_pgd_attack", "04_refusal_svd", "05_leetspeak_audit", "06_robustness")
 
 
 def noise(name: str, text: str) -> list[str]:
@@ -72,8 +70,5 @@ def test_there_is_evidence():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RESULTS)))
-def test_it_has_no_noise(file, request):
-    if file.parts[-3:-1] == ("tiny", "notebooks") and file.stem in WARNED:
-        why = f"published before that was mended: publish again, and delete {file.stem} in WARNED"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+def test_it_has_no_noise(file):
     assert not noise(file.name, file.read_text(encoding="utf-8"))
