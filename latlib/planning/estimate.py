@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -105,33 +105,56 @@ def lengths_of(harmful: Sequence[TokenRow], benign: Sequence[TokenRow]) -> RowLe
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps of a method that are of one kind: before the attack begins, or with it.
-    settings: such that a first step is of this kind.
+    """So many steps of a model that are of one kind: before the attack begins, or with it.
+    model: a method, or its variant as 'lat[no-kl]'. settings: such that a first step is of this
+    kind.
     """
 
-    method: str
+    model: str
     settings: TrainSettings
     steps: int
 
 
 def phases(profile: Profile) -> list[Phase]:
-    """All that is trained for one seed; released models and sweeps are not in it."""
+    """All that is trained for one seed and not released: methods, and the variants of the main one.
+    Steps that trainings have in common are the first one's (`latlib.experiment.plain_steps`)."""
+    trained = {m: profile.training(m) for m in profile.methods if m not in profile.released}
+    main = profile.roles.main
+    if main in trained:
+        for name, changes in profile.sweep.variants.items():
+            trained[f"{main}[{name}]"] = profile.training(main, changes)
     found = []
-    for method in profile.methods:
-        if method in profile.released:
-            continue
-        settings = profile.training(method)
-        if not settings.attack.steps:
-            found.append(Phase(method, settings, settings.steps))
-            continue
-        plain = min(settings.attack_after, settings.steps)
-        # nothing of the attack plays a part: methods have these steps in common
+    done: dict[TrainSettings, int] = {}  # plain training -> steps that a model before has done
+    for model, settings in trained.items():
+        attacks = settings.attack.steps > 0
+        plain = min(settings.attack_after, settings.steps) if attacks else settings.steps
+        # nothing of the attack plays a part, and the away loss comes with it
         never = {"attack_after": settings.steps + 1, "clean_share": 0.0, "attack": AttackSettings()}
-        at_once = {"attack_after": 0}
-        for changes, steps in ((never, plain), (at_once, settings.steps - plain)):
-            own = settings.model_copy(update={"eps_ramp": 0, **changes})
-            found.append(Phase(method, own, steps))
+        before = settings.model_copy(update={"eps_ramp": 0, **never})
+        common = before.model_copy(
+            update={"defence": before.defence.model_copy(update={"away": 0.0})}
+        )
+        if not attacks:
+            found.append(Phase(model, settings, plain))
+        elif done.get(common, 0) < plain:
+            found.append(Phase(model, before, plain))
+        if attacks:
+            own = settings.model_copy(update={"eps_ramp": 0, "attack_after": 0})
+            found.append(Phase(model, own, settings.steps - plain))
+        if attacks or not settings.defence.away:
+            done[common] = max(plain, done.get(common, 0))
     return [phase for phase in found if phase.steps]
+
+
+def _as_costly(settings: TrainSettings) -> TrainSettings:
+    """One for all settings whose steps take the same time: radii are 1, and weights but zero."""
+    tree = settings.defence.model_dump()
+    weights = {name: 1.0 for name, weight in tree.items() if isinstance(weight, float) and weight}
+    parts = {
+        "attack": settings.attack.model_copy(update={"eps": 1.0}),
+        "defence": settings.defence.model_copy(update=weights),
+    }
+    return settings.model_copy(update=parts)
 
 
 def training_memory(profile: Profile, lm: LanguageModel, lengths: Lengths) -> Memory | None:
@@ -140,23 +163,23 @@ def training_memory(profile: Profile, lm: LanguageModel, lengths: Lengths) -> Me
     """
     processes, mode = profile.parallel.processes, profile.parallel.mode
     found = []
-    for settings in {phase.settings for phase in phases(profile)}:
+    for settings in {_as_costly(phase.settings) for phase in phases(profile)}:
         share = predicted_memory(lm, settings, lengths, processes)
         found.append(on_each_gpu(share, lm, processes, mode))
     return max(found, key=attrgetter("total"), default=None)
 
 
 def _hours(profile: Profile, seconds: Callable[[TrainSettings], float]) -> dict[str, float]:
-    """method -> hours of its training, one seed. seconds: of a step at its settings."""
+    """model -> hours of its training, one seed. seconds: of a step at its settings."""
     seconds = cache(seconds)
     total: dict[str, float] = defaultdict(float)
     for phase in phases(profile):
-        total[phase.method] += phase.steps * seconds(phase.settings) / 3600
+        total[phase.model] += phase.steps * seconds(_as_costly(phase.settings)) / 3600
     return dict(total)
 
 
 def counted_hours(profile: Profile, lm: LanguageModel, lengths: Lengths) -> dict[str, float]:
-    """method -> hours of its training, one seed, by the FLOPs of a fake model's steps."""
+    """model -> hours of its training, one seed, by the FLOPs of a fake model's steps."""
     rate = MEASURED_RATE * SHARE
     return _hours(profile, lambda settings: predicted_flop(lm, settings, lengths) / rate)
 
@@ -164,7 +187,7 @@ def counted_hours(profile: Profile, lm: LanguageModel, lengths: Lengths) -> dict
 def timed_hours(
     profile: Profile, fake: LanguageModel, lengths: Lengths, device: str
 ) -> dict[str, float]:
-    """method -> hours of its training, one seed, on one such device: timed steps of each kind of a
+    """model -> hours of its training, one seed, on one such device: timed steps of each kind of a
     model with random weights, as `fake` is without any.
     """
     dtype = fake.dtype
@@ -202,12 +225,18 @@ def timed_base_hours(profile: Profile, tokenizer: Any, device: str) -> float:
     return settings.steps * seconds / 3600
 
 
-def elapsed_hours(one_seed: dict[str, float], n_seeds: int, workers: int) -> float:
+def seeds_of(profile: Profile, model: str) -> int:
+    """How many seeds a model of `phases` is trained on."""
+    is_variant = "[" in model
+    return 1 if is_variant and profile.sweep.seeds == "first" else len(profile.seeds)
+
+
+def elapsed_hours(one_seed: dict[str, float], seeds: Mapping[str, int], workers: int) -> float:
     """Until all models of all seeds are made, so many side by side; whatever stands on a base waits
-    for it. one_seed: model -> hours of its training."""
+    for it. one_seed: model -> hours of its training. seeds: model -> how many it is trained on."""
     longest = max((hours for name, hours in one_seed.items() if name != BASE), default=0.0)
     last = one_seed.get(BASE, 0.0) + longest
-    return max(last, n_seeds * sum(one_seed.values()) / workers)
+    return max(last, sum(seeds[name] * hours for name, hours in one_seed.items()) / workers)
 
 
 def spoken(hours: float) -> str:

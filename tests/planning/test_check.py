@@ -52,7 +52,7 @@ def no_network(monkeypatch, tmp_path):
     # whatever this machine's user has downloaded
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
-        estimate, "timed_hours", lambda profile, *_: {p.method: 1.0 for p in phases(profile)}
+        estimate, "timed_hours", lambda profile, *_: {p.model: 1.0 for p in phases(profile)}
     )
     monkeypatch.setattr(estimate, "timed_base_hours", lambda *_: 2.0)
     monkeypatch.chdir(tmp_path)
@@ -331,8 +331,11 @@ def test_a_first_look_needs_its_own_models_alone(capsys, monkeypatch):
     )
     assert "sites of at" not in lines
     _, lines = status_of("tiny", CPU, capsys)
-    assert lines["time"]["text"].startswith("12.0 h (base 6.0 h, ssft 3.0 h, rt 3.0 h, at 3.0 h, ")
-    assert ", 2 models side by side; " in lines["time"]["text"] and "scope" not in lines
+    said = lines["time"]["text"]  # 32 hours of one core
+    assert said.startswith("16.0 h (base 6.0 h, ssft 3.0 h, rt 3.0 h, at 3.0 h, ")
+    assert ", 8 variants of lat 8.0 h); " in said and ", 2 models side by side; " in said
+    assert lines["time of all"]["text"].startswith("about 36.8 h with evaluations: ")
+    assert "scope" not in lines
 
 
 @pytest.mark.parametrize(
@@ -346,7 +349,26 @@ def test_a_first_look_needs_its_own_models_alone(capsys, monkeypatch):
     ],
 )
 def test_what_stands_on_a_base_waits_for_it(one_seed, n_seeds, workers, expected):
-    assert estimate.elapsed_hours(one_seed, n_seeds, workers) == expected
+    seeds = dict.fromkeys(one_seed, n_seeds)
+    assert estimate.elapsed_hours(one_seed, seeds, workers) == expected
+
+
+def test_variants_are_counted_and_steps_in_common_once(monkeypatch):
+    profile = load_profile("tiny")
+    steps = {}
+    for phase in phases(profile):
+        steps.setdefault(phase.model, []).append(phase.steps)
+    # at, lat and the untargeted ones go on from 60 steps of ssft, without the KL term nothing does
+    assert steps["ssft"] == steps["rt"] == [130] and steps["lat[no-kl]"] == [60, 70]
+    assert steps["at"] == steps["lat"] == steps["lat-untargeted"] == steps["lat[eps-0.2]"] == [70]
+    assert estimate.seeds_of(profile, "lat") == 3 and estimate.seeds_of(profile, "lat[no-kl]") == 1
+    asked = []
+    monkeypatch.setattr(
+        estimate, "predicted_flop", lambda _, settings, __: asked.append(settings) or 1
+    )
+    hours = estimate.counted_hours(profile, None, None)
+    assert hours["lat"] == hours["lat[eps-0.2]"] < hours["lat[no-kl]"]
+    assert len({settings.attack.eps for settings in asked}) == 1, "a radius costs no time"
 
 
 def test_rows_that_are_here_are_read():
@@ -361,7 +383,9 @@ def test_steps_are_timed_on_any_device():
     config = published_configs.config_of(profile.model)
     fake = fake_model(config, torch.float32, profile.lora)
     found = timed_hours(profile, fake, Lengths(6, 4), "cpu")
-    assert set(found) == set(profile.methods) and all(hours > 0 for hours in found.values())
+    variants = {f"lat[{name}]" for name in profile.sweep.variants}
+    assert variants and set(found) == {*profile.methods} | variants
+    assert all(hours > 0 for hours in found.values())
 
 
 def test_a_base_is_timed_by_steps_like_its_own():
