@@ -6,7 +6,8 @@ Each is one line on stderr:
 2. Once, a loss that does not change over STILL steps, or no gradient in any of them: nothing is
    learned any more.
 3. Once, benign rows on which the loss has risen from its lowest by half of what a guess among all
-   tokens costs: the model is broken.
+   tokens costs, and stayed there for STILL steps: the model is broken. (Where an attack begins, it
+   may rise as far for a few steps.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Alarms:
         self.totals: deque[float] = deque(maxlen=STILL)
         self.gradients: deque[float] = deque(maxlen=STILL)  # norms
         self.guess = math.log(len(trainer.lm.model.get_input_embeddings().weight))
-        self.lowest = math.inf  # nats a benign token
+        self.benign: deque[float] = deque(maxlen=STILL)  # nats a token
+        self.lowest = math.inf  # of them
         self.said: set[str] = set()
 
     def after(self, step: int, metrics: Metrics) -> None:
@@ -47,8 +49,9 @@ class Alarms:
         if len(self.gradients) == STILL and not any(self.gradients):
             self._say("still", f"the gradient is 0 for {STILL} steps: lower train.lr")
         nats = self._benign(metrics)
+        self.benign.append(nats)
         self.lowest = min(self.lowest, nats)
-        if nats > self.lowest + self.guess / 2:
+        if min(self.benign) > self.lowest + self.guess / 2:
             change = f"from {self.lowest:.1f} to {nats:.1f} nats a token"
             self._say("worse", f"the loss on benign rows rose {change}: lower train.lr")
 

@@ -48,9 +48,27 @@ def test_a_rate_that_breaks_the_model_is_said_once(capsys, lr):
         if step == 60:
             trainer.settings = trainer.settings.model_copy(update={"lr": lr})
 
-    lines = trained(capsys, steps=66, lr=3e-2, spoil=spoil)
+    lines = trained(capsys, steps=60 + STILL, lr=3e-2, spoil=spoil)
     (broken,) = [line for line in lines if "the loss on benign rows rose from" in line]
     assert broken.startswith("training: ssft-seed0: ") and broken.endswith("lower train.lr")
+
+
+def test_a_rise_that_passes_is_not_talked_about(capsys):
+    """As in the steps after an attack has begun."""
+
+    before = []
+
+    def spoil(trainer, step):
+        if step == 31:
+            before.extend(p.detach().clone() for p in trainer.parameters)
+        if 31 <= step < 38:
+            for parameter in trainer.parameters:
+                parameter.data.normal_()
+        if step == 38:
+            for parameter, earlier in zip(trainer.parameters, before, strict=True):
+                parameter.data.copy_(earlier)
+
+    assert trained(capsys, steps=40, lr=3e-2, spoil=spoil) == []
 
 
 def test_a_loss_that_stays_where_it_is_is_said_once(capsys):
