@@ -322,6 +322,7 @@ def page() -> str:
         directions=part(_directions, "directions-cpu"),
         widgets=part(_widgets, "widgets-tiny"),
         tiny=_tiny(*map(read, TINY_RUNS), *committed),
+        committed=f"It began on {took['began']} and made {took['models']} models.",
     )
 
 

@@ -366,6 +366,10 @@ class ReroutingSettings(Section):
     retain: Positive = 1.0
 
 
+# of TrainSettings: what changes nothing but checkpoints
+WHEN = ("checkpoint_every", "checkpoint_minutes", "checkpoints_kept")
+
+
 class TrainSettings(Section):
     """One loop for all methods. Defaults are our choice, for the organism, where none is named
     (docs/lab-log.md).
@@ -424,6 +428,23 @@ class TrainSettings(Section):
     def evaluation_steps(self) -> int:
         """`evaluate_every`, or what it is by default."""
         return -(-self.steps // 8) if self.evaluate_every is None else self.evaluate_every
+
+    def plain_steps(self) -> dict[str, Any] | None:
+        """All that the steps before the attack depend on, beside the seed: trainings that are equal
+        in it have as many of them in common as each takes. None for one without any attack that has
+        an away term: before their attack, the others have none.
+
+        Left out is what changes no weight and no line of the log: when checkpoints are made, and
+        which adapter is kept.
+        """
+        if self.defence.away and not self.attack.steps:
+            return None
+        no_matter = {"attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN}
+        if not self.evaluation_steps:
+            no_matter.add("evaluate_prompts")
+        tree = self.model_dump(mode="json", exclude=no_matter)
+        del tree["defence"]["away"]
+        return tree
 
 
 class SuffixSearchSettings(Section):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from latlib.config.profile import changed_settings
-from latlib.config.sections import ProfileError, TrainSettings
+from latlib.config.sections import WHEN, ProfileError, TrainSettings
 from latlib.distributed import ranks
 from latlib.experiment.validation import Validator
 from latlib.io import files
@@ -42,8 +42,6 @@ from latlib.train import Trainer
 
 MARK = b"\nsha256 "  # before the checksum; torch reads files with something behind their end
 TAIL = len(MARK) + 64 + 1
-# settings that change nothing but checkpoints
-WHEN = ("checkpoint_every", "checkpoint_minutes", "checkpoints_kept")
 
 
 class Due:

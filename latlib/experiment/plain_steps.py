@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from latlib.config.sections import TrainSettings
 from latlib.distributed.ranks import broadcast, is_main
-from latlib.experiment.checkpoint import WHEN, read_checked, write_checked
+from latlib.experiment.checkpoint import read_checked, write_checked
 from latlib.experiment.layout import Layout
 from latlib.io.files import write_text
 from latlib.train import Trainer
@@ -18,20 +19,18 @@ class PlainSteps:
     """The first steps of a training, which other trainings of the same seed may share.
 
     Until `attack_after` steps are done, methods that differ in their attack alone do the same, bit
-    for bit. Sharing is allowed where everything that those steps depend on is equal: all settings
-    but the attack's and its schedule's, and the seed. A digest of them is in the file's name. Left
-    out of it is what changes no weight and no line of the log: when checkpoints are made, and which
-    adapter is kept. A training without any attack takes no part if it has an away term: before
-    their attack, the others have none.
+    for bit. Sharing is allowed where everything that those steps depend on is equal: the seed and
+    `TrainSettings.plain_steps`. A digest of them is in the file's name.
     """
 
     def __init__(self, layout: Layout, settings: TrainSettings, seed: int) -> None:
         self.files: dict[int, Path] = {}  # steps -> the state after them, and their log
         self.own: Path | None = None  # the file that this training goes on from
         attacks = settings.attack.steps > 0
-        if settings.defence.away and not attacks:
+        plain = settings.plain_steps()
+        if plain is None:
             return
-        digest = _digest(settings, seed)
+        digest = _digest(plain, seed)
         methods = map(layout.profile.training, layout.profile.methods)
         starts = {settings.attack_after, *(method.attack_after for method in methods)}
         last = settings.attack_after if attacks else settings.steps
@@ -64,12 +63,6 @@ class PlainSteps:
         return trainer.step
 
 
-def _digest(settings: TrainSettings, seed: int) -> str:
-    """What tells settings whose plain steps differ apart."""
-    no_matter = {"attack", "attack_after", "eps_ramp", "clean_share", "keep", *WHEN}
-    if not settings.evaluation_steps:
-        no_matter.add("evaluate_prompts")
-    tree = settings.model_dump(mode="json", exclude=no_matter)
-    del tree["defence"]["away"]
-    text = json.dumps([tree, seed], sort_keys=True)
+def _digest(plain: dict[str, Any], seed: int) -> str:
+    text = json.dumps([plain, seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -312,9 +312,10 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
         workers = worker_count(profile, sum(seeds.values()))
     total = estimate.elapsed_hours(one_seed, seeds, workers) / processes
     hours = {name: seeds[name] / processes * one for name, one in one_seed.items()}
-    variants = {name: hours.pop(name) for name in list(hours) if "[" in name}
+    known = (BASE, *profile.methods)
+    variants = [hours.pop(name) for name in one_seed if name not in known]
     if variants:
-        hours[f"{len(variants)} variants of {profile.roles.main}"] = sum(variants.values())
+        hours[f"{len(variants)} variants of {profile.roles.main}"] = sum(variants)
     each = ", ".join(f"{name} {spoken(own)}" for name, own in hours.items())
     scope = f"training of {len(profile.seeds)} seed(s), without evaluations"
     if workers > 1:

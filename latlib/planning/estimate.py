@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import defaultdict
@@ -117,32 +118,29 @@ class Phase:
 
 def phases(profile: Profile) -> list[Phase]:
     """All that is trained for one seed and not released: methods, and the variants of the main one.
-    Steps that trainings have in common are the first one's (`latlib.experiment.plain_steps`)."""
+    Steps that trainings have in common (`TrainSettings.plain_steps`) are the first one's."""
     trained = {m: profile.training(m) for m in profile.methods if m not in profile.released}
     main = profile.roles.main
     if main in trained:
         for name, changes in profile.sweep.variants.items():
             trained[f"{main}[{name}]"] = profile.training(main, changes)
     found = []
-    done: dict[TrainSettings, int] = {}  # plain training -> steps that a model before has done
+    done: dict[str, int] = {}  # what plain steps depend on -> how many a model before has done
     for model, settings in trained.items():
         attacks = settings.attack.steps > 0
         plain = min(settings.attack_after, settings.steps) if attacks else settings.steps
-        # nothing of the attack plays a part, and the away loss comes with it
-        never = {"attack_after": settings.steps + 1, "clean_share": 0.0, "attack": AttackSettings()}
-        before = settings.model_copy(update={"eps_ramp": 0, **never})
-        common = before.model_copy(
-            update={"defence": before.defence.model_copy(update={"away": 0.0})}
-        )
+        common = json.dumps(settings.plain_steps())
         if not attacks:
             found.append(Phase(model, settings, plain))
-        elif done.get(common, 0) < plain:
-            found.append(Phase(model, before, plain))
-        if attacks:
-            own = settings.model_copy(update={"eps_ramp": 0, "attack_after": 0})
-            found.append(Phase(model, own, settings.steps - plain))
-        if attacks or not settings.defence.away:
-            done[common] = max(plain, done.get(common, 0))
+        else:
+            if done.get(common, 0) < plain:
+                # nothing of the attack plays a part: methods have the same steps
+                before = {"attack": AttackSettings(), "clean_share": 0.0, "eps_ramp": 0}
+                before["attack_after"] = settings.steps + 1
+                found.append(Phase(model, settings.model_copy(update=before), plain))
+            at_once = settings.model_copy(update={"eps_ramp": 0, "attack_after": 0})
+            found.append(Phase(model, at_once, settings.steps - plain))
+        done[common] = max(plain, done.get(common, 0))
     return [phase for phase in found if phase.steps]
 
 
@@ -227,7 +225,7 @@ def timed_base_hours(profile: Profile, tokenizer: Any, device: str) -> float:
 
 def seeds_of(profile: Profile, model: str) -> int:
     """How many seeds a model of `phases` is trained on."""
-    is_variant = "[" in model
+    is_variant = model not in (BASE, *profile.methods)
     return 1 if is_variant and profile.sweep.seeds == "first" else len(profile.seeds)
 
 

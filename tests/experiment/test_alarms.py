@@ -55,7 +55,6 @@ def test_a_rate_that_breaks_the_model_is_said_once(capsys, lr):
 
 def test_a_rise_that_passes_is_not_talked_about(capsys):
     """As in the steps after an attack has begun."""
-
     before = []
 
     def spoil(trainer, step):

@@ -21,7 +21,7 @@ PLACE = re.compile(
 WARNING = re.compile(r"\b\w+Warning\b")
 IMAGE = re.compile(r'data:image/[^"]*|"image/(?:png|jpeg)": "[^"]*"')
 HOMES = [f"/{folder}" + "/ada" for folder in ("home", "Users", "root", "tmp")]
-# published with an alarm of a loss that rose for six steps and fell again, which is none any more
+# published with an alarm of a loss that rose where the attack began and fell again: none any more
 ALARMED = ("tiny/notebooks/03_lat_training.ipynb",)
 
 
