@@ -7,16 +7,17 @@ with the same lines under autograd there are about half as many passes over memo
    ordered so), and its backward pass is the same function with -sin;
 3. grouped queries of one key head are one longer list of queries: keys and values are never
    repeated;
-4. weight gradients are computed where a weight asks for them, and only what the backward pass reads
-   is kept: not what one pass over memory gives again, and in training, whose peak decides how many
-   rows fit, not the attention weights.
+4. weight gradients are computed where a weight asks for them, or the factors of its low-rank part
+   (`Matrix`), and only what the backward pass reads is kept: not what one pass over memory gives
+   again, and in training, whose peak decides how many rows fit, not the attention weights.
 
 Shapes: x [batch, seq, d_model]; q, k, v [batch * kv_heads, rows, head_dim]; a norm has no gain (it
 is in the weights)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,58 @@ from torch import Tensor
 from latlib.losses import wide_of
 
 Tables = tuple[Tensor, Tensor, Tensor]  # cos, sin and bias, see `Attention`
+
+
+class Matrix(NamedTuple):
+    """A merged matrix, [out, in]: it, or a low-rank part of it, is trained.
+
+    left [out, r] and right [r, in]: their product is part of value; None: there is no such part.
+    value then needs no gradient, and theirs cost r / in + r / out of its gradient, twice.
+    """
+
+    value: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Matrix:
+        """Apply a function to every tensor."""
+        if self.left is None or self.right is None:
+            return Matrix(function(self.value))
+        return Matrix(function(self.value), function(self.left), function(self.right))
+
+
+class Read(NamedTuple):
+    """How attention reads the stream, see `Attention`."""
+
+    tables: Tables
+    heads: tuple[int, int]
+    eps: float
+    rows: Tensor | None = None
+
+
+def _gradients(
+    matrix: Matrix,
+    wanted: Sequence[bool],
+    d_product: Tensor,
+    x: Tensor,
+    trained: slice | None = None,
+) -> list[Tensor | None]:
+    """Gradients of a matrix and its factors, where wanted, from that of x @ value.T, [n, out].
+    trained: the only rows of the matrix that have one."""
+    found: list[Tensor | None] = [None, None, None]
+    if wanted[0] and trained is None:
+        found[0] = d_product.T @ x
+    elif wanted[0]:
+        whole = torch.zeros_like(matrix.value)
+        torch.mm(d_product[:, trained].T, x, out=whole[trained])
+        found[0] = whole
+    if matrix.left is not None and matrix.right is not None and any(wanted[1:]):
+        read = x @ matrix.right.T
+        found[1] = d_product.T @ read
+        d_read = d_product @ matrix.left
+        found[2] = d_read.T @ x
+    return found
+
 
 # torch's bf16 softmax on a CPU runs scalar code for what is left of a row beyond a multiple of 32.
 # Short rows take a float32 softmax instead, long ones get keys that nobody sees; each is twice as
@@ -99,24 +152,22 @@ class Attention(torch.autograd.Function):
     """x + out(attention(norm(x))): [batch, seq, d_model], or [n, d_model] at `rows`, [n] into the
     flattened positions.
 
-    qkv [(heads + 2 kv_heads) * head_dim, d_model]: the first halves of all heads of q and k, the
-    second halves of the same, then v, with 1 / sqrt(head_dim) in the rows of q. out [d_model, heads
-    * head_dim]. tables: cos, sin [batch * seq, 1, (heads + kv_heads) * head_dim / 2]; bias,
-    additive, [1 or batch * kv_heads, heads / kv_heads * seq, `padded_keys(seq)`]. heads: (heads,
-    kv_heads)."""
+    matrices: the tensors of `Matrix` qkv and `Matrix` out. qkv [(heads + 2 kv_heads) * head_dim,
+    d_model]: the first halves of all heads of q and k, the second halves of the same, then v, with
+    1 / sqrt(head_dim) in the rows of q. out [d_model, heads * head_dim]. tables: cos, sin [batch *
+    seq, 1, (heads + kv_heads) * head_dim / 2]; bias, additive, [1 or batch * kv_heads, heads /
+    kv_heads * seq, `padded_keys(seq)`]. heads: (heads, kv_heads)."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        read_as: Read,
         x: Tensor,
-        qkv: Tensor,
-        out: Tensor,
-        tables: Tables,
-        heads: tuple[int, int],
-        eps: float,
-        rows: Tensor | None,
+        *matrices: Any,
     ) -> Tensor:
         """See the class."""
+        tables, heads, eps, rows = read_as
+        qkv, _, _, out, _, _ = matrices
         n, seq, d = x.shape
         flat = x.view(-1, d)
         y, scale = _normed(flat, eps)
@@ -127,8 +178,8 @@ class Attention(torch.autograd.Function):
         if rows is not None:
             flat = flat.index_select(0, rows)
             read = read.index_select(0, rows)
-        kept = (None, read) if ctx.needs_input_grad[2] else (p, None)
-        ctx.save_for_backward(y, scale, q, k, v, *kept, qkv, out, rows)
+        kept = (None, read) if any(ctx.needs_input_grad[5:]) else (p, None)
+        ctx.save_for_backward(y, scale, q, k, v, *kept, rows, *matrices)
         ctx.tables, ctx.heads, ctx.shape = tables, heads, x.shape
         written = torch.addmm(flat, read, out.T)
         return written.view_as(x) if rows is None else written
@@ -136,12 +187,15 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See the class."""
-        y, scale, q, k, v, p, read, qkv, out, rows = ctx.saved_tensors
+        y, scale, q, k, v, p, read, rows, *matrices = ctx.saved_tensors
+        qkv = Matrix(*matrices[:3])
+        out = Matrix(*matrices[3:])
+        wanted = ctx.needs_input_grad
         n, seq, d = ctx.shape
         cos, sin, bias = ctx.tables
         flat = grad.reshape(-1, d)
-        d_read = flat @ out
-        d_out = flat.T @ read if ctx.needs_input_grad[2] else None
+        d_read = flat @ out.value
+        d_out = _gradients(out, wanted[5:], flat, read)
         if rows is not None:
             flat = _put_back(flat, rows, n * seq)
             d_read = _put_back(d_read, rows, n * seq)
@@ -159,12 +213,11 @@ class Attention(torch.autograd.Function):
         by_head = (n, kv_heads, k.shape[1], -1)
         d_k, d_v = (d.view(by_head)[:, :, :seq] for d in (d_k, d_v))  # without the padding
         d_mixed = _mixed_gradient(d_q, d_k, d_v, cos, sin)
-        d_x = d_qkv = None
-        if ctx.needs_input_grad[0]:
-            d_x = _normed_backward(d_mixed @ qkv, y, scale).add_(flat).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            d_qkv = d_mixed.T @ y
-        return d_x, d_qkv, d_out, None, None, None, None
+        d_x = None
+        if wanted[1]:
+            d_x = _normed_backward(d_mixed @ qkv.value, y, scale).add_(flat).view(ctx.shape)
+        d_qkv = _gradients(qkv, wanted[2:5], d_mixed, y)
+        return None, d_x, *d_qkv, *d_out
 
 
 def _put_back(part: Tensor, rows: Tensor, n: int) -> Tensor:
@@ -219,40 +272,47 @@ def _mixed_gradient(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Ten
 class MLP(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    gate_up [2 * ffn, d_model]; down [d_model, ffn]. trained: the rows of gate_up whose gradient is
-    wanted, where it needs one (an adapter often leaves the gate alone)."""
+    matrices: the tensors of `Matrix` gate_up, [2 * ffn, d_model], and `Matrix` down, [d_model,
+    ffn]. read_as: eps, and the rows of gate_up whose gradient is wanted, where it needs one (an
+    adapter often leaves the gate alone)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, eps: float, trained: slice
+        ctx: Any,
+        read_as: tuple[float, slice],
+        x: Tensor,
+        *matrices: Any,
     ) -> Tensor:
         """See the class."""
+        eps, trained = read_as
+        gate_up, _, _, down, _, _ = matrices
         flat = x.view(-1, x.shape[-1])
         y, scale = _normed(flat, eps)
         both = y @ gate_up.T
         gate, up = both.chunk(2, -1)
-        ctx.save_for_backward(y, scale, both, gate_up, down)
+        ctx.save_for_backward(y, scale, both, *matrices)
         ctx.shape, ctx.trained = x.shape, trained
         return torch.addmm(flat, F.silu(gate).mul_(up), down.T).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See the class."""
-        y, scale, both, gate_up, down = ctx.saved_tensors
+        y, scale, both, *matrices = ctx.saved_tensors
+        gate_up = Matrix(*matrices[:3])
+        down = Matrix(*matrices[3:])
+        wanted = ctx.needs_input_grad
         gate, up = both.chunk(2, -1)
         active = F.silu(gate)
         flat = grad.reshape(-1, ctx.shape[-1])
-        d_product = flat @ down
+        d_product = flat @ down.value
         d_both = torch.empty_like(both)
         d_gate, d_up = d_both.chunk(2, -1)
         torch.mul(d_product, active, out=d_up)
         torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
-        d_x = d_gate_up = d_down = None
-        if ctx.needs_input_grad[0]:
-            d_x = _normed_backward(d_both @ gate_up, y, scale).add_(flat).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            d_gate_up = torch.zeros_like(gate_up)
-            torch.mm(d_both[:, ctx.trained].T, y, out=d_gate_up[ctx.trained])
-        if ctx.needs_input_grad[2]:
-            d_down = flat.T @ active.mul_(up)
-        return d_x, d_gate_up, d_down, None, None
+        d_x = None
+        if wanted[1]:
+            d_x = _normed_backward(d_both @ gate_up.value, y, scale).add_(flat).view(ctx.shape)
+        d_gate_up = _gradients(gate_up, wanted[2:5], d_both, y, ctx.trained)
+        product = active.mul_(up) if any(wanted[5:]) else active
+        d_down = _gradients(down, wanted[5:], flat, product)
+        return None, d_x, *d_gate_up, *d_down

@@ -11,6 +11,8 @@ so that a block is two functions with backward passes of their own (`kernels`) a
 one addition.
 4. Training runs over leaves that hold the merged values: backward passes add to their gradients,
    and `flush_gradients` takes these through the merge to the adapter.
+5. A wide model is bound by arithmetic, and a matrix's gradient costs as much as its product. Where
+   the adapter's rank is low, the leaves are its factors instead (`kernels.Matrix`).
 
 Tested equal to the stock modules (which compute norms in float32 whatever the dtype). It applies to
 `LlamaForCausalLM` without biases and to plain LoRA; `fits` says so, and everything else takes
@@ -18,7 +20,7 @@ Tested equal to the stock modules (which compute norms in float32 whatever the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -32,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
 from latlib.blocks import CausalLM, decoder_of
-from latlib.fused.kernels import MLP, Attention, RMSNorm, Tables, padded_keys
+from latlib.fused.kernels import MLP, Attention, Matrix, Read, RMSNorm, Tables, padded_keys
 from latlib.hooks import check_delta, orthonormal
 from latlib.losses import Unembed, at_labels, wide_of
 from latlib.network_protocol import Network, Perturbation, Start
@@ -40,6 +42,9 @@ from latlib.threat import EMBEDDING, Site
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000
+# a gradient by factors pays from so many times the rank as the model is wide: our choice; both
+# factors' gradients then take half of the arithmetic of the smallest matrix's, and less of others'
+WIDTHS_A_RANK = 16
 
 
 def fits(model: CausalLM) -> bool:
@@ -88,23 +93,47 @@ def _plain_lora(layer: Any) -> bool:
     )
 
 
-def _weight(layer: Any, adapter: bool) -> Tensor:
-    """[out, in] weight of a Linear, with its LoRA merged when `adapter`."""
+def _merged(layer: Any, adapter: bool, by_factors: bool = False) -> Matrix:
+    """A Linear's matrix, with its LoRA merged when `adapter`. by_factors: trained through the
+    LoRA's factors, not through the matrix."""
     weight = getattr(layer, "base_layer", layer).weight
     if not adapter or not hasattr(layer, "lora_A"):
-        return weight
+        return Matrix(weight)
     name = layer.active_adapters[0]
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # float32 also on a bf16 model
-    return torch.addmm(weight.to(b.dtype), b, a, alpha=layer.scaling[name])
+    scale = layer.scaling[name]
+    a = layer.lora_A[name].weight
+    b = layer.lora_B[name].weight
+    wide = weight.to(b.dtype)  # float32 also on a bf16 model
+    if not by_factors:
+        return Matrix(torch.addmm(wide, b, a, alpha=scale))
+    with torch.no_grad():
+        merged = torch.addmm(wide, b, a, alpha=scale)
+    return Matrix(merged, b * scale, a)
+
+
+def trains_by_factors(model: CausalLM) -> bool:
+    """Whether nothing but LoRA is trained, of a rank so low that the gradients of its factors cost
+    less than those of the merged matrices."""
+    d_model = model.config.hidden_size
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rank = min(parameter.shape)
+            if "lora_" not in name or rank * WIDTHS_A_RANK > d_model:
+                return False
+    return True
 
 
 class Block(NamedTuple):
-    """A block's merged matrices as [out, in]; qkv in the order and scale of `kernels.Attention`."""
+    """A block's merged matrices; qkv in the order and scale of `kernels.Attention`."""
 
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """Apply a function to every tensor."""
+        return Block(*(matrix.map(function) for matrix in self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,36 +145,59 @@ class Weights:
     blocks: list[Block]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
-        """Apply a function to every matrix."""
-        blocks = [Block(*map(function, block)) for block in self.blocks]
+        """Apply a function to every tensor."""
+        blocks = [block.map(function) for block in self.blocks]
         return Weights(function(self.embed), function(self.head), blocks)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return chain((self.embed, self.head), *self.blocks)
+        tensors = chain.from_iterable(chain.from_iterable(self.blocks))
+        return chain((self.embed, self.head), (t for t in tensors if t is not None))
 
 
-def merge(model: CausalLM, adapter: bool) -> Weights:
+def merge(model: CausalLM, adapter: bool, by_factors: bool = False) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
-    grad."""
+    grad; in a LoRA's factors alone where `by_factors`."""
     decoder: Any = decoder_of(model)
-    weight = partial(_weight, adapter=adapter)
+    merged = partial(_merged, adapter=adapter, by_factors=by_factors)
 
     blocks = []
     for block in decoder.layers:
         attention, mlp = block.self_attn, block.mlp
-        size = attention.head_dim
-        q = weight(attention.q_proj) * size**-0.5
-        k = weight(attention.k_proj)
-        v = weight(attention.v_proj)
-        turned = torch.cat((_halves(q, size), _halves(k, size)), 1)
-        qkv = torch.cat((turned.flatten(0, 1), v)) * block.input_layernorm.weight
-        both = torch.cat((weight(mlp.gate_proj), weight(mlp.up_proj)))
-        gate_up = both * block.post_attention_layernorm.weight
-        out = weight(attention.o_proj)
-        down = weight(mlp.down_proj)
-        blocks.append(Block(qkv, out, gate_up, down))
-    head = weight(model.get_output_embeddings()) * decoder.norm.weight
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        in_order = partial(_by_halves, size=attention.head_dim)
+        qkv = _stacked(map(merged, projections), block.input_layernorm.weight, in_order)
+        both = map(merged, (mlp.gate_proj, mlp.up_proj))
+        gate_up = _stacked(both, block.post_attention_layernorm.weight, torch.cat)
+        blocks.append(Block(qkv, merged(attention.o_proj), gate_up, merged(mlp.down_proj)))
+    head = _merged(model.get_output_embeddings(), adapter).value * decoder.norm.weight
     return Weights(model.get_input_embeddings().weight, head, blocks)
+
+
+def _stacked(
+    parts: Iterable[Matrix], gain: Tensor, stack: Callable[[list[Tensor]], Tensor]
+) -> Matrix:
+    """One matrix of several that read the same input behind a norm with this gain, [in]. stack:
+    puts their rows together."""
+    parts = list(parts)
+    value = stack([part.value for part in parts]) * gain
+    rights = [part.right for part in parts if part.right is not None]
+    if not rights:
+        return Matrix(value)
+    right = torch.cat(rights)
+    lefts, begin = [], 0
+    for part in parts:
+        left = part.value.new_zeros(len(part.value), 0) if part.left is None else part.left
+        end = begin + left.shape[1]
+        lefts.append(F.pad(left, (begin, len(right) - end)))
+        begin = end
+    return Matrix(value, stack(lefts), right * gain)
+
+
+def _by_halves(matrices: list[Tensor], size: int) -> Tensor:
+    """The rows of q, k and v in the order and scale of `kernels.Attention`, heads of `size`."""
+    q, k, v = matrices
+    turned = torch.cat((_halves(q * size**-0.5, size), _halves(k, size)), 1)
+    return torch.cat((turned.flatten(0, 1), v))
 
 
 def _halves(matrix: Tensor, size: int) -> Tensor:
@@ -174,8 +226,9 @@ class LeanNetwork(Network):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model, train, dtype)
+        by_factors = train and adapter and trains_by_factors(model)
         with torch.set_grad_enabled(train):
-            self._merged = merge(model, adapter).map(lambda w: w.to(self.dtype))
+            self._merged = merge(model, adapter, by_factors).map(lambda w: w.to(self.dtype))
         self.weights = self._merged.map(
             lambda w: w.detach().requires_grad_(train and w.requires_grad)
         )
@@ -237,8 +290,9 @@ class LeanNetwork(Network):
 
     def _block(self, stream: Tensor, i: int, batch: Batch, rows: Tensor | None = None) -> Tensor:
         w, heads = self.weights.blocks[i], (self.heads, self.kv_heads)
-        x = Attention.apply(stream, w.qkv, w.out, self._tables(batch), heads, self.eps, rows)
-        return MLP.apply(x, w.gate_up, w.down, self.eps, self._trained[i])
+        read = Read(self._tables(batch), heads, self.eps, rows)
+        x = Attention.apply(read, stream, *w.qkv, *w.out)
+        return MLP.apply((self.eps, self._trained[i]), x, *w.gate_up, *w.down)
 
     def _norm(self, stream: Tensor) -> Tensor:
         return RMSNorm.apply(stream, self.eps)
@@ -274,9 +328,13 @@ class LeanNetwork(Network):
             wide = matrix.double()
             return (wide - basis.T @ (basis @ wide)).to(matrix.dtype)
 
+        def outside(matrix: Matrix) -> Matrix:
+            left = None if matrix.left is None else writes(matrix.left)
+            return matrix._replace(value=writes(matrix.value), left=left)
+
         w = self.weights
         blocks = [
-            block._replace(out=writes(block.out), down=writes(block.down)) for block in w.blocks
+            block._replace(out=outside(block.out), down=outside(block.down)) for block in w.blocks
         ]
         embed = writes(w.embed.T).T
         weights = replace(w, embed=embed, blocks=blocks)

@@ -91,14 +91,19 @@ def test_lean_equals_stock(kv_heads, adapter, make):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_factors", [True, False])
 @pytest.mark.parametrize("settle_each", [True, False])
-def test_lean_gradients_equal_stock(settle_each):
+def test_lean_gradients_equal_stock(settle_each, by_factors, monkeypatch):
     found = []
+    monkeypatch.setattr("latlib.fused.llama.WIDTHS_A_RANK", 0 if by_factors else 10_000)
     for kind in KINDS:
         lm, batch = language_model(kind, trained=True), preference_batch()
         parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
         deltas = {s: d.requires_grad_() for s, d in noise_like(batch, SITES).items()}
         network = lm.network(train=True)
+        if kind == "lean":
+            used = [matrix.left is not None for matrix in network.weights.blocks[0]]
+            assert used == [by_factors] * 4
         for _ in range(2):  # two micro-batches
             label_logits(network, batch, deltas).logsumexp(-1).pow(2).sum().backward()
             if settle_each:

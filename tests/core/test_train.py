@@ -125,7 +125,7 @@ def test_the_merged_teacher_is_gone_before_the_student_runs():
     def network(adapter=True, train=False):
         found = network_of(adapter=adapter, train=train)
         if not adapter:
-            teachers.append(weakref.ref(found.weights.blocks[0].qkv))
+            teachers.append(weakref.ref(found.weights.blocks[0].qkv.value))
         return found
 
     def forwards(part):
