@@ -245,6 +245,20 @@ def _growth(scaling: Mapping) -> str:
     )
 
 
+def _by_size(found: Mapping) -> str:
+    rows = []
+    for record in found["results"]:
+        seconds, peaks = record["seconds"], record["peak_bytes"]
+        cells = [f"{record['parameters'] / 1e6:.1f} million"]
+        cells += [f"{seconds[name]:.2f} s" for name in ("stock", "lean")]
+        cells.append(f"{record['stock_on_lean']:.2f}")
+        cells += [f"{peaks[name] / 1e9:.2f} GB" for name in ("stock", "lean")]
+        rows.append([record["size"], *cells])
+    head = ["model", "parameters", "stock", "lean", "times as fast", "peak, stock", "peak, lean"]
+    about = f"{found['rows']} rows of each kind, LoRA r = {found['r']}, {found['dtype']}."
+    return f"{_machine(found['environment'])} {about}\n\n{table(head, rows)}"
+
+
 def _predicted(meta: Mapping) -> str:
     head = ["step", "weights", "adapter", "optimiser", "peak beyond them", "total", "TFLOP"]
     names = ("weights_bytes", "adapter_bytes", "optimiser_bytes", "peak_bytes", "total_bytes")
@@ -318,6 +332,7 @@ def page() -> str:
         waterfall=part(lambda _: WATERFALL, "lat_step-cpu-points"),
         allocator=part(_allocator, "lat_step-cpu", "lat_step-cpu-returned"),
         growth=part(_growth, "scaling-cpu"),
+        by_size=part(_by_size, "lean-cpu"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
         widgets=part(_widgets, "widgets-tiny"),

@@ -42,8 +42,8 @@ from latlib.threat import EMBEDDING, Site
 
 # parameters; above it arithmetic decides and a merged copy costs too much memory
 LEAN_LIMIT = 50_000_000
-# a gradient by factors pays from so many times the rank as the model is wide: our choice; both
-# factors' gradients then take half of the arithmetic of the smallest matrix's, and less of others'
+# the model is so many times as wide as the rank where gradients go by factors: our choice; they then
+# take at most a quarter of the arithmetic of a [d_model, d_model] matrix's
 WIDTHS_A_RANK = 16
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import directions
 import lat_step
+import lean
 import measure
 import scaling
 import suffixes
@@ -298,6 +299,24 @@ def test_lat_step_end_to_end(tmp_path, capsys):
     assert first["naive"]["speedup_on_naive"] == 1 and first["engine"]["seconds_on_engine"] == 1
     # the second copy, and the moments
     assert first["naive"]["held_bytes"] > first["naive"]["weights_bytes"]
+
+
+def test_lean_takes_the_same_step_by_both_forwards(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lean, "SIZES", {"one": (16, 2, 4, 2, 24, 61), "two": (32, 2, 4, 2, 24, 61)})
+    monkeypatch.setattr(lean, "SHAPES", {"cpu": SHAPES["smoke"]})
+    out = tmp_path / "lean.json"
+    lean.main(["--json", str(out), "--repeats", "1", "--device", "cpu"])
+    found = json.loads(out.read_text())
+    one, two = found["results"]
+    assert (one["size"], two["size"]) == ("one", "two") and one["parameters"] < two["parameters"]
+    for record in found["results"]:
+        seconds, totals = record["seconds"], record["total_loss"]
+        assert record["stock_on_lean"] == seconds["stock"] / seconds["lean"] > 0
+        assert totals["lean"] == pytest.approx(totals["stock"], rel=1e-5)
+    assert "two: 0M parameters, stock" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        lean.main(["--sizes", "huge"])
+    assert "no size 'huge', choose from one, two" in capsys.readouterr().err
 
 
 def test_a_variant_that_runs_out_of_memory_leaves_the_others(monkeypatch, capsys):
