@@ -1,4 +1,5 @@
-"""Where the lean forward pays: a LAT step by it and by the stock modules, in turn, by the model's size.
+"""Where the lean forward pays: a LAT step by it and by the stock modules, in turn, for models of
+several sizes.
 
     python benchmarks/lean.py --json benchmarks/results/lean-cpu.json
 

@@ -40,10 +40,10 @@ from latlib.losses import Unembed, at_labels, wide_of
 from latlib.network_protocol import Network, Perturbation, Start
 from latlib.threat import EMBEDDING, Site
 
-# parameters; above it arithmetic decides and a merged copy costs too much memory
-LEAN_LIMIT = 50_000_000
-# the model is so many times as wide as the rank where gradients go by factors: our choice; they then
-# take at most a quarter of the arithmetic of a [d_model, d_model] matrix's
+# parameters: the largest model at which it was measured to be faster (benchmarks/lean.py, on a CPU)
+LEAN_LIMIT = 163_000_000
+# where the model is so many times as wide as the rank, gradients go by factors: our choice; they
+# then take at most a quarter of the arithmetic of a [d_model, d_model] matrix's
 WIDTHS_A_RANK = 16
 
 

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from latlib.fused.llama import LEAN_LIMIT
+
 
 @pytest.fixture
 def document(root, monkeypatch):
@@ -38,3 +40,11 @@ def test_what_is_not_measured_is_said(document, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="lat_step-cpu.json: run the benchmark"):
         document.read("lat_step-cpu")
     assert "no scaling-cpu.json in" in document.part(document._growth, "scaling-cpu")
+
+
+def test_the_lean_forward_is_taken_only_where_it_was_measured_to_be_faster(document):
+    found = document.read("lean-cpu")["results"]
+    faster = [record["parameters"] for record in found if record["stock_on_lean"] > 1]
+    slower = [record["parameters"] for record in found if record["stock_on_lean"] <= 1]
+    assert max(faster) <= LEAN_LIMIT < 1.01 * max(faster)
+    assert all(size > LEAN_LIMIT for size in slower)
