@@ -12,21 +12,25 @@ from tiny_models import (
     LAYERS,
     SCALING,
     D,
+    as_if_trained,
     benign_batch,
     language_model,
     model_of,
     noise_like,
+    plain_model,
     preference_batch,
     token_rows,
 )
 
 from latlib.batch import TokenRow, collate
 from latlib.blocks import decoder_of
+from latlib.config.sections import LoraSettings
 from latlib.fused.kernels import padded_keys
 from latlib.fused.llama import LeanNetwork, fits
 from latlib.hooks import EMBEDDING, Ablate, LATHook
 from latlib.io.machine import can_compile
 from latlib.losses import at_labels
+from latlib.models import with_adapter
 from latlib.network import StockNetwork, adapter_off, frozen
 
 SITES = (EMBEDDING, 1, LAYERS - 1)
@@ -110,6 +114,25 @@ def test_lean_gradients_equal_stock(settle_each, by_factors, monkeypatch):
                 network.flush_gradients()
         network.flush_gradients()
         found.append([t.grad for t in (*parameters, *deltas.values())])
+    for a, b in zip(*found, strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "up_proj"), ("k_proj", "v_proj", "down_proj")])
+def test_factors_of_a_part_of_a_stack_get_the_gradients_of_stock(targets, monkeypatch):
+    monkeypatch.setattr("latlib.fused.llama.WIDTHS_A_RANK", 0)
+    found, batch = [], benign_batch()
+    for kind in KINDS:
+        lora = LoraSettings(r=3, alpha=6.0, targets=targets)
+        lm = as_if_trained(
+            with_adapter(plain_model("llama", torch.float64, None, kind), lora, 0), 0
+        )
+        parameters = [p.requires_grad_() for n, p in lm.model.named_parameters() if "lora_" in n]
+        network = lm.network(train=True)
+        label_logits(network, batch).logsumexp(-1).pow(2).sum().backward()
+        network.flush_gradients()
+        found.append([p.grad for p in parameters])
     for a, b in zip(*found, strict=True):
         assert a.abs().sum() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
