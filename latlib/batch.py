@@ -1,8 +1,8 @@
 """Tokenised rows -> batches.
 
-1. A `TokenRow` is a prompt with one or two completions: (rejected, chosen) for preference rows,
+1. A `TokenRow` is a prompt with its completions: (rejected, chosen) for preference rows,
    (response,) for benign rows. `latlib.text.chat` makes them of text.
-2. `collate` packs a row as `[prompt | completion 1 | completion 2]`: both completions continue the
+2. `collate` packs a row as `[prompt | completion 1 | completion 2]`: all completions continue the
    prompt's positions and do not see each other, so the prompt is computed once and one forward
    serves the toward and the away loss.
 3. `Schedule` says which rows step n takes: a fresh permutation for each epoch, a function of (seed,
@@ -37,7 +37,7 @@ class TokenRow:
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and the longer completion, its last token included."""
+        """Tokens of the prompt and the longest completion, its last token included."""
         return len(self.prompt) + max((len(c) for c in self.completions), default=0)
 
 
@@ -45,11 +45,11 @@ class TokenRow:
 class Batch:
     """Packed, right-padded rows.
 
-    ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1 and 2 the completions, -1
+    ids, positions, segments: [batch, seq] int64. segments: 0 prompt, 1, 2, ... the completions, -1
     padding. source: [labels] index into the flattened [batch * seq] of the position that predicts
-    each label. labels, label_segments, label_rows: [labels] int64: the token, its completion (1 or
-    2), and its row. packed: whether some row holds two completions (then attention needs a mask of
-    its own)."""
+    each label. labels, label_segments, label_rows: [labels] int64: the token, its completion (from
+    1), and its row. packed: whether some row holds several completions (then attention needs a mask
+    of its own)."""
 
     ids: Tensor
     positions: Tensor
@@ -79,7 +79,8 @@ class Batch:
 
     @cached_property
     def _label_indices(self) -> list[Tensor]:
-        return [(self.label_segments == segment).nonzero().squeeze(1) for segment in (1, 2)]
+        segments = range(1, 1 + max([2, *self.label_segments.tolist()]))
+        return [(self.label_segments == segment).nonzero().squeeze(1) for segment in segments]
 
     def tensors(self) -> dict[str, Any]:
         """Its fields but `packed`."""

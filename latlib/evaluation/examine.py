@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -257,23 +258,29 @@ def understood_by_likelihood(
     """Whether each answer is likelier, per token, after its own request than after every one of
     DISTRACTORS others (not near-duplicates of it); False where there is no answer or no other
     request."""
-    crossed: list[TokenRow] = []  # each answer behind its own request, then behind the others
-    behind: dict[int, slice] = {}  # prompt -> its rows of `crossed`
+    behind: dict[int, list[int]] = {}  # a request -> the answers that are put behind it
     for i, prompt in enumerate(prompts):
         later = (*range(i + 1, len(prompts)), *range(i))  # round the end
         others = [j for j in later if prompts[j].cluster != prompt.cluster][:DISTRACTORS]
         if prompt.answer and others:
-            first = len(crossed)
-            answer = rows[i].completions[:1]
             for j in (i, *others):
-                crossed.append(TokenRow(rows[j].prompt, answer))
-            behind[i] = slice(first, len(crossed))
-    losses = torch.zeros(len(crossed))
-    for index, batch in batches(crossed, size, network.device):
+                behind.setdefault(j, []).append(i)
+    requests = list(behind)
+    crossed = []  # every request once, with all of its answers
+    for j in requests:
+        answers = tuple(rows[i].completions[0] for i in behind[j])
+        crossed.append(TokenRow(rows[j].prompt, answers))
+    losses: dict[int, dict[int, float]] = defaultdict(dict)  # answer -> request -> its loss there
+    for index, batch in batches(crossed, max(1, size // (1 + DISTRACTORS)), network.device):
         each = token_losses(network.unembed, network.label_rows(batch), batch.labels)
-        losses[index] = row_means(each, batch.label_rows, len(index)).float().cpu()
+        most = max(len(crossed[row].completions) for row in index)
+        places = batch.label_rows * most + batch.label_segments - 1
+        means = row_means(each, places, len(index) * most).float().view(-1, most).tolist()
+        for row, found in zip(index, means, strict=True):
+            for i, loss in zip(behind[requests[row]], found, strict=False):
+                losses[i][requests[row]] = loss
     understood = [False] * len(rows)
-    for i, places in behind.items():
-        own, *rest = losses[places].tolist()
-        understood[i] = own < min(rest)
+    for i, by_request in losses.items():
+        own = by_request.pop(i)
+        understood[i] = own < min(by_request.values())
     return understood

@@ -39,8 +39,8 @@ class Around:
 
 
 class SeparateRows(Around):
-    """A packed batch runs as two padded ones, [prompt | rejected] and [prompt | chosen]. longest:
-    rows up to so many tokens stay packed: no window cuts them."""
+    """A packed batch runs as padded ones, [prompt | rejected] and [prompt | chosen] for example.
+    longest: rows up to so many tokens stay packed: no window cuts them."""
 
     def __init__(self, inner: Network, longest: int = 0) -> None:
         super().__init__(inner)
@@ -64,9 +64,10 @@ class SeparateRows(Around):
         return not batch.packed or batch.shape[1] <= self.longest
 
     def _parts(self, batch: Batch) -> tuple[Part, ...]:
-        """The two batches, and where in the packed one each of their positions is."""
+        """A batch for each completion, and where in the packed one its positions are."""
         if batch not in self._split:
-            self._split[batch] = tuple(_with_one_completion(batch, segment) for segment in (1, 2))
+            segments = batch.label_segments.unique().tolist()
+            self._split[batch] = tuple(_with_one_completion(batch, each) for each in segments)
         return self._split[batch]
 
     def label_rows(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
@@ -77,7 +78,7 @@ class SeparateRows(Around):
             self.inner.label_rows(part, *_gathered(deltas, start, part, index))
             for part, index in self._parts(batch)
         ]
-        order = torch.cat([batch.label_index(segment) for segment in (1, 2)])
+        order = batch.label_segments.argsort(stable=True)
         return torch.empty_like(torch.cat(found)).index_copy(0, order, torch.cat(found))
 
     def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
@@ -114,7 +115,7 @@ class SeparateRows(Around):
         return {site: self._together(batch, [each[site] for each in found]) for site in sites}
 
     def _together(self, batch: Batch, found: Sequence[Tensor]) -> Tensor:
-        """[batch, seq, width] of the packed batch from its two parts; zero on padding."""
+        """[batch, seq, width] of the packed batch from its parts; zero on padding."""
         width = found[0].shape[-1]
         out = found[0].new_zeros(batch.ids.numel(), width)
         for stream, (part, index) in zip(found, self._parts(batch), strict=True):

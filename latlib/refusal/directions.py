@@ -238,7 +238,7 @@ def _selected(
         quiet = list(compress(quiet, _all_if_none(quietly)))
     inputs = sites_of(lm.n_layers - 1)  # of every block
     means = {site: pairs[site].mean(0) for site in inputs}
-    selected, _ = select(network, means, loud, quiet, tokens)
+    selected = select(network, means, loud, quiet, tokens)
     return replace(selected, note="; ".join(filter(None, (note, selected.note))))
 
 

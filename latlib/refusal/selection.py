@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
@@ -83,57 +83,72 @@ def select(
     harmful: TokenRows,
     harmless: TokenRows,
     tokens: Sequence[int],
-) -> tuple[Direction, pd.DataFrame]:
-    """(the chosen direction, every candidate's scores) among `means`: site -> [positions, d_model]
-    differences of means, the last position last.
+) -> Direction:
+    """The chosen direction among `means`: site -> [positions, d_model] differences of means, the
+    last position last.
 
     harmful, harmless: validation prompts, without completions. tokens: what a refusal begins with.
-    Raises ValueError when no candidate has a finite, non-zero direction.
+    A score is computed for those candidates alone that it can still decide about. Raises ValueError
+    when no candidate has a finite, non-zero direction.
     """
-    plain = last_log_probabilities(network, harmless)
+    scores = Scores(network, harmful, harmless, tokens)
+    candidates = _candidates(means)
+    early = [c for c in candidates if depth(c.site) < int((1 - LAST_SHARE) * network.n_layers)]
+    early = early or candidates
+    small = [scores.kl(candidate) <= MOST_KL for candidate in early]
+    note, passed = "", [c for c in compress(early, small) if scores.induce(c) >= 0]
+    if not passed:  # nor did those induce whose KL is small
+        note = "no candidate passed all filters; chosen without the filter on kl"
+        large = (not each for each in small)
+        passed = [c for c in compress(early, large) if scores.induce(c) >= 0]
+    if not passed:
+        note += " and induce"
+        passed = early
+    return replace(min(passed, key=scores.bypass), note=note, found=not note)
+
+
+def _candidates(means: Streams) -> list[Direction]:
+    """Differences of means that are a direction, site by site. Raises ValueError without one."""
     norms = torch.cat([rows.norm(dim=-1) for rows in means.values()])
     least = NOTHING * norms[norms.isfinite()].max() if norms.isfinite().any() else 0.0
     candidates = []
-    records = []
     for site, rows in means.items():
         for position, vector in enumerate(rows, start=-len(rows)):
-            if not vector.isfinite().all() or vector.norm() <= least:
-                continue
-            ablated = network.ablated(vector)
-            quiet = last_log_probabilities(ablated, harmless)
-            loud = last_log_probabilities(network, harmless, adding(vector, site))
-            bypass = refusal_score(last_log_probabilities(ablated, harmful), tokens)
-            kl = kl_div(quiet, plain, log_target=True, reduction="none").sum(-1)
-            record = {
-                "position": position,
-                "site": str(site),
-                "late": depth(site) >= int((1 - LAST_SHARE) * network.n_layers),
-                "bypass": bypass.mean().item(),
-                "induce": refusal_score(loud, tokens).mean().item(),
-                "kl": kl.mean().item(),
-            }
-            candidates.append(Direction(vector, site, position))
-            records.append(record)
-    if not records:
+            if vector.isfinite().all() and vector.norm() > least:
+                candidates.append(Direction(vector, site, position))
+    if not candidates:
         raise ValueError(
             f"no difference of means at {list(means)} is finite and non-zero: nothing to choose"
             " from"
         )
-    table = pd.DataFrame(records)
-    passed, note = _filtered(table)
-    chosen = passed["bypass"].idxmin()
-    table["chosen"] = table.index == chosen
-    return replace(candidates[chosen], note=note, found=not note), table
+    return candidates
 
 
-def _filtered(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Candidates that pass, and which filters had to be dropped for there to be any."""
-    early = table if table["late"].all() else table[~table["late"]]
-    small = early["kl"] <= MOST_KL
-    induces = early["induce"] >= 0
-    if (small & induces).any():
-        return early[small & induces], ""
-    said = "no candidate passed all filters; chosen without the filter on"
-    if induces.any():
-        return early[induces], f"{said} kl"
-    return early, f"{said} kl and induce"
+class Scores:
+    """What candidates do to a network; see `select` and the module's docstring."""
+
+    def __init__(
+        self, network: Network, harmful: TokenRows, harmless: TokenRows, tokens: Sequence[int]
+    ) -> None:
+        self.network, self.tokens = network, tokens
+        self.harmful, self.harmless = harmful, harmless
+        self.plain = last_log_probabilities(network, harmless)
+
+    def kl(self, candidate: Direction) -> float:
+        """nats"""
+        ablated = self.network.ablated(candidate.vector)
+        quiet = last_log_probabilities(ablated, self.harmless)
+        each = kl_div(quiet, self.plain, log_target=True, reduction="none").sum(-1)
+        return each.mean().item()
+
+    def induce(self, candidate: Direction) -> float:
+        """A mean refusal score."""
+        added = adding(candidate.vector, candidate.site)
+        loud = last_log_probabilities(self.network, self.harmless, added)
+        return refusal_score(loud, self.tokens).mean().item()
+
+    def bypass(self, candidate: Direction) -> float:
+        """A mean refusal score."""
+        ablated = self.network.ablated(candidate.vector)
+        quiet = last_log_probabilities(ablated, self.harmful)
+        return refusal_score(quiet, self.tokens).mean().item()

@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 from latlib import losses
-from latlib.batch import collate
+from latlib.batch import TokenRow, collate
 from latlib.losses import (
     argmax_matches,
     at_labels,
@@ -31,6 +31,7 @@ from latlib.losses import (
     token_losses,
 )
 from latlib.network import StockNetwork
+from latlib.proof.separate import SeparateRows
 
 KINDS = ["stock", "lean"]
 
@@ -72,6 +73,21 @@ def test_the_label_shift_is_the_librarys_own(family):
     labels[:, : len(row.prompt)] = -100
     toward, _ = losses_of(StockNetwork(model), batch)
     torch.testing.assert_close(toward.mean(), model(ids, labels=labels).loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "separate"])
+def test_a_row_holds_any_number_of_completions(kind):
+    lm = language_model("stock" if kind == "separate" else kind, trained=True)
+    network = SeparateRows(lm.network()) if kind == "separate" else lm.network()
+    rows = [*token_rows(2, 5), *token_rows(1, 1), *token_rows(1, 3)]
+    batch = collate(rows)
+    toward, _ = both_losses(network.unembed, network.label_rows(batch), batch.labels)
+    for n, row in enumerate(rows):
+        for which, completion in enumerate(row.completions, start=1):
+            alone = collate([TokenRow(row.prompt, (completion,))])
+            expected, _ = losses_of(lm.network(), alone)
+            own = (batch.label_rows == n) & (batch.label_segments == which)
+            torch.testing.assert_close(toward[own], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

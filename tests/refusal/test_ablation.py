@@ -172,7 +172,7 @@ def filtered(monkeypatch, run, kept, filter_prompts=True):
 
     def select(network, means, harmful, harmless, tokens):
         seen.update(means=means, harmful=harmful, harmless=harmless)
-        return Direction(means[0][-1], 0, note="as ever"), None
+        return Direction(means[0][-1], 0, note="as ever")
 
     monkeypatch.setattr(directions, "treated_rightly", rightly)
     monkeypatch.setattr(directions, "select", select)

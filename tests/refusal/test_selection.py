@@ -4,13 +4,13 @@ without any.
 
 import math
 
-import pandas as pd
 import pytest
 import tiny_models as tiny
 import torch
 
 from latlib.hooks import EMBEDDING, Ablate, LATHook
 from latlib.refusal import selection
+from latlib.refusal.interventions import Direction
 
 ROWS = tiny.prompt_rows(10)
 HARMFUL, HARMLESS = ROWS[:5], ROWS[5:]
@@ -33,15 +33,19 @@ def odds(log_p):
     return math.log(p / (1 - p))
 
 
+def select(candidates, lm=None, asked=(HARMFUL, HARMLESS)):
+    lm = lm or tiny.language_model()
+    return selection.select(lm.network(), candidates, *asked, TOKENS)
+
+
 @pytest.mark.parametrize("forward", ["lean", "stock"])
 def test_scores_equal_plain_loops_over_the_stock_model(forward):
     lm, candidates = tiny.language_model(forward, trained=True), means()
-    _, found = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
-    assert len(found) == 8 and list(found["position"]) == [-2, -1] * 4
+    scores = selection.Scores(lm.network(), HARMFUL, HARMLESS, TOKENS)
     with torch.no_grad():
-        for record in found.iloc[[0, 3, 6]].itertuples():
-            site = record.site if record.site == EMBEDDING else int(record.site)
-            vector = candidates[site][record.position]
+        for site, position in ((EMBEDDING, -2), (0, -1), (2, -2)):
+            vector = candidates[site][position]
+            candidate = Direction(vector, site, position)
             clean = [log_p(lm.model, row) for row in HARMLESS]
             with Ablate(lm.model, vector):
                 bypass = [odds(log_p(lm.model, row)) for row in HARMFUL]
@@ -51,59 +55,69 @@ def test_scores_equal_plain_loops_over_the_stock_model(forward):
             for row in HARMLESS:
                 with LATHook(lm.model, {site: vector.expand(1, len(row.prompt), -1)}):
                     induced.append(odds(log_p(lm.model, row)))
-            assert record.bypass == pytest.approx(sum(bypass) / 5, abs=1e-5)
-            assert record.induce == pytest.approx(sum(induced) / 5, abs=1e-5)
-            assert record.kl == pytest.approx(sum(kl) / 5, abs=1e-5)
-            # the input of the last of 4 blocks is the site 2
-            assert record.late == (site in (2, 3))
+            assert scores.bypass(candidate) == pytest.approx(sum(bypass) / 5, abs=1e-5)
+            assert scores.induce(candidate) == pytest.approx(sum(induced) / 5, abs=1e-5)
+            assert scores.kl(candidate) == pytest.approx(sum(kl) / 5, abs=1e-5)
 
 
-def table(rows):
-    return pd.DataFrame(rows, columns=["late", "bypass", "induce", "kl"])
+class Known:
+    """Scores that are given: site -> (bypass, induce, kl); remembers what was asked of whom."""
+
+    def __init__(self, given):
+        self.given, self.asked = given, []
+
+    def __call__(self, *_):
+        return self
+
+    def __getattr__(self, name):
+        def score(candidate):
+            self.asked.append((name, candidate.site))
+            return self.given[candidate.site][("bypass", "induce", "kl").index(name)]
+
+        return score
 
 
 @pytest.mark.parametrize(
-    ("rows", "chosen", "said"),
+    ("scores", "chosen", "said"),
     [
-        (
-            [(False, -1, 1, 0.05), (False, -9, 1, 0.5), (False, -9, -1, 0.0), (True, -9, 1, 0.0)],
-            0,
-            "",
-        ),
-        ([(False, -1, 1, 0.05), (False, -2, 0, 0.1)], 1, ""),
-        ([(False, -1, 1, 0.5), (False, -2, -1, 0.5)], 0, "without the filter on kl"),
-        (
-            [(False, -1, -1, 0.5), (False, -2, -1, 0.5), (True, -9, 1, 0)],
-            1,
-            "without the filter on kl and induce",
-        ),
-        ([(True, -1, 1, 0.0), (True, -2, 1, 0.0)], 1, ""),
+        ({0: (-1, 1, 0.05), 1: (-9, 1, 0.5), 2: (-9, 1, 0.0)}, 0, ""),  # 2: late
+        ({0: (-1, 1, 0.05), EMBEDDING: (-9, -1, 0.0)}, 0, ""),
+        ({0: (-1, 1, 0.05), 1: (-2, 0, 0.1)}, 1, ""),
+        ({0: (-1, 1, 0.5), 1: (-2, -1, 0.5)}, 0, "without the filter on kl"),
+        ({0: (-1, 1, 0.5), 1: (-2, -1, 0.05)}, 0, "without the filter on kl"),
+        ({0: (-1, -1, 0.5), 1: (-2, -1, 0.05), 2: (-9, 1, 0)}, 1, "filter on kl and induce"),
+        ({2: (-2, 1, 0.0)}, 2, ""),
     ],
 )
-def test_filters_and_what_happens_when_nothing_passes(rows, chosen, said):
-    kept, note = selection._filtered(table(rows))
-    assert kept["bypass"].idxmin() == chosen and note.endswith(said) and bool(note) == bool(said)
+def test_filters_and_what_happens_when_nothing_passes(monkeypatch, scores, chosen, said):
+    known = Known(scores)
+    monkeypatch.setattr(selection, "Scores", known)
+    found = select(means(scores, positions=1))
+    assert found.site == chosen and found.found == (not said)
+    assert found.note.endswith(said) and bool(found.note) == bool(said)
+    assert len(known.asked) == len(set(known.asked)), "no score is computed twice"
+    late = ("kl", 2) in known.asked
+    assert late == (set(scores) == {2}), "what comes too late is not asked"
 
 
 def test_directions_without_a_value_are_no_candidates():
-    lm, candidates = tiny.language_model(), means(positions=1)
+    candidates = means(positions=1)
     candidates[EMBEDDING] = torch.zeros(1, tiny.D)
     candidates[0] = torch.full((1, tiny.D), math.nan)
-    found, table = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
-    assert list(table["site"]) == ["1", "2"] and table["chosen"].sum() == 1
-    row = table[table["chosen"]].iloc[0]
-    assert (row["site"], row["position"]) == (str(found.site), found.position)
-    assert torch.equal(found.vector, candidates[found.site][found.position])
+    assert [found.site for found in selection._candidates(candidates)] == [1, 2]
+    found = select(candidates)
+    assert found.site == 1 and torch.equal(found.vector, candidates[1][found.position])
     with pytest.raises(ValueError, match="nothing to choose from"):
-        selection.select(lm.network(), {0: torch.zeros(1, tiny.D)}, HARMFUL, HARMLESS, TOKENS)
+        select({0: torch.zeros(1, tiny.D)})
 
 
 def test_what_rounding_left_of_nothing_is_no_candidate():
     """Ablating it does nothing: no KL, and whatever the model does to harmless prompts anyway."""
-    lm, candidates = tiny.language_model(), means(positions=1)
+    candidates = means()
     candidates[0] = 1e-9 * candidates[0]
-    _, table = selection.select(lm.network(), candidates, HARMFUL, HARMLESS, TOKENS)
-    assert list(table["site"]) == [EMBEDDING, "1", "2"]
+    found = selection._candidates(candidates)
+    sites = (EMBEDDING, 1, 2)
+    assert [(c.site, c.position) for c in found] == [(s, p) for s in sites for p in (-2, -1)]
 
 
 @pytest.mark.parametrize("harmful", [True, False])

@@ -152,5 +152,5 @@ def test_arditis_rule_then_chooses_among_positions():
     found = paired_differences(lm, load_profile("smoke"))
     rows = prompt_rows(lm, [grammar.draw_set(0, "tune", "harmful", 4)[0]] * 2)
     means = {site: mean for site, mean in found.means().items() if site == 0}
-    _, table = select(lm.network(), means, rows, rows, (5,))
-    assert table["position"].tolist() == [-4, -3, -2, -1]
+    assert [row.shape[0] for row in means.values()] == [4]
+    assert select(lm.network(), means, rows, rows, (5,)).position in (-4, -3, -2, -1)
