@@ -26,7 +26,7 @@ from latlib.planning.step_cost import Lengths, Memory, fake_model
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
-LOCAL = {"smollm2"}  # its model and data are files that everybody puts there
+LOCAL = {"smollm2", "smollm2-many"}  # their model and data are files that everybody puts there
 SECRET = "hf_abcdefghijklmnop"
 BIG = Machine(
     gpus=(80 * 2**30,) * 2,
