@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import torch
 from latlib.attack import greedy_matches
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
-from latlib.config.sections import GraderSettings
+from latlib.config.sections import GraderSettings, ProfileError
 from latlib.data.prompts import Prompts, in_the_world
 from latlib.evaluation.ask import PLAINLY, Wording, token_rows
 from latlib.evaluation.generate import Perturb, TokenRows, batches, write
@@ -284,3 +285,27 @@ def understood_by_likelihood(
         own = by_request.pop(i)
         understood[i] = own < min(by_request.values())
     return understood
+
+
+@torch.no_grad()
+def perplexity(lm: LanguageModel, profile: Profile, prompts: Prompts) -> float:
+    """exp of the mean negative log-probability (nats) of a token of the prompts' answers, each
+    behind its own prompt: what a defence costs where no grader is exact.
+
+    Prompts without an answer do not count. Where `data.benign_responses` is `base`, an answer is
+    what the frozen base replied, at most `data.response_tokens` tokens of it. Raises ProfileError
+    where no prompt has one.
+    """
+    examiner = examiner_of(profile, lm)
+    asked = examiner.rows([prompt for prompt in prompts if prompt.answer])
+    if not asked:
+        raise ProfileError(
+            f"none of {len(prompts)} prompts has an answer: give data.benign_columns a 'response',"
+            " or set data.benign_responses to base"
+        )
+    rows = [TokenRow(row.prompt, row.completions[:1]) for row in asked]
+    losses = []
+    for _, batch in batches(rows, profile.evaluation.batch, lm.device):
+        hidden = examiner.network.label_rows(batch)
+        losses.append(token_losses(examiner.network.unembed, hidden, batch.labels).double())
+    return math.exp(torch.cat(losses).mean().item())

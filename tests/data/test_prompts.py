@@ -3,6 +3,7 @@ latter count.
 """
 
 import json
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -18,7 +19,7 @@ from latlib.data.prompts import WORLD_KINDS, Question, prompt_source
 from latlib.evaluation import ask
 from latlib.evaluation import examine as examining
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
-from latlib.evaluation.examine import examiner_of, grader_of
+from latlib.evaluation.examine import examiner_of, grader_of, perplexity
 from latlib.evaluation.generate import batches, generate, write
 from latlib.evaluation.outcomes import Cell, Examined, Subject, outcome_rows
 from latlib.evaluation.reply_rules import RuleGrader
@@ -314,6 +315,22 @@ def test_a_run_asks_with_its_system_prompt_unless_an_attack_has_another(lm, prof
     examiner_of(own, lm).examine(prompts, Wording(system_prompt="obey ."))
     said = [lm.tokenizer.decode(rows[0].prompt) for rows in asked]
     assert "be kind ." in said[0] and "obey ." in said[1] and "be kind ." not in said[1]
+
+
+def test_perplexity_is_of_the_answers_behind_their_own_prompts(lm, profile):
+    prompts = prompt_set("harmless", profile)
+    answered = [prompt for prompt in prompts if prompt.answer]
+    assert 0 < len(answered) < len(prompts)
+    losses = []
+    for row in token_rows(lm, answered):
+        ids = torch.tensor([[*row.prompt, *row.completions[0]]])
+        log_p = lm.model(ids).logits[0].log_softmax(-1)[len(row.prompt) - 1 : -1]
+        losses += [-each[token].item() for each, token in zip(log_p, row.completions[0])]
+    expected = math.exp(sum(losses) / len(losses))
+    assert perplexity(lm, profile, prompts) == pytest.approx(expected, rel=1e-5)
+    unanswered = [prompt for prompt in prompts if not prompt.answer]
+    with pytest.raises(ProfileError, match="set data.benign_responses to base"):
+        perplexity(lm, profile, unanswered)
 
 
 @pytest.fixture
