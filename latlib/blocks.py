@@ -8,7 +8,7 @@ Ablated at these modules, and before and behind the block, a direction is nowher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import compress
@@ -142,23 +142,20 @@ def _terms(before: Tensor, after: Tensor, outputs: Mapping[str, Tensor]) -> list
     precision = max(torch.finfo(after.dtype).eps, FLOAT32)
     start = before.double().flatten()
     end = after.double().flatten()
-    parts = _parts(end - start, list(different.values()))
-    least = LEAST * precision * end.norm()
-    counts = parts.norm(dim=0) > least
-    parts = parts[:, counts]
-    missing = end - start - parts.sum(1)
-    size = start.abs() + end.abs() + parts.abs().sum(1)
-    allowed = ROUNDING * precision * size
-    if (missing.abs() > allowed).any():
+    columns = torch.stack(list(different.values()), -1)
+    columns = columns.double().flatten(0, -2)
+    parts = columns
+    for _ in range(2):  # what rounding may do to an element goes with the size of what is added
+        unit = (start.abs() + end.abs() + parts.abs().sum(1)).clamp(min=1e-300)
+        parts = columns * _weights(columns / unit[:, None], (end - start) / unit)
+    counts = (parts / unit[:, None]).norm(dim=0) > LEAST * precision * (end / unit).norm()
+    missing = end - start - parts[:, counts].sum(1)
+    if (missing.abs() > ROUNDING * precision * unit).any():
         return None
     return list(compress(different, counts.tolist()))
 
 
-def _parts(written: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """[elements, outputs]: the outputs times the weights of their least squares sum."""
-    columns = torch.stack(list(outputs), -1)
-    columns = columns.double().flatten(0, -2)
-    wanted = written[:, None]
-    solved = torch.linalg.lstsq(columns.cpu(), wanted.cpu(), driver="gelsd")
-    weights = solved.solution[:, 0]
-    return columns * weights.to(columns.device)
+def _weights(columns: Tensor, written: Tensor) -> Tensor:
+    """[outputs] weights of the least squares sum of columns, [elements, outputs]."""
+    solved = torch.linalg.lstsq(columns.cpu(), written[:, None].cpu(), driver="gelsd")
+    return solved.solution[:, 0].to(columns.device)

@@ -303,6 +303,18 @@ def test_blocks_and_writers_are_found_inside_any_wrapping(family):
     assert [len(writers) for writers in writers_of(model)] == [2] * LAYERS
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e5])
+def test_writers_are_found_beside_massive_activations(size):
+    """One element of one token, thousands of times as large as the others, as real models have it:
+    what rounding does to it must not decide which modules add up.
+    """
+    model = language_model("stock", trained=True).model.float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 5] = size
+    for block, writers in zip(blocks_of(model), writers_of(model), strict=True):
+        assert writers == [block.self_attn, block.mlp]
+
+
 def test_the_blocks_of_a_peft_model_are_the_models_own():
     lm = language_model()
     assert blocks_of(lm.model)[0] is lm.model.base_model.model.model.layers[0]
