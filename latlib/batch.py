@@ -31,8 +31,7 @@ class TokenRow:
 
     @property
     def length(self) -> int:
-        """Tokens fed to the model: everything but the last token of each completion, which is only
-        predicted."""
+        """Tokens fed to the model: all but the last of each completion, which is only predicted."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
 
     @property

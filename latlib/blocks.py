@@ -59,8 +59,7 @@ def stream_of(output: Any) -> Any:
 
 
 TOKENS = 24  # how many are run to find what writes
-# in units of the precision: what rounding may leave unexplained of an element, and the least share
-# of the stream that a writer adds
+# in units of the precision: what rounding may leave unexplained, and the least that a writer adds
 ROUNDING, LEAST = 8.0, 0.5
 FLOAT32 = 1.2e-7  # in which some families keep the stream, whatever the weights are
 
@@ -88,8 +87,7 @@ def writers_of(model: CausalLM) -> list[list[nn.Module]]:
 
 class _Seen:
     """What a block reads, and what it and its modules put out. outputs: name ('' is the block) ->
-    [1, TOKENS, d_model]; None for what is no such stream or has no place of its own, being called
-    at several."""
+    [1, TOKENS, d_model]; None for what is no such stream, or is called at several places."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.before = block, torch.empty(0)
@@ -133,29 +131,36 @@ class _Seen:
 
 
 def _terms(before: Tensor, after: Tensor, outputs: Mapping[str, Tensor]) -> list[str] | None:
-    """Those of the outputs whose weighted sum leads from one stream to the other; None if there is
-    no such sum."""
+    """Those of the outputs whose weighted sum leads from one stream to the other, or None."""
     different: dict[str, Tensor] = {}
     for name, output in outputs.items():
-        if not any(torch.equal(output, other) for other in different.values()):
+        known = different.values()
+        if not any(torch.equal(output, other) for other in known):
             different[name] = output
-    precision = max(torch.finfo(after.dtype).eps, FLOAT32)
     start = before.double().flatten()
     end = after.double().flatten()
     columns = torch.stack(list(different.values()), -1)
     columns = columns.double().flatten(0, -2)
-    parts = columns
-    for _ in range(2):  # what rounding may do to an element goes with the size of what is added
-        unit = (start.abs() + end.abs() + parts.abs().sum(1)).clamp(min=1e-300)
-        parts = columns * _weights(columns / unit[:, None], (end - start) / unit)
-    counts = (parts / unit[:, None]).norm(dim=0) > LEAST * precision * (end / unit).norm()
+    parts, size = _fitted(end - start, start.abs() + end.abs(), columns)
+    precision = max(torch.finfo(after.dtype).eps, FLOAT32)
+    shares = (parts / size[:, None]).norm(dim=0)
+    least = LEAST * precision * (end / size).norm()
+    counts = shares > least
     missing = end - start - parts[:, counts].sum(1)
-    if (missing.abs() > ROUNDING * precision * unit).any():
+    allowed = ROUNDING * precision * size
+    if (missing.abs() > allowed).any():
         return None
-    return list(compress(different, counts.tolist()))
+    return list(compress(different, counts))
 
 
-def _weights(columns: Tensor, written: Tensor) -> Tensor:
-    """[outputs] weights of the least squares sum of columns, [elements, outputs]."""
-    solved = torch.linalg.lstsq(columns.cpu(), written[:, None].cpu(), driver="gelsd")
-    return solved.solution[:, 0].to(columns.device)
+def _fitted(written: Tensor, around: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ([elements, outputs]) times the weights with which they sum to what is written, and
+    the size of all that an element adds: rounding goes with it, so elements are weighed by it."""
+    parts = columns
+    for _ in range(2):  # the second time by the sizes of the parts themselves
+        size = (around + parts.abs().sum(1)).clamp(min=1e-300)
+        scaled = columns / size[:, None]
+        wanted = (written / size)[:, None]
+        weights = torch.linalg.lstsq(scaled.cpu(), wanted.cpu(), driver="gelsd").solution
+        parts = columns * weights[:, 0].to(columns.device)
+    return parts, size

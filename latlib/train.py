@@ -211,8 +211,7 @@ class Trainer:
     def _count(self, harmful: int, benign: int) -> int:
         """How many micro-batches so many rows make: as many for each process, or they would wait
         for each other."""
-        # with fewer harmful rows than that, the benign ones share their micro-batches: no row is
-        # left out
+        # with fewer harmful rows than that, benign ones share micro-batches: no row is left out
         count = min(-(-max(harmful, benign) // self.micro_batch), harmful)
         world = self.processes.world
         count = -(-count // world) * world

@@ -259,13 +259,7 @@ def understood_by_likelihood(
     """Whether each answer is likelier, per token, after its own request than after every one of
     DISTRACTORS others (not near-duplicates of it); False where there is no answer or no other
     request."""
-    behind: dict[int, list[int]] = {}  # a request -> the answers that are put behind it
-    for i, prompt in enumerate(prompts):
-        later = (*range(i + 1, len(prompts)), *range(i))  # round the end
-        others = [j for j in later if prompts[j].cluster != prompt.cluster][:DISTRACTORS]
-        if prompt.answer and others:
-            for j in (i, *others):
-                behind.setdefault(j, []).append(i)
+    behind = _answers_behind(prompts)
     requests = list(behind)
     crossed = []  # every request once, with all of its answers
     for j in requests:
@@ -285,6 +279,20 @@ def understood_by_likelihood(
         own = by_request.pop(i)
         understood[i] = own < min(by_request.values())
     return understood
+
+
+def _answers_behind(prompts: Prompts) -> dict[int, list[int]]:
+    """Request -> the answers that are put behind it: its own, and those of which it is one of
+    DISTRACTORS others."""
+    behind: dict[int, list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        later = [*range(i + 1, len(prompts))]
+        later += range(i)  # round the end
+        others = [j for j in later if prompts[j].cluster != prompt.cluster]
+        if prompt.answer and others:
+            for j in (i, *others[:DISTRACTORS]):
+                behind[j].append(i)
+    return behind
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ OPEN = (Verdict.INCONCLUSIVE, Verdict.UNDECIDABLE)
 Runs = dict[str, Sequence[Claim]]
 
 
-def side_by_side(runs: Runs) -> str:
+def claims_beside(runs: Runs) -> str:
     """A markdown table of the claims that one of two runs measured, and which of them they decide
     otherwise.
     """
@@ -50,12 +50,12 @@ def _cell(claim: Claim) -> str:
 
 
 def table_of(folders: Sequence[Path]) -> str:
-    """`side_by_side` of two results folders."""
+    """`claims_beside` of two results folders."""
     runs: Runs = {}
     for folder in folders:
         evidence = Evidence.load(folder)
         runs[f"`{evidence.profile.name}`, points [95 %]"] = measure(evidence)
-    return side_by_side(runs)
+    return claims_beside(runs)
 
 
 def main(arguments: list[str] | None = None) -> None:

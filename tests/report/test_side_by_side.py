@@ -18,7 +18,7 @@ def of(verdict, estimate=0.2, **more):
 
 def test_what_both_decide_otherwise_is_named():
     runs = {"here": [of(Verdict.REPRODUCED)], "there": [of(Verdict.NOT_REPRODUCED, -0.3)]}
-    table, said = side_by_side.side_by_side(runs).split("\n\nDecided in both, and otherwise:\n\n")
+    table, said = side_by_side.claims_beside(runs).split("\n\nDecided in both, and otherwise:\n\n")
     assert said == "* Water is wet.\n"
     assert "| Claim | here | there |" in table
     assert "+20.0 [+10.0, +30.0]<br>**reproduced**" in table
@@ -27,7 +27,9 @@ def test_what_both_decide_otherwise_is_named():
 
 @pytest.mark.parametrize("other", [Verdict.REPRODUCED, *side_by_side.OPEN])
 def test_what_is_open_in_one_run_is_decided_otherwise_in_none(other):
-    table = side_by_side.side_by_side({"a": [of(Verdict.REPRODUCED)], "b": [of(other, why="dark")]})
+    table = side_by_side.claims_beside(
+        {"a": [of(Verdict.REPRODUCED)], "b": [of(other, why="dark")]}
+    )
     assert table.endswith("none is decided otherwise.") and "<br>dark" in table
 
 
@@ -35,7 +37,7 @@ def test_a_claim_that_neither_measured_is_left_out():
     nothing = replace(WHOLE, verdict=Verdict.UNDECIDABLE, why="not measured: no model")
     measured = replace(of(Verdict.REPRODUCED), id="b", statement="Fire is hot.")
     runs = {"a": [nothing, measured], "b": [nothing, measured]}
-    table = side_by_side.side_by_side(runs)
+    table = side_by_side.claims_beside(runs)
     assert "Fire" in table and "Water" not in table
 
 
