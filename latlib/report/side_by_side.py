@@ -9,11 +9,12 @@ both runs, and otherwise in one than in the other.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from latlib.report.claims import measure
-from latlib.report.evidence import Evidence
+from latlib.report.evidence import Evidence, MissingError
 from latlib.report.tables import between_markers, markdown
 from latlib.report.verdicts import Claim, Verdict
 
@@ -53,25 +54,28 @@ def table_of(folders: Sequence[Path]) -> str:
     """`claims_beside` of two results folders."""
     runs: Runs = {}
     for folder in folders:
-        evidence = Evidence.load(folder)
-        runs[f"`{evidence.profile.name}`, points [95 %]"] = measure(evidence)
+        runs[f"`{folder.as_posix()}`, points [95 %]"] = measure(Evidence.load(folder))
     return claims_beside(runs)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: print the table, or put it into a README."""
+    """The command line: print the table, or put it into a README; exits with status 1 and the
+    reason where it cannot."""
     parser = argparse.ArgumentParser(
         prog="python -m latlib.report.side_by_side", description="The claims of two runs."
     )
     parser.add_argument("results", type=Path, nargs=2, help="such as results/tiny-many")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced (else: print it)")
     options = parser.parse_args(arguments)
-    table = table_of(options.results)
-    if options.readme:
+    try:
+        table = table_of(options.results)
+        if options.readme is None:
+            print(table)
+            return
         text = options.readme.read_text(encoding="utf-8")
         options.readme.write_text(between_markers(text, "beside", table), encoding="utf-8")
-    else:
-        print(table)
+    except (OSError, MissingError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

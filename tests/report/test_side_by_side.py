@@ -45,9 +45,14 @@ def test_the_table_of_two_published_runs_stands_between_its_markers(root, tmp_pa
     folders = [root / "results" / name for name in ("tiny", "tiny-many")]
     side_by_side.main(list(map(str, folders)))
     printed = capsys.readouterr().out.strip()
-    assert "`tiny`, points" in printed and "`tiny-many`, points" in printed
+    assert "results/tiny`, points" in printed and "results/tiny-many`, points" in printed
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- beside:begin -->\nold\n<!-- beside:end -->\nafter\n")
     side_by_side.main([*map(str, folders), "--readme", str(readme)])
     text = readme.read_text()
     assert printed in text and "old" not in text and text.endswith("after\n")
+    readme.write_text("no markers")
+    for bad in ([*map(str, folders), "--readme", str(readme)], [str(folders[0]), str(tmp_path)]):
+        with pytest.raises(SystemExit, match="error: "):
+            side_by_side.main(bad)
+    assert readme.read_text() == "no markers"
