@@ -112,3 +112,8 @@ def asked_rows(prompts: Prompts, wording: Wording, prefill: str = "") -> list[Ro
             completions = (answer,)
         rows.append(Row(str(i), wording.request(prompt), completions))
     return rows
+
+
+def answers_only(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """`token_rows` without their refusals. Where a prompt has no answer its refusal stands in."""
+    return [TokenRow(row.prompt, row.completions[:1]) for row in rows]

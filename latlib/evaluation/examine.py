@@ -28,7 +28,7 @@ from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import GraderSettings, ProfileError
 from latlib.data.prompts import Prompts, in_the_world
-from latlib.evaluation.ask import PLAINLY, Wording, token_rows
+from latlib.evaluation.ask import PLAINLY, Wording, answers_only, token_rows
 from latlib.evaluation.generate import Perturb, TokenRows, batches, write
 from latlib.evaluation.graders import load_grader
 from latlib.evaluation.outcomes import PLAIN, Examined, Outcome
@@ -311,9 +311,8 @@ def perplexity(lm: LanguageModel, profile: Profile, prompts: Prompts) -> float:
             f"none of {len(prompts)} prompts has an answer: give data.benign_columns a 'response',"
             " or set data.benign_responses to base"
         )
-    rows = [TokenRow(row.prompt, row.completions[:1]) for row in asked]
     losses = []
-    for _, batch in batches(rows, profile.evaluation.batch, lm.device):
+    for _, batch in batches(answers_only(asked), profile.evaluation.batch, lm.device):
         hidden = examiner.network.label_rows(batch)
         losses.append(token_losses(examiner.network.unembed, hidden, batch.labels).double())
     return math.exp(torch.cat(losses).mean().item())

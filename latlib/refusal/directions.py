@@ -32,7 +32,7 @@ from torch import Tensor
 from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.data.prompts import Prompts
-from latlib.evaluation.ask import Wording, token_rows
+from latlib.evaluation.ask import Wording, answers_only, token_rows
 from latlib.evaluation.examine import examiner_of
 from latlib.evaluation.outcomes import BASE, Outcome, Rule
 from latlib.hooks import orthonormal
@@ -180,12 +180,7 @@ def _goals(lm: LanguageModel, profile: Profile, site: Site, length: float) -> Go
     pairs = paired_prompts(profile, "train", profile.evaluation.pairs)
     harmful, harmless = (token_rows(lm, prompts, wording) for prompts in pairs)
     refused = [TokenRow(row.prompt, row.completions[-1:]) for row in harmless]
-    answered = [_answer_only(row) for row in harmless]
-    return Goals([_answer_only(row) for row in harmful], answered, refused, site, length)
-
-
-def _answer_only(row: TokenRow) -> TokenRow:
-    return TokenRow(row.prompt, row.completions[:1])
+    return Goals(answers_only(harmful), answers_only(harmless), refused, site, length)
 
 
 def judged(lm: LanguageModel, profile: Profile, searched: Directions, tune: Prompts) -> Directions:

@@ -247,25 +247,27 @@ class Oracle:
         return rows
 
 
+@pytest.mark.parametrize("size", [4, 100])  # a request at a time, all together
 def test_a_request_is_understood_when_its_answer__is_likelier_after_it_than_after_others(
-    monkeypatch,
+    monkeypatch, size
 ):
     monkeypatch.setattr(examining, "DISTRACTORS", 3)
     rows = [TokenRow((i, 9), ((i + 3, 8), (7,))) for i in range(5)]
     prompts = [Question(str(i), "a", "r", str(i), True) for i in range(5)]
     found = examining.understood_by_likelihood(
-        Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, 4
+        Oracle({rows[0].prompt, rows[1].prompt}), rows, prompts, size
     )
     # answer 0 is as likely after 1, one of its distractors
     assert found == [False, True, False, False, False]
     same = [Question(str(i), "a", "r", "one", True) for i in range(5)]
     # near-duplicates are no others
     assert (
-        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, same, 4) == [False] * 5
+        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, same, size)
+        == [False] * 5
     )
     unanswered = [Question(str(i), "" if i == 1 else "a", "r", str(i), True) for i in range(5)]
     assert (
-        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, unanswered, 4)
+        examining.understood_by_likelihood(Oracle({rows[1].prompt}), rows, unanswered, size)
         == [False] * 5
     )
 
