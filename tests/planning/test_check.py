@@ -111,7 +111,7 @@ def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, mon
         assert "https://huggingface.co/meta-llama/" in lines["licence"]["fix"]
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", sorted(LOCAL))
 def test_a_shipped_profile_on_files_says_which_are_missing(name, capsys):
     status, lines = status_of(name, BIG, capsys)
     missing = [subject for subject, line in lines.items() if line["state"] == "missing"]
