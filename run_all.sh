@@ -258,7 +258,7 @@ run_tests() {
   [ "$status" = 0 ] || say "ruff or mypy found something to fix (above)"
   # files side by side, at most four: each process holds a torch of its own
   run "$PYTHON" -m pytest tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-    -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+    -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 20 \
     ${pytest_options[@]+"${pytest_options[@]}"} || status=1
   exit "$status"
 }

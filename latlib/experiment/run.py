@@ -42,7 +42,7 @@ from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io.files import Json, read_json, write_json, write_table
-from latlib.io.progress import OnStep
+from latlib.io.progress import OnStep, with_progress
 from latlib.models import LanguageModel, load_model
 from latlib.planning.workers import threads_for
 from latlib.redteam import audit, jailbreaks, latent
@@ -60,11 +60,14 @@ from latlib.threat import Site
 PLAIN_SUITES = {
     "audit": audit.audit,
     "variant": audit.variant,
+}
+# those made of attacks, each of which is kept as soon as it is measured
+ATTACK_SUITES = {
     "robustness": latent.robustness,
     "attacks": latent.attacks,
     "claimed": latent.claimed,
 }
-SUITES = (*PLAIN_SUITES, "jailbreaks", "transfer", "ablation")
+SUITES = (*PLAIN_SUITES, *ATTACK_SUITES, "jailbreaks", "transfer", "ablation")
 Measured = str | AttackCell  # a suite, or an attack of one's own
 Model = tuple[Any, ...]  # see the module's docstring
 
@@ -303,6 +306,10 @@ class Run:
         lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
         if isinstance(what, AttackCell):
             return what.measure(lm, subject)
+        if what in ATTACK_SUITES:
+            cells = ATTACK_SUITES[what](self.profile, lm.n_layers)
+            tables = [self._kept_rows(spec, lm, cell) for cell in with_progress(cells, on_step)]
+            return pd.concat(tables, ignore_index=True)
         if what == "jailbreaks":
             table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
             if suffixes:
@@ -319,6 +326,13 @@ class Run:
             differences = self.differences(spec.label, seed)
             return ablation(lm, subject, found, differences, on_step)
         return PLAIN_SUITES[what](lm, subject, on_step)
+
+    def _kept_rows(self, spec: Spec, lm: LanguageModel, cell: AttackCell) -> pd.DataFrame:
+        """Rows of one attack of a suite on a model: a suite that is killed goes on behind it."""
+        file = self.layout.table_file(spec, cell)
+        if not self.layout.whole(file):
+            write_table(cell.measure(lm, self.subject(spec)), file)
+        return pd.read_parquet(file)
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""

@@ -27,7 +27,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -214,33 +214,32 @@ def base_attack(profile: Profile) -> AttackSettings:
     return replace_settings(attack, steps=profile.evaluation.pgd_steps, lr=None)
 
 
-def robustness(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+def robustness(profile: Profile, n_layers: int) -> list[AttackCell]:
     """Security curves: PGD at the main defence's sites and at the embedding over the profile's
     radii, noise of the norms that it reached, one attack with many more steps at the trained radius
     and, where the ball may not limit the attack of the training, that one as it is."""
-    evaluation = subject.profile.evaluation
-    attack = base_attack(subject.profile)
+    evaluation = profile.evaluation
+    attack = base_attack(profile)
     curve = [replace_settings(attack, eps=eps) for eps in evaluation.eps]
     cells = [AttackCell(settings, noise=True) for settings in curve]
     for eps in evaluation.embedding_eps:
         cells.append(AttackCell(replace_settings(attack, eps=eps, sites=(EMBEDDING,))))
     strong = replace_settings(attack, steps=evaluation.strong_steps)
     cells.append(AttackCell(strong, PGD_STRONG))
-    trained = subject.profile.training(subject.profile.main).attack
+    trained = profile.training(profile.main).attack
     if trained.steps and trained.rule == "adamw":  # whose rate does not grow with the radius
         own = replace_settings(trained, lr=trained.lr or ADAM_LR)
         cells.append(AttackCell(own, PGD_AS_TRAINED))
-    return _measured(lm, subject, cells, on_step)
+    return cells
 
 
-def claimed(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+def claimed(profile: Profile, n_layers: int) -> list[AttackCell]:
     """The latent attacks that the claims ledger reads, and no others: at the main defence's sites
     and radius with the profile's steps and with many, at the radii `evaluation.strong_eps` there
     and at other sites, at the embedding at the rival's radius, and at the largest radius with its
     noise."""
-    profile = subject.profile
     attack = base_attack(profile)
-    others = variations(profile, lm.n_layers)[PGD_OTHER_SITES]
+    others = variations(profile, n_layers)[PGD_OTHER_SITES]
     strong = replace_settings(attack, steps=profile.evaluation.strong_steps)
     cells = [AttackCell(attack), AttackCell(strong, PGD_STRONG)]
     for eps in profile.evaluation.strong_eps:
@@ -252,7 +251,7 @@ def claimed(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd
     largest = replace_settings(attack, eps=max(profile.evaluation.eps))
     if largest.eps not in profile.evaluation.strong_eps:
         cells.append(AttackCell(largest, noise=True))
-    return _measured(lm, subject, cells, on_step)
+    return cells
 
 
 def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
@@ -276,20 +275,20 @@ def variations(profile: Profile, n_layers: int) -> dict[str, dict[str, Any]]:
     return changes
 
 
-def attacks(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+def attacks(profile: Profile, n_layers: int) -> list[AttackCell]:
     """`variations` of the attack at the radii `evaluation.strong_eps`."""
-    evaluation = subject.profile.evaluation
-    attack = base_attack(subject.profile)
+    evaluation = profile.evaluation
+    attack = base_attack(profile)
     cells = []
     for eps in evaluation.strong_eps:
         if eps not in evaluation.eps:  # what is varied is in no security curve
             usual = replace_settings(attack, eps=eps)
             cells.append(AttackCell(usual, noise=True))
-        for name, change in variations(subject.profile, lm.n_layers).items():
+        for name, change in variations(profile, n_layers).items():
             settings = replace_settings(attack, eps=eps, **change)
             if (name, eps) != (PGD_STRONG, attack.eps):  # which is part of `robustness`
                 cells.append(AttackCell(settings, name))
-    return _measured(lm, subject, cells, on_step)
+    return cells
 
 
 def transfer(
@@ -377,11 +376,3 @@ def gradient_norms(lm: LanguageModel, subject: Subject, n: int = 64) -> dict[Sit
         found.append(torch.stack(own).flatten(2).norm(dim=2))
     smallest = torch.cat(found, dim=1).amin(1).tolist()  # [sites]
     return dict(zip(sites, smallest, strict=True))
-
-
-def _measured(
-    lm: LanguageModel, subject: Subject, cells: Sequence[AttackCell], on_step: OnStep
-) -> pd.DataFrame:
-    """The cells' rows, with progress."""
-    tables = [cell.measure(lm, subject) for cell in with_progress(cells, on_step)]
-    return pd.concat(tables, ignore_index=True)

@@ -12,8 +12,9 @@ from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError
 from latlib.experiment import build
 from latlib.experiment.run import Run, _kept
+from latlib.io.progress import Stopped
 from latlib.redteam.gcg import Suffix
-from latlib.redteam.latent import AttackCell, replace_settings
+from latlib.redteam.latent import AttackCell, claimed, replace_settings
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,28 @@ def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
             and set(found["attack"]) == {cell.name}
             and len(found) == 4
         )
+
+
+def test_a_suite_that_is_stopped_goes_on_behind_the_attacks_it_has(run, tmp_path, monkeypatch):
+    whole = run.evaluate("ssft", 0, "claimed")
+    again = Run("smoke", tmp_path / "again")
+    for name in ("models/base-seed0", "models/ssft-seed0", "results/residual_norms-seed0.json"):
+        (again.folder / name).symlink_to(run.folder / name)
+    measured, last = [], "pgd-strong at eps 0.05"
+    measure = AttackCell.measure
+
+    def stopped(cell, *arguments):
+        if str(cell) == last:
+            raise Stopped("asked to stop")
+        measured.append(cell)
+        return measure(cell, *arguments)
+
+    monkeypatch.setattr(AttackCell, "measure", stopped)
+    with pytest.raises(Stopped):
+        again.evaluate("ssft", 0, "claimed")
+    before, last = len(measured), None
+    assert again.evaluate("ssft", 0, "claimed").equals(whole)
+    assert before > 0 and len(set(measured)) == len(measured) == len(claimed(run.profile, 4))
 
 
 def test_suites_and_attacks_share_one_call(run):

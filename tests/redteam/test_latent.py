@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from learned_models import COMPLIES, IS_LOST, KNOWS, learned, small_profile, subject_of
@@ -104,16 +105,9 @@ def test_settings_that_cannot_be_are_named(change, message):
     assert replace_settings(LAT, eps=0.3) == LAT.model_copy(update={"eps": 0.3})
 
 
-def cells_of(suite, profile, monkeypatch, n_layers=None, d_model=None, **changes):
-    """The cells that a suite would measure; nothing is run."""
-    kept = []
-    monkeypatch.setattr(latent, "_measured", lambda lm, subject, cells, on_step: kept.extend(cells))
-    network = SimpleNamespace(d_model=d_model or profile.model.dim)
-    suite(
-        SimpleNamespace(n_layers=n_layers or profile.model.layers, network=lambda: network),
-        replace(subject_of(profile), **changes),
-    )
-    return kept
+def cells_of(suite, profile):
+    """The cells that a suite measures."""
+    return suite(profile, profile.model.layers)
 
 
 def with_attack(profile, **changes):
@@ -125,14 +119,14 @@ def with_attack(profile, **changes):
 
 
 @pytest.mark.parametrize("name", ["smoke", "tiny"])
-def test_every_variation_changes_one_thing(name, monkeypatch):
+def test_every_variation_changes_one_thing(name):
     profile = load_profile(name)
     evaluation, lat, n_layers = (
         profile.evaluation,
         profile.training("lat").attack,
         profile.model.layers,
     )
-    cells = cells_of(latent.attacks, profile, monkeypatch)
+    cells = cells_of(latent.attacks, profile)
     usual = replace_settings(lat, steps=evaluation.pgd_steps, lr=None).model_dump()
     trained, inner = resolve_sites(lat.sites, n_layers), set(range(n_layers - 1))
     for eps in evaluation.strong_eps:
@@ -158,32 +152,28 @@ def test_every_variation_changes_one_thing(name, monkeypatch):
     assert {cell.n for cell in cells} == {0} and len(cells) == 7 * len(evaluation.strong_eps)
 
 
-def test_what_another_suite_measures_is_not_measured_again(monkeypatch):
+def test_what_another_suite_measures_is_not_measured_again():
     profile = small_profile(strong_eps=(LAT.eps, 0.2))
-    names = [
-        (cell.name, cell.settings.eps) for cell in cells_of(latent.attacks, profile, monkeypatch)
-    ]
+    names = [(cell.name, cell.settings.eps) for cell in cells_of(latent.attacks, profile)]
     assert (
         ("pgd-strong", 0.2) in names and ("pgd-strong", LAT.eps) not in names and len(names) == 13
     )
-    (strong,) = [
-        c for c in cells_of(latent.robustness, profile, monkeypatch) if c.name == "pgd-strong"
-    ]
+    (strong,) = [c for c in cells_of(latent.robustness, profile) if c.name == "pgd-strong"]
     assert (strong.settings.eps, strong.settings.steps) == (
         LAT.eps,
         profile.evaluation.strong_steps,
     )
 
 
-def test_a_rule_that_is_the_profiles_own_is_no_variation(monkeypatch):
+def test_a_rule_that_is_the_profiles_own_is_no_variation():
     profile = with_attack(small_profile(rules=("sign", "l2")), rule="sign")
-    names = [cell.name for cell in cells_of(latent.attacks, profile, monkeypatch)]
+    names = [cell.name for cell in cells_of(latent.attacks, profile)]
     assert "pgd-l2" in names and "pgd-sign" not in names
 
 
-def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
+def test_security_curves_have_every_radius_and_their_controls():
     profile = small_profile(eps=(0.1, 0.4), embedding_eps=(0.3,))
-    cells = cells_of(latent.robustness, profile, monkeypatch)
+    cells = cells_of(latent.robustness, profile)
     expected = [("pgd", 0.1, SITES, 2), ("pgd", 0.4, SITES, 2), ("pgd", 0.3, (EMBEDDING,), 2)]
     expected.append(("pgd-strong", LAT.eps, SITES, 4))
     assert [(c.name, c.settings.eps, c.settings.sites, c.settings.steps) for c in cells] == expected
@@ -191,13 +181,13 @@ def test_security_curves_have_every_radius_and_their_controls(monkeypatch):
 
 
 @pytest.mark.parametrize(("lr", "own"), [(0.03, 0.03), (None, ADAM_LR)])
-def test_a_training_by_adam_is_evaluated_as_it_is_too(lr, own, monkeypatch):
+def test_a_training_by_adam_is_evaluated_as_it_is_too(lr, own):
     profile = with_attack(PROFILE, rule="adamw", lr=lr, steps=3)
-    *others, last = cells_of(latent.robustness, profile, monkeypatch)
+    *others, last = cells_of(latent.robustness, profile)
     assert last.name == "pgd-as-trained" and last.settings.lr == own and last.settings.steps == 3
     assert "pgd-as-trained" not in {cell.name for cell in others}
     without = with_attack(PROFILE, rule="adamw", steps=0)  # is not trained under an attack
-    names = {cell.name for cell in cells_of(latent.robustness, without, monkeypatch)}
+    names = {cell.name for cell in cells_of(latent.robustness, without)}
     assert "pgd-as-trained" not in names
 
 
@@ -229,11 +219,9 @@ def test_a_rate_that_somebody_set_is_kept(subject):
 
 
 @pytest.mark.parametrize("steps", [8, 40])
-def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
-    steps, lm, subject, monkeypatch
-):
+def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(steps, lm, subject):
     profile = small_profile(pgd_steps=steps)
-    cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
+    cells = cells_of(latent.attacks, profile)
     settings = next(cell.settings for cell in cells if cell.name == "pgd-adamw")
     network, batch = lm.network(), collate(token_rows(lm, prompt_set("harmful", PROFILE)))
     threat = settings.threat_model(lm.n_layers, subject.norms)
@@ -251,9 +239,9 @@ def test_adams_rate_makes_its_steps_as_long_as_those_of_the_other_rules(
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sign", "l2"])
-def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject, monkeypatch):
+def test_one_step_is_one_step_as_long_as_the_radius(rule, lm, subject):
     profile = with_attack(PROFILE, rule=rule, lr=0.01 if rule == "adamw" else None)
-    cells = cells_of(latent.attacks, profile, monkeypatch, norms=subject.norms)
+    cells = cells_of(latent.attacks, profile)
     (cell,) = [cell for cell in cells if cell.name == "one-step"]
     model, calls = counted(lm)
     cell.measure(model, subject)
@@ -397,16 +385,11 @@ def test_nothing_is_said_of_a_ball_that_every_row_was_won_in(lm, subject):
     assert won["exact"].all() and won["on_ball"].isna().all()
 
 
-def test_suites_measure_every_prompt_in_every_cell_and_say_how_far_they_are(lm, subject):
-    steps = []
-    for suite, cells, curve in ((latent.robustness, 6, 2), (latent.attacks, 7, 0)):
-        steps.clear()
-        table = suite(lm, subject, lambda *step: steps.append(step[:2]))
+def test_suites_measure_every_prompt_in_every_cell(lm, subject):
+    for suite, cells in ((latent.robustness, 6), (latent.attacks, 7)):
+        table = pd.concat(cell.measure(lm, subject) for cell in cells_of(suite, PROFILE))
         sizes = table.groupby(["attack", "eps", "sites"]).size()
-        assert set(sizes) == {8} and len(sizes) == cells
-        # a curve's noise is measured with its attack
-        count = cells - curve
-        assert steps == [(i, count) for i in range(1, count + 1)]
+        assert set(sizes) == {8} and len(sizes) == cells  # noise beside its attack counts, too
         assert table["understood"].isna().all() and set(table["prompts"]) == {"harmful"}
 
 
