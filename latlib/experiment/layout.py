@@ -10,6 +10,7 @@
     results/outcomes/<suite>-<model>.parquet    rows of the outcome table
     results/attacks/<digest>.parquet            rows of a single attack
     results/geometry/<model>/                   differences, directions and variance of activations
+    results/.<attack>-<model>.json              of a suffix search that is not finished
     results/<name>.json                         everything else that was measured
     wandb/                                      what wandb writes
     set-aside/                                  what was damaged, or is not of this run
@@ -37,7 +38,7 @@ from pydantic import ValidationError
 from latlib.config.paths import from_home, portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import BASE_ANSWERS, ProfileError
-from latlib.evaluation.outcomes import BASE
+from latlib.evaluation.outcomes import BASE, SUFFIX_GCG, SUFFIX_RANDOM
 from latlib.experiment.inputs import SHOWN, digests
 from latlib.experiment.jobs import HELD
 from latlib.experiment.record import PROFILE, RECORD
@@ -272,6 +273,12 @@ class Layout:
         if isinstance(what, str):
             return self.outcomes / f"{what}-{spec.folder}.parquet"
         return self.folder / "results" / "attacks" / f"{what.digest(spec.folder)}.parquet"
+
+    def search_files(self, spec: Spec) -> dict[str, Path]:
+        """attack -> where the search for a model's suffix says how far it is."""
+        results = self.folder / "results"
+        names = (SUFFIX_GCG, SUFFIX_RANDOM)
+        return {name: results / f".{name}-{spec.folder}.json" for name in names}
 
     @property
     def outcomes(self) -> Path:

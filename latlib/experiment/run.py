@@ -234,10 +234,12 @@ class Run:
     def _find_geometry(self, spec: Spec, on_step: OnStep) -> None:
         lm = self._model(spec)
         file = partial(self.layout.geometry_file, spec)
-        directions.paired_differences(lm, self.profile).save(file(DIFFERENCES))
+        if not self.layout.whole(file(DIFFERENCES)):
+            directions.paired_differences(lm, self.profile).save(file(DIFFERENCES))
         differences = Differences.load(file(DIFFERENCES))  # at the precision that is kept
-        found = directions.find_directions(lm, self.profile, differences)
-        directions.save_directions(found, file(DIRECTIONS))
+        if not self.layout.whole(file(DIRECTIONS)):
+            found = directions.find_directions(lm, self.profile, differences)
+            directions.save_directions(found, file(DIRECTIONS))
         site = directions.fixed_site(len(differences.pairs) - 1)
         explained = variance_table(differences.last(), differences.clusters, site)
         pairs = self.profile.evaluation.pairs
@@ -300,6 +302,9 @@ class Run:
 
     def _measure(self, spec: Spec, what: Measured, on_step: OnStep) -> None:
         write_table(self._rows(spec, what, on_step), self.layout.table_file(spec, what))
+        if what == "jailbreaks":
+            for file in self.layout.search_files(spec).values():
+                file.unlink(missing_ok=True)
 
     def _rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
         """Measure a suite or an attack here and now; it is given what it needs."""
@@ -311,7 +316,8 @@ class Run:
             tables = [self._kept_rows(spec, lm, cell) for cell in with_progress(cells, on_step)]
             return pd.concat(tables, ignore_index=True)
         if what == "jailbreaks":
-            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step)
+            searches = self.layout.search_files(spec)
+            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step, searches)
             if suffixes:
                 self.save_result(f"suffixes-{spec.folder}", _kept(suffixes, self.profile))
             return table

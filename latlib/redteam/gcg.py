@@ -26,11 +26,13 @@ and 2; here with all prompts from the start, and a buffer.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import compress, cycle, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from transformers import DynamicCache
 from latlib.batch import Batch, TokenRow, collate
 from latlib.config.sections import Count, Natural
 from latlib.evaluation.phrases import Texts
+from latlib.io.files import Json, read_json, write_json
 from latlib.io.progress import OnStep, unseen
 from latlib.losses import at_labels, row_means, token_losses, wide_of
 from latlib.models import LanguageModel
@@ -52,6 +55,9 @@ Ids = tuple[int, ...]
 
 DRAWS = 12  # until enough candidates survive
 DRAWS_AT_WIDTH = 4  # after every so many, topk doubles
+# relative: between the loss of the first suffix on one device and on another; another model's is
+# further away. Our choice
+SAME_LOSS = 0.01
 
 
 @checked_dataclass(frozen=True)
@@ -115,48 +121,108 @@ def gcg(
     settings: SuffixSettings,
     seed: int,
     on_step: OnStep = unseen,
-    by_gradient: bool = True,
+    file: Path | None = None,
 ) -> Suffix:
     """Seek one suffix under which the model writes each prompt's target; see the module's
     docstring.
 
-    on_step: called after every step. by_gradient: False is random search. Raises ValueError for
-    input that cannot be used, RuntimeError when not even one row fits into memory. Weights, their
-    gradients and flags stay as they are.
+    on_step: called after every step. file: where the search writes, after every step, how far it
+    is; one that is there goes on and ends the same, and the caller deletes it. Raises ValueError
+    for input that cannot be used and for a file of another search, RuntimeError when not even one
+    row fits into memory. Weights, their gradients and flags stay as they are.
     """
     objective = SuffixLoss(lm, prompts, targets, settings)
-    first = objective.initial
-    everyone = range(len(prompts))
-    kept = {first: objective.losses([first], everyone).mean().item()}  # suffix -> loss, best first
-    queries = len(everyone)
-    started: set[Ids] = set()  # suffixes that a step has started from
-    losses: list[float] = []
-    for step in range(settings.steps):
-        fresh = [ids for ids in kept if ids not in started]
+    return _Search(objective, seed, by_gradient=True).run(on_step, file)
+
+
+def random_search(
+    lm: LanguageModel,
+    prompts: Texts,
+    targets: Texts,
+    settings: SuffixSettings,
+    seed: int,
+    on_step: OnStep = unseen,
+    file: Path | None = None,
+) -> Suffix:
+    """The gradient-free control of `gcg`, with as many queries."""
+    objective = SuffixLoss(lm, prompts, targets, settings)
+    return _Search(objective, seed, by_gradient=False).run(on_step, file)
+
+
+class _Search:
+    """A search and how far it is. kept: suffix -> loss, best first. started: suffixes that a step
+    has started from. losses: the best after each step. first: the loss before all steps."""
+
+    def __init__(self, objective: SuffixLoss, seed: int, by_gradient: bool) -> None:
+        self.objective = objective
+        self.seed = seed
+        self.by_gradient = by_gradient
+        first, everyone = objective.initial, range(len(objective.targets))
+        self.first = objective.losses([first], everyone).mean().item()
+        self.kept: dict[Ids, float] = {first: self.first}
+        self.started: set[Ids] = set()
+        self.losses: list[float] = []
+        self.queries = len(everyone)
+
+    def run(self, on_step: OnStep, file: Path | None) -> Suffix:
+        """Take all steps, or those that are left."""
+        settings = self.objective.settings
+        if file is not None and file.is_file():
+            self._go_on_from(file)
+        for step in range(len(self.losses), settings.steps):
+            self._step(step)
+            if file is not None:
+                write_json(self._state(), file)
+            on_step(step + 1, settings.steps, f"loss {self.losses[-1]:.3f}")
+        best, loss = next(iter(self.kept.items()))
+        text, losses = self.objective.frames.text(best), tuple(self.losses)
+        batch, separator = self.objective.batch, settings.separator
+        return Suffix(text, best, loss, losses, self.queries, batch, separator)
+
+    def _step(self, step: int) -> None:
+        objective, kept = self.objective, self.kept
+        fresh = [ids for ids in kept if ids not in self.started]
         origin = [*fresh, *kept][0]
-        started.add(origin)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        found, loss, spent = _step(objective, origin, generator, by_gradient)
-        queries += spent
+        self.started.add(origin)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        found, loss, spent = _best_near(objective, origin, generator, self.by_gradient)
+        self.queries += spent
         kept[found] = loss
         by_loss = sorted(kept, key=kept.__getitem__)
-        kept = {ids: kept[ids] for ids in by_loss[: settings.buffer]}
-        losses.append(kept[by_loss[0]])
-        on_step(step + 1, settings.steps, f"loss {losses[-1]:.3f}")
-    best, loss = next(iter(kept.items()))
-    text = objective.frames.text(best)
-    batch, separator = objective.batch, settings.separator
-    return Suffix(text, best, loss, tuple(losses), queries, batch, separator)
+        self.kept = {ids: kept[ids] for ids in by_loss[: objective.settings.buffer]}
+        self.losses.append(kept[by_loss[0]])
+
+    def _state(self) -> Json:
+        return {
+            "search": self._digest(),
+            "first": self.first,
+            "kept": list(self.kept.items()),
+            "started": sorted(self.started),
+            "losses": self.losses,
+            "queries": self.queries,
+        }
+
+    def _digest(self) -> str:
+        """What tells this search from others on one model."""
+        objective = self.objective
+        asked = (objective.frames.around, objective.targets, objective.settings)
+        return hashlib.sha256(repr((*asked, self.seed, self.by_gradient)).encode()).hexdigest()
+
+    def _go_on_from(self, file: Path) -> None:
+        state = read_json(file)
+        same_model = math.isclose(state["first"], self.first, rel_tol=SAME_LOSS)
+        if state["search"] != self._digest() or not same_model:
+            raise ValueError(f"{file} is of another search: delete it, or give another file")
+        # JSON has no infinity: the loss of what does not survive
+        self.kept = {tuple(ids): math.inf if n is None else n for ids, n in state["kept"]}
+        self.started = set(map(tuple, state["started"]))
+        self.losses, self.queries = state["losses"], state["queries"]
 
 
-# the gradient-free control, with as many queries
-random_search = partial(gcg, by_gradient=False)
-
-
-def _step(
+def _best_near(
     objective: SuffixLoss, origin: Ids, generator: torch.Generator, by_gradient: bool
 ) -> tuple[Ids, float, int]:
-    """(the best candidate of a step from `origin`, its loss over all prompts, queries)."""
+    """(the best candidate near `origin`, its loss over all prompts, queries)."""
     settings, frames = objective.settings, objective.frames
     order = torch.randperm(len(frames.around), generator=generator).tolist()
     some = settings.prompts_per_step or len(order)

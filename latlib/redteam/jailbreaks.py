@@ -16,6 +16,8 @@ All in plain words; `audit` has encodings and prefilling. A new one is a `Wordin
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -91,9 +93,16 @@ def suffix_settings(profile: Profile) -> SuffixSettings:
     return SuffixSettings(n_tokens=own.pop("tokens"), system_prompt=system, **own)
 
 
-def find_suffixes(lm: LanguageModel, profile: Profile, seed: int) -> dict[str, Suffix]:
+def find_suffixes(
+    lm: LanguageModel,
+    profile: Profile,
+    seed: int,
+    on_step: OnStep = unseen,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, Suffix]:
     """attack -> the suffix that GCG and random search find on tuning prompts, with equal numbers of
-    queries; none where the profile seeks none.
+    queries; none where the profile seeks none. files: attack -> where its search writes how far it
+    is, and goes on from.
     """
     if not profile.evaluation.suffix.steps:
         return {}
@@ -101,17 +110,25 @@ def find_suffixes(lm: LanguageModel, profile: Profile, seed: int) -> dict[str, S
     prompts = _sought_on(profile)
     asked = [prompt.text for prompt in prompts]
     answers = [target(prompt) for prompt in prompts]
-    return {
-        SUFFIX_GCG: gcg(lm, asked, answers, settings, seed),
-        SUFFIX_RANDOM: random_search(lm, asked, answers, settings, seed),
-    }
+    found = {}
+    for attack, search in ((SUFFIX_GCG, gcg), (SUFFIX_RANDOM, random_search)):
+
+        def told(step: int, total: int, detail: str, attack: str = attack) -> None:
+            on_step(step, total, f"{attack}, {detail}")
+
+        file = (files or {}).get(attack)
+        found[attack] = search(lm, asked, answers, settings, seed, told, file)
+    return found
 
 
 def jailbreaks(
-    lm: LanguageModel, subject: Subject, on_step: OnStep = unseen
+    lm: LanguageModel,
+    subject: Subject,
+    on_step: OnStep = unseen,
+    files: Mapping[str, Path] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Suffix]]:
     """(outcome rows of every attack above round the harmful prompts and their twins, attack -> the
-    suffix that was found for it).
+    suffix that was found for it). files: see `find_suffixes`.
     """
     profile = subject.profile
     wordings = without_search(profile)
@@ -122,7 +139,9 @@ def jailbreaks(
     for attack, why in lacking.items():
         warnings.warn(f"jailbreak {attack!r} is left out: {why}", stacklevel=2)
         wordings.pop(attack, None)
-    suffixes = {} if SUFFIX_GCG in lacking else find_suffixes(lm, profile, subject.seed)
+    suffixes = {}
+    if SUFFIX_GCG not in lacking:
+        suffixes = find_suffixes(lm, profile, subject.seed, on_step, files)
     for attack, suffix in suffixes.items():
         wordings[attack] = Wording(suffix=suffix.text)
     examiner = examiner_of(profile, lm)

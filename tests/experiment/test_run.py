@@ -15,6 +15,7 @@ from latlib.experiment.run import Run, _kept
 from latlib.io.progress import Stopped
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.latent import AttackCell, claimed, replace_settings
+from latlib.refusal import directions
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,18 @@ def test_a_suite_that_is_stopped_goes_on_behind_the_attacks_it_has(run, tmp_path
     before, last = len(measured), None
     assert again.evaluate("ssft", 0, "claimed").equals(whole)
     assert before > 0 and len(set(measured)) == len(measured) == len(claimed(run.profile, 4))
+
+
+def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch):
+    def asked(*_):
+        raise Stopped("asked to stop")
+
+    monkeypatch.setattr(directions, "find_directions", asked)
+    with pytest.raises(Stopped):
+        run.differences("lat")
+    monkeypatch.undo()
+    monkeypatch.setattr(directions, "paired_differences", lambda *_: pytest.fail("found again"))
+    assert run.directions("lat") and len(run.differences("lat").pairs)
 
 
 def test_suites_and_attacks_share_one_call(run):

@@ -290,16 +290,68 @@ def test_the_same_seed_gives_the_same_suffix_and_another_one_another(lm_of):
         assert a == b and a.token_ids != c.token_ids
 
 
+@pytest.mark.parametrize("search", [gcg, random_search])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_search_that_is_killed_goes_on_and_ends_the_same(search, steps, lm_of, tmp_path):
+    lm, file = lm_of("lean"), tmp_path / "search.json"
+    whole = search(lm, PROMPTS, TARGETS, SETTINGS, seed=0)
+
+    def killed(step, total, detail):
+        if step == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(lm, PROMPTS, TARGETS, SETTINGS, 0, killed, file)
+    taken = []
+    again = search(lm, PROMPTS, TARGETS, SETTINGS, 0, lambda *step: taken.append(step[0]), file)
+    assert again == whole and taken == list(range(steps + 1, SETTINGS.steps + 1))
+    assert search(lm, PROMPTS, TARGETS, SETTINGS, 0, pytest.fail, file) == whole
+
+
+def test_what_no_prompt_survives_is_kept_as_what_it_is(lm_of, tmp_path, monkeypatch):
+    """Its loss is infinite, for which JSON has no number."""
+    lm, file, settings = lm_of("lean"), tmp_path / "search.json", replace(SETTINGS, buffer=9)
+    survives = Frames.survives
+    first = SuffixLoss(lm, PROMPTS, TARGETS, settings).initial
+    monkeypatch.setattr(Frames, "survives", lambda self, ids: ids == first and survives(self, ids))
+    whole = gcg(lm, PROMPTS, TARGETS, settings, 0)
+    steps = iter(range(2))
+    with pytest.raises(StopIteration):
+        gcg(lm, PROMPTS, TARGETS, settings, 0, lambda *_: next(steps), file)
+    assert "null" in file.read_text()
+    assert gcg(lm, PROMPTS, TARGETS, settings, 0, file=file) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"settings": replace(SETTINGS, topk=16)},
+        {"prompts": PROMPTS[::-1]},
+        {"search": random_search},
+        {"model": 1},
+    ],
+)
+def test_a_file_of_another_search_is_named(changes, lm_of, tmp_path):
+    given = {"prompts": PROMPTS, "targets": TARGETS, "settings": SETTINGS, "seed": 0}
+    given["file"] = tmp_path / "search.json"
+    gcg(lm_of("lean"), **given)
+    changes = {**changes}
+    search, lm = changes.pop("search", gcg), lm_of("lean", seed=changes.pop("model", 0))
+    with pytest.raises(ValueError, match="search.json is of another search: delete it, or give"):
+        search(lm, **{**given, **changes})
+
+
 def test_a_larger_buffer_moves_on_and_one_of_one_takes_improvements_only(lm_of, monkeypatch):
     lm, steps = lm_of("lean"), []
-    original = latlib.redteam.gcg._step
+    original = latlib.redteam.gcg._best_near
 
     def noting(objective, origin, *rest):
         found, loss, spent = original(objective, origin, *rest)
         steps.append((origin, found, loss))
         return found, loss, spent
 
-    monkeypatch.setattr(latlib.redteam.gcg, "_step", noting)
+    monkeypatch.setattr(latlib.redteam.gcg, "_best_near", noting)
     settings = replace(SETTINGS, candidates=2, steps=12)
     moving = random_search(lm, PROMPTS, TARGETS, replace(settings, buffer=12), seed=0)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(steps)) and moving.loss <= min(

@@ -14,6 +14,7 @@ from latlib.evaluation import examine
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import affirmation_tokens, grade_rows
 from latlib.evaluation.outcomes import COLUMNS
+from latlib.io.progress import Stopped
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.jailbreaks import (
@@ -165,8 +166,9 @@ def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subjec
     }
     (a, *first), (b, *second) = seen
     # with one and the same everything
-    assert (a, b) == ("gcg", "random_search") and first == second
-    _, asked, answers, settings, seed = first
+    assert (a, b) == ("gcg", "random_search") and first[:-2] == second[:-2]
+    _, asked, answers, settings, seed, _, file = first
+    assert file is None  # a run says where
     prompts = grammar.draw_set(
         "suffix", "tune", "harmful", subject.profile.evaluation.suffix.prompts
     )
@@ -210,6 +212,30 @@ def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
         outcomes, _ = grade_rows(lm.network(), rows)
         tried = table[(table["attack"] == attack) & (table["prompts"] == "harmful")]
         assert tried["outcome"].tolist() == outcomes
+
+
+def test_a_run_goes_on_with_a_search_that_was_killed(run, monkeypatch):
+    """In its second search: the first is not made again."""
+    spec = run.spec("lat")
+    searches, taken = run.layout.search_files(spec), []
+    module_jailbreaks = module.jailbreaks
+
+    def watched(lm, subject, on_step, files):
+        def told(step, total, detail):
+            taken.append(detail.split(",")[0])
+            if taken.count("suffix-random") == 1:
+                raise KeyboardInterrupt
+
+        return module_jailbreaks(lm, subject, told, files)
+
+    monkeypatch.setattr(module, "jailbreaks", watched)
+    with pytest.raises(Stopped):
+        run.evaluate("lat", 0, "jailbreaks")
+    assert all(file.is_file() for file in searches.values())
+    run.evaluate("lat", 0, "jailbreaks")
+    sought = ["suffix-gcg", "suffix-gcg", "suffix-random", "suffix-random"]
+    assert taken == [*sought, *TYPED, *FOUND]
+    assert not any(file.exists() for file in searches.values())
 
 
 def test_what_is_returned_is_what_was_found(lm, subject, graded):

@@ -373,7 +373,12 @@ def test_fresh_deletes_what_the_run_made_and_sets_the_rest_aside(smoke_models, t
     (folder / "models" / "linked").symlink_to(outside)
     edited = folder / "results" / "residual_norms-seed0.json"
     edited.write_text(f"{edited.read_text()} of the user: noted here")
-    for name in ("models/.at-seed0.checkpoints/step-00000004.pt", "wandb/run-1/x", "logs/01_a.log"):
+    for name in (
+        "models/.at-seed0.checkpoints/step-00000004.pt",
+        "results/.suffix-gcg-at-seed0.json",
+        "wandb/run-1/x",
+        "logs/01_a.log",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     pipeline.empty_run_folder(folder)
