@@ -213,10 +213,13 @@ class _Search:
         same_model = math.isclose(state["first"], self.first, rel_tol=SAME_LOSS)
         if state["search"] != self._digest() or not same_model:
             raise ValueError(f"{file} is of another search: delete it, or give another file")
-        # JSON has no infinity: the loss of what does not survive
-        self.kept = {tuple(ids): math.inf if n is None else n for ids, n in state["kept"]}
+        self.losses = state["losses"]
+        self.queries = state["queries"]
         self.started = set(map(tuple, state["started"]))
-        self.losses, self.queries = state["losses"], state["queries"]
+        self.kept = {}
+        for ids, loss in state["kept"]:
+            # JSON has no infinity: the loss of what does not survive
+            self.kept[tuple(ids)] = math.inf if loss is None else loss
 
 
 def _best_near(
