@@ -276,7 +276,10 @@ class Run:
         Raises ValueError for an unknown suite.
         """
         pairs = dict.fromkeys((self.spec(*model), what) for model, what in wanted)
-        missing = [pair for pair in pairs if not self.layout.whole(self.layout.table_file(*pair))]
+        missing = self._missing(pairs)
+        if any(self._as_first_seed(*pair) for pair in missing):
+            self.measure([((BASE, self.profile.seeds[0]), "audit")])
+            missing = self._missing(missing)
         specs = [spec for spec, _ in missing]
         geometry = []
         for spec, what in missing:
@@ -296,6 +299,16 @@ class Run:
             jobs.append(Job(f"{what} of {spec.name}", partial(self._measure, spec, what)))
         self._work(jobs)
 
+    def _missing(self, pairs: Iterable[tuple[Spec, Measured]]) -> list[tuple[Spec, Measured]]:
+        """The pairs of (model, suite or attack) that are not measured yet."""
+        return [pair for pair in pairs if not self.layout.whole(self.layout.table_file(*pair))]
+
+    def _as_first_seed(self, spec: Spec, what: Measured) -> bool:
+        """Whether a model is the first seed's, and is asked the same: a base that is not made
+        here."""
+        shared = spec.method == BASE and self.layout.source(spec) is not None
+        return shared and what == "audit" and spec.seed != self.profile.seeds[0]
+
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
         return Subject(self.profile, spec.method, spec.seed, self.norms(spec.seed), spec.variant)
@@ -308,6 +321,9 @@ class Run:
 
     def _rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
         """Measure a suite or an attack here and now; it is given what it needs."""
+        if self._as_first_seed(spec, what):
+            first = self.layout.table_file(Spec(BASE, self.profile.seeds[0]), what)
+            return audit.of_another_seed(pd.read_parquet(first), self.profile, spec.seed)
         lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
         if isinstance(what, AttackCell):
             return what.measure(lm, subject)

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from latlib.config.profile import Profile
 from latlib.data.prompts import Prompt, Prompts, Question, in_the_world, prompt_source
 from latlib.evaluation.ask import Wording, prompt_set
 from latlib.evaluation.examine import Examiner, examiner_of
@@ -39,6 +40,7 @@ from latlib.evaluation.outcomes import (
     Cell,
     Subject,
     outcome_rows,
+    split_encoding,
 )
 from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
@@ -74,6 +76,15 @@ def audit(
             found = examiner.examine(prompts, wording)
             tables.append(outcome_rows(subject, cell, prompts, found))
     return pd.concat(tables, ignore_index=True)
+
+
+def of_another_seed(table: pd.DataFrame, profile: Profile, seed: int) -> pd.DataFrame:
+    """The first seed's audit of a model that all seeds share, as the audit of another seed: no
+    further encodings, and nothing else depends on the seed."""
+    in_full = set(map(split_encoding, profile.evaluation.encodings))
+    asked = zip(table["encoding"], table["reply_encoding"], strict=True)
+    kept = [pair in in_full for pair in asked]
+    return table[kept].assign(seed=seed).reset_index(drop=True)
 
 
 def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:

@@ -2,10 +2,11 @@
 nothing.
 """
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_profile import small_run
+from small_profile import small_run, write_sources
 
 from latlib import train
 from latlib.config.profile import Profile, load_profile
@@ -13,6 +14,7 @@ from latlib.config.sections import ProfileError
 from latlib.experiment import build
 from latlib.experiment.run import Run, _kept
 from latlib.io.progress import Stopped
+from latlib.redteam import audit
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.latent import AttackCell, claimed, replace_settings
 from latlib.refusal import directions
@@ -187,6 +189,25 @@ def test_suites_and_attacks_share_one_call(run):
         (run.spec("lat", 0), cell),
     ):
         assert run.layout.table_file(spec, what).exists()
+
+
+def test_a_base_that_all_seeds_share_is_asked_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_sources(tmp_path)
+    asked = {"encodings": ["plain"], "further_encodings": ["reverse"], "max_new_tokens": 4}
+    small = small_run() | {"seeds": [3, 5], "evaluation": asked}
+    small["methods"] = {"ssft": {"attack.steps": 0}, "lat": {}}
+    run = Run(Profile.model_validate(small), tmp_path / "run")
+    opened, model = [], run._model
+    monkeypatch.setattr(run, "_model", lambda spec: opened.append(spec.name) or model(spec))
+    run.measure([(("base", seed), "audit") for seed in (3, 5)])
+    other = run.evaluate("base", 5, "audit")
+    assert opened == ["base seed 3"]
+    spec = run.spec("base", 5)
+    alone = audit.audit(model(spec), run.subject(spec))
+    pd.testing.assert_frame_equal(other, alone)
+    first = run.evaluate("base", 3, "audit")
+    assert set(first["encoding"]) == {"plain", "reverse"} and set(first["seed"]) == {3}
 
 
 def test_an_unknown_suite_is_named_before_anything_is_made(run):
