@@ -1,9 +1,10 @@
 """The outcome table: one row for every prompt that a model was asked, with all that is said of it.
 
 A suite (in `latlib.redteam`, `latlib.refusal`) is a function (model, `Subject`, what else it needs)
--> outcome table; `latlib.experiment.run.Run` keeps what they return, and every figure, interval and
-claim is computed from it. No column packs two meanings into a string. No torch is imported here, so
-that a report can be made of the table where there is none.
+-> outcome table, or a list of attacks of which each is such a function;
+`latlib.experiment.run.Run` keeps what they return, and every figure, interval and claim is computed
+from it. No column packs two meanings into a string. No torch is imported here, so that a report can
+be made of the table where there is none.
 
 The model:
   method, variant, seed: which model; variant is '', or the name of a sweep's variant of the method.

@@ -10,7 +10,7 @@
     results/outcomes/<suite>-<model>.parquet    rows of the outcome table
     results/attacks/<digest>.parquet            rows of a single attack
     results/geometry/<model>/                   differences, directions and variance of activations
-    results/.<attack>-<model>.json              of a suffix search that is not finished
+    results/.unfinished/<suite>-<model>/        what a suite has measured before it has all
     results/<name>.json                         everything else that was measured
     wandb/                                      what wandb writes
     set-aside/                                  what was damaged, or is not of this run
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -38,7 +39,7 @@ from pydantic import ValidationError
 from latlib.config.paths import from_home, portable
 from latlib.config.profile import FREE_FIELDS, Profile, changed_settings
 from latlib.config.sections import BASE_ANSWERS, ProfileError
-from latlib.evaluation.outcomes import BASE, SUFFIX_GCG, SUFFIX_RANDOM
+from latlib.evaluation.outcomes import BASE
 from latlib.experiment.inputs import SHOWN, digests
 from latlib.experiment.jobs import HELD
 from latlib.experiment.record import PROFILE, RECORD
@@ -274,11 +275,25 @@ class Layout:
             return self.outcomes / f"{what}-{spec.folder}.parquet"
         return self.folder / "results" / "attacks" / f"{what.digest(spec.folder)}.parquet"
 
-    def search_files(self, spec: Spec) -> dict[str, Path]:
-        """attack -> where the search for a model's suffix says how far it is."""
-        results = self.folder / "results"
-        names = (SUFFIX_GCG, SUFFIX_RANDOM)
-        return {name: results / f".{name}-{spec.folder}.json" for name in names}
+    def unfinished(self, spec: Spec, suite: str) -> Path:
+        """The folder of what a suite has measured on a model before it has all: with checksums of
+        its own, and another one when the model is another."""
+        key = [str(self.profile.model.date)]
+        if self.source(spec) is None:
+            weights = sorted(self.model_folder(spec).glob("*.safetensors"))
+            key += map(manifest.digest, weights)
+        name = hashlib.sha256(" ".join(key).encode()).hexdigest()[:SHOWN]
+        folder = self._unfinished(spec, suite) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / manifest.NAME).touch()
+        return folder
+
+    def forget_unfinished(self, spec: Spec, suite: str) -> None:
+        """Delete it: the suite is measured."""
+        shutil.rmtree(self._unfinished(spec, suite), ignore_errors=True)
+
+    def _unfinished(self, spec: Spec, suite: str) -> Path:
+        return self.folder / "results" / ".unfinished" / f"{suite}-{spec.folder}"
 
     @property
     def outcomes(self) -> Path:

@@ -42,7 +42,7 @@ from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io.files import Json, read_json, write_json, write_table
-from latlib.io.progress import OnStep, with_progress
+from latlib.io.progress import OnStep, Stopped, stop_requested, with_progress
 from latlib.models import LanguageModel, load_model
 from latlib.planning.workers import threads_for
 from latlib.redteam import audit, jailbreaks, latent
@@ -70,6 +70,11 @@ ATTACK_SUITES = {
 SUITES = (*PLAIN_SUITES, *ATTACK_SUITES, "jailbreaks", "transfer", "ablation")
 Measured = str | AttackCell  # a suite, or an attack of one's own
 Model = tuple[Any, ...]  # see the module's docstring
+
+
+def _named(spec: Spec, what: Measured) -> str:
+    """How progress lines and errors name a suite or an attack on a model."""
+    return f"{what} of {spec.name}"
 
 
 def _kept(suffixes: Mapping[str, Any], profile: Profile) -> Json:
@@ -234,10 +239,11 @@ class Run:
     def _find_geometry(self, spec: Spec, on_step: OnStep) -> None:
         lm = self._model(spec)
         file = partial(self.layout.geometry_file, spec)
-        if not self.layout.whole(file(DIFFERENCES)):
+        kept = self.layout.whole(file(DIFFERENCES))
+        if not kept:
             directions.paired_differences(lm, self.profile).save(file(DIFFERENCES))
         differences = Differences.load(file(DIFFERENCES))  # at the precision that is kept
-        if not self.layout.whole(file(DIRECTIONS)):
+        if not (kept and self.layout.whole(file(DIRECTIONS))):
             found = directions.find_directions(lm, self.profile, differences)
             directions.save_directions(found, file(DIRECTIONS))
         site = directions.fixed_site(len(differences.pairs) - 1)
@@ -276,15 +282,14 @@ class Run:
         Raises ValueError for an unknown suite.
         """
         pairs = dict.fromkeys((self.spec(*model), what) for model, what in wanted)
-        missing = self._missing(pairs)
-        if any(self._as_first_seed(*pair) for pair in missing):
-            self.measure([((BASE, self.profile.seeds[0]), "audit")])
-            missing = self._missing(missing)
+        missing = [pair for pair in pairs if not self.layout.whole(self.layout.table_file(*pair))]
+        for _, what in missing:
+            if isinstance(what, str) and what not in SUITES:
+                raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
+        missing = self._with_first_audit(missing)
         specs = [spec for spec, _ in missing]
         geometry = []
         for spec, what in missing:
-            if isinstance(what, str) and what not in SUITES:
-                raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
             if what == "transfer":  # it needs the other methods
                 specs += [Spec(method, spec.seed) for method in self.profile.methods]
             if what == "ablation":  # and their directions
@@ -296,18 +301,30 @@ class Run:
             self.norms(seed)
         jobs = []
         for spec, what in missing:
-            jobs.append(Job(f"{what} of {spec.name}", partial(self._measure, spec, what)))
+            after = _named(*self._first_audit) if self._copies_first_audit(spec, what) else ""
+            call = partial(self._measure, spec, what)
+            jobs.append(Job(_named(spec, what), call, after))
         self._work(jobs)
 
-    def _missing(self, pairs: Iterable[tuple[Spec, Measured]]) -> list[tuple[Spec, Measured]]:
-        """The pairs of (model, suite or attack) that are not measured yet."""
-        return [pair for pair in pairs if not self.layout.whole(self.layout.table_file(*pair))]
+    @property
+    def _first_audit(self) -> tuple[Spec, Measured]:
+        return Spec(BASE, self.profile.seeds[0]), "audit"
 
-    def _as_first_seed(self, spec: Spec, what: Measured) -> bool:
-        """Whether a model is the first seed's, and is asked the same: a base that is not made
+    def _copies_first_audit(self, spec: Spec, what: Measured) -> bool:
+        """Whether the first seed's audit of the base is this seed's too: of a base that is not made
         here."""
         shared = spec.method == BASE and self.layout.source(spec) is not None
         return shared and what == "audit" and spec.seed != self.profile.seeds[0]
+
+    def _with_first_audit(
+        self, missing: list[tuple[Spec, Measured]]
+    ) -> list[tuple[Spec, Measured]]:
+        """What is missing, behind the first seed's audit of the base where others stand on it."""
+        first = self._first_audit
+        needed = any(self._copies_first_audit(*pair) for pair in missing)
+        if not needed or self.layout.whole(self.layout.table_file(*first)):
+            return missing
+        return [first, *(pair for pair in missing if pair != first)]
 
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
@@ -315,25 +332,25 @@ class Run:
 
     def _measure(self, spec: Spec, what: Measured, on_step: OnStep) -> None:
         write_table(self._rows(spec, what, on_step), self.layout.table_file(spec, what))
-        if what == "jailbreaks":
-            for file in self.layout.search_files(spec).values():
-                file.unlink(missing_ok=True)
+        if isinstance(what, str):
+            self.layout.forget_unfinished(spec, what)
 
     def _rows(self, spec: Spec, what: Measured, on_step: OnStep) -> pd.DataFrame:
         """Measure a suite or an attack here and now; it is given what it needs."""
-        if self._as_first_seed(spec, what):
-            first = self.layout.table_file(Spec(BASE, self.profile.seeds[0]), what)
-            return audit.of_another_seed(pd.read_parquet(first), self.profile, spec.seed)
+        if self._copies_first_audit(spec, what):
+            first = pd.read_parquet(self.layout.table_file(*self._first_audit))
+            return audit.of_another_seed(first, self.profile, spec.seed)
         lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
         if isinstance(what, AttackCell):
             return what.measure(lm, subject)
         if what in ATTACK_SUITES:
-            cells = ATTACK_SUITES[what](self.profile, lm.n_layers)
-            tables = [self._kept_rows(spec, lm, cell) for cell in with_progress(cells, on_step)]
-            return pd.concat(tables, ignore_index=True)
+            return self._attacked(lm, spec, what, on_step)
         if what == "jailbreaks":
-            searches = self.layout.search_files(spec)
-            table, suffixes = jailbreaks.jailbreaks(lm, subject, on_step, searches)
+            folder, heeding = self.layout.unfinished(spec, what), self._heeding(on_step)
+            files = {attack: folder / f"{attack}.json" for attack in jailbreaks.SEARCHES}
+            for file in files.values():
+                self.layout.whole(file)  # what is damaged is set aside
+            table, suffixes = jailbreaks.jailbreaks(lm, subject, heeding, files)
             if suffixes:
                 self.save_result(f"suffixes-{spec.folder}", _kept(suffixes, self.profile))
             return table
@@ -349,12 +366,28 @@ class Run:
             return ablation(lm, subject, found, differences, on_step)
         return PLAIN_SUITES[what](lm, subject, on_step)
 
-    def _kept_rows(self, spec: Spec, lm: LanguageModel, cell: AttackCell) -> pd.DataFrame:
-        """Rows of one attack of a suite on a model: a suite that is killed goes on behind it."""
-        file = self.layout.table_file(spec, cell)
-        if not self.layout.whole(file):
-            write_table(cell.measure(lm, self.subject(spec)), file)
-        return pd.read_parquet(file)
+    def _attacked(self, lm: LanguageModel, spec: Spec, suite: str, on_step: OnStep) -> pd.DataFrame:
+        """Rows of a suite of attacks. Each attack's are kept until all are there, so that a suite
+        which is stopped or killed goes on behind the last one."""
+        folder, subject = self.layout.unfinished(spec, suite), self.subject(spec)
+        cells = ATTACK_SUITES[suite](self.profile, lm.n_layers)
+        tables = []
+        for cell in with_progress(cells, self._heeding(on_step)):
+            file = folder / f"{cell.digest(spec.folder)}.parquet"
+            if not self.layout.whole(file):
+                write_table(cell.measure(lm, subject), file)
+            tables.append(pd.read_parquet(file))
+        return pd.concat(tables, ignore_index=True)
+
+    def _heeding(self, on_step: OnStep) -> OnStep:
+        """`on_step` of work that is saved at every step, which stops there when asked to."""
+
+        def heeding(step: int, total: int, detail: str) -> None:
+            on_step(step, total, detail)
+            if step < total and stop_requested(self.folder):
+                raise Stopped(f"asked to stop after {detail}; what was measured is saved")
+
+        return heeding
 
     def outcomes(self) -> pd.DataFrame:
         """The whole outcome table as measured so far."""

@@ -55,9 +55,12 @@ Ids = tuple[int, ...]
 
 DRAWS = 12  # until enough candidates survive
 DRAWS_AT_WIDTH = 4  # after every so many, topk doubles
-# relative: between the loss of the first suffix on one device and on another; another model's is
-# further away. Our choice
+# relative: how far the first suffix's losses on one device may be from those on another. Our choice
 SAME_LOSS = 0.01
+
+
+class OtherSearchError(ValueError):
+    """A file holds how far another search is, or nothing that can be read."""
 
 
 @checked_dataclass(frozen=True)
@@ -127,9 +130,10 @@ def gcg(
     docstring.
 
     on_step: called after every step. file: where the search writes, after every step, how far it
-    is; one that is there goes on and ends the same, and the caller deletes it. Raises ValueError
-    for input that cannot be used and for a file of another search, RuntimeError when not even one
-    row fits into memory. Weights, their gradients and flags stay as they are.
+    is; where it is there already, the search goes on from it and ends the same. Deleting it is the
+    caller's. Raises ValueError for input that cannot be used, OtherSearchError for a file of
+    another search, RuntimeError when not even one row fits into memory. Weights, their gradients
+    and flags stay as they are.
     """
     objective = SuffixLoss(lm, prompts, targets, settings)
     return _Search(objective, seed, by_gradient=True).run(on_step, file)
@@ -151,15 +155,16 @@ def random_search(
 
 class _Search:
     """A search and how far it is. kept: suffix -> loss, best first. started: suffixes that a step
-    has started from. losses: the best after each step. first: the loss before all steps."""
+    has started from. losses: the best after each step. first: [prompts], the losses
+    before all steps."""
 
     def __init__(self, objective: SuffixLoss, seed: int, by_gradient: bool) -> None:
         self.objective = objective
         self.seed = seed
         self.by_gradient = by_gradient
         first, everyone = objective.initial, range(len(objective.targets))
-        self.first = objective.losses([first], everyone).mean().item()
-        self.kept: dict[Ids, float] = {first: self.first}
+        self.first = objective.losses([first], everyone)[0]
+        self.kept: dict[Ids, float] = {first: self.first.mean().item()}
         self.started: set[Ids] = set()
         self.losses: list[float] = []
         self.queries = len(everyone)
@@ -200,6 +205,7 @@ class _Search:
             "started": sorted(self.started),
             "losses": self.losses,
             "queries": self.queries,
+            "batch": self.objective.batch,
         }
 
     def _digest(self) -> str:
@@ -209,12 +215,19 @@ class _Search:
         return hashlib.sha256(repr((*asked, self.seed, self.by_gradient)).encode()).hexdigest()
 
     def _go_on_from(self, file: Path) -> None:
-        state = read_json(file)
-        same_model = math.isclose(state["first"], self.first, rel_tol=SAME_LOSS)
-        if state["search"] != self._digest() or not same_model:
-            raise ValueError(f"{file} is of another search: delete it, or give another file")
+        objective = self.objective
+        try:
+            state = read_json(file)
+            first = torch.tensor(state["first"], dtype=self.first.dtype, device=self.first.device)
+            same_model = first.isclose(self.first, rtol=SAME_LOSS, atol=0.0).all()
+            is_mine = state["search"] == self._digest() and bool(same_model)
+        except (ValueError, TypeError, KeyError, RuntimeError):
+            is_mine = False
+        if not is_mine:
+            raise OtherSearchError(f"{file} is of another search: delete it, or give another file")
         self.losses = state["losses"]
         self.queries = state["queries"]
+        objective.batch = min(objective.batch, state["batch"])  # memory had run out
         self.started = set(map(tuple, state["started"]))
         self.kept = {}
         for ids, loss in state["kept"]:

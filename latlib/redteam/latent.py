@@ -13,7 +13,8 @@ other rules and sites.
 5. `attacks` varies one thing at a time at the radii `evaluation.strong_eps`: steps, restarts, rule,
    sites, one single step. Its worst case per prompt is what a defence is worth. A new attack is a
    line of `variations`.
-6. `transfer` puts perturbations found on one model into the others: an attacker without access to
+6. These and `claimed` are lists of cells: `latlib.experiment.run.Run` measures them and keeps each.
+7. `transfer` puts perturbations found on one model into the others: an attacker without access to
    their weights.
 
 Radii, sites and prompts are the same for every model of a seed (relative radii are those of its

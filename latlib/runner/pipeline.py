@@ -122,7 +122,7 @@ _UNFINISHED = re.compile(
     r"progress\.json|STOP|logs/[^/]+\.log|logs/\.job-\d+\.json|metrics/[^/]+-seed\d+\.jsonl"
     r"|models/\.[^/]+\.checkpoints/\.?step-[^/]+|models/\.plain-[^/]+\.pt"
     r"|notebooks/\.unfinished/[^/]+\.ipynb|notebooks/[^/]+\.failed\.ipynb|wandb/.+"
-    r"|data/\.partial\.json|results/\.suffix-[^/]+\.json"
+    r"|data/\.partial\.json|results/\.unfinished/.+"
     r"|(.+/)?\.[^/]+\.[0-9a-f]{32}(/.+)?"  # written aside, see `io.files.aside`
 )
 # Tell that a folder is a run's, and with which settings: the last to go.

@@ -146,26 +146,52 @@ def test_attacks_side_by_side_equal_attacks_alone(run, tmp_path):
         )
 
 
-def test_a_suite_that_is_stopped_goes_on_behind_the_attacks_it_has(run, tmp_path, monkeypatch):
-    whole = run.evaluate("ssft", 0, "claimed")
+@pytest.fixture
+def half_measured(run, tmp_path, monkeypatch):
+    """A run that was asked to stop after the third attack of a suite, its table when nobody had, and
+    a list of the attacks that are measured from now on."""
     again = Run("smoke", tmp_path / "again")
     for name in ("models/base-seed0", "models/ssft-seed0", "results/residual_norms-seed0.json"):
         (again.folder / name).symlink_to(run.folder / name)
-    measured, last = [], "pgd-strong at eps 0.05"
-    measure = AttackCell.measure
+    measured, measure = [], AttackCell.measure
 
-    def stopped(cell, *arguments):
-        if str(cell) == last:
-            raise Stopped("asked to stop")
+    def counted(cell, *arguments):
         measured.append(cell)
+        if len(measured) == 3:
+            (again.folder / "STOP").touch()
         return measure(cell, *arguments)
 
-    monkeypatch.setattr(AttackCell, "measure", stopped)
-    with pytest.raises(Stopped):
+    lm, subject = run.model("ssft"), run.subject(run.spec("ssft", 0))
+    whole = pd.concat([cell.measure(lm, subject) for cell in claimed(run.profile, lm.n_layers)])
+    monkeypatch.setattr(AttackCell, "measure", counted)
+    with pytest.raises(Stopped, match="asked to stop after pgd.* at eps .*; what was measured is"):
         again.evaluate("ssft", 0, "claimed")
-    before, last = len(measured), None
-    assert again.evaluate("ssft", 0, "claimed").equals(whole)
-    assert before > 0 and len(set(measured)) == len(measured) == len(claimed(run.profile, 4))
+    (again.folder / "STOP").unlink()
+    assert len(measured) == 3
+    measured[:] = [None] * 3
+    return again, whole.reset_index(drop=True), measured
+
+
+def test_a_suite_that_is_stopped_goes_on_behind_the_attacks_it_has(half_measured):
+    again, whole, measured = half_measured
+    pd.testing.assert_frame_equal(again.evaluate("ssft", 0, "claimed"), whole)
+    assert len(measured) == len(claimed(again.profile, 4))
+    assert not list(again.folder.glob("results/.unfinished/*"))
+
+
+@pytest.mark.parametrize("what", ["an attack", "the model"])
+def test_what_belongs_to_something_else_is_measured_again(what, half_measured):
+    again, whole, measured = half_measured
+    folder = again.layout.unfinished(again.spec("ssft", 0), "claimed")
+    if what == "an attack":
+        file = sorted(folder.glob("*.parquet"))[0]
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    else:  # as if these were of another one
+        folder.rename(folder.with_name("another"))
+    pd.testing.assert_frame_equal(again.evaluate("ssft", 0, "claimed"), whole)
+    before = 2 if what == "an attack" else 0
+    assert len(measured) - 3 == len(claimed(again.profile, 4)) - before
+    assert not list(again.folder.glob("results/.unfinished/*"))
 
 
 def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch):
@@ -176,8 +202,15 @@ def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch)
     with pytest.raises(Stopped):
         run.differences("lat")
     monkeypatch.undo()
+    found = directions.paired_differences
     monkeypatch.setattr(directions, "paired_differences", lambda *_: pytest.fail("found again"))
     assert run.directions("lat") and len(run.differences("lat").pairs)
+    monkeypatch.setattr(directions, "paired_differences", found)
+    # directions stand on the differences: where these are found again, so are they
+    run.layout.geometry_file(run.spec("lat", 0), "differences.safetensors").unlink()
+    monkeypatch.setattr(directions, "find_directions", asked)
+    with pytest.raises(Stopped):
+        run.directions("lat")
 
 
 def test_suites_and_attacks_share_one_call(run):
@@ -191,28 +224,39 @@ def test_suites_and_attacks_share_one_call(run):
         assert run.layout.table_file(spec, what).exists()
 
 
-def test_a_base_that_all_seeds_share_is_asked_once(tmp_path, monkeypatch):
+def shared_base(tmp_path, monkeypatch, workers):
+    """A run of two seeds on a model that is not made there."""
     monkeypatch.chdir(tmp_path)
     write_sources(tmp_path)
     asked = {"encodings": ["plain"], "further_encodings": ["reverse"], "max_new_tokens": 4}
-    small = small_run() | {"seeds": [3, 5], "evaluation": asked}
+    small = small_run() | {"seeds": [3, 5], "evaluation": asked, "workers": workers}
     small["methods"] = {"ssft": {"attack.steps": 0}, "lat": {}}
-    run = Run(Profile.model_validate(small), tmp_path / "run")
+    return Run(Profile.model_validate(small), tmp_path / "run")
+
+
+def test_a_base_that_all_seeds_share_is_asked_once(tmp_path, monkeypatch):
+    run = shared_base(tmp_path, monkeypatch, 1)
     opened, model = [], run._model
     monkeypatch.setattr(run, "_model", lambda spec: opened.append(spec.name) or model(spec))
-    run.measure([(("base", seed), "audit") for seed in (3, 5)])
-    other = run.evaluate("base", 5, "audit")
+    run.measure([(("base", seed), "audit") for seed in (5, 3)])
     assert opened == ["base seed 3"]
+    first, other = (run.evaluate("base", seed, "audit") for seed in (3, 5))
+    assert set(first["encoding"]) == {"plain", "reverse"} and set(first["seed"]) == {3}
     spec = run.spec("base", 5)
     alone = audit.audit(model(spec), run.subject(spec))
     pd.testing.assert_frame_equal(other, alone)
-    first = run.evaluate("base", 3, "audit")
-    assert set(first["encoding"]) == {"plain", "reverse"} and set(first["seed"]) == {3}
+
+
+def test_side_by_side_a_shared_bases_first_audit_is_waited_for(tmp_path, monkeypatch):
+    run = shared_base(tmp_path, monkeypatch, 2)
+    table = run.evaluate("base", 5, "audit")
+    assert set(table["seed"]) == {5} and set(table["encoding"]) == {"plain"}
+    assert set(run.outcomes()["seed"]) == {3, 5}
 
 
 def test_an_unknown_suite_is_named_before_anything_is_made(run):
     with pytest.raises(ValueError, match="suite = 'audti' is unknown: choose one of audit"):
-        run.measure([(("at", 1), "audti")])
+        run.measure([(("at", 1), "audit"), (("at", 1), "audti")])
     assert not run.layout.has(run.spec("at", 1))
 
 

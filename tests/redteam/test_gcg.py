@@ -18,7 +18,14 @@ from latlib.batch import collate
 from latlib.config.sections import ModelSettings
 from latlib.losses import at_labels
 from latlib.models import with_adapter
-from latlib.redteam.gcg import Frames, SuffixLoss, SuffixSettings, gcg, random_search
+from latlib.redteam.gcg import (
+    Frames,
+    OtherSearchError,
+    SuffixLoss,
+    SuffixSettings,
+    gcg,
+    random_search,
+)
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
 
@@ -308,6 +315,14 @@ def test_a_search_that_is_killed_goes_on_and_ends_the_same(search, steps, lm_of,
     assert search(lm, PROMPTS, TARGETS, SETTINGS, 0, pytest.fail, file) == whole
 
 
+def test_a_search_goes_on_with_as_many_rows_as_fitted_into_memory(lm_of, tmp_path):
+    lm, file, width = lm_of("lean"), tmp_path / "search.json", SETTINGS.batch
+    given = {"prompts": PROMPTS, "targets": TARGETS, "settings": SETTINGS, "seed": 0}
+    gcg(lm, **given, file=file)
+    file.write_text(file.read_text().replace(f'"batch": {width}', '"batch": 2'))
+    assert gcg(lm, **given, file=file).batch == 2
+
+
 def test_what_no_prompt_survives_is_kept_as_what_it_is(lm_of, tmp_path, monkeypatch):
     """Its loss is infinite, for which JSON has no number."""
     lm, file, settings = lm_of("lean"), tmp_path / "search.json", replace(SETTINGS, buffer=9)
@@ -338,8 +353,17 @@ def test_a_file_of_another_search_is_named(changes, lm_of, tmp_path):
     gcg(lm_of("lean"), **given)
     changes = {**changes}
     search, lm = changes.pop("search", gcg), lm_of("lean", seed=changes.pop("model", 0))
-    with pytest.raises(ValueError, match="search.json is of another search: delete it, or give"):
+    with pytest.raises(OtherSearchError, match="search.json is of another search: delete it, or"):
         search(lm, **{**given, **changes})
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"search": 1, "first": null}', "of the user"])
+def test_a_file_that_holds_no_search_is_named_and_stays(text, lm_of, tmp_path):
+    file = tmp_path / "search.json"
+    file.write_text(text)
+    with pytest.raises(OtherSearchError, match="search.json is of another search"):
+        gcg(lm_of("lean"), PROMPTS, TARGETS, SETTINGS, 0, file=file)
+    assert file.read_text() == text
 
 
 def test_a_larger_buffer_moves_on_and_one_of_one_takes_improvements_only(lm_of, monkeypatch):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from latlib.evaluation import examine
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import affirmation_tokens, grade_rows
 from latlib.evaluation.outcomes import COLUMNS
-from latlib.io.progress import Stopped
+from latlib.io.files import read_json, write_json
+from latlib.io.progress import Progress, Stopped
 from latlib.redteam import jailbreaks as module
 from latlib.redteam.gcg import Suffix
 from latlib.redteam.jailbreaks import (
@@ -72,8 +74,8 @@ def graded(monkeypatch, lm):
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
     monkeypatch.setattr(examine, "grade_rows", grade)
-    monkeypatch.setattr(module, "gcg", lambda *_: suffix_of("wolf queen"))
-    monkeypatch.setattr(module, "random_search", lambda *_: suffix_of("rat rat"))
+    for name, text in zip(FOUND, ("wolf queen", "rat rat"), strict=True):
+        monkeypatch.setitem(module.SEARCHES, name, lambda *_, text=text: suffix_of(text))
     return calls
 
 
@@ -155,18 +157,18 @@ def test_shots_are_answered_harmful_requests_of_the_training_pairs():
 
 def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subject, monkeypatch):
     seen = []
-    for name in ("gcg", "random_search"):
-        monkeypatch.setattr(
-            module, name, lambda *args, n=name: seen.append((n, *args)) or suffix_of(n)
-        )
+    for name in FOUND:
+
+        def sought(*args, name=name):
+            seen.append((name, *args))
+            return suffix_of(name)
+
+        monkeypatch.setitem(module.SEARCHES, name, sought)
     found = find_suffixes(lm, subject.profile, 3)
-    assert {name: suffix.text for name, suffix in found.items()} == {
-        "suffix-gcg": "gcg",
-        "suffix-random": "random_search",
-    }
+    assert {name: suffix.text for name, suffix in found.items()} == {name: name for name in FOUND}
     (a, *first), (b, *second) = seen
     # with one and the same everything
-    assert (a, b) == ("gcg", "random_search") and first[:-2] == second[:-2]
+    assert [a, b] == FOUND and first[:-2] == second[:-2]
     _, asked, answers, settings, seed, _, file = first
     assert file is None  # a run says where
     prompts = grammar.draw_set(
@@ -214,28 +216,37 @@ def test_suffixes_of_a_run_are_kept_with_as_many_queries_each(run, lm):
         assert tried["outcome"].tolist() == outcomes
 
 
-def test_a_run_goes_on_with_a_search_that_was_killed(run, monkeypatch):
-    """In its second search: the first is not made again."""
-    spec = run.spec("lat")
-    searches, taken = run.layout.search_files(spec), []
-    module_jailbreaks = module.jailbreaks
+def test_a_run_goes_on_with_a_search_that_was_stopped(run, monkeypatch):
+    """In its second search: the first is not made again. One of them belongs to another version of
+    latlib, and is."""
+    spec, stop, taken = run.spec("lat"), run.folder / "STOP", []
+    folder = run.layout.unfinished(spec, "jailbreaks")
 
-    def watched(lm, subject, on_step, files):
-        def told(step, total, detail):
+    def told(label, total):
+        def on_step(step, total, detail):
             taken.append(detail.split(",")[0])
-            if taken.count("suffix-random") == 1:
-                raise KeyboardInterrupt
+            if taken == [FOUND[0]] * 2 + [FOUND[1]]:
+                stop.touch()
 
-        return module_jailbreaks(lm, subject, told, files)
+        return on_step
 
-    monkeypatch.setattr(module, "jailbreaks", watched)
-    with pytest.raises(Stopped):
-        run.evaluate("lat", 0, "jailbreaks")
-    assert all(file.is_file() for file in searches.values())
-    run.evaluate("lat", 0, "jailbreaks")
-    sought = ["suffix-gcg", "suffix-gcg", "suffix-random", "suffix-random"]
-    assert taken == [*sought, *TYPED, *FOUND]
-    assert not any(file.exists() for file in searches.values())
+    def job(what):
+        monkeypatch.setattr(Progress, "on_step", property(lambda bar: told(bar.label, bar.total)))
+        return run.evaluate("lat", 0, what)
+
+    with pytest.raises(Stopped, match="asked to stop after suffix-random"):
+        job("jailbreaks")
+    stop.unlink()
+    files = [folder / f"{name}.json" for name in FOUND]
+    assert all(file.is_file() for file in files)
+    write_json({**read_json(files[0]), "search": "of another version"}, files[0])
+    with pytest.warns(UserWarning, match="suffix-gcg.json is of another search.*begun anew"):
+        table = job("jailbreaks")
+    again = [FOUND[0], FOUND[0], FOUND[1], *TYPED, *FOUND]
+    assert taken == [FOUND[0], FOUND[0], FOUND[1], *again] and not folder.exists()
+    for path in (run.layout.table_file(spec, "jailbreaks"), run.layout.result_file("suffixes-lat")):
+        path.unlink(missing_ok=True)
+    pd.testing.assert_frame_equal(job("jailbreaks"), table)
 
 
 def test_what_is_returned_is_what_was_found(lm, subject, graded):
@@ -245,8 +256,10 @@ def test_what_is_returned_is_what_was_found(lm, subject, graded):
 
 
 def test_no_steps_no_suffixes(lm, subject, graded, monkeypatch):
-    for name in ("gcg", "random_search"):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("nothing is to be sought"))
+    for name in FOUND:
+        monkeypatch.setitem(
+            module.SEARCHES, name, lambda *_: pytest.fail("nothing is to be sought")
+        )
     steps = []
     table, suffixes = jailbreaks(lm, without_suffixes(subject), lambda *step: steps.append(step))
     assert suffixes == {}

@@ -375,7 +375,7 @@ def test_fresh_deletes_what_the_run_made_and_sets_the_rest_aside(smoke_models, t
     edited.write_text(f"{edited.read_text()} of the user: noted here")
     for name in (
         "models/.at-seed0.checkpoints/step-00000004.pt",
-        "results/.suffix-gcg-at-seed0.json",
+        "results/.unfinished/claimed-at-seed0/1f/2e.parquet",
         "wandb/run-1/x",
         "logs/01_a.log",
     ):
