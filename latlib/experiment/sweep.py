@@ -135,8 +135,7 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise SweepError(
-            "a sweep needs Ray: pip install 'latlib[ray]', or pip install -e '.[ray]' -c"
-            " constraints.txt in a checkout"
+            "a sweep needs Ray: pip install 'latlib[ray]', or pip install -e '.[ray]' in a checkout"
         ) from None
     return ray
 
