@@ -2,6 +2,8 @@
 nothing.
 """
 
+import shutil
+
 import pandas as pd
 import pytest
 import torch
@@ -192,6 +194,17 @@ def test_what_belongs_to_something_else_is_measured_again(what, half_measured):
     before = 2 if what == "an attack" else 0
     assert len(measured) - 3 == len(claimed(again.profile, 4)) - before
     assert not list(again.folder.glob("results/.unfinished/*"))
+
+
+def test_what_is_unfinished_is_of_the_models_own_weights(run, tmp_path):
+    other, spec = Run("smoke", tmp_path / "other"), run.spec("ssft", 0)
+    made = other.layout.model_folder(spec)
+    shutil.copytree(run.layout.model_folder(spec), made)
+    before = other.layout.unfinished(spec, "claimed")
+    assert other.layout.unfinished(spec, "claimed") == before
+    with (made / "adapter_model.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert other.layout.unfinished(spec, "claimed") != before
 
 
 def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch):

@@ -231,13 +231,13 @@ SAID = {
     "without any attack nothing gets through either": lambda f: (
         f["attack-resists-prefill"].ceiling < 0.01
     ),
-    "half and more of what separates LAT from plain fine-tuning": lambda f: (
+    "at least half of LAT's gain over plain fine-tuning": lambda f: (
         f["away-lowers-asr"].interval.estimate >= f["attack-lowers-asr"].interval.estimate
     ),
-    "with a radius of nothing closes more of it still": lambda f: (
+    "LAT with a radius of nothing gives more of it": lambda f: (
         f["radius-matters"].interval.estimate < f["attack-lowers-asr"].interval.estimate
     ),
-    "only the rest is the radius's": verdict_of("radius-matters"),
+    "only the rest is due to the radius": verdict_of("radius-matters"),
     "LAT leaks more than AT at other sites": verdict_of("rival-other-sites"),
     "at the embedding and in encodings": lambda f: (
         verdict_of("rival-embedding")(f) and verdict_of("rival-encodings")(f)
