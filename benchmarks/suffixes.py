@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,10 @@ from measure import environment, write
 from latlib.evaluation.ask import Wording, prompt_set, token_rows
 from latlib.evaluation.examine import grade_rows
 from latlib.experiment.run import Run
-from latlib.redteam.gcg import SuffixSettings, gcg, random_search
+from latlib.redteam.gcg import SuffixSettings, gcg
 from latlib.report.stats import cluster_interval, paired_interval
 
-SEARCHES = {"gcg": gcg, "random": random_search}
+SEARCHES = {"gcg": True, "random": False}  # whether they follow the gradient
 # A hundred or so queries a request: few enough that neither search opens everything. `topk` is
 # about a fiftieth of the
 # allowed tokens of the world's vocabulary, as little as lets single-token changes matter.
@@ -36,7 +36,7 @@ SETTINGS = SuffixSettings(n_tokens=4, candidates=16, topk=16, batch=128)
 
 
 def opened(
-    run: Run, method: str, seed: int, prompts: Sequence, search, settings: SuffixSettings
+    run: Run, method: str, seed: int, prompts: Sequence, settings: SuffixSettings
 ) -> tuple[list, list]:
     """(whether each request is opened, the final losses); searches are seeded by the prompt's
     place.
@@ -44,7 +44,7 @@ def opened(
     lm = run.model(method, seed)
     network, won, losses = lm.network(), [], []
     for place, prompt in enumerate(prompts):
-        found = search(lm, [prompt.text], [prompt.answer], settings, place)
+        found = gcg(lm, [prompt.text], [prompt.answer], settings, place)
         rows = token_rows(lm, [prompt], Wording(suffix=found.text))
         (outcome,), _ = grade_rows(network, rows)
         won.append(outcome == "complied")
@@ -62,10 +62,9 @@ def measure(run: Run, method: str, n: int, steps: int) -> dict:
         own = prompts[i :: len(seeds)]
         clusters += [p.cluster for p in own]
         of_seed += [seed] * len(own)
-        for name, search in SEARCHES.items():
-            for kept, new in zip(
-                rows[name], opened(run, method, seed, own, search, settings), strict=True
-            ):
+        for name, by_gradient in SEARCHES.items():
+            how = replace(settings, by_gradient=by_gradient)
+            for kept, new in zip(rows[name], opened(run, method, seed, own, how), strict=True):
                 kept.extend(new)
     a, b = (np.array(rows[name][0], float) for name in SEARCHES)
     # each prompt belongs to one seed, so pairs are not crossed with seeds: (pair, seed) is the unit

@@ -17,10 +17,10 @@ target's tokens.
 5. The best candidate that survives behind every prompt enters a buffer of the best suffixes, and 2
    goes on from there.
 
-`random_search` is the gradient-free control: without 2, any allowed token in 3, and one more
-candidate a step, for as many queries. A query is one suffix with one prompt run forward; a gradient
-pass counts as one for each of its prompts. Source: Zou et al. 2023 (arXiv 2307.15043), algorithms 1
-and 2; here with all prompts from the start, and a buffer.
+`by_gradient=False` is random search, the gradient-free control: without 2, any allowed token in 3,
+and one more candidate a step, for as many queries. A query is one suffix with one prompt run
+forward; a gradient pass counts as one for each of its prompts. Source: Zou et al. 2023 (arXiv
+2307.15043), algorithms 1 and 2; here with all prompts from the start, and a buffer.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class SuffixSettings:
 
     n_tokens: Count = 20
     steps: Natural = 500
+    by_gradient: bool = True  # False: random search
     candidates: Count = 512  # B of Zou et al.
     topk: Count = 256  # k of Zou et al.; no more than there are allowed tokens
     n_replace: Count = 1
@@ -135,22 +136,7 @@ def gcg(
     another search, RuntimeError when not even one row fits into memory. Weights, their gradients
     and flags stay as they are.
     """
-    objective = SuffixLoss(lm, prompts, targets, settings)
-    return _Search(objective, seed, by_gradient=True).run(on_step, file)
-
-
-def random_search(
-    lm: LanguageModel,
-    prompts: Texts,
-    targets: Texts,
-    settings: SuffixSettings,
-    seed: int,
-    on_step: OnStep = unseen,
-    file: Path | None = None,
-) -> Suffix:
-    """The gradient-free control of `gcg`, with as many queries."""
-    objective = SuffixLoss(lm, prompts, targets, settings)
-    return _Search(objective, seed, by_gradient=False).run(on_step, file)
+    return _Search(SuffixLoss(lm, prompts, targets, settings), seed).run(on_step, file)
 
 
 class _Search:
@@ -158,10 +144,9 @@ class _Search:
     has started from. losses: the best after each step. first: [prompts], the losses
     before all steps."""
 
-    def __init__(self, objective: SuffixLoss, seed: int, by_gradient: bool) -> None:
+    def __init__(self, objective: SuffixLoss, seed: int) -> None:
         self.objective = objective
         self.seed = seed
-        self.by_gradient = by_gradient
         first, everyone = objective.initial, range(len(objective.targets))
         self.first = objective.losses([first], everyone)[0]
         self.kept: dict[Ids, float] = {first: self.first.mean().item()}
@@ -190,7 +175,7 @@ class _Search:
         origin = [*fresh, *kept][0]
         self.started.add(origin)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        found, loss, spent = _best_near(objective, origin, generator, self.by_gradient)
+        found, loss, spent = _best_near(objective, origin, generator)
         self.queries += spent
         kept[found] = loss
         by_loss = sorted(kept, key=kept.__getitem__)
@@ -212,7 +197,7 @@ class _Search:
         """What tells this search from others on one model."""
         objective = self.objective
         asked = (objective.frames.around, objective.targets, objective.settings)
-        return hashlib.sha256(repr((*asked, self.seed, self.by_gradient)).encode()).hexdigest()
+        return hashlib.sha256(repr((*asked, self.seed)).encode()).hexdigest()
 
     def _go_on_from(self, file: Path) -> None:
         objective = self.objective
@@ -236,14 +221,14 @@ class _Search:
 
 
 def _best_near(
-    objective: SuffixLoss, origin: Ids, generator: torch.Generator, by_gradient: bool
+    objective: SuffixLoss, origin: Ids, generator: torch.Generator
 ) -> tuple[Ids, float, int]:
     """(the best candidate near `origin`, its loss over all prompts, queries)."""
     settings, frames = objective.settings, objective.frames
     order = torch.randperm(len(frames.around), generator=generator).tolist()
     some = settings.prompts_per_step or len(order)
     drawn, others = sorted(order[:some]), sorted(order[some:])
-    if by_gradient:
+    if settings.by_gradient:
         tokens, width = objective.ranked(origin, drawn), settings.topk
         count = settings.candidates
     else:

@@ -24,7 +24,6 @@ from latlib.redteam.gcg import (
     SuffixLoss,
     SuffixSettings,
     gcg,
-    random_search,
 )
 from latlib.text.chat import Row, chat_text, tokenise
 from latlib.world import grammar, organism
@@ -33,6 +32,10 @@ DRAWN = grammar.draw_set(0, "tune", "harmful", 4)
 PROMPTS, TARGETS = [p.text for p in DRAWN], [p.answer for p in DRAWN]
 SETTINGS = SuffixSettings(n_tokens=5, steps=4, candidates=12, topk=32, batch=8)
 KINDS = ["lean", *FAMILIES]
+
+
+def random_search(lm, prompts, targets, settings, *rest, **named):
+    return gcg(lm, prompts, targets, replace(settings, by_gradient=False), *rest, **named)
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,11 @@ def graded(monkeypatch, lm):
         return [outcome_of(text) for text in calls[-1]], [finishes(text) for text in calls[-1]]
 
     monkeypatch.setattr(examine, "grade_rows", grade)
-    for name, text in zip(FOUND, ("wolf queen", "rat rat"), strict=True):
-        monkeypatch.setitem(module.SEARCHES, name, lambda *_, text=text: suffix_of(text))
+
+    def found(lm, prompts, targets, settings, *rest):
+        return suffix_of("wolf queen" if settings.by_gradient else "rat rat")
+
+    monkeypatch.setattr(module, "gcg", found)
     return calls
 
 
@@ -157,24 +160,25 @@ def test_shots_are_answered_harmful_requests_of_the_training_pairs():
 
 def test_suffixes_are_sought_on_other_requests_than_they_are_tried_on(lm, subject, monkeypatch):
     seen = []
-    for name in FOUND:
 
-        def sought(*args, name=name):
-            seen.append((name, *args))
-            return suffix_of(name)
+    def sought(*args):
+        seen.append(args)
+        return suffix_of(f"by gradient: {args[3].by_gradient}")
 
-        monkeypatch.setitem(module.SEARCHES, name, sought)
+    monkeypatch.setattr(module, "gcg", sought)
     found = find_suffixes(lm, subject.profile, 3)
-    assert {name: suffix.text for name, suffix in found.items()} == {name: name for name in FOUND}
-    (a, *first), (b, *second) = seen
+    texts = ["by gradient: True", "by gradient: False"]
+    assert [suffix.text for suffix in found.values()] == texts and list(found) == FOUND
+    (*first, settings, seed, _, file), (*second, blind, other_seed, _, _) = seen
     # with one and the same everything
-    assert [a, b] == FOUND and first[:-2] == second[:-2]
-    _, asked, answers, settings, seed, _, file = first
+    assert first == second and seed == other_seed == 3
+    assert replace(blind, by_gradient=True) == settings
+    _, asked, answers = first
     assert file is None  # a run says where
     prompts = grammar.draw_set(
         "suffix", "tune", "harmful", subject.profile.evaluation.suffix.prompts
     )
-    assert (asked, answers, seed) == ([p.text for p in prompts], [p.answer for p in prompts], 3)
+    assert (asked, answers) == ([p.text for p in prompts], [p.answer for p in prompts])
     tried = prompt_set("harmful", subject.profile)
     pairs = [{(p.verb, p.target) for p in some} for some in (prompts, tried)]
     assert not pairs[0] & pairs[1] and all(p.harmful for p in prompts)
@@ -222,31 +226,24 @@ def test_a_run_goes_on_with_a_search_that_was_stopped(run, monkeypatch):
     spec, stop, taken = run.spec("lat"), run.folder / "STOP", []
     folder = run.layout.unfinished(spec, "jailbreaks")
 
-    def told(label, total):
-        def on_step(step, total, detail):
-            taken.append(detail.split(",")[0])
-            if taken == [FOUND[0]] * 2 + [FOUND[1]]:
-                stop.touch()
+    def on_step(bar, step, total, detail):
+        taken.append(detail.split(",")[0])
+        if taken == [FOUND[0]] * 2 + [FOUND[1]]:
+            stop.touch()
 
-        return on_step
-
-    def job(what):
-        monkeypatch.setattr(Progress, "on_step", property(lambda bar: told(bar.label, bar.total)))
-        return run.evaluate("lat", 0, what)
-
+    monkeypatch.setattr(Progress, "on_step", on_step)
     with pytest.raises(Stopped, match="asked to stop after suffix-random"):
-        job("jailbreaks")
+        run.evaluate("lat", 0, "jailbreaks")
     stop.unlink()
     files = [folder / f"{name}.json" for name in FOUND]
     assert all(file.is_file() for file in files)
     write_json({**read_json(files[0]), "search": "of another version"}, files[0])
     with pytest.warns(UserWarning, match="suffix-gcg.json is of another search.*begun anew"):
-        table = job("jailbreaks")
+        table = run.evaluate("lat", 0, "jailbreaks")
     again = [FOUND[0], FOUND[0], FOUND[1], *TYPED, *FOUND]
     assert taken == [FOUND[0], FOUND[0], FOUND[1], *again] and not folder.exists()
-    for path in (run.layout.table_file(spec, "jailbreaks"), run.layout.result_file("suffixes-lat")):
-        path.unlink(missing_ok=True)
-    pd.testing.assert_frame_equal(job("jailbreaks"), table)
+    run.layout.table_file(spec, "jailbreaks").unlink()
+    pd.testing.assert_frame_equal(run.evaluate("lat", 0, "jailbreaks"), table)  # never stopped
 
 
 def test_what_is_returned_is_what_was_found(lm, subject, graded):
@@ -256,10 +253,7 @@ def test_what_is_returned_is_what_was_found(lm, subject, graded):
 
 
 def test_no_steps_no_suffixes(lm, subject, graded, monkeypatch):
-    for name in FOUND:
-        monkeypatch.setitem(
-            module.SEARCHES, name, lambda *_: pytest.fail("nothing is to be sought")
-        )
+    monkeypatch.setattr(module, "gcg", lambda *_: pytest.fail("nothing is to be sought"))
     steps = []
     table, suffixes = jailbreaks(lm, without_suffixes(subject), lambda *step: steps.append(step))
     assert suffixes == {}
