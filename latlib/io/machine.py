@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
+# Our choice, far from both ratios seen (docs/lab-log.md), so that no noise decides.
+MUCH_FASTER = 1.5
 
 
 def available_cores() -> int:
@@ -75,8 +78,9 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 where the hardware is faster in it: GPUs that know it, and CPUs with AMX.
-    CPUs that have AVX512_BF16 alone were measured at half of float32's rate.
+    """'auto' is bfloat16 where the hardware is faster in it: GPUs that know it, CPUs with AMX, and
+    those with AVX512_BF16 that multiply faster in it than in float32, which is measured: some take
+    twice as long, others a quarter (docs/lab-log.md).
     """
     import torch
 
@@ -84,5 +88,28 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if has_tiles() else torch.float32
+    return torch.bfloat16 if _cpu_prefers_bfloat16() else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _cpu_prefers_bfloat16() -> bool:
+    import torch
+
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return True
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return False
+    return _seconds_of_products(torch.float32) > MUCH_FASTER * _seconds_of_products(torch.bfloat16)
+
+
+def _seconds_of_products(dtype: torch.dtype) -> float:
+    """The fastest of five products of square matrices of 512."""
+    import torch
+
+    matrix = torch.ones(512, 512, dtype=dtype)
+    taken = []
+    for _ in range(6):  # the first prepares
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])

@@ -19,6 +19,7 @@ import latlib.models
 from latlib.batch import TokenRow, collate
 from latlib.config.sections import LoraSettings, ModelSettings, ProfileError
 from latlib.fused.llama import LeanNetwork
+from latlib.io import machine
 from latlib.losses import at_labels
 from latlib.models import (
     LanguageModel,
@@ -156,9 +157,25 @@ def test_devices_and_dtypes_by_name(monkeypatch):
     ):
         resolve_device("cuda:1")
     assert resolve_dtype("float64", torch.device("cpu")) == torch.float64
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
-        assert resolve_dtype("auto", torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("tiles", "instructions", "seconds", "dtype"),
+    [
+        (True, True, None, torch.bfloat16),
+        (False, False, None, torch.float32),
+        (False, True, {torch.float32: 4.0, torch.bfloat16: 1.0}, torch.bfloat16),
+        (False, True, {torch.float32: 1.0, torch.bfloat16: 2.0}, torch.float32),
+    ],
+    ids=["AMX", "neither", "AVX512_BF16, fast", "AVX512_BF16, slow"],
+)
+def test_a_cpu_computes_in_what_it_is_fast_in(monkeypatch, tiles, instructions, seconds, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(machine, "_seconds_of_products", lambda of: seconds[of])
+    machine._cpu_prefers_bfloat16.cache_clear()
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
+    machine._cpu_prefers_bfloat16.cache_clear()
 
 
 def test_a_context_ends_where_one_row_would_turn_another():
