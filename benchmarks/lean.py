@@ -2,11 +2,14 @@
 several sizes.
 
     python benchmarks/lean.py --json benchmarks/results/lean-cpu.json
+    python benchmarks/lean.py --sizes SmolLM2-135M --rows 16 --prompts 30,60 --completions 12,24
 
 1. Every size is a Llama with random weights; what is learned and attacked is alike (rows, tokens,
    sites as shares of the depth, K = 5), and few rows, so that a step of the largest ends.
 2. `latlib.fused.llama.LEAN_LIMIT` is read off the result: the largest model at which the lean
    forward was measured to be faster.
+3. `onednn` says whether the lean forward multiplied by oneDNN's own operator
+   (`latlib.fused.products`); the stock modules multiply as torch does.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from shapes import SHAPES, Shape, build
 from variants import Bench, Variant
 
 from latlib.config.sections import AttackSettings
+from latlib.fused.products import by_onednn
 from latlib.io.machine import keep_freed_memory, resolve_device
 from latlib.planning.step_cost import bytes_of
 
@@ -40,21 +44,28 @@ SIZES = {
 }
 
 
-def shape_of(size: str) -> Shape:
-    """The data of the CPU shape, a few rows of it, with the model of a size."""
+def shape_of(size: str, rows: int, **lengths: tuple[int, int]) -> Shape:
+    """The data of the CPU shape, or with other lengths of `prompts` and `completions`, a few rows
+    of it, with the model of a size."""
     names = ("d_model", "layers", "heads", "kv_heads", "ffn", "vocabulary")
     changes = dict(zip(names, SIZES[size], strict=True))
-    few = {"batch": ROWS, "micro_batch": ROWS, "sites": AttackSettings().sites}
+    few = {"batch": rows, "micro_batch": rows, "sites": AttackSettings().sites}
+    few |= lengths
     return replace(SHAPES["cpu"], r=RANK, alpha=2.0 * RANK, **few, **changes)
 
 
-def compared(size: str, device: torch.device, dtype: torch.dtype, repeats: int) -> dict:
-    """Medians of both in seconds, their ratio, peaks beyond the weights in bytes."""
-    bench = Bench(shape_of(size), device)
+def _lengths(text: str) -> tuple[int, int]:
+    least, most = (int(part) for part in text.split(","))
+    return least, most
+
+
+def compared(size: str, shape: Shape, device: torch.device, dtype: torch.dtype, n: int) -> dict:
+    """Medians of `n` steps of both in seconds, their ratio, peaks beyond the weights in bytes."""
+    bench = Bench(shape, device)
     # an adapter does not count for a model's size
     plain = build(replace(bench.shape, r=1), torch.float32, "meta").model
     weights = [p for name, p in plain.named_parameters() if "lora_" not in name]
-    found = results(measure(bench, [STOCK, LEAN], [dtype], repeats), bench.tokens)
+    found = results(measure(bench, [STOCK, LEAN], [dtype], n), bench.tokens)
     stock, lean = (record["seconds"]["median"] for record in found)
     return {
         "size": size,
@@ -74,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     own.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     own.add_argument("--device", default="auto")
     own.add_argument("--repeats", type=int, default=3)
+    own.add_argument("--rows", type=int, default=ROWS, help="harmful ones, and as many benign")
+    cpu = SHAPES["cpu"]
+    for name in ("prompts", "completions"):
+        least, most = getattr(cpu, name)
+        help = f"their tokens, LEAST,MOST; {least},{most} unless told"
+        own.add_argument(f"--{name}", type=_lengths, default=(least, most), help=help)
     own.add_argument("--json", type=Path, help="where results go")
     arguments = own.parse_args(argv)
     sizes = arguments.sizes.split(",")
@@ -82,9 +99,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
             own.error(f"--sizes: no size {size!r}, choose from {', '.join(SIZES)}")
     keep_freed_memory()
     device, dtype = resolve_device(arguments.device), getattr(torch, arguments.dtype)
+    lengths = {"prompts": arguments.prompts, "completions": arguments.completions}
     found = []
     for size in sizes:
-        found.append(compared(size, device, dtype, arguments.repeats))
+        shape = shape_of(size, arguments.rows, **lengths)
+        found.append(compared(size, shape, device, dtype, arguments.repeats))
         one = found[-1]
         print(
             f"{size}: {one['parameters'] / 1e6:.0f}M parameters, stock"
@@ -92,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
             f" {one['stock_on_lean']:.2f} times as fast",
             flush=True,
         )
-    out = {"rows": ROWS, "r": RANK, "dtype": arguments.dtype, "results": found}
+    out = {"rows": arguments.rows, "r": RANK, "dtype": arguments.dtype, **lengths}
+    like = torch.empty(0, dtype=dtype, device=device)
+    out |= {"onednn": by_onednn(like), "results": found}
     out["environment"] = environment(device)
     write(out, arguments.json)
     return out

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latlib.fused.products import by_onednn, project, project_each, project_onto
 from latlib.losses import wide_of
 
 Tables = tuple[Tensor, Tensor, Tensor]  # cos, sin and bias, see `Attention`
@@ -66,16 +67,16 @@ def _gradients(
     trained: the only rows of the matrix that have one."""
     found: list[Tensor | None] = [None, None, None]
     if wanted[0] and trained is None:
-        found[0] = d_product.T @ x
+        found[0] = project(d_product.T, x.T)
     elif wanted[0]:
         whole = torch.zeros_like(matrix.value)
-        torch.mm(d_product[:, trained].T, x, out=whole[trained])
+        whole[trained] = project(d_product[:, trained].T, x.T)
         found[0] = whole
     if matrix.left is not None and matrix.right is not None and any(wanted[1:]):
-        read = x @ matrix.right.T
-        found[1] = d_product.T @ read
-        d_read = d_product @ matrix.left
-        found[2] = d_read.T @ x
+        read = project(x, matrix.right)
+        found[1] = project(d_product.T, read.T)
+        d_read = project(d_product, matrix.left.T)
+        found[2] = project(d_read.T, x.T)
     return found
 
 
@@ -131,7 +132,10 @@ def padded_keys(seq: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2))
+    if by_onednn(q):
+        scores = project_each(q, k).add_(bias)
+    else:
+        scores = torch.baddbmm(bias, q, k.mT)
     short = scores.shape[-1] < SHORT_ROW and scores.device.type == "cpu"
     if short and scores.dtype == torch.bfloat16:
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
@@ -171,9 +175,9 @@ class Attention(torch.autograd.Function):
         n, seq, d = x.shape
         flat = x.view(-1, d)
         y, scale = _normed(flat, eps)
-        q, k, v = _queries_keys_values(y @ qkv.T, (n, seq), heads, tables)
+        q, k, v = _queries_keys_values(project(y, qkv), (n, seq), heads, tables)
         p = _attention_weights(q, k, tables[2])
-        read = torch.bmm(p, v).view(n, heads[0], seq, -1)
+        read = project_each(p, v.mT).view(n, heads[0], seq, -1)
         read = read.transpose(1, 2).reshape(n * seq, -1)
         if rows is not None:
             flat = flat.index_select(0, rows)
@@ -181,7 +185,7 @@ class Attention(torch.autograd.Function):
         kept = (None, read) if any(ctx.needs_input_grad[5:]) else (p, None)
         ctx.save_for_backward(y, scale, q, k, v, *kept, rows, *matrices)
         ctx.tables, ctx.heads, ctx.shape = tables, heads, x.shape
-        written = torch.addmm(flat, read, out.T)
+        written = project_onto(flat, read, out)
         return written.view_as(x) if rows is None else written
 
     @staticmethod
@@ -194,7 +198,7 @@ class Attention(torch.autograd.Function):
         n, seq, d = ctx.shape
         cos, sin, bias = ctx.tables
         flat = grad.reshape(-1, d)
-        d_read = flat @ out.value
+        d_read = project(flat, out.value.T)
         d_out = _gradients(out, wanted[5:], flat, read)
         if rows is not None:
             flat = _put_back(flat, rows, n * seq)
@@ -204,18 +208,20 @@ class Attention(torch.autograd.Function):
         d_read = d_read.transpose(1, 2).reshape(q.shape)
         if p is None:
             p = _attention_weights(q, k, bias)
-        d_p = torch.bmm(d_read, v.transpose(1, 2))
+        d_p = project_each(d_read, v)
         d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-        d_q = torch.bmm(d_scores, k)
-        d_k = torch.bmm(d_scores.transpose(1, 2), q)
-        d_v = torch.bmm(p.transpose(1, 2), d_read)
+        d_q = project_each(d_scores, k.mT)
+        d_k = project_each(d_scores.mT, q.mT)
+        d_v = project_each(p.mT, d_read.mT)
         d_q = d_q.view(n, heads, seq, -1)
         by_head = (n, kv_heads, k.shape[1], -1)
         d_k, d_v = (d.view(by_head)[:, :, :seq] for d in (d_k, d_v))  # without the padding
         d_mixed = _mixed_gradient(d_q, d_k, d_v, cos, sin)
         d_x = None
         if wanted[1]:
-            d_x = _normed_backward(d_mixed @ qkv.value, y, scale).add_(flat).view(ctx.shape)
+            d_x = (
+                _normed_backward(project(d_mixed, qkv.value.T), y, scale).add_(flat).view(ctx.shape)
+            )
         d_qkv = _gradients(qkv, wanted[2:5], d_mixed, y)
         return None, d_x, *d_qkv, *d_out
 
@@ -288,11 +294,11 @@ class MLP(torch.autograd.Function):
         gate_up, _, _, down, _, _ = matrices
         flat = x.view(-1, x.shape[-1])
         y, scale = _normed(flat, eps)
-        both = y @ gate_up.T
+        both = project(y, gate_up)
         gate, up = both.chunk(2, -1)
         ctx.save_for_backward(y, scale, both, *matrices)
         ctx.shape, ctx.trained = x.shape, trained
-        return torch.addmm(flat, F.silu(gate).mul_(up), down.T).view_as(x)
+        return project_onto(flat, F.silu(gate).mul_(up), down).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -304,14 +310,18 @@ class MLP(torch.autograd.Function):
         gate, up = both.chunk(2, -1)
         active = F.silu(gate)
         flat = grad.reshape(-1, ctx.shape[-1])
-        d_product = flat @ down.value
+        d_product = project(flat, down.value.T)
         d_both = torch.empty_like(both)
         d_gate, d_up = d_both.chunk(2, -1)
         torch.mul(d_product, active, out=d_up)
         torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
         d_x = None
         if wanted[1]:
-            d_x = _normed_backward(d_both @ gate_up.value, y, scale).add_(flat).view(ctx.shape)
+            d_x = (
+                _normed_backward(project(d_both, gate_up.value.T), y, scale)
+                .add_(flat)
+                .view(ctx.shape)
+            )
         d_gate_up = _gradients(gate_up, wanted[2:5], d_both, y, ctx.trained)
         product = active.mul_(up) if any(wanted[5:]) else active
         d_down = _gradients(down, wanted[5:], flat, product)

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from latlib.batch import Batch
 from latlib.blocks import CausalLM, decoder_of
 from latlib.fused.kernels import MLP, Attention, Matrix, Read, RMSNorm, Tables, padded_keys
+from latlib.fused.products import Linear
 from latlib.hooks import check_delta, orthonormal
 from latlib.losses import Unembed, at_labels, wide_of
 from latlib.network_protocol import Network, Perturbation, Start
@@ -205,6 +206,10 @@ def _halves(matrix: Tensor, size: int) -> Tensor:
     return matrix.view(-1, 2, size // 2, matrix.shape[1]).transpose(0, 1).flatten(1, 2)
 
 
+def _unembedded(rows: Tensor, head: Tensor) -> Tensor:
+    return Linear.apply(rows, head)
+
+
 def _trained_rows(mlp: Any) -> slice:
     """The rows of the stacked gate and up weights that training changes."""
     ffn = mlp.gate_proj.weight.shape[0]
@@ -314,10 +319,10 @@ class LeanNetwork(Network):
         return self._norm(stream)
 
     def unembed(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weights.head)
+        return _unembedded(rows, self.weights.head)
 
     def unembedding(self) -> Unembed:
-        return partial(F.linear, weight=self.weights.head)
+        return partial(_unembedded, head=self.weights.head)
 
     def ablated(self, directions: Tensor) -> LeanNetwork:
         """See `Network`. The directions leave every matrix that writes to the stream (Arditi et al.

@@ -6,11 +6,13 @@ torch is loaded by what needs it, so that a process which only counts cores star
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import time
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from latlib.errors import SettingError
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
-# Our choice, far from both ratios seen (docs/lab-log.md), so that no noise decides.
+# times, of two ways to multiply matrices: our choice, far from the ratios seen (docs/lab-log.md),
+# so that no noise decides
 MUCH_FASTER = 1.5
 
 
@@ -99,17 +102,20 @@ def _cpu_prefers_bfloat16() -> bool:
         return True
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return False
-    return _seconds_of_products(torch.float32) > MUCH_FASTER * _seconds_of_products(torch.bfloat16)
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    wide, narrow = fastest(*(partial(torch.mm, matrix, matrix) for matrix in matrices))
+    return wide > MUCH_FASTER * narrow
 
 
-def _seconds_of_products(dtype: torch.dtype) -> float:
-    """The fastest of five products of square matrices of 512."""
-    import torch
-
-    matrix = torch.ones(512, 512, dtype=dtype)
-    taken = []
-    for _ in range(6):  # the first prepares
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+def fastest(*ways: Callable[[], object], repeats: int = 8) -> list[float]:
+    """The least seconds that each took. In turn, so that what else runs here slows all alike; a
+    first call of each, which prepares, does not count."""
+    least = [math.inf] * len(ways)
+    for repeat in range(repeats + 1):
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            taken = time.perf_counter() - start
+            if repeat:
+                least[i] = min(least[i], taken)
+    return least

@@ -47,6 +47,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from latlib.batch import TokenRow
 from latlib.blocks import blocks_of
 from latlib.config.sections import LoraSettings, ModelSettings, TrainSettings
+from latlib.fused.products import OPERATOR
 from latlib.io.hub import quietly
 from latlib.models import LanguageModel, with_adapter
 from latlib.network import StockNetwork
@@ -55,6 +56,10 @@ from latlib.threat import EMBEDDING, Site, depth, resolve_sites
 from latlib.train import Trainer
 
 aten = torch.ops.aten
+
+
+def _of_linear(x: Tensor, weight: Tensor, *arguments: Any, out_val: Tensor) -> int:
+    return 2 * x.numel() * weight.shape[0]
 
 
 class StepCounter(TorchDispatchMode):
@@ -66,9 +71,11 @@ class StepCounter(TorchDispatchMode):
     is not seen. Questions about the values of a fake tensor are answered with 1.
     """
 
-    # torch has no formula for the CPU's fused attention, whose arguments are the GPU's
+    # torch has no formula for the CPU's fused attention, whose arguments are the GPU's, nor for
+    # products by oneDNN
     _formulas = {
         **flop_registry,
+        OPERATOR: _of_linear,
         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
             aten._scaled_dot_product_flash_attention
         ],

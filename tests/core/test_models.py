@@ -164,15 +164,15 @@ def test_devices_and_dtypes_by_name(monkeypatch):
     [
         (True, True, None, torch.bfloat16),
         (False, False, None, torch.float32),
-        (False, True, {torch.float32: 4.0, torch.bfloat16: 1.0}, torch.bfloat16),
-        (False, True, {torch.float32: 1.0, torch.bfloat16: 2.0}, torch.float32),
+        (False, True, [4.0, 1.0], torch.bfloat16),
+        (False, True, [1.0, 2.0], torch.float32),
     ],
     ids=["AMX", "neither", "AVX512_BF16, fast", "AVX512_BF16, slow"],
 )
 def test_a_cpu_computes_in_what_it_is_fast_in(monkeypatch, tiles, instructions, seconds, dtype):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
-    monkeypatch.setattr(machine, "_seconds_of_products", lambda of: seconds[of])
+    monkeypatch.setattr(machine, "fastest", lambda *_: seconds)
     machine._cpu_prefers_bfloat16.cache_clear()
     assert resolve_dtype("auto", torch.device("cpu")) == dtype
     machine._cpu_prefers_bfloat16.cache_clear()

@@ -29,6 +29,7 @@ from latlib.config.sections import (
     ProfileError,
     TrainSettings,
 )
+from latlib.fused import products
 from latlib.planning.step_cost import (
     FLOP,
     PEAK,
@@ -204,6 +205,14 @@ def test_fused_attention_on_a_cpu_is_counted_as_its_products(causal):
     product = 2 * 2 * 3 * 7 * 7 * 4
     assert forward == 2 * product
     assert counter.flop == (2 + 5) * product
+
+
+@pytest.mark.skipif(products.OPERATOR is None, reason="this torch has no such operator")
+def test_products_by_onednn_are_counted(monkeypatch):
+    monkeypatch.setattr(products, "_onednn_pays", lambda: True)
+    with StepCounter() as counter:
+        products.project(torch.randn(5, 8), torch.randn(3, 8))
+    assert counter.flop == 2 * 5 * 8 * 3
 
 
 def test_what_several_processes_hold(llama):
