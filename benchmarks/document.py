@@ -333,6 +333,7 @@ def page() -> str:
         allocator=part(_allocator, "lat_step-cpu", "lat_step-cpu-returned"),
         growth=part(_growth, "scaling-cpu"),
         by_size=part(_by_size, "lean-cpu"),
+        by_onednn=part(_by_size, "lean-smollm2-avx512"),
         predicted=part(_predicted, "lat_step-llama3-8b-meta"),
         directions=part(_directions, "directions-cpu"),
         widgets=part(_widgets, "widgets-tiny"),

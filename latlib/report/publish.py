@@ -31,8 +31,11 @@ from typing import Any
 
 import nbformat
 import pandas as pd
+import yaml
 
+from latlib.config.paths import portable
 from latlib.experiment.layout import BEGAN
+from latlib.experiment.record import PROFILE
 from latlib.io import manifest
 from latlib.io.files import folder_aside, read_json, without_paths
 from latlib.io.machine import available_cores
@@ -143,6 +146,8 @@ def _text(file: Path, run: Path) -> str:
                 if len(output.get("data", ())) > 1:
                     output["data"].pop("text/plain", None)
         text = nbformat.writes(notebook)
+    if file.name == PROFILE:  # files that it names may lie anywhere
+        text = yaml.safe_dump(portable(yaml.safe_load(text)), sort_keys=False)
     if file.suffix == ".jsonl":
         text = "".join(json.dumps(_short(json.loads(line))) + "\n" for line in text.splitlines())
     return without_paths(text, run)

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 from nbformat.v4 import new_output
 
 from latlib.io import manifest
@@ -142,3 +143,10 @@ def test_damaged_evidence_is_not_restored(run, tmp_path):
         with pytest.raises(SystemExit, match=words):
             publish.main(["--restore", str(folder), str(tmp_path / "again")])
     assert not (tmp_path / "again").exists()
+
+
+def test_a_published_profile_names_no_place_of_a_file(tmp_path):
+    file = tmp_path / "profile.yaml"
+    file.write_text("data: {harmful: /srv/ada/advbench.csv, rows: 5}\nmodel: {source: org/name}\n")
+    tree = yaml.safe_load(publish._text(file, tmp_path / "run"))
+    assert tree == {"data": {"harmful": "advbench.csv", "rows": 5}, "model": {"source": "org/name"}}
