@@ -256,6 +256,12 @@ def _by_size(found: Mapping) -> str:
         rows.append([record["size"], *cells])
     head = ["model", "parameters", "stock", "lean", "times as fast", "peak, stock", "peak, lean"]
     about = f"{found['rows']} rows of each kind, LoRA r = {found['r']}, {found['dtype']}."
+    if "prompts" in found:
+        lengths = ("{}-{} tokens".format(*found[name]) for name in ("prompts", "completions"))
+        about += " Prompts of {}, completions of {}.".format(*lengths)
+    losses = [record["total_loss"] for record in found["results"]]
+    apart = max(abs(one["lean"] / one["stock"] - 1) for one in losses)
+    about += f" Total losses of both differ by at most {apart:.0e} of them."
     return f"{_machine(found['environment'])} {about}\n\n{table(head, rows)}"
 
 

@@ -219,9 +219,8 @@ class Attention(torch.autograd.Function):
         d_mixed = _mixed_gradient(d_q, d_k, d_v, cos, sin)
         d_x = None
         if wanted[1]:
-            d_x = (
-                _normed_backward(project(d_mixed, qkv.value.T), y, scale).add_(flat).view(ctx.shape)
-            )
+            d_y = project(d_mixed, qkv.value.T)
+            d_x = _normed_backward(d_y, y, scale).add_(flat).view(ctx.shape)
         d_qkv = _gradients(qkv, wanted[2:5], d_mixed, y)
         return None, d_x, *d_qkv, *d_out
 
@@ -317,11 +316,8 @@ class MLP(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
         d_x = None
         if wanted[1]:
-            d_x = (
-                _normed_backward(project(d_both, gate_up.value.T), y, scale)
-                .add_(flat)
-                .view(ctx.shape)
-            )
+            d_y = project(d_both, gate_up.value.T)
+            d_x = _normed_backward(d_y, y, scale).add_(flat).view(ctx.shape)
         d_gate_up = _gradients(gate_up, wanted[2:5], d_both, y, ctx.trained)
         product = active.mul_(up) if any(wanted[5:]) else active
         d_down = _gradients(down, wanted[5:], flat, product)

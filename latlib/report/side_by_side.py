@@ -46,7 +46,10 @@ def claims_beside(runs: Runs) -> str:
 
 
 def _cell(claim: Claim) -> str:
-    """What was measured, the verdict, and why there is none."""
+    """What was measured, the verdict, and why there is none. How to measure what was not is said in
+    its run's own report."""
+    if claim.interval is None:
+        return "not measured"
     return "<br>".join(filter(None, (claim.shown, f"**{claim.verdict}**", claim.why)))
 
 

@@ -33,6 +33,12 @@ def test_what_is_open_in_one_run_is_decided_otherwise_in_none(other):
     assert table.endswith("none is decided otherwise.") and "<br>dark" in table
 
 
+def test_a_claim_that_one_run_did_not_measure_is_open_there():
+    nothing = replace(WHOLE, verdict=Verdict.UNDECIDABLE, why="not measured: no model")
+    table = side_by_side.claims_beside({"a": [of(Verdict.REPRODUCED)], "b": [nothing]})
+    assert "**reproduced** | not measured |" in table and "no model" not in table
+
+
 def test_a_claim_that_neither_measured_is_left_out():
     nothing = replace(WHOLE, verdict=Verdict.UNDECIDABLE, why="not measured: no model")
     measured = replace(of(Verdict.REPRODUCED), id="b", statement="Fire is hot.")
