@@ -96,6 +96,15 @@ class Profile(Section):
         return self.roles.compared
 
     @property
+    def attacked(self) -> list[str]:
+        """The methods whose robustness is measured: those compared, and those that claims about the
+        attack rest on.
+        """
+        roles = self.roles
+        rested_on = {roles.undefended, roles.control, roles.no_radius, roles.main, roles.rival}
+        return [method for method in self.methods if method in rested_on.union(self.compared)]
+
+    @property
     def contrasted(self) -> tuple[str, ...]:
         """The undefended twin, where there is one, and the main method: what a first look is at."""
         twin = (self.undefended,) if self.undefended else ()

@@ -291,7 +291,7 @@ class Run:
         geometry = []
         for spec, what in missing:
             if what == "transfer":  # it needs the other methods
-                specs += [Spec(method, spec.seed) for method in self.profile.methods]
+                specs += [Spec(method, spec.seed) for method in self.profile.attacked]
             if what == "ablation":  # and their directions
                 sources = directions.sources(self.profile, spec.label)
                 geometry += [(source, spec.seed) for source in sources]
@@ -356,7 +356,7 @@ class Run:
             return table
         if what == "transfer":
             targets = {}
-            for method in self.profile.methods:
+            for method in self.profile.attacked:
                 targets[method] = lm if method == spec.label else self.model(method, seed)
             return latent.transfer(lm, subject, targets, on_step)
         if what == "ablation":

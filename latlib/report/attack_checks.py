@@ -121,7 +121,7 @@ class AttackRule:
     statement: str
     meaning: str
     judge: Judge
-    who: str = "methods"
+    who: str = "attacked"
     at: str = "none"
     topic: str = "latent"
 
@@ -184,8 +184,7 @@ def _side(s: Case, attack: str) -> tuple[str, DataFrame]:
     """
     if attack != TRANSFER:
         return attack, s.rows(attack)
-    methods = s.evidence.profile.methods
-    others = [method for method in methods if method != s.method]
+    others = [method for method in s.evidence.attacked if method != s.method]
     rows = s.rows(TRANSFER, where=None, source=others)
     asr = rates_by(rows, "source").map(lambda interval: interval.estimate)
     best = asr.reindex(others).idxmax()

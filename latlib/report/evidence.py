@@ -32,7 +32,7 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from latlib.config.profile import Profile, load_profile
-from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PLAIN, TWIN, Word
+from latlib.evaluation.outcomes import BASE, COLUMNS, HARMFUL, PGD, PLAIN, TWIN, Word
 from latlib.experiment.spec import Spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io import manifest
@@ -232,6 +232,12 @@ class Evidence:
         """seed -> training curve of a method."""
         curves = {seed: self.metrics.get(Spec(method, seed).folder) for seed in self.profile.seeds}
         return {seed: curve for seed, curve in curves.items() if curve is not None}
+
+    @cached_property
+    def attacked(self) -> list[str]:
+        """The methods whose robustness this run should measure, and any other that it measured."""
+        found = {*self.profile.attacked, *self.rows["method"][self.rows["attack"] == PGD]}
+        return [method for method in self.profile.methods if method in found]
 
     def variance_tables(self) -> dict[str, list[dict]]:
         """Method, the base first -> its explained-variance tables, one a seed. Raises MissingError

@@ -89,7 +89,7 @@ def threats(e: Evidence, everywhere_alike: bool = False) -> Threats:
     everywhere_alike: only threats that are the same for every model (perturbations found on other
     models are others for each).
     """
-    methods = list(e.profile.methods)
+    methods = e.attacked
     cell = partial(e.cell, methods, partial=True)
     found: Threats = {}
 
@@ -134,7 +134,7 @@ def worst_case_table(e: Evidence) -> DataFrame:
     for threat, rows in threats(e).items():
         table = outcome_table(worst(rows), "method")
         table.insert(0, "attacks", attacks_in(rows).groupby(rows["method"]).nunique())
-        tables[threat] = table.loc[[name for name in e.profile.methods if name in table.index]]
+        tables[threat] = table.loc[[name for name in e.attacked if name in table.index]]
     if not tables:
         raise MissingError(NOTHING_MEASURED)
     return pd.concat(tables, names=["threat"])
@@ -146,20 +146,20 @@ def typed_table(e: Evidence) -> DataFrame:
     the requests whose twin was (None: none)."""
     by = ["attack", "method"]
     attacks = (NO_ATTACK, *TYPED)
-    rows = e.cell(list(e.profile.methods), attacks, partial=True)
+    rows = e.cell(e.attacked, attacks, partial=True)
     knew = rows["understood"].fillna(False).astype(bool)
     table = outcome_table(rows, by)
     twins = rates_by(rows.assign(outcome=knew.map({True: "understood"})), by, "understood")
     table["twin understood"] = twins[twins.map(lambda i: i.estimate > 0)]
     table["complied, understood"] = rates_by(rows[knew], by)
-    return none_where_absent(in_order(table, attacks, e.profile.methods))
+    return none_where_absent(in_order(table, attacks, e.attacked))
 
 
 def gain_table(e: Evidence) -> DataFrame:
     """What each method takes off the ASR of the undefended twin (its ASR minus the method's own,
     worst case per prompt over the attacks that both faced), as an Interval over the same prompts
     and seeds: a column a method, a row a threat."""
-    others = [method for method in e.profile.methods if method != e.undefended]
+    others = [method for method in e.attacked if method != e.undefended]
     gains = {}
     for threat, rows in threats(e, everywhere_alike=True).items():
         undefended = rows[rows["method"] == e.undefended]
@@ -205,7 +205,7 @@ def attack_table(e: Evidence) -> DataFrame:
     """ASR of every attack by itself: a row (group, attack), a column a method, Intervals or None.
     Attacks of one radius are compared on the same prompts and seeds, and end in their worst case
     per prompt over the main method's sites."""
-    methods = list(e.profile.methods)
+    methods = e.attacked
     groups = {}
     for eps in main_radii(e):
         with suppress(MissingError):
@@ -286,7 +286,7 @@ def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
     one they were found on. Beside them noise of the same norm. eps: by default the largest of
     `evaluation.strong_eps`."""
     eps = max(e.profile.evaluation.strong_eps) if eps is None else eps
-    methods = list(e.profile.methods)
+    methods = e.attacked
     cell = partial(e.cell, methods, eps=eps, partial=True)
     moved = cell(TRANSFER)
     noise = cell(NOISE, where="latent", seed=set(moved["seed"]))

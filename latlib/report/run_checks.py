@@ -51,7 +51,7 @@ class Requirement:
 
 
 def methods_of(e: Evidence, who: str) -> Sequence[str]:
-    """Those that a check is put to: 'base', 'methods' (all), 'main', 'undefended' (its twin, or
+    """Those that a check is put to: 'base', 'attacked' (those whose robustness is measured), 'main', 'undefended' (its twin, or
     none), 'undefended or main', 'compared', 'defended' (those compared but the twin) or 'embedding'
     (those attacked there).
     """
@@ -59,7 +59,7 @@ def methods_of(e: Evidence, who: str) -> Sequence[str]:
     twin = e.profile.undefended
     return {
         "base": [BASE],
-        "methods": list(e.profile.methods),
+        "attacked": e.attacked,
         "main": [e.main],
         "undefended": [twin] if twin else [],
         "undefended or main": [twin or e.main],

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from synthetic import attacked
 
+from latlib.report import robustness_tables
 from latlib.report.evidence import PROMPT_KEYS, Evidence, hits, rate, rates_by
 
 OUTCOMES = ("complied", "refused")
@@ -60,3 +61,16 @@ def test_cells_are_picked_from_many_files_as_from_one(run):
         pd.testing.assert_frame_equal(
             found[rows.columns], rows[slow].reset_index(drop=True).set_axis(found.index)
         )
+
+
+def test_methods_that_need_not_be_attacked_are_shown_where_they_were(run):
+    roles = run.profile.roles.model_copy(update={"compared": ("lat",), "rival": None})
+    profile = run.profile.model_copy(update={"roles": roles})
+    asked = ["ssft", "lat"]
+    assert profile.attacked == asked and "at" in profile.methods
+    assert Evidence(profile, run.outcomes).attacked == list(run.profile.methods)
+    without = run.outcomes[run.outcomes["method"] != "at"]
+    assert Evidence(profile, without).attacked == asked
+    assert Evidence(profile, without.iloc[:0]).attacked == asked, "what is lacking is said"
+    heat = robustness_tables.attack_table(Evidence(profile, without))
+    assert list(heat.columns) == asked
