@@ -2,9 +2,9 @@
 
 A suite (in `latlib.redteam`, `latlib.refusal`) is a function (model, `Subject`, what else it needs)
 -> outcome table, or a list of attacks of which each is such a function;
-`latlib.experiment.run.Run` keeps what they return, and every figure, interval and claim is computed
-from it. No column packs two meanings into a string. No torch is imported here, so that a report can
-be made of the table where there is none.
+`latlib.experiment.run.Run` keeps each piece as soon as it is measured (`Keep`), and every figure,
+interval and claim is computed from the table. No column packs two meanings into a string. No torch
+is imported here, so that a report can be made of the table where there is none.
 
 The model:
   method, variant, seed: which model; variant is '', or the name of a sweep's variant of the method.
@@ -41,7 +41,7 @@ What came out:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -220,6 +220,15 @@ class Examined:
     understood: Sequence[bool] | None = None
     prefilled: Sequence[Outcome] | None = None
     texts: Sequence[str] | None = None
+
+
+# (name of a piece of a suite, what measures it) -> its rows, measured now or kept from before
+Keep = Callable[[str, Callable[[], pd.DataFrame]], pd.DataFrame]
+
+
+def anew(piece: str, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Rows of a piece of a suite of which nothing is kept."""
+    return measure()
 
 
 def outcome_rows(subject: Subject, cell: Cell, prompts: Prompts, found: Examined) -> pd.DataFrame:

@@ -18,7 +18,8 @@ A model of a call is (method, seed) or (method, seed, variant); a variant is a n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from latlib.config.profile import Profile, load_profile, run_folder
 from latlib.config.sections import ProfileError
 from latlib.data.prompts import in_the_world
 from latlib.distributed import ranks
-from latlib.evaluation.outcomes import BASE, Subject
+from latlib.evaluation.outcomes import BASE, Keep, Subject
 from latlib.evaluation.phrases import redacted
 from latlib.experiment import build, launch
 from latlib.experiment.jobs import Job, prepare_process, work
@@ -42,7 +43,7 @@ from latlib.experiment.responses import make_responses
 from latlib.experiment.spec import Spec, Variant, find_spec
 from latlib.experiment.tracking import read_metrics
 from latlib.io.files import Json, read_json, write_json, write_table
-from latlib.io.progress import OnStep, Stopped, stop_requested, with_progress
+from latlib.io.progress import OnStep, Stopped, stop_requested
 from latlib.models import LanguageModel, load_model
 from latlib.planning.workers import threads_for
 from latlib.redteam import audit, jailbreaks, latent
@@ -61,7 +62,7 @@ PLAIN_SUITES = {
     "audit": audit.audit,
     "variant": audit.variant,
 }
-# those made of attacks, each of which is kept as soon as it is measured
+# those made of attacks
 ATTACK_SUITES = {
     "robustness": latent.robustness,
     "attacks": latent.attacks,
@@ -343,14 +344,16 @@ class Run:
         lm, subject, seed = self._model(spec), self.subject(spec), spec.seed
         if isinstance(what, AttackCell):
             return what.measure(lm, subject)
+        folder = self.layout.unfinished(spec, what)
+        keep, heeding = self._keeping(folder), self._heeding(on_step)
         if what in ATTACK_SUITES:
-            return self._attacked(lm, spec, what, on_step)
+            cells = ATTACK_SUITES[what](self.profile, lm.n_layers)
+            return latent.measure_cells(cells, lm, subject, heeding, keep)
         if what == "jailbreaks":
-            folder, heeding = self.layout.unfinished(spec, what), self._heeding(on_step)
             files = {attack: folder / f"{attack}.json" for attack in jailbreaks.SEARCHES}
             for file in files.values():
                 self.layout.whole(file)  # what is damaged is set aside
-            table, suffixes = jailbreaks.jailbreaks(lm, subject, heeding, files)
+            table, suffixes = jailbreaks.jailbreaks(lm, subject, heeding, files, keep)
             if suffixes:
                 self.save_result(f"suffixes-{spec.folder}", _kept(suffixes, self.profile))
             return table
@@ -358,26 +361,25 @@ class Run:
             targets = {}
             for method in self.profile.attacked:
                 targets[method] = lm if method == spec.label else self.model(method, seed)
-            return latent.transfer(lm, subject, targets, on_step)
+            return latent.transfer(lm, subject, targets, heeding, keep)
         if what == "ablation":
             sources = directions.sources(self.profile, spec.label)
             found = {method: self.directions(method, seed) for method in sources}
             differences = self.differences(spec.label, seed)
-            return ablation(lm, subject, found, differences, on_step)
-        return PLAIN_SUITES[what](lm, subject, on_step)
+            return ablation(lm, subject, found, differences, heeding, keep)
+        return PLAIN_SUITES[what](lm, subject, heeding, keep)
 
-    def _attacked(self, lm: LanguageModel, spec: Spec, suite: str, on_step: OnStep) -> pd.DataFrame:
-        """Rows of a suite of attacks. Each attack's are kept until all are there, so that a suite
-        which is stopped or killed goes on behind the last one."""
-        folder, subject = self.layout.unfinished(spec, suite), self.subject(spec)
-        cells = ATTACK_SUITES[suite](self.profile, lm.n_layers)
-        tables = []
-        for cell in with_progress(cells, self._heeding(on_step)):
-            file = folder / f"{cell.digest(spec.folder)}.parquet"
+    def _keeping(self, folder: Path) -> Keep:
+        """Keeps each piece of a suite until all are there, so that one which is stopped or killed
+        goes on behind the last."""
+
+        def keep(piece: str, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+            file = folder / f"{hashlib.sha256(piece.encode()).hexdigest()[:16]}.parquet"
             if not self.layout.whole(file):
-                write_table(cell.measure(lm, subject), file)
-            tables.append(pd.read_parquet(file))
-        return pd.concat(tables, ignore_index=True)
+                write_table(measure(), file)
+            return pd.read_parquet(file)
+
+        return keep
 
     def _heeding(self, on_step: OnStep) -> OnStep:
         """`on_step` of work that is saved at every step, which stops there when asked to."""

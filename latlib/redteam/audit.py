@@ -23,6 +23,7 @@ To add an encoding: `latlib.text.encodings`, and a profile that names it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache, partial
 
 import pandas as pd
 
@@ -38,34 +39,43 @@ from latlib.evaluation.outcomes import (
     PREFILL,
     TWIN,
     Cell,
+    Keep,
     Subject,
+    anew,
     outcome_rows,
     split_encoding,
 )
 from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
-from latlib.redteam.latent import AttackCell, base_attack, replace_settings
+from latlib.redteam.latent import AttackCell, base_attack, measure_cells, replace_settings
 
 
 def audit(
-    lm: LanguageModel, subject: Subject, on_step: OnStep = unseen, short: bool = False
+    lm: LanguageModel,
+    subject: Subject,
+    on_step: OnStep = unseen,
+    keep: Keep = anew,
+    short: bool = False,
 ) -> pd.DataFrame:
     """Harmful requests, their twins and prefilling in every encoding; harmless requests of other
     kinds in the profile's `encodings`, to say what a defence costs. Further encodings on the
-    profile's first seed only, and never in short."""
+    profile's first seed only, and never in short. keep: keeps the rows of each encoding."""
     profile = subject.profile
     examiner = examiner_of(profile, lm)
     in_full = profile.evaluation.encodings
     encodings = in_full
     if not short and subject.seed == profile.seeds[0]:
         encodings += profile.evaluation.further_encodings
-    pairs = _answered(examiner, prompt_set(TWIN, profile)), prompt_set(HARMFUL, profile)
-    tables = []
-    for encoding in with_progress(encodings, on_step):
+
+    @cache
+    def pairs() -> tuple[Prompts, Prompts]:
+        return _answered(examiner, prompt_set(TWIN, profile)), prompt_set(HARMFUL, profile)
+
+    def in_encoding(encoding: str) -> pd.DataFrame:
         wording = Wording.of(encoding)
         # a real model writes every prefilled reply anew: not in further encodings
         prefilling = in_the_world(profile) or encoding in in_full
-        tables.append(ask_pairs(examiner, subject, pairs, wording, prefilling=prefilling))
+        tables = [ask_pairs(examiner, subject, pairs(), wording, prefilling=prefilling)]
         harmless = [HARMLESS] if encoding in in_full else []  # what a defence costs
         if encoding == PLAIN:
             kinds = prompt_source(profile).kinds
@@ -75,6 +85,11 @@ def audit(
             cell = Cell(name, wording.encoding, wording.reply_encoding)
             found = examiner.examine(prompts, wording)
             tables.append(outcome_rows(subject, cell, prompts, found))
+        return pd.concat(tables, ignore_index=True)
+
+    tables = []
+    for encoding in with_progress(encodings, on_step):
+        tables.append(keep(encoding, partial(in_encoding, encoding)))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -87,16 +102,18 @@ def of_another_seed(table: pd.DataFrame, profile: Profile, seed: int) -> pd.Data
     return table[kept].assign(seed=seed).reset_index(drop=True)
 
 
-def variant(lm: LanguageModel, subject: Subject, on_step: OnStep = unseen) -> pd.DataFrame:
+def variant(
+    lm: LanguageModel, subject: Subject, on_step: OnStep = unseen, keep: Keep = anew
+) -> pd.DataFrame:
     """The short suite of a sweep: the audit without further encodings, and the attack at the main
-    defence's own radius and at those where attacks are varied.
+    defence's own radius and at those where attacks are varied. keep: keeps what each measured.
     """
     attack = base_attack(subject.profile)
     radii = dict.fromkeys((attack.eps, *subject.profile.evaluation.strong_eps))
-    tables = [audit(lm, subject, on_step, short=True)]
-    for eps in radii:
-        tables.append(AttackCell(replace_settings(attack, eps=eps)).measure(lm, subject))
-    return pd.concat(tables, ignore_index=True)
+    audited = audit(lm, subject, on_step, keep, short=True)
+    cells = [AttackCell(replace_settings(attack, eps=eps)) for eps in radii]
+    attacked = measure_cells(cells, lm, subject, keep=keep)
+    return pd.concat([audited, attacked], ignore_index=True)
 
 
 def ask_pairs(

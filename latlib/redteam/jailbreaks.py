@@ -35,7 +35,9 @@ from latlib.evaluation.outcomes import (
     SUFFIX_RANDOM,
     SYSTEM,
     TWIN,
+    Keep,
     Subject,
+    anew,
 )
 from latlib.io.progress import OnStep, unseen, with_progress
 from latlib.models import LanguageModel
@@ -137,9 +139,10 @@ def jailbreaks(
     subject: Subject,
     on_step: OnStep = unseen,
     files: Mapping[str, Path] | None = None,
+    keep: Keep = anew,
 ) -> tuple[pd.DataFrame, dict[str, Suffix]]:
     """(outcome rows of every attack above round the harmful prompts and their twins, attack -> the
-    suffix that was found for it). files: see `find_suffixes`.
+    suffix that was found for it). files: see `find_suffixes`. keep: keeps the rows of each attack.
     """
     profile = subject.profile
     wordings = without_search(profile)
@@ -159,5 +162,6 @@ def jailbreaks(
     pairs = prompt_set(TWIN, profile), prompt_set(HARMFUL, profile)
     tables = []
     for attack in with_progress(list(wordings), on_step):
-        tables.append(ask_pairs(examiner, subject, pairs, wordings[attack], attack))
+        ask = partial(ask_pairs, examiner, subject, pairs, wordings[attack], attack)
+        tables.append(keep(f"{attack} {wordings[attack]}", ask))
     return pd.concat(tables, ignore_index=True), suffixes

@@ -13,7 +13,7 @@ other rules and sites.
 5. `attacks` varies one thing at a time at the radii `evaluation.strong_eps`: steps, restarts, rule,
    sites, one single step. Its worst case per prompt is what a defence is worth. A new attack is a
    line of `variations`.
-6. These and `claimed` are lists of cells: `latlib.experiment.run.Run` measures them and keeps each.
+6. These and `claimed` are lists of cells, each of which is kept as soon as it is measured.
 7. `transfer` puts perturbations found on one model into the others: an attacker without access to
    their weights.
 
@@ -28,8 +28,9 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -62,7 +63,9 @@ from latlib.evaluation.outcomes import (
     PGD_STRONG,
     TRANSFER,
     Cell,
+    Keep,
     Subject,
+    anew,
     outcome_rows,
     pgd_by,
 )
@@ -292,17 +295,32 @@ def attacks(profile: Profile, n_layers: int) -> list[AttackCell]:
     return cells
 
 
+def measure_cells(
+    cells: Sequence[AttackCell],
+    lm: LanguageModel,
+    subject: Subject,
+    on_step: OnStep = unseen,
+    keep: Keep = anew,
+) -> pd.DataFrame:
+    """Outcome rows of all cells on a model. keep: keeps each cell's."""
+    tables = []
+    for cell in with_progress(cells, on_step):
+        tables.append(keep(cell.digest(subject.label), partial(cell.measure, lm, subject)))
+    return pd.concat(tables, ignore_index=True)
+
+
 def transfer(
     lm: LanguageModel,
     subject: Subject,
     targets: Mapping[str, LanguageModel],
     on_step: OnStep = unseen,
+    keep: Keep = anew,
 ) -> pd.DataFrame:
     """This model's perturbations, at the radii `evaluation.strong_eps`, put into every target.
 
     targets: method -> its model of this seed; this model is a target too. Rows are of the target;
     source is this model. Perturbations take all their steps, won or not: what barely wins at home
-    travels worse.
+    travels worse. keep: keeps the rows of each radius.
     """
     profile = subject.profile
     prompts = prompt_set(HARMFUL, profile, profile.evaluation.pgd_prompts)
@@ -311,8 +329,9 @@ def transfer(
     network = examiners[subject.label].network
     usual, radii = base_attack(profile), profile.evaluation.strong_eps
     cells = [AttackCell(replace_settings(usual, eps=eps), TRANSFER) for eps in radii]
-    tables = []
-    for attack in with_progress(cells, on_step):
+
+    def of_one(attack: AttackCell) -> pd.DataFrame:
+        tables = []
         threat = attack.settings.threat_model(lm.n_layers, subject.norms)
         cell = Cell(attack=TRANSFER, source=subject.label, threat=threat)
         search = search_within(attack.settings, threat, network.d_model)
@@ -322,6 +341,9 @@ def transfer(
             target = subject if own else replace(subject, method=name, variant="")
             found = examiner.examine(prompts, perturb=perturb)
             tables.append(outcome_rows(target, cell, prompts, found))
+        return pd.concat(tables, ignore_index=True)
+
+    tables = [keep(str(each), partial(of_one, each)) for each in with_progress(cells, on_step)]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 from torch import Tensor
@@ -29,8 +30,10 @@ from latlib.evaluation.outcomes import (
     SHUFFLED,
     Cell,
     Intervention,
+    Keep,
     Rule,
     Subject,
+    anew,
     outcome_rows,
 )
 from latlib.io.progress import OnStep, unseen, with_progress
@@ -46,12 +49,14 @@ def ablation(
     directions: Mapping[str, Directions],
     differences: Differences,
     on_step: OnStep = unseen,
+    keep: Keep = anew,
 ) -> pd.DataFrame:
     """Outcome rows of a target model under the directions of every source.
 
     directions: source -> rule -> direction, the target's own among them. differences: the target's.
     Ablated on harmful prompts; with nothing and by `best` and `learned` also on harmless ones. The
-    target's own `best` and one random direction are added on harmless prompts.
+    target's own `best` and one random direction are added on harmless prompts. keep: keeps the rows
+    of each cell.
     """
     profile = subject.profile
     network = lm.network()
@@ -66,9 +71,12 @@ def ablation(
     tables = []
 
     def ask(cell: Cell, network: Network, perturb: Perturb | None = None) -> None:
+        tables.append(keep(str(cell), partial(rows_of, cell, network, perturb)))
+
+    def rows_of(cell: Cell, network: Network, perturb: Perturb | None) -> pd.DataFrame:
         prompts = prompt_set(cell.prompts, profile, profile.evaluation.ablation_prompts)
         found = examiner_of(profile, lm, network).examine(prompts, perturb=perturb)
-        tables.append(outcome_rows(subject, cell, prompts, found))
+        return outcome_rows(subject, cell, prompts, found)
 
     for cell, vector in with_progress(
         cells, on_step, lambda item: f"{item[0].source} {item[0].rule}"

@@ -184,7 +184,8 @@ def _side(s: Case, attack: str) -> tuple[str, DataFrame]:
     """
     if attack != TRANSFER:
         return attack, s.rows(attack)
-    others = [method for method in s.evidence.attacked if method != s.method]
+    attacked = s.evidence.attacked
+    others = [method for method in attacked if method != s.method]
     rows = s.rows(TRANSFER, where=None, source=others)
     asr = rates_by(rows, "source").map(lambda interval: interval.estimate)
     best = asr.reindex(others).idxmax()

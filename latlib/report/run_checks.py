@@ -51,9 +51,9 @@ class Requirement:
 
 
 def methods_of(e: Evidence, who: str) -> Sequence[str]:
-    """Those that a check is put to: 'base', 'attacked' (those whose robustness is measured), 'main', 'undefended' (its twin, or
-    none), 'undefended or main', 'compared', 'defended' (those compared but the twin) or 'embedding'
-    (those attacked there).
+    """Those that a check is put to: 'base', 'attacked' (those whose robustness is measured),
+    'main', 'undefended' (its twin, or none), 'undefended or main', 'compared', 'defended' (those
+    compared but the twin) or 'embedding' (those attacked there).
     """
     compared = e.profile.compared
     twin = e.profile.undefended

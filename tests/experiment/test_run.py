@@ -15,6 +15,7 @@ from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError
 from latlib.experiment import build
 from latlib.experiment.run import Run, _kept
+from latlib.io.files import write_table
 from latlib.io.progress import Stopped
 from latlib.redteam import audit
 from latlib.redteam.gcg import Suffix
@@ -317,3 +318,28 @@ def test_where_memory_runs_out_fewer_rows_go_at_a_time(run, capsys, monkeypatch,
     two = step()
     assert trainer.micro_batch == rows // 2 and two == pytest.approx(one, rel=1e-3)
     assert f"step {trainer.step} with train.micro_batch = {rows // 2}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "suite", ["audit", "variant", "attacks", "transfer", "ablation", "jailbreaks"]
+)
+def test_any_suite_that_is_killed_goes_on_behind_the_pieces_it_has(
+    suite, run, tmp_path, monkeypatch
+):
+    whole = run.evaluate("ssft", 0, suite)
+    shutil.copytree(run.folder, tmp_path / "again")
+    again, pieces = Run("smoke", tmp_path / "again"), []
+    again.layout.table_file(again.spec("ssft", 0), suite).unlink()
+
+    def written(table, file):
+        pieces.append(file)
+        if len(pieces) == 2:
+            raise MemoryError  # before the second is there
+        write_table(table, file)
+
+    monkeypatch.setattr("latlib.experiment.run.write_table", written)
+    with pytest.raises(MemoryError):
+        again.evaluate("ssft", 0, suite)
+    assert pieces[0].exists() and not pieces[1].exists()
+    pd.testing.assert_frame_equal(again.evaluate("ssft", 0, suite), whole)
+    assert pieces[1] == pieces[2] and len(set(pieces)) == len(pieces) - 1, "one twice, no other"
