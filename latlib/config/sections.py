@@ -554,7 +554,7 @@ class RolesSettings(Section):
     # None: the first that is
     untargeted: Text | None = None
     untargeted_rival: Text | None = None
-    # set side by side in claims and figures; none: all methods
+    # set side by side in claims and figures, and attacked in notebook 06; none: all methods
     compared: Annotated[tuple[Text, ...], EachOnce] = ()
 
     def resolved(self, attacked: Mapping[str, bool]) -> RolesSettings:
