@@ -26,7 +26,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 DIFFERENCES = "differences.safetensors"
 DIRECTIONS = "directions.safetensors"
 VARIANCE = "variance.json"
+GEOMETRY = (DIFFERENCES, VARIANCE, DIRECTIONS)
 BEGAN = "began.json"  # what a folder was begun with: settings, digests of inputs
 METRICS = "metrics.jsonl"  # in a model's folder: a copy of its log
 LOCK_WAIT_S = 1.0  # whoever writes a single result is done by then
@@ -304,10 +305,10 @@ class Layout:
         """A file on the geometry of a model's activations."""
         return self.folder / "results" / "geometry" / spec.folder / name
 
-    def has_geometry(self, spec: Spec) -> bool:
-        """Whether it is found."""
-        files = [self.geometry_file(spec, n) for n in (DIFFERENCES, DIRECTIONS, VARIANCE)]
-        return all(self.whole(file) for file in files)
+    def has_geometry(self, spec: Spec, names: Iterable[str]) -> bool:
+        """Whether these of its files are there, and the differences that they stand on."""
+        files = [self.geometry_file(spec, name) for name in {DIFFERENCES, *names}]
+        return all(map(self.whole, files))
 
     def result_file(self, name: str) -> Path:
         """Where a result of this name lies."""

@@ -19,7 +19,7 @@ A model of a call is (method, seed) or (method, seed, variant); a variant is a n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from latlib.evaluation.outcomes import BASE, Keep, Subject
 from latlib.evaluation.phrases import redacted
 from latlib.experiment import build, launch
 from latlib.experiment.jobs import Job, prepare_process, work
-from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE, Layout
+from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, GEOMETRY, VARIANCE, Layout
 from latlib.experiment.record import RECORD
 from latlib.experiment.released import load_released
 from latlib.experiment.responses import make_responses
@@ -224,35 +224,45 @@ class Run:
 
     def _geometry(self, method: str, seed: int, name: str) -> Path:
         """The file with one of the three."""
-        self.find_geometry([(method, seed)])
+        self.find_geometry([(method, seed)], [name])
         return self.layout.geometry_file(self.spec(method, seed), name)
 
-    def find_geometry(self, models: Iterable[tuple[str, int]]) -> None:
-        """Find the three of every model, side by side."""
+    def find_geometry(
+        self, models: Iterable[tuple[str, int]], names: Sequence[str] = GEOMETRY
+    ) -> None:
+        """Find the three of every model, side by side, or those that are named. Directions are
+        searched for, which on a real model takes many times as long as the others."""
         specs = dict.fromkeys(self.spec(*model) for model in models)
-        missing = [spec for spec in specs if not self.layout.has_geometry(spec)]
+        missing = [spec for spec in specs if not self.layout.has_geometry(spec, names)]
         self._ensure(missing)
         jobs = []
         for spec in missing:
-            jobs.append(Job(f"geometry of {spec.name}", partial(self._find_geometry, spec)))
+            find = partial(self._find_geometry, spec, names)
+            jobs.append(Job(f"geometry of {spec.name}", find))
         self._work(jobs)
 
-    def _find_geometry(self, spec: Spec, on_step: OnStep) -> None:
+    def _find_geometry(self, spec: Spec, names: Sequence[str], on_step: OnStep) -> None:
         lm = self._model(spec)
         file = partial(self.layout.geometry_file, spec)
-        kept = self.layout.whole(file(DIFFERENCES))
-        if not kept:
+        if not self.layout.whole(file(DIFFERENCES)):
+            for name in (VARIANCE, DIRECTIONS):  # which stand on them
+                file(name).unlink(missing_ok=True)
             directions.paired_differences(lm, self.profile).save(file(DIFFERENCES))
         differences = Differences.load(file(DIFFERENCES))  # at the precision that is kept
-        if not (kept and self.layout.whole(file(DIRECTIONS))):
+        if VARIANCE in names and not self.layout.whole(file(VARIANCE)):
+            write_json(self._explained(lm, differences), file(VARIANCE))
+        if DIRECTIONS in names and not self.layout.whole(file(DIRECTIONS)):
             found = directions.find_directions(lm, self.profile, differences)
             directions.save_directions(found, file(DIRECTIONS))
+
+    def _explained(self, lm: LanguageModel, differences: Differences) -> Json:
+        """The variance that components of differences explain, and massive activations."""
         site = directions.fixed_site(len(differences.pairs) - 1)
         explained = variance_table(differences.last(), differences.clusters, site)
         pairs = self.profile.evaluation.pairs
         harmful, harmless = paired_activations(lm, self.profile, [site], pairs)
         explained["massive"] = massive_record((harmful[site], harmless[site]))
-        write_json(explained, file(VARIANCE))
+        return explained
 
     # ---- outcomes, measured once and kept
 

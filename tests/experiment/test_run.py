@@ -214,7 +214,7 @@ def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch)
 
     monkeypatch.setattr(directions, "find_directions", asked)
     with pytest.raises(Stopped):
-        run.differences("lat")
+        run.directions("lat")
     monkeypatch.undo()
     found = directions.paired_differences
     monkeypatch.setattr(directions, "paired_differences", lambda *_: pytest.fail("found again"))
@@ -225,6 +225,14 @@ def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch)
     monkeypatch.setattr(directions, "find_directions", asked)
     with pytest.raises(Stopped):
         run.directions("lat")
+
+
+def test_explained_variance_needs_no_search_for_directions(run, monkeypatch):
+    monkeypatch.setattr(directions, "find_directions", lambda *_: pytest.fail("searched"))
+    assert run.variance("ssft")["uncentred"] and not run.layout.has_geometry(
+        run.spec("ssft", 0), ["directions.safetensors"]
+    )
+    assert len(run.differences("ssft").pairs)
 
 
 def test_suites_and_attacks_share_one_call(run):
