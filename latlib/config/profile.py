@@ -96,13 +96,16 @@ class Profile(Section):
         return self.roles.compared
 
     @property
-    def attacked(self) -> list[str]:
-        """The methods whose robustness is measured: those compared, and those that claims about the
-        attack rest on.
-        """
+    def claimed(self) -> list[str]:
+        """The methods that claims about the attack rest on."""
         roles = self.roles
-        rested_on = {roles.undefended, roles.control, roles.no_radius, roles.main, roles.rival}
-        return [method for method in self.methods if method in rested_on.union(self.compared)]
+        named = {roles.undefended, roles.control, roles.no_radius, roles.main, roles.rival}
+        return [method for method in self.methods if method in named]
+
+    @property
+    def attacked(self) -> list[str]:
+        """The methods whose robustness is measured: those claimed and those compared."""
+        return [method for method in self.methods if method in {*self.claimed, *self.compared}]
 
     @property
     def contrasted(self) -> tuple[str, ...]:

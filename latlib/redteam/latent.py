@@ -305,7 +305,7 @@ def measure_cells(
     """Outcome rows of all cells on a model. keep: keeps each cell's."""
     tables = []
     for cell in with_progress(cells, on_step):
-        tables.append(keep(cell.digest(subject.label), partial(cell.measure, lm, subject)))
+        tables.append(keep(repr(cell), partial(cell.measure, lm, subject)))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -14,6 +14,7 @@ from latlib import train
 from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError
 from latlib.experiment import build
+from latlib.experiment.layout import DIRECTIONS
 from latlib.experiment.run import Run, _kept
 from latlib.io.files import write_table
 from latlib.io.progress import Stopped
@@ -229,9 +230,8 @@ def test_a_geometry_that_is_stopped_goes_on_behind_what_it_has(run, monkeypatch)
 
 def test_explained_variance_needs_no_search_for_directions(run, monkeypatch):
     monkeypatch.setattr(directions, "find_directions", lambda *_: pytest.fail("searched"))
-    assert run.variance("ssft")["uncentred"] and not run.layout.has_geometry(
-        run.spec("ssft", 0), ["directions.safetensors"]
-    )
+    assert run.variance("ssft")["uncentred"]
+    assert not run.layout.has_geometry(run.spec("ssft", 0), [DIRECTIONS])
     assert len(run.differences("ssft").pairs)
 
 
