@@ -138,7 +138,7 @@ def in_ball(e: Evidence, methods: Names, eps: float) -> DataFrame:
     Raises MissingError where not even `pgd` was measured, or where they share no prompt.
     """
     rows = e.cell(methods, BALL, eps=eps, where="latent", partial=True)
-    attacked = set(rows["method"][rows["attack"] == PGD])
+    attacked = set(rows["method"][rows["attack"] == PGD].unique())
     if not attacked:
         raise MissingError(f"no outcome of {PGD} at {e.radius(eps)}")
     return shared(rows[rows["method"].isin(attacked)])
@@ -150,7 +150,7 @@ def _more(attack: str) -> Judge:
         difference is no larger than half the width of pgd's own interval on the same prompts and
         seeds."""
         stronger = s.rows(attack)
-        plain = s.rows(seed=set(stronger["seed"]))
+        plain = s.rows(seed=stronger["seed"].unique())
         change = contrast(stronger, plain)
         own = rate(plain)
         small = abs(change.estimate) <= (own.high - own.low) / 2

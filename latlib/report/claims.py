@@ -269,7 +269,7 @@ def _bounded(effect: Effect) -> Effect:
 def _trained_otherwise(e: Evidence, variant: str, names: Sequence[str], **cell: Any) -> Sides:
     """The same cell of the main method and of a variant of it, on the variant's seeds."""
     other = e.cell(e.main, variant=variant, **cell)
-    own = e.cell(e.main, seed=set(other["seed"]), **cell)
+    own = e.cell(e.main, seed=other["seed"].unique(), **cell)
     return dict(zip(names, (own, other)))
 
 
@@ -471,7 +471,7 @@ def rival_typed(e: Evidence) -> Effect:
 
 def _alike(sides: Sides) -> Sides:
     """The sides with the attacks that all of them have."""
-    common = set.intersection(*(set(rows["attack"]) for rows in sides.values()))
+    common = set.intersection(*(set(rows["attack"].unique()) for rows in sides.values()))
     return {name: rows[rows["attack"].isin(common)] for name, rows in sides.items()}
 
 

@@ -305,8 +305,8 @@ class Evidence:
         for column, values in lists.items():
             found &= self._with(column, values)
         rows = self.rows[found]
-        absent = set(display_names(set(lists["method"]) - set(rows["method"])))
-        absent |= set(lists.get("attack", ())) - set(rows["attack"])
+        absent = set(display_names(set(lists["method"]) - set(rows["method"].unique())))
+        absent |= set(lists.get("attack", ())) - set(rows["attack"].unique())
         if rows.empty or (absent and not partial):
             names = ", ".join(sorted(absent))
             raise MissingError(f"no outcome of {names} where {_described(lists)}")

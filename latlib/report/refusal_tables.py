@@ -100,8 +100,9 @@ def targets(e: Evidence) -> list[str]:
     """The models of a run that were put under ablation, the base first. Raises MissingError for
     none.
     """
-    ablated = e.cell((BASE, *e.profile.methods), partial=True, intervention="ablate")["method"]
-    return [name for name in (BASE, *e.profile.methods) if name in set(ablated)]
+    names = (BASE, *e.profile.methods)
+    ablated = set(e.cell(names, partial=True, intervention="ablate")["method"].unique())
+    return [name for name in names if name in ablated]
 
 
 def _found_table(rows: DataFrame, by: list[str]) -> DataFrame:

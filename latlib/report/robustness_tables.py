@@ -176,7 +176,7 @@ def gain_table(e: Evidence) -> DataFrame:
 
 def _gain(*sides: DataFrame) -> Interval:
     """ASR of the first side minus the second's, over the attacks that both faced."""
-    both = set.intersection(*(set(side["attack"]) for side in sides))
+    both = set.intersection(*(set(side["attack"].unique()) for side in sides))
     undefended, defended = (worst(side[side["attack"].isin(both)]) for side in sides)
     return contrast(undefended, defended)
 
@@ -289,7 +289,7 @@ def transfer_matrix(e: Evidence, eps: float | None = None) -> Drawn:
     methods = e.attacked
     cell = partial(e.cell, methods, eps=eps, partial=True)
     moved = cell(TRANSFER)
-    noise = cell(NOISE, where="latent", seed=set(moved["seed"]))
+    noise = cell(NOISE, where="latent", seed=moved["seed"].unique())
     rows = pd.concat([moved, noise.assign(source=NOISE)])
     grid = rates_by(rows, ["source", "method"]).unstack()
     grid = grid.reindex(index=[*methods, NOISE], columns=methods)

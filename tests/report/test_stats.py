@@ -5,9 +5,12 @@ from equal values.
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import binomtest, ttest_1samp
 from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
 
 from latlib.refusal.geometry import shares_left_out
 from latlib.report.stats import (
@@ -257,8 +260,10 @@ def test_values_that_are_no_shares_have_students_interval():
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_holm():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_is_statsmodels(p_values):
+    expected = multipletests(p_values, method="holm")[1].tolist() if p_values else []
+    assert holm(p_values) == pytest.approx(expected)
 
 
 def test_p_values_agree_with_intervals():
