@@ -24,9 +24,10 @@ hypothesis.settings.load_profile("latlib")
 
 _HOME = Path(tempfile.mkdtemp(prefix="latlib-tests-"))
 
-# Set before torch, transformers or wandb can be imported, and inherited by the kernels and scripts
-# that tests start.
+# Set before numpy, torch, transformers or wandb can be imported, and inherited by the kernels and
+# scripts that tests start.
 os.environ.update(
+    OMP_NUM_THREADS="1",  # numpy's threads wait busily for those of the worker beside
     OMP_WAIT_POLICY="PASSIVE",
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",

@@ -56,8 +56,10 @@ class Job:
 def prepare_process(threads: int) -> None:
     """Let this process use so many threads, and keep the memory it frees."""
     import torch
+    from threadpoolctl import threadpool_limits
 
     keep_freed_memory()
+    threadpool_limits(threads)  # numpy's and scipy's
     torch.set_num_threads(threads)
 
 

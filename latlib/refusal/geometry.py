@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh, subspace_angles
 from scipy.stats import t as student
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from latlib.hooks import orthonormal
@@ -85,10 +86,11 @@ def shares_left_out(
     rows = difference.double().numpy()
     products = rows @ rows.T
     names = np.arange(len(rows)) if clusters is None else np.asarray(clusters)
-    found = [_shares(products, centred)]
-    for name in np.unique(names):
-        left = names != name
-        found.append(_shares(products[left][:, left], centred))
+    with threadpool_limits(1):  # more threads wait for each other longer than so few rows take
+        found = [_shares(products, centred)]
+        for name in np.unique(names):
+            left = names != name
+            found.append(_shares(products[left][:, left], centred))
     return np.array(found)
 
 
