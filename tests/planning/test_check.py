@@ -331,10 +331,10 @@ def test_a_first_look_needs_its_own_models_alone(capsys, monkeypatch):
     )
     assert "sites of at" not in lines
     _, lines = status_of("tiny", CPU, capsys)
-    said = lines["time"]["text"]  # 32 hours of one core
-    assert said.startswith("16.0 h (base 6.0 h, ssft 3.0 h, rt 3.0 h, at 3.0 h, ")
-    assert ", 8 variants of lat 8.0 h); " in said and ", 2 models side by side; " in said
-    assert lines["time of all"]["text"].startswith("about 36.8 h with evaluations: ")
+    said = lines["time"]["text"]  # 27 hours of one core
+    assert said.startswith("13.5 h (base 6.0 h, ssft 3.0 h, rt 3.0 h, at 3.0 h, ")
+    assert ", 3 variants of lat 3.0 h); " in said and ", 2 models side by side; " in said
+    assert lines["time of all"]["text"].startswith("about 27.0 h with evaluations: ")
     assert "scope" not in lines
 
 
