@@ -109,6 +109,7 @@ def harmless(holds: bool) -> list[pd.DataFrame]:
 def removed(holds: bool) -> list[pd.DataFrame]:
     tables = []
     for target, by_reference in {"ssft": 0.6, "at-u": 0.2, "lat-u": 0.0}.items():
+        tables.append(ablated(target, 0.0, "nothing"))  # all refuse
         shares = {"ssft": by_reference, "at-u": 0.2, "lat-u": 0.9}
         for source, share in shares.items():
             tables.append(ablated(target, _share(holds, share), source, "best"))

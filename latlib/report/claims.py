@@ -61,6 +61,7 @@ from latlib.report.evidence import (
 from latlib.report.stats import jackknife_interval, odds_interval
 from latlib.report.tables import between_markers
 from latlib.report.verdicts import (
+    DIRECTIONS,
     Claim,
     Effect,
     EffectOf,
@@ -513,7 +514,7 @@ def of_abbas(name: str, statement: str, paper: str) -> Callable[[EffectOf], Effe
         paper=paper,
         control="{reference} and {untargeted_rival}: same rows and steps, none with an away loss",
         roles=("untargeted", "untargeted_rival", "reference"),
-        topics=("directions",),
+        topics=(DIRECTIONS,),
     )
 
 
@@ -684,9 +685,7 @@ def write_readme(results: Path, readme: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: print the table, or put it into a README."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latlib.report.claims", description="The table of claims from results."
-    )
+    parser = argparse.ArgumentParser("python -m latlib.report.claims", description="The claims.")
     parser.add_argument("--results", type=Path, required=True, help="such as results/tiny")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced (else: print it)")
     options = parser.parse_args(arguments)

@@ -12,8 +12,9 @@
 
 3. Before that: *cannot be decided here* is the verdict where the data could not have come out for
    the claim. So with one seed, where the control leaves less room than `least` (`Effect.ceiling`),
-   or where data is missing; and, of what would be inconclusive, where the largest effect there was
-   room for would not have been shown in four of five repetitions (`Interval.detectable`).
+   where what is compared is not what the claim is about (`Effect.void`), or where data is missing;
+   and, of what would be inconclusive, where the largest effect there was room for would not have
+   been shown in four of five repetitions (`Interval.detectable`).
 4. Verdicts are of each claim's own interval; beside each stands its p-value, and Holm's for the
    whole ledger.
 5. A claim names what its numbers stand on (`topics`): checks of the panel and of the run that fail
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,13 +33,23 @@ from pandas import DataFrame
 
 from latlib.evaluation.outcomes import BASE, Word
 from latlib.report.attack_checks import Check, Status
-from latlib.report.evidence import Evidence, MissingError, contrast, display_name, rate
+from latlib.report.evidence import (
+    DEFENDED,
+    Evidence,
+    MissingError,
+    contrast,
+    display_name,
+    display_names,
+    not_defended,
+    rate,
+)
 from latlib.report.run_checks import floor_rows
 from latlib.report.stats import Interval, holm
 from latlib.report.tables import markdown
 
 # ten points of a share: the held-out pairs of the made-up world cannot rule out much less
 SMALLEST_EFFECT = 0.10
+DIRECTIONS = "directions"  # the topic of claims about what models refuse by
 # of a line of the run's checks -> as the panel says it
 HOLDS = {"yes": Status.PASS, "no": Status.FAIL, "not measured": Status.NOT_MEASURED}
 HEADER = (
@@ -67,12 +79,14 @@ class Verdict(Word):
 @dataclass(frozen=True)
 class Effect:
     """Comparisons that must all hold. note: the levels behind them, from the data. ceiling: the
-    largest effect that the control left room for.
+    largest effect that the control left room for. void: why they say nothing about the claim, ''
+    where they do.
     """
 
     comparisons: Sequence[Interval]
     note: str
     ceiling: float = 1.0
+    void: str = ""
 
     @property
     def interval(self) -> Interval:
@@ -189,6 +203,8 @@ class Claim:
         except MissingError as error:
             why = f"not measured: {error}"
             return replace(here, verdict=Verdict.UNDECIDABLE, why=why)
+        if DIRECTIONS in self.topics:
+            effect = replace(effect, void=_without_refusal(e, self.roles))
         verdict, why = decide(effect, self.bar, self.least)
         return replace(
             here,
@@ -209,11 +225,22 @@ class Claim:
         return f"odds ratio {self.interval.odds}" if self.odds else self.interval.points
 
 
+def _without_refusal(e: Evidence, roles: Sequence[str]) -> str:
+    """Whose directions are none of refusal, '' where all refuse or nobody was asked."""
+    with suppress(MissingError):
+        if weak := not_defended(e, [e.role(role) for role in roles]):
+            names = " and ".join(display_names(weak))
+            return f"{names}: less than {100 * DEFENDED:.0f} % of harmful requests are refused"
+    return ""
+
+
 def decide(effect: Effect, bar: float = 0.0, least: float = SMALLEST_EFFECT) -> tuple[Verdict, str]:
     """(the verdict on an effect, why it cannot be decided), by the module's rule."""
     interval = effect.interval
     if interval.seeds < 2:
         return Verdict.UNDECIDABLE, "one seed says nothing of others"
+    if effect.void:
+        return Verdict.UNDECIDABLE, effect.void
     if effect.ceiling < least:
         why = f"the control leaves room for {100 * effect.ceiling:.1f} points at most"
         return Verdict.UNDECIDABLE, why

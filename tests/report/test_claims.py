@@ -77,6 +77,20 @@ def test_no_claim_rests_on_a_direction_that_was_not_found():
     assert some["strongest-vector"].interval.seeds == len(set(rows["seed"])) - 1
 
 
+def test_no_claim_about_refusal_rests_on_a_model_that_does_not_refuse():
+    run = ledger(True)
+    roles = run.profile.roles
+    for method in (roles.untargeted, roles.untargeted_rival, run.reference):
+        rows = run.outcomes.copy()
+        rows.loc[(rows["method"] == method) & (rows["source"] == "nothing"), "outcome"] = "complied"
+        found = {c.id: c for c in claims.measure(replace(run, outcomes=rows))}
+        of_abbas = [c for c in found.values() if c.source == claims.ABBAS]
+        assert len(of_abbas) == 4
+        for claim in of_abbas:
+            assert claim.verdict is Verdict.UNDECIDABLE and claim.interval
+            assert claim.why.startswith(f"{display_name(method)}: less than 80 % of harmful")
+
+
 def test_two_clusters_decide_nothing():
     few = ledger(False)
     few = Evidence(PROFILE, few.outcomes[few.outcomes["cluster"] < 2])

@@ -11,7 +11,7 @@ from synthetic import PROFILE, SEEDS, ablated, cell, evidence
 
 from latlib.config.profile import Profile
 from latlib.report import refusal_tables
-from latlib.report.evidence import Evidence, MissingError, not_in_vain
+from latlib.report.evidence import Evidence, MissingError, not_defended, not_in_vain
 from latlib.report.stats import holm
 
 LAT = "lat-untargeted"
@@ -66,9 +66,9 @@ def test_a_method_that_was_not_ablated_is_left_out_of_the_matrix():
 
 def test_an_undefended_target_is_marked():
     found = evidence(True)
-    assert refusal_tables.undefended(found, ["ssft", "lat"]) == []
+    assert not_defended(found, ["ssft", "lat"]) == []
     half = Evidence(found.profile, ablated("ssft", 0.5, "nothing"))
-    assert refusal_tables.undefended(half, ["ssft"]) == ["ssft"]
+    assert not_defended(half, ["ssft"]) == ["ssft"]
     sides = {("ssft", "ssft"): 0.5, ("ssft", LAT): 0.2, (LAT, "ssft"): 0.5, (LAT, LAT): 0.2}
     sides |= {("at", "ssft"): 0.5, ("at", LAT): 0.2, ("at", "at"): 0.5}
     table = refusal_tables.comparisons(with_untargeted(sides, plain=0.5))
