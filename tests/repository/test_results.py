@@ -21,8 +21,6 @@ PLACE = re.compile(
 WARNING = re.compile(r"\b\w+Warning\b")
 IMAGE = re.compile(r'data:image/[^"]*|"image/(?:png|jpeg)": "[^"]*"')
 HOMES = [f"/{folder}" + "/ada" for folder in ("home", "Users", "root", "tmp")]
-# published with an alarm of a loss that rose where the attack began and fell again: none any more
-ALARMED = ("tiny/notebooks/03_lat_training.ipynb",)
 
 
 def noise(name: str, text: str) -> list[str]:
@@ -72,8 +70,5 @@ def test_there_is_evidence():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RESULTS)))
-def test_it_has_no_noise(file, request):
-    if (name := file.relative_to(RESULTS).as_posix()) in ALARMED:
-        why = f"published before that was mended: publish again, and delete {name} in ALARMED"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
+def test_it_has_no_noise(file):
     assert not noise(file.name, file.read_text(encoding="utf-8"))
