@@ -54,12 +54,14 @@ class Job:
 
 
 def prepare_process(threads: int) -> None:
-    """Let this process use so many threads, and keep the memory it frees."""
+    """Let this process use so many threads from now on, in numpy and scipy too, and keep the memory
+    that it frees.
+    """
     import torch
     from threadpoolctl import threadpool_limits
 
     keep_freed_memory()
-    threadpool_limits(threads)  # numpy's and scipy's
+    threadpool_limits(threads)
     torch.set_num_threads(threads)
 
 

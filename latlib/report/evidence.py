@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -446,14 +447,21 @@ def not_in_vain(rows: DataFrame) -> DataFrame:
 
 def not_defended(e: Evidence, names: Sequence[str]) -> list[str]:
     """Those of some models that refuse less than `DEFENDED` of the harmful prompts before anything
-    is removed. Raises MissingError where none was asked them.
+    is removed, or in the audit where nothing was. One that was not asked is not among them.
     """
+    found = []
+    for name in names:
+        with suppress(MissingError):
+            if rate(_before_removal(e, name), "refused").estimate < DEFENDED:
+                found.append(name)
+    return found
+
+
+def _before_removal(e: Evidence, name: str) -> DataFrame:
     try:
-        rows = e.cell(names, partial=True, intervention="ablate", source=NOTHING)
+        return e.cell(name, intervention="ablate", source=NOTHING)
     except MissingError:
-        rows = e.cell(names, partial=True)
-    refused = rates_by(rows, "method", "refused")
-    return [name for name in names if name in refused and refused[name].estimate < DEFENDED]
+        return e.cell(name)
 
 
 def attacks_in(rows: DataFrame) -> Series:

@@ -8,9 +8,10 @@ import time
 
 import psutil
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from latlib.config.profile import load_profile
-from latlib.experiment.jobs import Job, work
+from latlib.experiment.jobs import Job, prepare_process, work
 from latlib.io import progress
 
 TWO = load_profile("smoke").model_copy(update={"workers": 2})
@@ -44,17 +45,10 @@ def test_jobs_are_counted_as_jobs_and_nothing_is_left_of_their_bar(tmp_path, mon
     assert progress.read(tmp_path) is None and not list((tmp_path / "logs").iterdir())
 
 
-def threads_of_numpy(on_step):
-    from threadpoolctl import threadpool_info
-
-    assert {pool["num_threads"] for pool in threadpool_info()} == {1}
-
-
-def test_a_worker_keeps_to_its_core_in_numpy_too(tmp_path, monkeypatch):
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    jobs = [Job(name, threads_of_numpy) for name in "ab"]
-    work(TWO, tmp_path, jobs)
+def test_a_process_keeps_to_its_threads_in_numpy_too():
+    with threadpool_limits(2):
+        prepare_process(1)
+        assert {pool["num_threads"] for pool in threadpool_info()} == {1}
 
 
 def test_a_worker_that_is_killed_is_said_to_be_that(tmp_path):

@@ -12,6 +12,7 @@ from latlib.report import claims
 from latlib.report.evidence import Evidence, MissingError, contrast, display_name, rate, spikes
 from latlib.report.run_checks import floor_table
 from latlib.report.stats import Interval
+from latlib.report.summary import in_short
 from latlib.report.tables import between_markers
 from latlib.report.verdicts import (
     Effect,
@@ -87,8 +88,11 @@ def test_no_claim_about_refusal_rests_on_a_model_that_does_not_refuse():
         of_abbas = [c for c in found.values() if c.source == claims.ABBAS]
         assert len(of_abbas) == 4
         for claim in of_abbas:
-            assert claim.verdict is Verdict.UNDECIDABLE and claim.interval
-            assert claim.why.startswith(f"{display_name(method)}: less than 80 % of harmful")
+            concerned = method in {getattr(roles, role) for role in claim.roles}
+            assert (claim.verdict is Verdict.UNDECIDABLE) == concerned and claim.interval
+            if concerned:
+                assert claim.why.endswith(f"less than 80 %, by {display_name(method)}")
+        assert "with a model that does not refuse" in in_short(run, list(found.values()), [])
 
 
 def test_two_clusters_decide_nothing():
