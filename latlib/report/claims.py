@@ -505,15 +505,15 @@ def rival_answers_encoded(e: Evidence) -> Effect:
 # ---- Abbas et al.: untargeted LAT
 
 
-def of_abbas(name: str, statement: str, paper: str, *roles: str) -> Callable[[EffectOf], EffectOf]:
-    """A claim of Abbas et al., about the methods that the paper trained, or two of them."""
+def of_abbas(name: str, statement: str, paper: str) -> Callable[[EffectOf], EffectOf]:
+    """A claim of Abbas et al., about the methods that the paper trained."""
     return claim(
         name,
         ABBAS,
         statement,
         paper=paper,
         control="{reference} and {untargeted_rival}: same rows and steps, none with an away loss",
-        roles=roles or ("untargeted", "untargeted_rival", "reference"),
+        roles=("untargeted", "untargeted_rival", "reference"),
         topics=(DIRECTIONS,),
     )
 
@@ -597,8 +597,6 @@ def strongest_vector(e: Evidence) -> Effect:
     "resists-reference",
     "{untargeted} resists the vector of the reference model.",
     "refused under SSFT's vector: LAT 25.77, SSFT 20.38 % (unpaired p = .04)",
-    "untargeted",
-    "reference",
 )
 def resists_reference(e: Evidence) -> Effect:
     """Refusals under {reference}'s vector, {untargeted} minus {reference}."""

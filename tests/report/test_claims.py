@@ -88,10 +88,8 @@ def test_no_claim_about_refusal_rests_on_a_model_that_does_not_refuse():
         of_abbas = [c for c in found.values() if c.source == claims.ABBAS]
         assert len(of_abbas) == 4
         for claim in of_abbas:
-            concerned = method in {getattr(roles, role) for role in claim.roles}
-            assert (claim.verdict is Verdict.UNDECIDABLE) == concerned and claim.interval
-            if concerned:
-                assert claim.why.endswith(f"less than 80 %, by {display_name(method)}")
+            assert claim.verdict is Verdict.UNDECIDABLE and claim.interval
+            assert claim.why.endswith(f"less than 80 %, by {display_name(method)}")
         assert "with a model that does not refuse" in in_short(run, list(found.values()), [])
 
 

@@ -333,7 +333,7 @@ def test_the_committed_results_beside_themselves_and_beside_a_changed_copy(
     tiny = Side.load("A", root / "results" / "tiny")
     same = Comparison(tiny, Side.load("B", root / "results" / "tiny"))
     assert set(ids(same)[SAME]) == ALL and same.settings == same.only_in_one == []
-    assert len(same.curves[0]) == len(tiny.evidence.profile.methods)
+    assert len(same.curves[0]) == len(tiny.evidence.attacked)
     e = tiny.evidence
     train = e.profile.train.model_dump(mode="json") | {"steps": 7}
     rows = e.outcomes[e.outcomes["seed"] != 2]
