@@ -684,7 +684,9 @@ def write_readme(results: Path, readme: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: print the table, or put it into a README."""
-    parser = argparse.ArgumentParser("python -m latlib.report.claims", description="The claims.")
+    parser = argparse.ArgumentParser(
+        prog="python -m latlib.report.claims", description="The table of claims from results."
+    )
     parser.add_argument("--results", type=Path, required=True, help="such as results/tiny")
     parser.add_argument("--readme", type=Path, help="file whose table is replaced (else: print it)")
     options = parser.parse_args(arguments)
