@@ -8,10 +8,9 @@ import time
 
 import psutil
 import pytest
-from threadpoolctl import threadpool_info, threadpool_limits
 
 from latlib.config.profile import load_profile
-from latlib.experiment.jobs import Job, prepare_process, work
+from latlib.experiment.jobs import Job, work
 from latlib.io import progress
 
 TWO = load_profile("smoke").model_copy(update={"workers": 2})
@@ -45,10 +44,20 @@ def test_jobs_are_counted_as_jobs_and_nothing_is_left_of_their_bar(tmp_path, mon
     assert progress.read(tmp_path) is None and not list((tmp_path / "logs").iterdir())
 
 
+THREADS = """
+import scipy.linalg
+from threadpoolctl import threadpool_info
+from latlib.experiment.jobs import prepare_process
+prepare_process(1)
+print({pool["num_threads"] for pool in threadpool_info()})
+"""
+
+
 def test_a_process_keeps_to_its_threads_in_numpy_too():
-    with threadpool_limits(2):
-        prepare_process(1)
-        assert {pool["num_threads"] for pool in threadpool_info()} == {1}
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env["OPENBLAS_NUM_THREADS"] = "2"
+    said = subprocess.run([sys.executable, "-c", THREADS], env=env, capture_output=True, text=True)
+    assert said.stdout == "{1}\n", said.stderr
 
 
 def test_a_worker_that_is_killed_is_said_to_be_that(tmp_path):
