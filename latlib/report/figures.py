@@ -124,11 +124,11 @@ def draw_security(ax: Axes, e: Evidence, methods: Methods) -> DataFrame:
 
 
 def security_curve(e: Evidence, methods: Methods = ()) -> Drawn:
-    """ASR against eps for every method (by default those compared), beside noise of the same
+    """ASR against eps for every method (by default those attacked), beside noise of the same
     norm.
     """
     figure, axes = axes_of(height=4.2)
-    asr = draw_security(axes[0, 0], e, methods or e.profile.compared)
+    asr = draw_security(axes[0, 0], e, methods or e.profile.attacked)
     what = (
         "Attack success rate (ASR) against the radius eps of the latent attack; hollow: noise of"
         f" the same norm; dotted: the eps in which {e.names['main']} was trained"
@@ -137,12 +137,20 @@ def security_curve(e: Evidence, methods: Methods = ()) -> Drawn:
     return Drawn(figure, alt, counted(what, asr))
 
 
+def _asked(e: Evidence, methods: Methods, encodings: list[str]) -> list[str]:
+    """Those of the methods that were asked harmful prompts without an attack. Raises MissingError
+    for none.
+    """
+    asked = set(e.cell(methods, encoding=encodings, partial=True)["method"])
+    return [method for method in methods if method in asked]
+
+
 def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -> Drawn:
-    """Refused, complied or neither, for every method (by default the base and those compared) and
+    """Refused, complied or neither, for every method (by default the base and those asked) and
     encoding; a diamond: harmless twins answered.
     """
-    methods = methods or (BASE, *e.profile.compared)
     encodings = list(e.profile.evaluation.encodings)
+    methods = methods or _asked(e, (BASE, *e.profile.attacked), encodings)
     figure, axes = panels_of(len(methods), 2.5, sharey=True)
     alt_text = []
     panels = {}
@@ -172,14 +180,14 @@ def encodings_bars(e: Evidence, methods: Methods = (), prompts: str = HARMFUL) -
 
 
 def harmless_bars(e: Evidence) -> Drawn:
-    """Harmless requests refused, answered or neither, for the base and those compared."""
+    """Harmless requests refused, answered or neither, for the base and those asked."""
     return encodings_bars(e, prompts=HARMLESS)
 
 
 def training_curves(e: Evidence, methods: Methods = ()) -> Drawn:
     """Loss terms over training: mean over seeds, the band from the lowest to the highest seed."""
     steps = {}
-    for method in methods or e.profile.compared:
+    for method in methods or e.profile.attacked:
         curves = list(e.curves(method).values())
         if curves:
             steps[method] = pd.concat(curves)
@@ -367,6 +375,7 @@ def eps_sweep(e: Evidence) -> Drawn:
 def draw_encodings(ax: Axes, e: Evidence, methods: Methods) -> DataFrame:
     """ASR of each method in each encoding, side by side. Returns what is drawn."""
     encodings = list(e.profile.evaluation.encodings)
+    methods = _asked(e, methods, encodings)
     rows = e.cell(methods, encoding=encodings)
     asr = rates_by(rows, ["encoding", "method"]).unstack()
     asr = asr.loc[encodings, list(methods)]
@@ -384,10 +393,9 @@ def main_figure(e: Evidence) -> Drawn:
     with plt.rc_context(RC):
         layout = [["latent", "encoded"], ["ablated", "ablated"]]
         figure, axes = plt.subplot_mosaic(layout, figsize=(9.5, 7.4), height_ratios=(1.15, 1))
-    methods = e.profile.compared
-    latent = draw_security(axes["latent"], e, methods)
-    encoded = draw_encodings(axes["encoded"], e, methods)
-    alt, ablated = draw_matrix(axes["ablated"], e, names=methods)
+    latent = draw_security(axes["latent"], e, e.profile.attacked)
+    encoded = draw_encodings(axes["encoded"], e, e.profile.attacked)
+    alt, ablated = draw_matrix(axes["ablated"], e, names=e.profile.compared)
     panels = {axes["latent"]: latent, axes["encoded"]: encoded, axes["ablated"]: ablated}
     size_panels(panels, always=True)  # it is shown without its caption too
     first = f"Attack success rate against eps. {words(latent)}. By encoding: {words(encoded)}."

@@ -203,7 +203,7 @@ def claims_table(e: Evidence, measured: Sequence[Claim], found: Sequence[Ground]
             counts = f"{claim.interval.n}, {claim.interval.seeds}"
         mark = _mark(grounds_of(e, claim, found))
         assert claim.verdict is not None  # measured
-        here = claim.shown or claim.why
+        here = "<br>".join(filter(None, (claim.shown, claim.why)))
         rows.append([claim.statement, badge(claim.verdict), here, counts, mark, paper])
     header = ["Claim", "Verdict", "Here: effect [95 %]", "n, seeds", "Its checks", "Source"]
     return markdown(header, rows)

@@ -4,6 +4,7 @@ empty.
 
 import io
 import re
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,6 +58,21 @@ def test_a_figure_says_how_many_seeds_it_is_of(run, draw):
     if draw is not figures.training_curves:
         assert re.search(r"\bn = \d", caption), caption
     plt.close(figure)
+
+
+def test_every_method_that_was_asked_is_drawn_compared_or_not(run):
+    """A profile may compare methods for their directions and attack others."""
+    roles = run.profile.roles.model_copy(update={"compared": ("ssft", "at")})
+    e = replace(run, profile=run.profile.model_copy(update={"roles": roles}))
+    whole = figures.main_figure(e)
+    latent, encoded, _ = whole.figure.axes[:3]
+    for panel in (latent, encoded):
+        drawn = " ".join(panel.get_legend_handles_labels()[1])
+        assert re.search(r"\bLAT\b", drawn.replace("LAT's", "")), drawn
+    without = replace(e, outcomes=e.outcomes[e.outcomes["method"] != "at"])
+    drawn = figures.encodings_bars(without)
+    assert [ax.get_title() for ax in drawn.figure.axes] == ["base", "SSFT", "LAT"]
+    plt.close("all")
 
 
 def test_panels_say_their_own_sizes_where_they_differ(run):

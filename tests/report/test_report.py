@@ -17,7 +17,7 @@ from IPython.core.formatters import DisplayFormatter
 from ledger_evidence import PROFILE, ledger
 from nbconvert.filters import markdown2html
 from nbformat.v4 import new_output
-from synthetic import attacked
+from synthetic import attacked, evidence
 
 from latlib.experiment.run import Run
 from latlib.report import claims, diagram, plots, summary
@@ -340,6 +340,14 @@ def test_a_claim_carries_the_mark_of_its_checks():
     assert "✔" in table and "✘" not in table, "the claim is not about these"
     unknown = [Ground("", "base", "the base knows", Status.NOT_MEASURED), *passed]
     assert "? 1 of" in summary.claims_table(broken, measured, unknown)
+
+
+def test_an_undecided_claim_says_why_beside_its_interval():
+    e = evidence(True)
+    [claim] = claims.measure(e, ["eps-too-small"])
+    assert claim.interval is not None and claim.why == "one seed says nothing of others"
+    table = summary.claims_table(e, [claim], [])
+    assert claim.shown in table and claim.why in table
 
 
 def test_verdicts_differ_in_shape_and_can_be_read():
