@@ -39,6 +39,7 @@ from latlib.threat import depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
+AT_ONCE = 8  # prompts, before a candidate's KL is looked at; our choice
 NOTHING = 1e-6  # of the longest candidate: what is shorter is rounding; our choice
 
 
@@ -135,11 +136,18 @@ class Scores:
         self.plain = last_log_probabilities(network, harmless)
 
     def kl(self, candidate: Direction) -> float:
-        """nats"""
+        """nats. Of a candidate whose first prompts alone take the mean over `MOST_KL` a lower
+        bound: the others are not asked.
+        """
         ablated = self.network.ablated(candidate.vector)
-        quiet = last_log_probabilities(ablated, self.harmless)
-        each = kl_div(quiet, self.plain, log_target=True, reduction="none").sum(-1)
-        return each.mean().item()
+        count, total = len(self.harmless), 0.0
+        for start in range(0, count, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            quiet = last_log_probabilities(ablated, self.harmless[part])
+            total += kl_div(quiet, self.plain[part], log_target=True, reduction="sum").item()
+            if total > MOST_KL * count:
+                break
+        return total / count
 
     def induce(self, candidate: Direction) -> float:
         """A mean refusal score."""

@@ -60,6 +60,29 @@ def test_scores_equal_plain_loops_over_the_stock_model(forward):
             assert scores.kl(candidate) == pytest.approx(sum(kl) / 5, abs=1e-5)
 
 
+def test_a_candidate_that_moves_too_much_is_not_asked_to_the_end(monkeypatch):
+    lm = tiny.language_model(trained=True)
+    scores = selection.Scores(lm.network(), HARMFUL, HARMLESS, TOKENS)
+    candidate = Direction(means()[0][-1], 0)
+    whole = scores.kl(candidate)
+    asked = []
+    ask = selection.last_log_probabilities
+
+    def counted(network, rows, *rest):
+        asked.extend(rows)
+        return ask(network, rows, *rest)
+
+    monkeypatch.setattr(selection, "last_log_probabilities", counted)
+    monkeypatch.setattr(selection, "AT_ONCE", 1)
+    monkeypatch.setattr(selection, "MOST_KL", 1.01 * whole)
+    assert scores.kl(candidate) == pytest.approx(whole, abs=1e-6)
+    assert asked == HARMLESS
+    asked.clear()
+    monkeypatch.setattr(selection, "MOST_KL", whole / 10)
+    assert whole / 10 < scores.kl(candidate) < whole
+    assert 0 < len(asked) < len(HARMLESS)
+
+
 class Known:
     """Scores that are given: site -> (bypass, induce, kl); remembers what was asked of whom."""
 
