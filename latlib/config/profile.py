@@ -60,7 +60,8 @@ class Profile(Section):
     train: TrainSettings = TrainSettings()
     methods: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     roles: RolesSettings = RolesSettings()
-    # method -> folder or hub id of somebody's model or adapter, which is not trained
+    # method -> folder or hub id of somebody's model or adapter, which is not trained; "{seed}" in
+    # it stands for the seed
     released: dict[Text, Text] = {}
     evaluation: EvaluationSettings = EvaluationSettings()
     sweep: SweepSettings = SweepSettings()
@@ -106,6 +107,11 @@ class Profile(Section):
     def attacked(self) -> list[str]:
         """The methods whose robustness is measured: those claimed and those compared."""
         return [method for method in self.methods if method in {*self.claimed, *self.compared}]
+
+    def released_source(self, method: str, seed: int) -> str | None:
+        """The folder or hub id of a method's released model, None for a method that is trained."""
+        source = self.released.get(method)
+        return source and source.replace("{seed}", str(seed))
 
     @property
     def contrasted(self) -> tuple[str, ...]:

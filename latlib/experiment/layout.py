@@ -206,7 +206,7 @@ class Layout:
         if spec.method == BASE:
             source = self.profile.model.source
             return None if source == "world" else source
-        return self.profile.released.get(spec.method)
+        return self.profile.released_source(spec.method, spec.seed)
 
     def model_folder(self, spec: Spec) -> Path:
         """Where a model of this run lies once it is made; of one that is not made here, its

@@ -165,10 +165,11 @@ class Run:
     def _model(self, spec: Spec) -> LanguageModel:
         self._ensure([spec])
         base, settings = self.layout.model_folder(spec.base), self.profile.model
-        if spec.method in self.profile.released:
-            return load_released(base, settings, self.profile.released[spec.method])
-        adapter = None if spec.method == BASE else self.layout.model_folder(spec)
-        return load_model(base, settings, adapter)
+        if spec.method == BASE:
+            return load_model(base, settings)
+        if source := self.layout.source(spec):
+            return load_released(base, settings, source)
+        return load_model(base, settings, self.layout.model_folder(spec))
 
     def card(
         self,

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,9 @@ def used_models(profile: Profile) -> dict[str, str]:
     if profile.model.source == "world":
         return {}
     used = {profile.model.source: "model"}
-    for method, source in profile.released.items():
+    for method, seed in product(profile.released, profile.seeds):
+        source = profile.released_source(method, seed)
+        assert source is not None  # it is released
         used.setdefault(source, f"released {method}")
     for source in judges(profile.evaluation.grader):
         used.setdefault(source, GRADER)

@@ -312,12 +312,12 @@ def test_a_prompt_that_is_trained_and_tested_on_stops_the_run_before_anything_is
 
 
 def test_somebodys_models_are_evaluated_and_not_trained(finished, tree, tmp_path):
-    """A released adapter and a released model: what is measured on them is what was measured where
-    they were made.
+    """A released adapter, named by its seed, and a released model: what is measured on them is
+    what was measured where they were made.
     """
     _, run = finished
-    (tmp_path / NAME).symlink_to(run.layout.model_folder(run.spec("lat", 0)))
-    released = {"ssft": tree["model"]["source"], "lat": str(tmp_path / NAME)}
+    (tmp_path / f"{NAME} 0").symlink_to(run.layout.model_folder(run.spec("lat", 0)))
+    released = {"ssft": tree["model"]["source"], "lat": str(tmp_path / f"{NAME} {{seed}}")}
     changed = {**tree, "name": "released", "released": released, "sweep": {"variants": {}}}
     changed["methods"] = {name: tree["methods"][name] for name in released}
     changed["roles"] = {"undefended": "ssft", "main": "lat"}

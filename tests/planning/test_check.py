@@ -26,7 +26,8 @@ from latlib.planning.step_cost import Lengths, Memory, fake_model
 
 PROFILES = sorted(p.stem for p in find_share("profiles").glob("*.yaml"))
 GATED = {"llama3-8b-paper", "llama2-7b-paper", "llama3-8b-seed", "llama2-7b-abbas", "evaluate-only"}
-LOCAL = {"smollm2", "smollm2-many"}  # their model and data are files that everybody puts there
+# their model and data are files that everybody puts there
+LOCAL = {"smollm2", "smollm2-many", "smollm2-strongreject"}
 SECRET = "hf_abcdefghijklmnop"
 BIG = Machine(
     gpus=(80 * 2**30,) * 2,
@@ -76,7 +77,7 @@ def small(tmp_path, monkeypatch):
     def check(machine=CPU, **sections):
         tree = small_run()
         for section, values in sections.items():
-            tree[section] = {**tree.get(section, {}), **values}
+            tree[section] = tree.get(section, {}) | values if isinstance(values, dict) else values
         (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
         profile = load_profile(tmp_path / "small.yaml")
         return {line.subject: line for line in planning.check(profile, tmp_path / "run", machine)}
@@ -115,7 +116,10 @@ def test_a_shipped_profile_is_checked_without_token_or_network(name, capsys, mon
 def test_a_shipped_profile_on_files_says_which_are_missing(name, capsys):
     status, lines = status_of(name, BIG, capsys)
     missing = [subject for subject, line in lines.items() if line["state"] == "missing"]
-    assert status == 3 and missing == ["model", "data.harmful", "data.benign"]
+    profile = load_profile(name)
+    released = [f"released {method}" for method in profile.released]
+    files = ["data.harmful", "data.benign"] + ["data.test_harmful"] * bool(released)
+    assert status == 3 and missing == ["model", *released, *files]
     assert "models/smollm2" in lines["model"]["text"]
 
 
@@ -297,6 +301,13 @@ def test_models_that_are_not_there(small):
     ]
     lines = small(released={"lat": "./robust"})
     assert missing(lines) == ["released lat"] and lines["time"].text == "nothing is trained"
+
+
+def test_a_released_model_of_each_seed_is_looked_for(small, tmp_path):
+    (tmp_path / "robust-0").symlink_to(tmp_path / "model")
+    released = {"lat": "./robust-{seed}"}
+    assert not missing(small(seeds=[0], released=released))
+    assert missing(small(seeds=[0, 1], released=released)) == ["released lat"]
 
 
 def test_a_large_model_without_a_gpu_is_missing_one(capsys, monkeypatch):
