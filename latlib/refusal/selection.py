@@ -27,19 +27,20 @@ from itertools import compress
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn import functional as F
 
+from latlib.batch import TokenRow
 from latlib.evaluation.generate import Perturb, TokenRows, batches
-from latlib.losses import at_labels
 from latlib.network_protocol import Network
-from latlib.refusal.activations import prompt_ends
 from latlib.refusal.geometry import Streams
 from latlib.refusal.interventions import Direction, adding
+from latlib.text.chat import shared_start
 from latlib.threat import depth
 
 MOST_KL = 0.1  # nats
 LAST_SHARE = 0.2  # of the blocks, whose inputs are no candidates
-AT_ONCE = 8  # prompts, before a candidate's KL is looked at; our choice
+TOGETHER = 8  # prompts that share one computation of their beginning: our choice
+SHARED = 0.25  # of the longest prompt, from which that is less work: our choice
 NOTHING = 1e-6  # of the longest candidate: what is shorter is rounding; our choice
 
 
@@ -47,17 +48,41 @@ NOTHING = 1e-6  # of the longest candidate: what is shorter is rounding; our cho
 def last_log_probabilities(
     network: Network, rows: TokenRows, perturb: Perturb | None = None, size: int = 64
 ) -> Tensor:
-    """[rows, vocabulary] float32 log-probabilities of the first reply token. perturb: batch ->
-    perturbation.
+    """[rows, vocabulary] float32 log-probabilities of the first reply token, up to `size` prompts
+    at a time. perturb: batch -> perturbation. What prompts begin with alike, such as a template's
+    words, is computed once for `TOGETHER` of them.
     """
+    groups = _groups(rows)
+    packs = [_pack([rows[i].prompt for i in group]) for group in groups]
     order = []
     found = []
-    for index, batch in batches(rows, size, network.device):
-        hidden = network.hidden(batch, perturb(batch) if perturb else None)
-        ends = at_labels(hidden, prompt_ends(batch).flatten())
-        order += index
+    for index, batch in batches(packs, max(1, size // len(groups[0])), network.device):
+        hidden = network.label_rows(batch, perturb(batch) if perturb else None)
+        prompt = torch.stack((batch.label_rows, batch.label_segments))
+        last = (prompt.diff(dim=1) != 0).any(0)  # the next label is of another prompt
+        ends = hidden[F.pad(last, (0, 1), value=True)]
+        order += [row for group in index for row in groups[group]]
         found.append(network.unembed(ends).float().log_softmax(-1))
     return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def _groups(rows: TokenRows) -> list[list[int]]:
+    """Which prompts are computed together: `TOGETHER` where enough of them is shared, else each
+    alone.
+    """
+    prompts = [row.prompt for row in rows]
+    shared = shared_start(min(prompts), max(prompts))  # of these two, and of all in between
+    enough = shared >= SHARED * max(map(len, prompts))
+    size = TOGETHER if enough else 1
+    return [list(range(at, len(rows)))[:size] for at in range(0, len(rows), size)]
+
+
+def _pack(prompts: Sequence[tuple[int, ...]]) -> TokenRow:
+    """Prompts as continuations of what they share. Each ends in a label that stands for the
+    reply's first token: its hidden row is the one that predicts it.
+    """
+    shared = shared_start(min(prompts), max(prompts))
+    return TokenRow(prompts[0][:shared], tuple((*prompt[shared:], 0) for prompt in prompts))
 
 
 def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -141,10 +166,10 @@ class Scores:
         """
         ablated = self.network.ablated(candidate.vector)
         count, total = len(self.harmless), 0.0
-        for start in range(0, count, AT_ONCE):
-            part = slice(start, start + AT_ONCE)
+        for start in range(0, count, TOGETHER):
+            part = slice(start, start + TOGETHER)
             quiet = last_log_probabilities(ablated, self.harmless[part])
-            total += kl_div(quiet, self.plain[part], log_target=True, reduction="sum").item()
+            total += F.kl_div(quiet, self.plain[part], log_target=True, reduction="sum").item()
             if total > MOST_KL * count:
                 break
         return total / count

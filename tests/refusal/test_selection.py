@@ -8,9 +8,10 @@ import pytest
 import tiny_models as tiny
 import torch
 
+from latlib.batch import TokenRow
 from latlib.hooks import EMBEDDING, Ablate, LATHook
 from latlib.refusal import selection
-from latlib.refusal.interventions import Direction
+from latlib.refusal.interventions import Direction, adding
 
 ROWS = tiny.prompt_rows(10)
 HARMFUL, HARMLESS = ROWS[:5], ROWS[5:]
@@ -60,6 +61,29 @@ def test_scores_equal_plain_loops_over_the_stock_model(forward):
             assert scores.kl(candidate) == pytest.approx(sum(kl) / 5, abs=1e-5)
 
 
+@pytest.mark.parametrize("forward", ["lean", "stock"])
+@pytest.mark.parametrize("shared", [1, 6])  # little of a prompt, and most of it
+def test_prompts_that_begin_alike_are_as_each_alone(forward, shared, monkeypatch):
+    lm = tiny.language_model(forward, trained=True)
+    begin = ROWS[0].prompt[:shared]
+    rows = [TokenRow((*begin, *row.prompt[:5]), ()) for row in ROWS]
+    rows[3] = TokenRow((*begin, *ROWS[0].prompt[:2]), ())  # the whole beginning of another
+    packs = []
+    pack = selection._pack
+    monkeypatch.setattr(selection, "TOGETHER", 4)
+    monkeypatch.setattr(selection, "_pack", lambda prompts: packs.append(prompts) or pack(prompts))
+    vector = means()[0][-1]
+    with torch.no_grad():
+        found = selection.last_log_probabilities(lm.network(), rows, adding(vector, 1), size=6)
+        alone = []
+        for row in rows:
+            with LATHook(lm.model, {1: vector.expand(1, len(row.prompt), -1)}):
+                alone.append(log_p(lm.model, row))
+    alone = torch.stack(alone).float()
+    torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    assert [len(each) for each in packs] == ([1] * 10 if shared == 1 else [4, 4, 2])
+
+
 def test_a_candidate_that_moves_too_much_is_not_asked_to_the_end(monkeypatch):
     lm = tiny.language_model(trained=True)
     scores = selection.Scores(lm.network(), HARMFUL, HARMLESS, TOKENS)
@@ -73,7 +97,7 @@ def test_a_candidate_that_moves_too_much_is_not_asked_to_the_end(monkeypatch):
         return ask(network, rows, *rest)
 
     monkeypatch.setattr(selection, "last_log_probabilities", counted)
-    monkeypatch.setattr(selection, "AT_ONCE", 1)
+    monkeypatch.setattr(selection, "TOGETHER", 1)
     monkeypatch.setattr(selection, "MOST_KL", 1.01 * whole)
     assert scores.kl(candidate) == pytest.approx(whole, abs=1e-6)
     assert asked == HARMLESS
