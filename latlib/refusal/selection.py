@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latlib.batch import TokenRow
+from latlib.batch import Batch, TokenRow
 from latlib.evaluation.generate import Perturb, TokenRows, batches
 from latlib.network_protocol import Network
 from latlib.refusal.geometry import Streams
@@ -58,11 +58,10 @@ def last_log_probabilities(
     found = []
     for index, batch in batches(packs, max(1, size // len(groups[0])), network.device):
         hidden = network.label_rows(batch, perturb(batch) if perturb else None)
-        prompt = torch.stack((batch.label_rows, batch.label_segments))
-        last = (prompt.diff(dim=1) != 0).any(0)  # the next label is of another prompt
-        ends = hidden[F.pad(last, (0, 1), value=True)]
-        order += [row for group in index for row in groups[group]]
-        found.append(network.unembed(ends).float().log_softmax(-1))
+        logits = network.unembed(hidden[_last_labels(batch)])
+        found.append(logits.float().log_softmax(-1))
+        for group in index:
+            order += groups[group]
     return torch.cat(found)[torch.tensor(order).argsort()]
 
 
@@ -83,6 +82,13 @@ def _pack(prompts: Sequence[tuple[int, ...]]) -> TokenRow:
     """
     shared = shared_start(min(prompts), max(prompts))
     return TokenRow(prompts[0][:shared], tuple((*prompt[shared:], 0) for prompt in prompts))
+
+
+def _last_labels(batch: Batch) -> Tensor:
+    """[labels] bool: the last label of each completion."""
+    completion = torch.stack((batch.label_rows, batch.label_segments))
+    changes = (completion.diff(dim=1) != 0).any(0)
+    return F.pad(changes, (0, 1), value=True)
 
 
 def refusal_score(log_p: Tensor, tokens: Sequence[int]) -> Tensor:
