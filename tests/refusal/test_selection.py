@@ -10,6 +10,7 @@ import torch
 
 from latlib.batch import TokenRow
 from latlib.hooks import EMBEDDING, Ablate, LATHook
+from latlib.proof.separate import SeparateRows
 from latlib.refusal import selection
 from latlib.refusal.interventions import Direction, adding
 
@@ -61,10 +62,11 @@ def test_scores_equal_plain_loops_over_the_stock_model(forward):
             assert scores.kl(candidate) == pytest.approx(sum(kl) / 5, abs=1e-5)
 
 
-@pytest.mark.parametrize("forward", ["lean", "stock"])
+@pytest.mark.parametrize("forward", ["lean", "stock", "separate"])
 @pytest.mark.parametrize("shared", [1, 6])  # little of a prompt, and most of it
 def test_prompts_that_begin_alike_are_as_each_alone(forward, shared, monkeypatch):
-    lm = tiny.language_model(forward, trained=True)
+    lm = tiny.language_model("lean" if forward == "lean" else "stock", trained=True)
+    network = SeparateRows(lm.network()) if forward == "separate" else lm.network()
     begin = ROWS[0].prompt[:shared]
     rows = [TokenRow((*begin, *row.prompt[:5]), ()) for row in ROWS]
     rows[3] = TokenRow((*begin, *ROWS[0].prompt[:2]), ())  # the whole beginning of another
@@ -74,7 +76,7 @@ def test_prompts_that_begin_alike_are_as_each_alone(forward, shared, monkeypatch
     monkeypatch.setattr(selection, "_pack", lambda prompts: packs.append(prompts) or pack(prompts))
     vector = means()[0][-1]
     with torch.no_grad():
-        found = selection.last_log_probabilities(lm.network(), rows, adding(vector, 1), size=6)
+        found = selection.last_log_probabilities(network, rows, adding(vector, 1), size=6)
         alone = []
         for row in rows:
             with LATHook(lm.model, {1: vector.expand(1, len(row.prompt), -1)}):
