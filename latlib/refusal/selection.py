@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latlib.batch import Batch, TokenRow
-from latlib.evaluation.generate import Perturb, TokenRows, batches
+from latlib.evaluation.generate import Perturb, TokenRows, batches, of_similar_length
 from latlib.network_protocol import Network
 from latlib.refusal.geometry import Streams
 from latlib.refusal.interventions import Direction, adding
@@ -66,14 +66,13 @@ def last_log_probabilities(
 
 
 def _groups(rows: TokenRows) -> list[list[int]]:
-    """Which prompts are computed together: `TOGETHER` where enough of them is shared, else each
-    alone.
+    """Which prompts are computed together: `TOGETHER` of similar length where enough of them is
+    shared, else each alone.
     """
     prompts = [row.prompt for row in rows]
     shared = shared_start(min(prompts), max(prompts))  # of these two, and of all in between
     enough = shared >= SHARED * max(map(len, prompts))
-    size = TOGETHER if enough else 1
-    return [list(range(at, len(rows)))[:size] for at in range(0, len(rows), size)]
+    return list(of_similar_length([*map(len, prompts)], TOGETHER if enough else 1))
 
 
 def _pack(prompts: Sequence[tuple[int, ...]]) -> TokenRow:
