@@ -34,6 +34,7 @@ from latlib.config.profile import Profile, load_profile
 from latlib.config.sections import ProfileError, TrainSettings
 from latlib.experiment.checkpoint import load_checkpoint, save_checkpoint
 from latlib.io.machine import resolve_device
+from latlib.io.progress import spoken
 from latlib.planning import estimate
 from latlib.planning.published_configs import config_of
 from latlib.planning.step_cost import (
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         f"{out['profile']} {out['method']} on {where}: {out['predicted']['total'] / 1e9:.2f} GB"
         f" predicted, {'not counted on a CPU' if shown is None else f'{shown / 1e9:.2f} GB shown'};"
         f" {out['measured']['seconds_per_step']:.3f} s a step,"
-        f" {estimate.spoken(out['hours_of_the_run'])} for the whole run; killed and resumed at step"
+        f" {spoken(out['hours_of_the_run'])} for the whole run; killed and resumed at step"
         f" {out['resumed_at']}"
     )
     return out

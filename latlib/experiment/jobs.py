@@ -187,7 +187,7 @@ def _follow(
                         error.add_note(f"while working on {job.name}")
                     raise error
                 done += 1
-            bar.update(done, _line_of([files[job] for job in running.values()]))
+            bar.update(done, *_at_work([files[job] for job in running.values()]))
     if stopping():
         raise progress.Stopped("asked to stop; what was finished is saved")
 
@@ -224,12 +224,11 @@ def _perform(job: Job, file: Path) -> None:
         _heed_signals(False)
 
 
-def _line_of(files: Iterable[Path]) -> str:
-    """How far the running jobs are."""
-    lines = []
-    for record in filter(None, map(progress.read, files)):
-        lines.append(f"{record['label']} {record['step']}/{record['total']}")
-    return " | ".join(lines)
+def _at_work(files: Iterable[Path]) -> tuple[str, float]:
+    """How far the running jobs are, each and in all, in jobs."""
+    records = list(filter(None, map(progress.read, files)))
+    said = [f"{record['label']} {record['step']}/{record['total']}" for record in records]
+    return " | ".join(said), sum(record["step"] / max(record["total"], 1) for record in records)
 
 
 # ---- the server that workers are forked from

@@ -10,6 +10,7 @@
     results/outcomes/<suite>-<model>.parquet    rows of the outcome table
     results/attacks/<digest>.parquet            rows of a single attack
     results/geometry/<model>/                   differences, directions and variance of activations
+    results/computed/<name>-<digest>.json       what a notebook computes once
     results/.unfinished/<suite>-<model>/        what a suite has measured before it has all
     results/<name>.json                         everything else that was measured
     wandb/                                      what wandb writes
@@ -23,6 +24,7 @@ from __future__ import annotations
 import datetime
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -30,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
@@ -45,7 +47,15 @@ from latlib.experiment.jobs import HELD
 from latlib.experiment.record import PROFILE, RECORD
 from latlib.experiment.spec import Spec
 from latlib.io import manifest
-from latlib.io.files import SET_ASIDE, Json, read_json, set_aside, write_json, write_text
+from latlib.io.files import (
+    SET_ASIDE,
+    Json,
+    json_ready,
+    read_json,
+    set_aside,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from latlib.redteam.latent import AttackCell
@@ -313,6 +323,12 @@ class Layout:
     def result_file(self, name: str) -> Path:
         """Where a result of this name lies."""
         return self.folder / "results" / f"{name}.json"
+
+    def computed_file(self, name: str, settings: Mapping[str, Any]) -> Path:
+        """Where what was computed with these settings lies."""
+        key = json.dumps(json_ready(settings), sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:SHOWN]
+        return self.folder / "results" / "computed" / f"{name}-{digest}.json"
 
     def norms_file(self, seed: int) -> Path:
         """Where the residual norms of a seed's base model lie."""

@@ -414,6 +414,17 @@ class Run:
 
     # ---- other results
 
+    def computed(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """What `compute()` returns, in JSON's types: computed once for each `settings`, which are
+        all that it depends on beside the run's profile.
+        """
+        file = self.layout.computed_file(name, settings)
+        if not self.layout.whole(file):
+            data = compute()
+            with self.layout.locked():
+                write_json(data, file)
+        return read_json(file)
+
     def save_result(self, name: str, data: Mapping[str, Any]) -> Path:
         """Write results/<name>.json, whole or not at all; NaN and infinities become null."""
         file = self.layout.result_file(name)

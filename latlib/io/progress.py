@@ -2,21 +2,25 @@
 
 Whoever works replaces `<run>/progress.json` atomically, at most five times a second:
 
-    {"label": "lat seed 0", "step": 12, "total": 130, "detail": "loss 0.71", "time": 1760000000.0}
+    {"label": "lat seed 0", "step": 12, "total": 130, "left": 240.0, "detail": "loss 0.71",
+     "time": 1760000000.0}
 
-It is gone when the work is over. The pipeline's driver reads it to draw its line. In an interactive
-notebook the same updates also draw a bar below the cell; under the pipeline or nbval
+`left` are seconds until the last step at the pace of the last minutes, None before that is known.
+The file is gone when the work is over. The pipeline's driver reads it to draw its line. In an
+interactive notebook the same updates also draw a bar below the cell; under the pipeline or nbval
 (`LATLIB_BATCH=1`) they do not. A file `<run>/STOP` asks the worker to save and leave.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -29,6 +33,7 @@ from latlib.io.files import aside, read_json
 T = TypeVar("T")
 OnStep = Callable[[int, int, str], None]  # progress: (step, of how many, what was done)
 MIN_INTERVAL_S = 0.2  # a reader redraws every 0.25 s; writing more often only costs time
+PACE_S = (10.0, 300.0)  # of how long a past a pace is told: at least, at most
 
 
 class ExitStatus(IntEnum):
@@ -122,6 +127,21 @@ def _file(path: Path) -> Path:
     return path / "progress.json" if path.is_dir() else path
 
 
+def how_far(record: dict[str, Any]) -> str:
+    """How far a record is: `12/130, 4 min left`."""
+    left = f", {spoken(record['left'] / 3600)} left" if record.get("left") else ""
+    return f"{record['step']}/{record['total']}{left}"
+
+
+def spoken(hours: float) -> str:
+    """A duration for a line or a table."""
+    if hours < 1 / 60:
+        return f"{max(1, math.ceil(3600 * hours))} s"
+    if hours < 2:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h"
+
+
 class Progress:
     """Counts `total` steps of one piece of work called `label`.
 
@@ -136,7 +156,8 @@ class Progress:
     def __init__(self, path: Path, label: str, total: int) -> None:
         self.file, self.label, self.total = _file(path), label, total
         self._last_write = float("-inf")  # seconds of time.monotonic
-        self._step, self._detail = 0, ""
+        # (seconds of time.monotonic, steps done) of the last minutes
+        self._past: deque[tuple[float, float]] = deque()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -148,37 +169,53 @@ class Progress:
         self.update(0)
         return self
 
-    def update(self, step: int, detail: str = "") -> None:
-        """Say that `step` steps are done. The first and the last are always written, others at most
-        5 a second.
+    def update(self, step: int, detail: str = "", started: float = 0.0) -> None:
+        """Say that `step` steps are done; started: how much is of others, in steps. The first and
+        the last are always written, others at most 5 a second.
         """
-        self._step, self._detail = step, detail
         now = time.monotonic()
         if step < self.total and now - self._last_write < MIN_INTERVAL_S:
             return
         self._last_write = now
-        self._write()
+        self._remember(now, step + started)
+        record = {
+            "label": self.label,
+            "step": step,
+            "total": self.total,
+            "left": self._left(),
+            "detail": detail,
+            "time": time.time(),
+        }
+        self._write(record)
         if self._bar is not None:
-            said = f"{self.label} {step}/{self.total} {detail}"
+            said = f"{self.label} {how_far(record)} {detail}"
             bar = f'<progress value="{step}" max="{self.total}"></progress> {escape(said)}'
             self._bar.update({"text/html": bar, "text/plain": said}, raw=True)
 
     def on_step(self, step: int, total: int, detail: str) -> None:
         """The same of work that says itself how many steps it has."""
+        if total != self.total:
+            self._past.clear()
         self.total = total
         self.update(step, detail)
 
-    def _write(self) -> None:
+    def _remember(self, now: float, done: float) -> None:
+        if self._past and done < self._past[-1][1]:  # other work, that is counted anew
+            self._past.clear()
+        self._past.append((now, done))
+        while now - self._past[0][0] > PACE_S[1] and len(self._past) > 2:
+            self._past.popleft()
+
+    def _left(self) -> float | None:
+        (start, before), (now, done) = self._past[0], self._past[-1]
+        if now - start < PACE_S[0] or done == before:
+            return None
+        return (self.total - done) * (now - start) / (done - before)
+
+    def _write(self, record: dict[str, Any]) -> None:
         """A full or unwritable disk is no error here: progress is for the eye, and whatever matters
         is saved elsewhere.
         """
-        record = {
-            "label": self.label,
-            "step": self._step,
-            "total": self.total,
-            "detail": self._detail,
-            "time": time.time(),
-        }
         with suppress(OSError), aside(self.file, durable=False) as partial:
             partial.write_text(json.dumps(record), encoding="utf-8")
 

@@ -24,11 +24,11 @@ from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
 from latlib.io.machine import keep_freed_memory
 from latlib.io.messages import in_a_line
-from latlib.io.progress import ExitStatus
+from latlib.io.progress import ExitStatus, spoken
 from latlib.models import LanguageModel
 from latlib.objectives import OBJECTIVES
 from latlib.planning import estimate
-from latlib.planning.estimate import MEASURED_RATE, SHARE, RowLengths, spoken
+from latlib.planning.estimate import MEASURED_RATE, SHARE, RowLengths
 from latlib.planning.published_configs import config_of
 from latlib.planning.requirements import (
     MISSING,

@@ -235,12 +235,3 @@ def elapsed_hours(one_seed: dict[str, float], seeds: Mapping[str, int], workers:
     longest = max((hours for name, hours in one_seed.items() if name != BASE), default=0.0)
     last = one_seed.get(BASE, 0.0) + longest
     return max(last, sum(seeds[name] * hours for name, hours in one_seed.items()) / workers)
-
-
-def spoken(hours: float) -> str:
-    """A duration for a table."""
-    if hours < 1 / 60:
-        return f"{max(1, math.ceil(3600 * hours))} s"
-    if hours < 2:
-        return f"{60 * hours:.0f} min"
-    return f"{hours:.1f} h"

@@ -84,7 +84,7 @@ BADGES = {
 REASONS = {
     "one seed": "measured on one seed",
     "the control": "whose control left no room",
-    "the largest": "with too few seeds for what could be seen",
+    "at most": "with too few seeds for what could be seen",
     "too few refusals": "about refusal, with a model that does not refuse",
     "not measured": "not measured yet",
     "no run": "that no run of this suite tests",

@@ -252,8 +252,9 @@ def decide(effect: Effect, bar: float = 0.0, least: float = SMALLEST_EFFECT) -> 
     if interval.high < least:
         return Verdict.NOT_REPRODUCED, ""
     if effect.detectable > effect.ceiling - bar:
-        why = "the largest effect there was room for is less than this many seeds show"
-        return Verdict.UNDECIDABLE, why
+        seen = f"at most {100 * effect.ceiling:.0f} points could be seen"
+        needed = f"to show more than {100 * bar:.0f}, so many seeds need"
+        return Verdict.UNDECIDABLE, f"{seen}; {needed} {100 * (bar + effect.detectable):.0f}"
     return Verdict.INCONCLUSIVE, ""
 
 

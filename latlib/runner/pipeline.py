@@ -231,7 +231,7 @@ def _line(name: str, started: float, kernel: Kernel, record: dict[str, Any] | No
     elif record:
         step, total = record["step"], record["total"]
         bar = "#" * round(12 * min(1.0, step / max(total, 1)))
-        text += f"  {record['label']} [{bar:-<12}] {step}/{total} {record['detail']}"
+        text += f"  {record['label']} [{bar:-<12}] {progress.how_far(record)} {record['detail']}"
     return text.rstrip()
 
 

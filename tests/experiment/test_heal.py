@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from latlib.config.sections import ProfileError
+from latlib.evaluation.outcomes import Outcome
 from latlib.experiment.layout import DIFFERENCES, DIRECTIONS, VARIANCE
 from latlib.experiment.run import Run
 from latlib.io import manifest
@@ -98,6 +100,25 @@ def test_a_damaged_result_is_as_good_as_none(run, capsys):
         run.result("rates")
     run.save_result("rates", {"asr": 0.25})
     assert run.result("rates") == {"asr": 0.25}
+
+
+def test_what_a_notebook_computes_is_computed_once_for_its_settings(run):
+    """And again where its file is damaged; first and later reads are alike."""
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"losses": np.array([0.1, np.nan]), "outcomes": [Outcome.REFUSED]}
+
+    def found(**settings):
+        return run.computed("attacked", settings, compute)
+
+    expected = {"losses": [0.1, None], "outcomes": ["refused"]}
+    assert found(eps=0.1, sites=(1, 2)) == expected and len(calls) == 1
+    assert found(sites=[1, 2], eps=0.1) == expected and len(calls) == 1
+    assert found(eps=0.2, sites=[1, 2]) == expected and len(calls) == 2
+    cut(run.layout.computed_file("attacked", {"eps": 0.1, "sites": [1, 2]}))
+    assert found(eps=0.1, sites=[1, 2]) == expected and len(calls) == 3
 
 
 def test_the_report_says_which_table_is_damaged(run, tmp_path):

@@ -31,9 +31,9 @@ def test_jobs_are_counted_as_jobs_and_nothing_is_left_of_their_bar(tmp_path, mon
     said = []
     write = progress.Progress._write
 
-    def listen(bar):
-        said.append((bar.label, bar._step, bar.total, bar._detail))
-        write(bar)
+    def listen(bar, record):
+        said.append([record[name] for name in ("label", "step", "total", "detail")])
+        write(bar, record)
 
     monkeypatch.setattr(progress.Progress, "_write", listen)  # workers have their own
     work(TWO, tmp_path, [Job(name, waits) for name in ("one", "two", "three")])

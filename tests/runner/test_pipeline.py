@@ -435,6 +435,32 @@ def test_progress_line_shows_label_steps_and_detail(tmp_path):
     assert progress.read(tmp_path) is None
 
 
+def test_the_line_says_what_is_left_at_the_pace_of_the_last_minutes(tmp_path, monkeypatch):
+    """Not before ten seconds, not over a start from a checkpoint, and slower when steps become so."""
+    clock = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+
+    def left():
+        return progress.read(tmp_path)["left"]
+
+    with progress.Progress(tmp_path, "lat seed 0", 1) as bar:
+        for step in range(50, 101):  # goes on after step 50, two seconds a step
+            clock[0] += 2
+            bar.on_step(step, 1000, "")
+            assert (left() is None) == (step < 55)
+        assert left() == pytest.approx(900 * 2)
+        kernel = pipeline.Kernel(tmp_path, cell=3, cells=9)
+        assert "100/1000, 30 min left" in pipeline._line(
+            "03", 1000.0, kernel, progress.read(tmp_path)
+        )
+        for step in range(101, 201):  # attacked: ten seconds
+            bar.on_step(step, 1000, "")
+            clock[0] += 10
+        assert left() == pytest.approx(800 * 10, rel=0.05)
+        bar.on_step(1, 8, "")  # other work
+        assert left() is None
+
+
 def test_the_line_drops_a_bar_whose_work_is_over(tmp_path):
     kernel = pipeline.Kernel(tmp_path, cell=3, cells=9)
     with progress.Progress(tmp_path, "lat seed 0", 2) as bar:
@@ -447,7 +473,9 @@ def test_the_line_drops_a_bar_whose_work_is_over(tmp_path):
 
 def test_progress_is_throttled_but_ends_with_the_last_step(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(progress.Progress, "_write", lambda self: written.append(self._step))
+    monkeypatch.setattr(
+        progress.Progress, "_write", lambda self, record: written.append(record["step"])
+    )
     with progress.Progress(tmp_path, "work", 1000) as bar:
         for step in range(1000):
             bar.update(step + 1)
