@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from latlib.attack import Deltas, perturbed_positions, pgd, random_noise
 from latlib.batch import Batch
@@ -19,7 +20,7 @@ from latlib.evaluation.rule_graders import Grader
 from latlib.experiment.run import Run
 from latlib.io.files import Json
 from latlib.losses import at_labels
-from latlib.network_protocol import Network
+from latlib.network_protocol import Network, Perturbation, Start
 from latlib.redteam.latent import gradient_norms, training_never_binds
 from latlib.threat import PGD, Site, ThreatModel, depth
 
@@ -27,6 +28,17 @@ from latlib.threat import PGD, Site, ThreatModel, depth
 def plain_outcomes(examiner: Examiner, sets: Mapping[str, Prompts]) -> Json:
     """set -> outcomes of its prompts, as they are."""
     return {name: examiner.examine(prompts).outcomes for name, prompts in sets.items()}
+
+
+@torch.no_grad()
+def first_token(
+    network: Network, batch: Batch, deltas: Perturbation = None, start: Start = None
+) -> Tensor:
+    """[rows, vocabulary] float64 log-probabilities of the token that each reply begins with."""
+    counts = torch.bincount(batch.label_rows)
+    ends = batch.source[counts.cumsum(0) - counts]
+    hidden = network.hidden(batch, deltas, start)
+    return network.unembed(at_labels(hidden, ends)).double().log_softmax(-1)
 
 
 def noise_effects(
@@ -41,21 +53,18 @@ def noise_effects(
     prompts whose most likely token changes."""
     generator = torch.Generator().manual_seed(seed)
     mask = perturbed_positions(batch, "prompt")
-    counts = torch.bincount(batch.label_rows)
-    ends = batch.source[counts.cumsum(0) - counts]
-    records = []
+    clean = first_token(network, batch)
     with torch.no_grad():
-        clean = network.unembed(at_labels(network.hidden(batch), ends)).double().log_softmax(-1)
         streams = network.streams(batch, places[0])
-        for site, rho in itertools.product(*places):
-            noise = random_noise(network, mask, rho * norms[site], generator)
-            # the blocks before it are not run again
-            hidden = network.hidden(batch, {site: noise}, start=(site, streams[site]))
-            noisy = network.unembed(at_labels(hidden, ends)).double().log_softmax(-1)
-            kl = (clean.exp() * (clean - noisy)).sum(-1).tolist()
-            changed = (clean.argmax(-1) != noisy.argmax(-1)).double().mean().item()
-            place = {"site": str(site), "depth": depth(site), "rho": rho}
-            records.append({**place, "changed": changed, "kl": kl})
+    records = []
+    for site, rho in itertools.product(*places):
+        noise = random_noise(network, mask, rho * norms[site], generator)
+        # the blocks before it are not run again
+        noisy = first_token(network, batch, {site: noise}, (site, streams[site]))
+        kl = (clean.exp() * (clean - noisy)).sum(-1).tolist()
+        changed = (clean.argmax(-1) != noisy.argmax(-1)).double().mean().item()
+        place = {"site": str(site), "depth": depth(site), "rho": rho}
+        records.append({**place, "changed": changed, "kl": kl})
     return records
 
 

@@ -133,7 +133,14 @@ def test_what_could_not_have_come_out_is_not_decided():
     assert verdict is Verdict.UNDECIDABLE and "room for 5.0 points" in why
     weak = Effect([interval(-0.5, 0.7, se=0.3)], "", ceiling=0.6)
     verdict, why = decide(weak)
-    assert verdict is Verdict.UNDECIDABLE and "so many seeds need" in why
+    assert verdict is Verdict.UNDECIDABLE
+    needed = 100 * weak.detectable
+    assert (
+        why
+        == f"at most 60 points could be seen; to show more than 0, so many seeds need {needed:.0f}"
+    )
+    over = decide(Effect([interval(0.4, 0.7, se=0.1)], "", ceiling=0.6), bar=0.5, least=0.5)[1]
+    assert "to show more than 50" in over and int(over.split()[-1]) > 60
     one = Effect([interval(0.5, 0.7, seeds=1)], "")
     assert decide(one)[0] is Verdict.UNDECIDABLE
 

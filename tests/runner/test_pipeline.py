@@ -459,6 +459,9 @@ def test_the_line_says_what_is_left_at_the_pace_of_the_last_minutes(tmp_path, mo
         assert left() == pytest.approx(800 * 10, rel=0.05)
         bar.on_step(1, 8, "")  # other work
         assert left() is None
+        clock[0] += 20
+        bar.update(1, started=0.5)  # of jobs that are not done
+        assert left() == pytest.approx(6.5 * 20 / 0.5)
 
 
 def test_the_line_drops_a_bar_whose_work_is_over(tmp_path):
