@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from latlib.batch import Batch, TokenRow, collate
+from latlib.evaluation.fast_linears import fast_linears
 from latlib.evaluation.phrases import Texts
 from latlib.hooks import Ablate, LATHook
 from latlib.models import LanguageModel
@@ -112,7 +113,7 @@ def replies(
         options["max_new_tokens"] = min(max_new_tokens, room)
         # in this order, so that what a perturbation writes is ablated too
         hook = LATHook(lm.model, deltas, decoding=True)
-        with torch.no_grad(), hook, ablation, greedy(lm.model):
+        with torch.no_grad(), hook, ablation, greedy(lm.model), _fast(lm):
             ends = _ends(lm.model.generation_config)
             # through the processes, if several hold the model between them: each writes all replies
             run = partial(lm.model.generate, **inputs, **options)
@@ -122,6 +123,11 @@ def replies(
         for i, text, ids in zip(index, written, new.tolist(), strict=True):
             found[i] = Reply(text.strip(), not ends.isdisjoint(ids))
     return found
+
+
+def _fast(lm: LanguageModel) -> AbstractContextManager[None]:
+    whole = lm.processes.mode is None and lm.model.dtype == torch.float32
+    return fast_linears(lm.model) if whole and lm.paths.lean else nullcontext()
 
 
 def _ends(settings: GenerationConfig) -> set[int]:

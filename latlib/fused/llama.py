@@ -94,7 +94,7 @@ def _plain_lora(layer: Any) -> bool:
     )
 
 
-def _merged(layer: Any, adapter: bool, by_factors: bool = False) -> Matrix:
+def merged_linear(layer: Any, adapter: bool, by_factors: bool = False) -> Matrix:
     """A Linear's matrix, with its LoRA merged when `adapter`. by_factors: trained through the
     LoRA's factors, not through the matrix."""
     weight = getattr(layer, "base_layer", layer).weight
@@ -159,7 +159,7 @@ def merge(model: CausalLM, adapter: bool, by_factors: bool = False) -> Weights:
     """Merged weights of a (PEFT) Llama, in its own dtype, differentiable in whatever requires
     grad; in a LoRA's factors alone where `by_factors`."""
     decoder: Any = decoder_of(model)
-    merged = partial(_merged, adapter=adapter, by_factors=by_factors)
+    merged = partial(merged_linear, adapter=adapter, by_factors=by_factors)
 
     blocks = []
     for block in decoder.layers:
@@ -170,7 +170,7 @@ def merge(model: CausalLM, adapter: bool, by_factors: bool = False) -> Weights:
         both = map(merged, (mlp.gate_proj, mlp.up_proj))
         gate_up = _stacked(both, block.post_attention_layernorm.weight, torch.cat)
         blocks.append(Block(qkv, merged(attention.o_proj), gate_up, merged(mlp.down_proj)))
-    head = _merged(model.get_output_embeddings(), adapter).value * decoder.norm.weight
+    head = merged_linear(model.get_output_embeddings(), adapter).value * decoder.norm.weight
     return Weights(model.get_input_embeddings().weight, head, blocks)
 
 
