@@ -22,7 +22,7 @@ import torch
 from latlib.config.profile import Profile
 from latlib.config.sections import ProfileError
 from latlib.evaluation.outcomes import BASE
-from latlib.io.machine import keep_freed_memory
+from latlib.io.machine import keep_freed_memory, resolve_dtype
 from latlib.io.messages import in_a_line
 from latlib.io.progress import ExitStatus, spoken
 from latlib.models import LanguageModel
@@ -323,17 +323,8 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
     if processes > 1:
         scope += f", split over {processes} processes without loss"
     yield Line("time", NOTE, f"{spoken(total)} ({each}); {scope}; {how}")
-    if profile.name in WHOLE and job.device == "cpu":
-        text = (
-            f"about {spoken(total * WHOLE[profile.name])} with evaluations: a whole run took"
-            f" {WHOLE[profile.name]:g} times as long as its trainings where that was measured"
-        )
-        yield Line("time of all", NOTE, text)
-    if not of_world and job.device == "cpu":
-        rate = estimate.cpu_rate()
-        here = spoken(total * SHARE * MEASURED_RATE / rate)
-        text = f"{here} on this CPU, at {rate / 1e9:.0f} GFLOP/s as measured here just now"
-        yield Line("time here", NOTE, text)
+    if job.device == "cpu":
+        yield from _time_here(profile, total)
     if not of_world:
         price, gpu_hours = profile.budget.usd_per_hour, total * processes
         text = (
@@ -341,6 +332,25 @@ def _time(job: _Job, fits: bool) -> Iterator[Line]:
             f" {price:g}"
         )
         yield Line("cost", NOTE, text)
+
+
+def _time_here(profile: Profile, hours: float) -> Iterator[Line]:
+    """On a CPU, whose own hours those of the world's models are; a real model's are an H100's."""
+    if profile.model.source != "world":
+        dtype = resolve_dtype(profile.model.dtype, torch.device("cpu"))
+        rate = estimate.cpu_rate(dtype)
+        hours *= SHARE * MEASURED_RATE / (estimate.CPU_SHARE * rate)
+        text = (
+            f"{spoken(hours)} on this CPU, at {estimate.CPU_SHARE:.2f} of {rate / 1e9:.0f} GFLOP/s"
+            f" in {name_of(dtype)} as measured here just now"
+        )
+        yield Line("time here", NOTE, text)
+    if times := WHOLE.get(profile.name):
+        text = (
+            f"about {spoken(hours * times)} with evaluations: a whole run took {times:g} times as"
+            " long as its trainings where that was measured"
+        )
+        yield Line("time of all", NOTE, text)
 
 
 def _timed(job: _Job) -> dict[str, float]:

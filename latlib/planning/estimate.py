@@ -26,7 +26,8 @@ from latlib.batch import TokenRow
 from latlib.config.profile import Profile
 from latlib.config.sections import AttackSettings, TrainSettings
 from latlib.evaluation.outcomes import BASE
-from latlib.io.machine import resolve_dtype
+from latlib.fused.products import project
+from latlib.io.machine import fastest, resolve_dtype
 from latlib.models import LanguageModel
 from latlib.planning.step_cost import (
     Lengths,
@@ -48,22 +49,20 @@ SHARE = 0.35
 # where no row can be read: the middle of the benchmarks' rows, our choice
 ASSUMED_MEAN = Lengths(150, 150)
 CPU_SIZE = 1024  # of the matrices whose product tells a CPU's rate: a second at most; our choice
+# of it, for a step: 46 (bfloat16) to 56 % (float32) in docs/performance.md
+CPU_SHARE = 0.5
 SPARE = 1.1  # times the prediction, for fragmentation: our choice
 CONTEXT = 2**30  # bytes of CUDA's own context: our choice
 TIMED = 2  # steps of each kind, after one that warms up: our choice
 TIMED_OF_BASE = 8  # whose rows are of any length: our choice
 
 
-def cpu_rate() -> float:
-    """FLOP/s of a float32 matrix product on this CPU, the best of three: what a training step comes
-    near where no kernel has to be launched."""
-    a = torch.randn(CPU_SIZE, CPU_SIZE)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        _ = a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * CPU_SIZE**3 / min(seconds)
+def cpu_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on this CPU, as networks that compute in `dtype` multiply."""
+    a = torch.randn(CPU_SIZE, CPU_SIZE).to(dtype)
+    with torch.no_grad():
+        [seconds] = fastest(lambda: project(a, a), repeats=3)
+    return 2 * CPU_SIZE**3 / seconds
 
 
 @dataclass(frozen=True)

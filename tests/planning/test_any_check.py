@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from small_profile import small_run, write_sources
 from strange_values import JUNK, places, with_value
 
 from latlib.io.progress import ExitStatus
-from latlib.planning import estimate
+from latlib.planning import check, estimate
 from latlib.planning.step_cost import Memory
 from latlib.runner import pipeline
 
@@ -53,7 +54,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def home(whole, tmp_path, monkeypatch):
     """A function: a fresh copy, in which the test then works; a step's size is made up."""
-    monkeypatch.setattr(estimate, "cpu_rate", lambda: 1e9)
+    monkeypatch.setattr(estimate, "cpu_rate", lambda _: 1e9)
     monkeypatch.setattr(estimate, "predicted_flop", lambda *_: 1e15)
     memory = Memory(10**9, 10**7, 10**7, 10**9)
     monkeypatch.setattr(estimate, "predicted_memory", lambda *_: memory)
@@ -76,6 +77,30 @@ def checked(home, tree) -> int:
 
 def test_what_is_fuzzed_lacks_nothing(home):
     assert checked(home(), small_run()) == 0
+
+
+def test_a_real_model_on_a_cpu_is_told_its_hours_here(home, monkeypatch, capsys):
+    """4 steps of 1e15 FLOP at half of 1e9 a second; with evaluations three times as long."""
+    seen = []
+    monkeypatch.setattr(estimate, "cpu_rate", lambda dtype: seen.append(dtype) or 1e9)
+    monkeypatch.setitem(check.WHOLE, "small", 3.0)
+    tree = small_run()
+    tree["model"]["dtype"] = "bfloat16"
+    assert checked(home(), tree) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2222.2 h on this CPU, at 0.50 of 1 GFLOP/s in bfloat16 as measured here" in said
+    assert "about 6666.7 h with evaluations" in said
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rate_is_that_of_products_as_networks_make_them(dtype, monkeypatch):
+    made = []
+    real = estimate.project
+    monkeypatch.setattr(estimate, "project", lambda a, b: made.append(a.dtype) or real(a, b))
+    monkeypatch.setattr(estimate, "CPU_SIZE", 64)
+    assert estimate.cpu_rate(dtype) > 0
+    assert set(made) == {dtype}
 
 
 @EACH
