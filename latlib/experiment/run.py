@@ -287,6 +287,10 @@ class Run:
         """Measure a suite on every model, side by side."""
         self.measure([(model, suite) for model in models])
 
+    def has_measured(self, model: Model, what: Measured) -> bool:
+        """Whether a suite or an attack was measured on a model."""
+        return self.layout.whole(self.layout.table_file(self.spec(*model), what))
+
     def measure(self, wanted: Iterable[tuple[Model, Measured]]) -> None:
         """Measure what is missing of [(model, suite or attack), ...], side by side; the longest
         first wastes least.
