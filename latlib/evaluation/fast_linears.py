@@ -35,7 +35,8 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _product_with(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    weight = merged_linear(layer, adapter=True).value
+    on = not getattr(layer, "disable_adapters", False)
+    weight = merged_linear(layer, adapter=on).value
 
     def product(x: Tensor) -> Tensor:
         return project(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
