@@ -59,6 +59,17 @@ def test_weights_are_those_of_now(model):
         weight.data.copy_(before)
 
 
+def test_an_adapter_that_is_off_stays_off():
+    model = language_model(dtype=torch.float32, trained=True).model
+    on = logits(model)
+    with model.disable_adapter():
+        expected = logits(model)
+        with fast_linears(model):
+            found = logits(model)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - on).abs().max() > 1e-2
+
+
 def test_products_go_the_fast_way(model, monkeypatch):
     calls = []
     real = products.project
