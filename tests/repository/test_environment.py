@@ -5,11 +5,13 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError, metadata
 
 import pytest
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import latlib
@@ -29,10 +31,12 @@ def direct(root):
 
 
 def pins(root, python="3.11"):
-    """Canonical name -> version that constraints.txt gives on that Python."""
+    """Canonical name -> version that constraints.txt gives on that Python ("3.11": its last)."""
     lines = (root / "constraints.txt").read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    environment = default_environment() | {"python_version": python}
+    minor = ".".join(python.split(".")[:2])
+    full = python if python != minor else f"{python}.99"
+    environment = default_environment() | {"python_version": minor, "python_full_version": full}
     found = {}
     for r in requirements:
         if r.marker is None or r.marker.evaluate(environment):
@@ -52,6 +56,20 @@ def test_every_direct_requirement_has_one_exact_pin_that_satisfies_it(root, pyth
         assert version, f"{name}{pinned[name]} is not an exact version without a local suffix"
         assert requirement.specifier.contains(version[1]), (
             f"{name} {version[1]} does not satisfy {requirement}"
+        )
+
+
+@pytest.mark.parametrize("python", ["3.10.0", "3.11.0", "3.11.2", "3.12.0", "3.13.0"])
+def test_no_pin_asks_for_a_later_patch_of_python(root, python):
+    """Debian 12 has Python 3.11.2. Seen for what is installed here in the version of its pin."""
+    for name, pin in pins(root, python).items():
+        try:
+            found = metadata(name)
+        except PackageNotFoundError:
+            continue
+        asks = SpecifierSet(found["Requires-Python"] or "")
+        assert pin != f"=={found['Version']}" or asks.contains(python), (
+            f"{name}{pin} needs Python {asks}; pin an earlier release for {python}"
         )
 
 
