@@ -6,7 +6,8 @@
 1. The report, the executed notebooks, the outcome table, results JSON, training curves and the main
    figure are copied; models and W&B folders are not.
 2. Paths of the machine it ran on are left out (`latlib.io.files.without_paths`), as is the notebook
-   runner's bookkeeping; numbers of training curves have nine digits.
+   runner's bookkeeping; numbers of training curves have nine digits. Prompts from data files are
+   somebody's: cells with the tag `shows-prompts` go without their outputs.
 3. Where asked for, the README's table of claims and its line on time are written anew from the
    copy. Of a run that was made in several sittings the line tells what the last one took, and says
    so.
@@ -47,6 +48,8 @@ TEXTS = (".json", ".jsonl", ".yaml", ".html", ".md", ".ipynb")
 COPIED = ("report.html", "profile.yaml", "metrics/*.jsonl")
 RESULTS = ("results/*.json", "results/*.png", "results/*.md")
 NOTEBOOKS = "notebooks/[0-9][0-9]_*.ipynb"
+SHOWS_PROMPTS = "shows-prompts"  # the tag of cells whose outputs quote prompts
+NOT_PUBLISHED = "Left out here: prompts from data files are shown in the run's own folder.\n"
 TIMING = "timing.json"
 OF_A_RUN = ("notebooks", "metrics", "profile.yaml", "report.html")  # where they lie in a run, too
 STARTING_S = 120  # seconds from a run's first file to its first notebook, at most: our choice
@@ -141,7 +144,10 @@ def _text(file: Path, run: Path) -> str:
         for part in (notebook, *notebook.cells):
             part.metadata.pop("papermill", None)
             part.metadata.pop("execution", None)
+        secret = _from_files(run)
         for cell in notebook.cells:
+            if secret and SHOWS_PROMPTS in cell.metadata.get("tags", ()):
+                cell.outputs = [nbformat.v4.new_output("stream", text=NOT_PUBLISHED)]
             for output in cell.get("outputs", ()):
                 if len(output.get("data", ())) > 1:
                     output["data"].pop("text/plain", None)
@@ -151,6 +157,12 @@ def _text(file: Path, run: Path) -> str:
     if file.suffix == ".jsonl":
         text = "".join(json.dumps(_short(json.loads(line))) + "\n" for line in text.splitlines())
     return without_paths(text, run)
+
+
+def _from_files(run: Path) -> bool:
+    """Whether a run's prompts are somebody's, and not the made-up world's."""
+    settings = yaml.safe_load((run / PROFILE).read_text(encoding="utf-8"))
+    return bool(settings.get("data", {}).get("source", "world") != "world")
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:
