@@ -52,8 +52,8 @@ from latlib.redteam.rounding import ARRIVES, name_of, share_added
 from latlib.threat import resolve_sites
 
 # a whole run against its trainings alone, on a CPU: 17.2 of 8.4 minutes in results/tiny; 8.8 of 7.4
-# in notebook 00 on a slower processor
-WHOLE = {"tiny": 2.0, "glance": 1.2}
+# in notebook 00 on a slower processor; 130 of 20 in results/smollm2
+WHOLE = {"tiny": 2.0, "glance": 1.2, "smollm2": 6.5}
 LARGE = 1_000_000_000  # parameters above which we do not train on a CPU: our choice
 Found = TypeVar("Found")
 
