@@ -150,3 +150,28 @@ def test_a_published_profile_names_no_place_of_a_file(tmp_path):
     file.write_text("data: {harmful: /srv/ada/advbench.csv, rows: 5}\nmodel: {source: org/name}\n")
     tree = yaml.safe_load(publish._text(file, tmp_path / "run"))
     assert tree == {"data": {"harmful": "advbench.csv", "rows": 5}, "model": {"source": "org/name"}}
+
+
+@pytest.mark.parametrize(("source", "shown"), [("files", False), ("world", True)])
+def test_prompts_from_data_files_stay_in_the_run(run, tmp_path, source, shown):
+    (run / "profile.yaml").write_text(yaml.safe_dump({"name": "mine", "data": {"source": source}}))
+    file = run / "notebooks" / "01_hooks.ipynb"
+    notebook = nbformat.read(file, as_version=4)
+    (cell,) = notebook.cells
+    cell.metadata["tags"] = ["shows-prompts"]
+    cell.outputs = [new_output("display_data", {"text/markdown": "Prompt: *somebody's*"})]
+    nbformat.write(notebook, file)
+    publish.publish(run, tmp_path / "published")
+    text = (tmp_path / "published" / "notebooks" / "01_hooks.ipynb").read_text()
+    assert ("somebody's" in text) is shown
+    assert "somebody's" in file.read_text()
+
+
+def test_cells_that_quote_a_prompt_have_the_tag(root):
+    quoting = 0
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if "verbatim(prompt" in cell.source or "display(pd.DataFrame(written" in cell.source:
+                quoting += 1
+                assert publish.SHOWS_PROMPTS in cell.metadata.get("tags", ()), path.name
+    assert quoting == 3
