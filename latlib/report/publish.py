@@ -144,9 +144,9 @@ def _text(file: Path, run: Path) -> str:
         for part in (notebook, *notebook.cells):
             part.metadata.pop("papermill", None)
             part.metadata.pop("execution", None)
-        secret = _from_files(run)
+        somebodys = _from_files(run)
         for cell in notebook.cells:
-            if secret and SHOWS_PROMPTS in cell.metadata.get("tags", ()):
+            if somebodys and SHOWS_PROMPTS in cell.metadata.get("tags", ()):
                 cell.outputs = [nbformat.v4.new_output("stream", text=NOT_PUBLISHED)]
             for output in cell.get("outputs", ()):
                 if len(output.get("data", ())) > 1:
@@ -162,7 +162,7 @@ def _text(file: Path, run: Path) -> str:
 def _from_files(run: Path) -> bool:
     """Whether a run's prompts are somebody's, and not the made-up world's."""
     settings = yaml.safe_load((run / PROFILE).read_text(encoding="utf-8"))
-    return bool(settings.get("data", {}).get("source", "world") != "world")
+    return bool(settings.get("data", {}).get("source") == "files")
 
 
 def _short(step: dict[str, Any]) -> dict[str, Any]:
