@@ -49,7 +49,6 @@ from latlib.report.evidence import (
     Evidence,
     MissingError,
     Names,
-    contrast,
     display_name,
     display_names,
     not_in_vain,
@@ -70,7 +69,6 @@ from latlib.report.verdicts import (
     doubts,
     grounds,
     lead,
-    level,
     to_markdown,
     to_readme,
     with_holm,
@@ -589,8 +587,8 @@ def strongest_vector(e: Evidence) -> Effect:
     tuning prompts.
     """
     models = _papers_models(e)
-    under = {source: _without(e, source, models) for source in models}
-    return _fewer_refusals(under, models, "vector of")
+    sides = {display_name(source): _without(e, source, models) for source in models}
+    return lead("refused, vector of", sides, "refused", same=("method",), control="others")
 
 
 @of_abbas(
@@ -615,22 +613,8 @@ def weaker_to_own(e: Evidence) -> Effect:
     """Refusals under the model's own vector, {untargeted_rival} and {reference}, each minus
     {untargeted}.
     """
-    models = _papers_models(e)
-    return _fewer_refusals({m: _without(e, m, m) for m in models}, models, "own vector of")
-
-
-def _fewer_refusals(cells: Sides, models: Sequence[str], what: str) -> Effect:
-    """Refusals of each other cell minus those of the first model's; targets are paired."""
-    first, *others = models
-    same = ("method",) if cells[first]["method"].nunique() > 1 else ()
-    comparisons = []
-    refused = []
-    for other in others:
-        comparisons.append(contrast(cells[other], cells[first], "refused", same))
-        refused.append(rate(cells[other], "refused").estimate)
-    levels = [level(display_name(name), rows, "refused") for name, rows in cells.items()]
-    note = f"refused, {what}: {', '.join(levels)}"
-    return Effect(comparisons, note, min(refused))
+    sides = {display_name(m): _without(e, m, m) for m in _papers_models(e)}
+    return lead("refused, own vector of", sides, "refused", control="others")
 
 
 def not_tested(name: str, statement: str, test: str, paper: str) -> None:

@@ -117,15 +117,19 @@ def lead(
     """Share with an outcome of the first side minus that of each other, prompt by prompt.
 
     The note has the levels of all sides, and of those beside. same: see `evidence.contrast`.
-    control: the side that is the control and whose level leaves the room, 'first' or 'last'.
+    control: the side that is the control and whose level leaves the room, 'first' or 'last'; or
+    'others', where the shares are those of each other side minus that of the first.
     """
     first, *others = sides.values()
-    comparisons = [contrast(first, other, outcome, same) for other in others]
+    pairs = [(first, other) for other in others]
+    if control == "others":
+        pairs = [(other, first) for other in others]
+    comparisons = [contrast(a, b, outcome, same) for a, b in pairs]
     levels = [level(name, rows, outcome) for name, rows in (sides | (beside or {})).items()]
-    if control == "first":
-        ceiling = rate(first, outcome).estimate
+    if control == "last":
+        ceiling = min(1 - rate(b, outcome).estimate for _, b in pairs)
     else:
-        ceiling = min(1 - rate(other, outcome).estimate for other in others)
+        ceiling = min(rate(a, outcome).estimate for a, _ in pairs)
     return Effect(comparisons, f"{what}: {', '.join(levels)}", ceiling)
 
 
