@@ -311,33 +311,23 @@ def odds_interval(outcome: Column, group: Column, seeds: Column) -> Interval:
     inside = np.asarray(group, bool)
     if len(set(inside)) < 2:
         raise ValueError("an odds ratio needs rows in both groups")
-    seeds = np.asarray(seeds)
-    tables = np.array([_two_by_two(hit, inside, seeds == seed) for seed in np.unique(seeds)])
-    count = len(tables)
+    names, place = np.unique(seeds, return_inverse=True)
+    count = len(names)
+    tables = np.zeros((2, 2, count))  # inside or outside, hit or missed, seed
+    np.add.at(tables, (1 - inside, 1 - hit, place), 1)
     quotient = float(np.tanh(_pooled(tables) / 2))
     if count == 1:  # nothing is known of its spread
         return Interval(quotient, -1, 1, len(hit), 1, 1)
-    se = _jackknifed(tables) / 2 / _slope(quotient, 1.0)
+    left_out = [_pooled(np.delete(tables, seed, axis=2)) for seed in range(count)]
+    of_log_odds = math.sqrt((count - 1) * np.var(left_out))
+    se = of_log_odds / 2 / _slope(quotient, 1.0)
     return _interval(quotient, se, count - 1, 1.0, n=len(hit), clusters=count, seeds=count)
 
 
-def _jackknifed(tables: np.ndarray) -> float:
-    """The standard error of the pooled log odds ratio, one seed left out at a time."""
-    count = len(tables)
-    left_out = [_pooled(np.delete(tables, seed, axis=0)) for seed in range(count)]
-    return math.sqrt((count - 1) * np.var(left_out))
-
-
-def _two_by_two(hit: np.ndarray, inside: np.ndarray, rows: np.ndarray) -> list[float]:
-    """Hits and misses inside, hits and misses outside, of some rows."""
-    sides = ((inside, hit), (inside, ~hit), (~inside, hit), (~inside, ~hit))
-    return [float((a & b & rows).sum()) for a, b in sides]
-
-
 def _pooled(tables: np.ndarray) -> float:
-    """Mantel and Haenszel's log odds ratio of [seeds, 4]."""
-    padded = (tables + 0.5 / len(tables)).reshape(-1, 2, 2)
-    return float(StratifiedTable(padded.transpose(1, 2, 0)).logodds_pooled)
+    """Mantel and Haenszel's log odds ratio of [2, 2, seeds]."""
+    padded = tables + 0.5 / tables.shape[2]
+    return float(StratifiedTable(padded).logodds_pooled)
 
 
 def holm(p_values: Column) -> list[float]:
