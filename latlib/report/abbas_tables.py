@@ -46,24 +46,16 @@ WITHOUT = {
 
 def share_grid(found: Findings, centred: bool = False) -> DataFrame:
     """Share of the first two components by block: a column of intervals for each of `SERIES`."""
-    grid = {}
-    for name, (model, removed) in SERIES.items():
-        rows = _chosen(found, model, removed, centred)
-        grid[name] = _intervals(rows, ["share", "low", "high", "pairs"])
-    return DataFrame(grid).rename_axis("block")
+    cells = _by_block(found, centred, "share", "low", "high", "pairs")
+    return DataFrame({name: cells[of] for name, of in SERIES.items()})
 
 
-def _chosen(found: Findings, model: str, removed: str, centred: bool) -> DataFrame:
-    """The shares of a model under a removal, a row a block."""
-    table = found.shares
-    alike = (table["model"] == model) & (table["removed"] == removed)
-    return table[alike & (table["centred"] == centred)]
-
-
-def _intervals(rows: DataFrame, columns: list[str]) -> dict[int, Interval]:
-    """Block -> the interval that some columns make."""
-    cells = rows[columns].itertuples(index=False)
-    return dict(zip(rows["block"].tolist(), [Interval(*cell) for cell in cells]))
+def _by_block(found: Findings, centred: bool, *columns: str) -> DataFrame:
+    """The interval that some columns make, a row a block: a column for each model and removal."""
+    rows = found.shares[found.shares["centred"] == centred]
+    cells = [Interval(*row) for row in rows[[*columns]].itertuples(index=False)]
+    wide = rows.assign(cell=cells).pivot(index="block", columns=["model", "removed"], values="cell")
+    return wide.loc[rows["block"].unique()]
 
 
 def shares_markdown(found: Findings, centred: bool = False) -> str:
@@ -131,8 +123,8 @@ def _papers_shares() -> dict[str, float]:
 
 def excess(found: Findings, removed: str, centred: bool = False) -> dict[int, Interval]:
     """Block -> LAT's share minus the baseline's, under the same removal."""
-    rows = _chosen(found, LAT, removed, centred)
-    return _intervals(rows, ["more", "more_low", "more_high", "pairs"])
+    cells = _by_block(found, centred, "more", "more_low", "more_high", "pairs")
+    return cells[LAT, removed].to_dict()
 
 
 def paragraph(found: Findings) -> str:
