@@ -52,6 +52,7 @@ from latlib.report.evidence import (
     display_name,
     display_names,
     not_in_vain,
+    of_common_attacks,
     rate,
     rows_given,
     spike_steps,
@@ -465,13 +466,8 @@ def rival_typed(e: Evidence) -> Effect:
     prompt, of those that were measured on both.
     """
     sides = _of(e, (e.main, e.role("rival")), TYPED, partial=True)
-    return lead("ASR, worst of typed attacks", _alike(sides), control="first")
-
-
-def _alike(sides: Sides) -> Sides:
-    """The sides with the attacks that all of them have."""
-    common = set.intersection(*(set(rows["attack"].unique()) for rows in sides.values()))
-    return {name: rows[rows["attack"].isin(common)] for name, rows in sides.items()}
+    alike = dict(zip(sides, of_common_attacks(*sides.values())))
+    return lead("ASR, worst of typed attacks", alike, control="first")
 
 
 @against_rival("rival-encodings", "{rival} leaks less than {main} in encodings.", "encoded")

@@ -482,6 +482,12 @@ def shared(rows: DataFrame) -> DataFrame:
     return kept
 
 
+def of_common_attacks(*sides: DataFrame) -> list[DataFrame]:
+    """Of each side, the rows of the attacks that every side faced."""
+    common = set.intersection(*(set(side["attack"].unique()) for side in sides))
+    return [side[side["attack"].isin(common)] for side in sides]
+
+
 def worst(rows: DataFrame) -> DataFrame:
     """One row a prompt and seed: its worst outcome, complied before neither before refused."""
     order = rows["outcome"].map(SEVERITY).to_numpy().argsort(kind="stable")

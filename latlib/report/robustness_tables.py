@@ -50,13 +50,14 @@ from latlib.report.evidence import (
     attacks_in,
     contrast,
     display_name,
+    of_common_attacks,
     outcome_table,
     rates_by,
     shared,
     worst,
 )
 from latlib.report.plots import Drawn, HeatMap, axes_of, counted, frame, words
-from latlib.report.stats import Interval, sizes
+from latlib.report.stats import sizes
 from latlib.report.tables import in_order, markdown, measured, named, none_where_absent
 
 # what somebody can try who only types
@@ -165,20 +166,14 @@ def gain_table(e: Evidence) -> DataFrame:
         undefended = rows[rows["method"] == e.undefended]
         for method in others:
             with suppress(MissingError):
-                gains[threat, method] = _gain(undefended, rows[rows["method"] == method])
+                sides = of_common_attacks(undefended, rows[rows["method"] == method])
+                gains[threat, method] = contrast(*sides)
     if not gains:
         raise MissingError(
             f"no attack was measured on {e.names['undefended']} and on another method: run"
             " notebook 06"
         )
     return _wide(Series(gains)).rename_axis(f"ASR of {e.names['undefended']} minus")
-
-
-def _gain(*sides: DataFrame) -> Interval:
-    """ASR of the first side minus the second's, over the attacks that both faced."""
-    both = set.intersection(*(set(side["attack"].unique()) for side in sides))
-    undefended, defended = (worst(side[side["attack"].isin(both)]) for side in sides)
-    return contrast(undefended, defended)
 
 
 def _wide(cells: Series) -> DataFrame:
