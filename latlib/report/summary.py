@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from pathlib import Path
 from shutil import which
 
@@ -235,22 +236,22 @@ def ranking(e: Evidence) -> str:
     whose largest ASR is smallest first. Raises MissingError where no attack was measured.
     """
     methods = list(e.profile.methods)
+    cell = partial(e.cell, methods, partial=True)
     encoded = [name for name in e.profile.evaluation.encodings if name != PLAIN]
-    asr = {
-        f"ASR, latent at {e.radius(e.main_eps)}": lambda: in_ball(e, methods, e.main_eps),
-        "ASR, typed": lambda: shared(e.cell(methods, TYPED, partial=True)),
-        "ASR, encoded": lambda: e.cell(methods, encoding=encoded, partial=True),
+    asked = {
+        "harmless answered": lambda: _rates(cell(prompts=HARMLESS)),
+        "sounds harmful, refused": lambda: _rates(cell(prompts=SCARY), "refused"),
+        f"ASR, latent at {e.radius(e.main_eps)}": lambda: _rates(in_ball(e, methods, e.main_eps)),
+        "ASR, typed": lambda: _rates(shared(cell(TYPED))),
+        "ASR, encoded": lambda: _rates(cell(encoding=encoded)),
     }
-    attacked = {name: rates for name, of in asr.items() if (rates := _rates(of)) is not None}
+    columns = {}
+    for name, rates in asked.items():
+        with suppress(MissingError):
+            columns[name] = rates()
+    attacked = {name: rates for name, rates in columns.items() if name.startswith("ASR")}
     if not attacked:
         raise MissingError("no attack was measured: run notebook 06")
-    columns = {
-        "harmless answered": _rates(lambda: e.cell(methods, prompts=HARMLESS, partial=True)),
-        "sounds harmful, refused": _rates(
-            lambda: e.cell(methods, prompts=SCARY, partial=True), "refused"
-        ),
-    }
-    columns = {name: rates for name, rates in columns.items() if rates is not None} | attacked
     worst = DataFrame(attacked).map(lambda cell: getattr(cell, "estimate", float("nan")))
     table = DataFrame(columns).loc[worst.max(axis=1).sort_values(kind="stable").index]
     header = ["Method", *(_header(columns[name], name) for name in table)]
@@ -260,14 +261,10 @@ def ranking(e: Evidence) -> str:
     return markdown(header, rows)
 
 
-def _rates(rows_of: Callable[[], DataFrame], outcome: str = "complied") -> Series | None:
-    """By method, named by how many attacks or encodings the worst is of; None where there are no
-    rows. A prompt counts once, in however many encodings it was asked.
+def _rates(rows: DataFrame, outcome: str = "complied") -> Series:
+    """By method, named by how many attacks or encodings the worst is of. A prompt counts once, in
+    however many encodings it was asked.
     """
-    try:
-        rows = rows_of()
-    except MissingError:
-        return None
     keys = ("method", "seed", "prompts", "prompt_id")
     found = {method: rate(part, outcome, keys) for method, part in rows.groupby("method")}
     tried = (attacks_in(rows) + rows["encoding"]).nunique()
