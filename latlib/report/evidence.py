@@ -178,14 +178,6 @@ class Evidence:
         return self.profile.training(self.main).attack.eps_mode
 
     @property
-    def rivals(self) -> list[str]:
-        """What the main method is set beside. Raises MissingError where there is nothing."""
-        others = [method for method in self.profile.compared if method != self.main]
-        if not others:
-            raise MissingError(f"this profile has no method to compare {self.names['main']} with")
-        return others
-
-    @property
     def undefended(self) -> str:
         """The twin that saw the same rows and no attack. Raises MissingError where there is
         none.
