@@ -162,27 +162,20 @@ class Profile(Section):
     def _fitting(self, role: str) -> list[str]:
         """The methods whose settings are a role's."""
         others = [name for name in self.methods if name not in (self.main, *self.released)]
-        if role == "control":
-            idle = [name for name in others if self.training(name).attack.steps == 0]
-            return [name for name in idle if not self._beside_the_attack(name)]
         found = []
         for name in others:
             attack = self.training(name).attack
             changed = set(self.differences(name, self.main))
             fits = {
+                "control": not attack.steps and changed <= {"attack.steps"},
                 "no_radius": changed == {"attack.eps"} and attack.eps < NO_RADIUS,
                 "rival": changed <= {"attack.sites", "attack.eps"} and attack.at_embedding,
-                "untargeted": not attack.targeted and not attack.at_embedding,
+                "untargeted": not (attack.targeted or attack.at_embedding) and attack.steps > 0,
                 "untargeted_rival": not attack.targeted and attack.at_embedding,
             }
-            if attack.steps and fits[role]:
+            if fits[role]:
                 found.append(name)
         return found
-
-    def _beside_the_attack(self, method: str) -> list[str]:
-        """What differs from the main method's training beside the attack and its schedule."""
-        fields = self.differences(method, self.main)
-        return [name for name in fields if not name.startswith("attack") and name not in SCHEDULE]
 
     def differences(self, one: str, other: str) -> dict[str, tuple[Any, Any]]:
         """Dotted field of `train` -> its values of two methods, where they differ and matter: of a
