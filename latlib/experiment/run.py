@@ -302,7 +302,10 @@ class Run:
         for _, what in missing:
             if isinstance(what, str) and what not in SUITES:
                 raise ValueError(f"suite = {what!r} is unknown: choose one of {', '.join(SUITES)}")
-        missing = self._with_first_audit(missing)
+        first = self._first_audit
+        copied = any(self._copies_first_audit(*pair) for pair in missing)
+        if copied and not self.layout.whole(self.layout.table_file(*first)):
+            missing = list(dict.fromkeys((first, *missing)))
         specs = [spec for spec, _ in missing]
         geometry = []
         for spec, what in missing:
@@ -317,7 +320,7 @@ class Run:
             self.norms(seed)
         jobs = []
         for spec, what in missing:
-            after = _named(*self._first_audit) if self._copies_first_audit(spec, what) else ""
+            after = _named(*first) if self._copies_first_audit(spec, what) else ""
             call = partial(self._measure, spec, what)
             jobs.append(Job(_named(spec, what), call, after))
         self._work(jobs)
@@ -331,16 +334,6 @@ class Run:
         here."""
         shared = spec.method == BASE and self.layout.source(spec) is not None
         return shared and what == "audit" and spec.seed != self.profile.seeds[0]
-
-    def _with_first_audit(
-        self, missing: list[tuple[Spec, Measured]]
-    ) -> list[tuple[Spec, Measured]]:
-        """What is missing, behind the first seed's audit of the base where others stand on it."""
-        first = self._first_audit
-        needed = any(self._copies_first_audit(*pair) for pair in missing)
-        if not needed or self.layout.whole(self.layout.table_file(*first)):
-            return missing
-        return [first, *(pair for pair in missing if pair != first)]
 
     def subject(self, spec: Spec) -> Subject:
         """What an evaluation suite needs to know about a model."""
