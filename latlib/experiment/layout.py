@@ -334,11 +334,6 @@ class Layout:
         """Where the residual norms of a seed's base model lie."""
         return self.result_file(f"residual_norms-seed{seed}")
 
-    @property
-    def logs(self) -> Path:
-        """The folder of logs, and of what processes tell each other."""
-        return self.folder / "logs"
-
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
