@@ -1,8 +1,8 @@
 """What models say to one prompt, to be turned by hand: the last cells of notebooks 02, 04 and 05.
 
 1. `told` is the core: one model's reply to one prompt and its outcome, perturbed or not.
-2. `attacked` is notebook 02's: without a perturbation, under noise and under the attack. `reply` is
-   notebook 04's: a direction ablated or added.
+2. `attacked` is notebook 02's: without a perturbation, under noise and under the attack. `steered`
+   is notebook 04's: a direction ablated or added.
 3. `attack_slider`, `picker` and `encoding_picker` put widgets around them. A batch run has none:
    nobody could turn them.
 Nothing here measures anything.
@@ -16,10 +16,11 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from html import escape
 from math import log10
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from IPython.display import HTML
+from torch import Tensor
 
 from latlib.attack import Deltas, pgd, random_noise
 from latlib.batch import collate
@@ -31,11 +32,10 @@ from latlib.evaluation.outcomes import BASE, OWN_RULES, PLAIN, Rule
 from latlib.evaluation.phrases import redacted
 from latlib.experiment.run import Run
 from latlib.io.progress import in_batch
-from latlib.models import LanguageModel
 from latlib.network_protocol import Network
 from latlib.redteam.latent import base_attack, replace_settings, search_within
 from latlib.refusal.directions import sources
-from latlib.refusal.interventions import Direction, adding
+from latlib.refusal.interventions import Directions, adding
 from latlib.text.encodings import REGISTRY
 from latlib.threat import PGD as Search
 from latlib.threat import ThreatModel
@@ -228,44 +228,24 @@ def _interactive(tell: Callable[..., HTML], run: Run, **choices: Widget) -> Widg
     return widgets.interactive(tell, {"auto_display": True}, **choices, show=show)
 
 
-@dataclass(frozen=True)
-class Steering:
-    """What is done with a direction: that of the model `vector`, by a rule. 'add': `strength` times
-    it, at its own site, to every token of the prompt.
-    """
-
-    mode: Literal["nothing", "ablate", "add"]
-    vector: str
-    rule: str
-    strength: float = 1.0
-
-
-def reply(run: Run, lm: LanguageModel, seed: int, prompt: str, steering: Steering) -> str:
-    """What a model of the run replies to `prompt`.
+def steered(
+    directions: Directions, rule: str, mode: str, strength: float = 1.0
+) -> dict[str, Tensor | Perturb]:
+    """Options of `generate` under which the direction of a rule is ablated, or 'add'ed: `strength`
+    times it, at its own site, to every token of the prompt.
 
     Raises ValueError for an unknown mode, or for a subspace to be added.
     """
-    options: dict[str, Any] = {"system_prompt": run.profile.data.system_prompt}
-    if steering.mode != "nothing":
-        direction = run.directions(steering.vector, seed)[steering.rule]
-        if steering.mode == "ablate":
-            options["directions"] = direction.vector
-        else:
-            options["perturb"] = _added(direction, steering)
-    return generate(lm, [prompt], **options)[0]
-
-
-def _added(direction: Direction, steering: Steering) -> Perturb:
-    if steering.mode != "add":
-        raise ValueError(
-            f"mode = {steering.mode!r} is unknown: choose 'ablate', 'add' or 'nothing'"
-        )
+    direction = directions[rule]
+    if mode == "ablate":
+        return {"directions": direction.vector}
+    if mode != "add":
+        raise ValueError(f"mode = {mode!r} is unknown: choose 'ablate' or 'add'")
     if direction.vector.dim() > 1:
         raise ValueError(
-            f"rule = {steering.rule!r} is a subspace: it can be ablated, and only one direction can"
-            " be added"
+            f"rule = {rule!r} is a subspace: it can be ablated, and only one direction can be added"
         )
-    return adding(direction.vector, direction.site, steering.strength)
+    return {"perturb": adding(direction.vector, direction.site, strength)}
 
 
 def picker(run: Run, seed: int = 0) -> Widget | None:
@@ -286,15 +266,19 @@ def picker(run: Run, seed: int = 0) -> Widget | None:
             return Told("not graded", text)
         return Told(str(grader.grade([prompt], [text])[0].outcome), text)
 
-    def tell(target: str, prompt: str, show: bool, **steering: Any) -> HTML:
-        chosen, lm = Steering(**steering), load(target, seed)
-        replies: dict[str, Told] = {}
+    def tell(target: str, prompt: str, show: bool, vector: str, mode: str, **how: Any) -> HTML:
+        lm, system = load(target, seed), run.profile.data.system_prompt
+        ways: dict[str, Any] = {"nothing": {}}
+        said = {}
         try:
-            for how in (replace(chosen, mode="nothing"), chosen):
-                replies[how.mode] = graded(prompt, reply(run, lm, seed, prompt, how))
+            if mode != "nothing":
+                ways[mode] = steered(run.directions(vector, seed), mode=mode, **how)
+            for way, options in ways.items():
+                (text,) = generate(lm, [prompt], system_prompt=system, **options)
+                said[way] = graded(prompt, text)
         except ValueError as error:  # shown where the replies would be
             return HTML(escape(str(error)))
-        return side_by_side({target: replies}, show)
+        return side_by_side({target: said}, show)
 
     names = sources(run.profile)
     return _interactive(

@@ -10,7 +10,7 @@ from latlib.batch import TokenRow, collate
 from latlib.evaluation.ask import prompt_set
 from latlib.evaluation.generate import generate
 from latlib.experiment import widgets
-from latlib.experiment.widgets import Steering, Told
+from latlib.experiment.widgets import Told
 from latlib.redteam.latent import base_attack, search_within
 
 
@@ -20,6 +20,7 @@ def run(smoke_run):
 
 
 def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
+    monkeypatch.delenv("LATLIB_BATCH")
     prompt, asked = prompt_set("harmful", run.profile)[0].text, []
 
     def spy(lm, prompts, perturb=None, **options):
@@ -28,13 +29,14 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
 
     monkeypatch.setattr(widgets, "generate", spy)
     direction = run.directions("ssft")["best"]
+    chosen = {"target": "lat", "vector": "ssft", "rule": "best", "strength": 0.5, "show": True}
+    tell = widgets.picker(run).f
+    asked.clear()  # of what it shows at once
     for mode in ("nothing", "ablate", "add"):
-        assert isinstance(
-            widgets.reply(run, run.model("lat"), 0, prompt, Steering(mode, "ssft", "best", 0.5)),
-            str,
-        )
-    (none, _), (_, ablated), (perturb, _) = asked
-    assert none is None and (ablated == direction.vector).all()
+        assert f"<th>{mode}</th>" in tell(prompt=prompt, mode=mode, **chosen).data
+    assert asked[0] == asked[1] == asked[3] == (None, None)  # untouched, beside each of the others
+    (_, ablated), (perturb, _) = asked[2::2]
+    assert (ablated == direction.vector).all()
     deltas = perturb(collate([TokenRow((1, 2), ())]))
     assert (
         list(deltas) == [direction.site]
@@ -43,16 +45,21 @@ def test_replies_are_those_of_generate_under_the_same_change(run, monkeypatch):
 
 
 def test_what_cannot_be_done_is_said(run):
+    directions = run.directions("ssft")
     with pytest.raises(ValueError, match="mode = 'subtract' is unknown"):
-        widgets.reply(run, run.model("ssft"), 0, "hello", Steering("subtract", "ssft", "best"))
-    with pytest.raises(ValueError, match="rule = 'subspace' is a subspace"):
-        widgets.reply(run, run.model("ssft"), 0, "hello", Steering("add", "ssft", "subspace"))
+        widgets.steered(directions, "best", "subtract")
+    for rule in ("subspace", "learned-subspace"):
+        with pytest.raises(ValueError, match=f"rule = '{rule}' is a subspace"):
+            widgets.steered(directions, rule, "add")
 
 
 def test_the_widgets_offer_every_model_and_rule_and_a_batch_run_has_none(run, monkeypatch):
+    def not_searched(*_):
+        raise ValueError("none is searched for here")
+
     assert widgets.picker(run) is None
     monkeypatch.delenv("LATLIB_BATCH")
-    monkeypatch.setattr(widgets, "reply", lambda *chosen: str(chosen))
+    monkeypatch.setattr(type(run), "directions", not_searched)
     choices = {
         w.description: getattr(w, "options", None)
         for w in widgets.picker(run, seed=1).children[:-1]
@@ -65,8 +72,11 @@ def test_a_steered_reply_stands_beside_the_untouched_one(run, monkeypatch):
     """With its outcome where the prompt is known, and redacted until its text is asked for."""
     monkeypatch.delenv("LATLIB_BATCH")
     prompt = prompt_set("harmful", run.profile)[0]
-    replies = {"nothing": prompt.refusal, "add": prompt.answer}
-    monkeypatch.setattr(widgets, "reply", lambda *chosen: replies[chosen[-1].mode])
+
+    def written(lm, prompts, perturb=None, **options):
+        return [prompt.answer if perturb else prompt.refusal]
+
+    monkeypatch.setattr(widgets, "generate", written)
     chosen = {"target": "lat", "mode": "add", "vector": "lat", "rule": "best", "strength": 1.0}
     tell = widgets.picker(run).f
     page = tell(prompt=prompt.text, show=True, **chosen).data
