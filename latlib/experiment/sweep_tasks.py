@@ -29,11 +29,12 @@ from latlib.evaluation.outcomes import BASE
 from latlib.experiment.layout import Layout, fixed_settings
 from latlib.experiment.run import Run
 from latlib.experiment.spec import Spec
-from latlib.io.files import aside, folder_aside
+from latlib.io.files import aside
+from latlib.io.manifest import files_below
 
 SUITE = "variant"  # what is measured on a trial's model
-# path in a run folder -> content, of a folder that of the files in it
-Files = dict[str, bytes | dict[str, bytes]]
+# path in a run folder -> path in it ("." of a file) -> content
+Files = dict[str, dict[str, bytes]]
 Result = tuple[Files, float, str]  # what was made, seconds, machine
 
 
@@ -90,27 +91,23 @@ def files_of(layout: Layout, spec: Spec, adapter: bool = False) -> list[Path]:
 
 def packed(folder: Path, paths: Sequence[Path]) -> Files:
     """The files and folders at `paths` under `folder`; a path where nothing is adds nothing."""
-    files: Files = {}
+    files = {}
     for path in paths:
-        name = str(path.relative_to(folder))
-        if path.is_file():
-            files[name] = path.read_bytes()
-        elif path.is_dir():
-            inside = filter(Path.is_file, path.rglob("*"))
-            files[name] = {str(file.relative_to(path)): file.read_bytes() for file in inside}
+        inside = {str(file.relative_to(path)): file.read_bytes() for file in files_below(path)}
+        if inside:
+            files[str(path.relative_to(folder))] = inside
     return files
 
 
 def unpack(folder: Path, files: Files) -> None:
-    """Put files and folders into a run folder in their order, each whole."""
+    """Put files and folders into a run folder in their order, each whole; a folder that is there
+    stays as it is."""
     for name, content in files.items():
         target = folder / name
-        if isinstance(content, bytes):
-            with aside(target) as partial:
-                partial.write_bytes(content)
-        elif not target.exists():
-            with folder_aside(target) as partial:
-                for inside, part in content.items():
-                    file = partial / inside
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(part)
+        if target.is_dir():
+            continue
+        with aside(target) as partial:
+            for inside, part in content.items():
+                file = partial / inside
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(part)
