@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from html import escape
@@ -69,6 +69,17 @@ def stop_requested(run_folder: Path) -> bool:
 
 
 @contextmanager
+def handled(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Signals have a handler, and at the end those that they had before."""
+    before = {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def saving_on_signals() -> Iterator[None]:
     """Around a loop that looks at `stop_requested` after every step: a first SIGINT or SIGTERM asks
     it to stop, so that the step at hand is saved; a second one of a kind does what it did before.
@@ -85,13 +96,10 @@ def saving_on_signals() -> Iterator[None]:
         _asked.set()
         signal.signal(number, before[signal.Signals(number)])
 
-    for number in numbers:
-        signal.signal(number, ask)
     try:
-        yield
+        with handled(numbers, ask):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         _asked.clear()
 
 

@@ -29,7 +29,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -315,17 +314,6 @@ def _export(executed: Path, target: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _stopping_on_signals(kernel: Kernel) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    earlier = {n: signal.signal(n, lambda *_: kernel.stop()) for n in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
 def _forget_stop(folder: Path) -> None:
     """Remove what a run leaves that was stopped or killed; left there, a STOP would stop the next
     notebook someone opens by hand.
@@ -416,7 +404,8 @@ def _run_in(layout: Layout, notebooks: list[Path], options: argparse.Namespace) 
     if options.out:
         parameters["out"] = str(folder)
     kernel = Kernel(folder, options.grace)
-    with _stopping_on_signals(kernel):
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with progress.handled(ending, lambda *_: kernel.stop()):
         try:
             return run_all(notebooks, parameters, kernel)
         finally:
