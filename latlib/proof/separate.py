@@ -31,11 +31,14 @@ class Around:
 
     def frozen(self) -> Any:
         """See `Network`."""
-        return type(self)(self.inner.frozen())
+        return self._around(self.inner.frozen())
 
     def ablated(self, directions: Tensor) -> Any:
         """See `Network`."""
-        return type(self)(self.inner.ablated(directions))
+        return self._around(self.inner.ablated(directions))
+
+    def _around(self, inner: Network) -> Any:
+        return type(self)(inner)
 
 
 class SeparateRows(Around):
@@ -46,14 +49,6 @@ class SeparateRows(Around):
         super().__init__(inner)
         self.longest = longest
         self._split: WeakKeyDictionary[Batch, tuple[Part, ...]] = WeakKeyDictionary()
-
-    def frozen(self) -> SeparateRows:
-        """See `Network`."""
-        return self._around(self.inner.frozen())
-
-    def ablated(self, directions: Tensor) -> SeparateRows:
-        """See `Network`."""
-        return self._around(self.inner.ablated(directions))
 
     def _around(self, inner: Network) -> SeparateRows:
         other = SeparateRows(inner, self.longest)
@@ -79,7 +74,7 @@ class SeparateRows(Around):
             for part, index in self._parts(batch)
         ]
         order = batch.label_segments.argsort(stable=True)
-        return torch.empty_like(torch.cat(found)).index_copy(0, order, torch.cat(found))
+        return torch.cat(found).index_select(0, order.argsort())
 
     def hidden(self, batch: Batch, deltas: Perturbation = None, start: Start = None) -> Tensor:
         """See `Network`; positions of the prompt come from the first batch."""
@@ -91,28 +86,14 @@ class SeparateRows(Around):
         ]
         return self._together(batch, found)
 
-    def capture(
-        self, batch: Batch, sites: Sequence[Site], index: Tensor | None = None
-    ) -> dict[Site, Tensor]:
-        """See `Network`."""
-        with torch.no_grad():
-            streams = self.streams(batch, sites)
-        if index is None:
-            return streams
-        return {site: at_labels(stream, index) for site, stream in streams.items()}
+    capture = Network.capture  # by `streams` below, not the inner network's own
 
     def streams(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """See `Network`."""
         if self._stays(batch):
             return self.inner.streams(batch, sites)
         found = [self.inner.streams(part, sites) for part, _ in self._parts(batch)]
-        return self._streams_together(batch, found)
-
-    def _streams_together(
-        self, batch: Batch, found: Sequence[dict[Site, Tensor]]
-    ) -> dict[Site, Tensor]:
-        sites = list(found[0])
-        return {site: self._together(batch, [each[site] for each in found]) for site in sites}
+        return {site: self._together(batch, [each[site] for each in found]) for site in found[0]}
 
     def _together(self, batch: Batch, found: Sequence[Tensor]) -> Tensor:
         """[batch, seq, width] of the packed batch from its parts; zero on padding."""

@@ -11,7 +11,6 @@ second kind out of random numbers, for tests and for who has no checkout.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,26 +102,17 @@ def examine(activations: Activations) -> Findings:
         angles.append(direction_angles(models, MASSIVE_DIMENSIONS).assign(block=block))
         for model, sides in models.items():
             record = massive_record(sides)
-            place = {"block": block, "model": model}
-            size = {name: record[name] for name in ("largest", "times_median")}
-            sizes.append(place | size)
-            massive += _massive_rows(place, record)
+            sizes.append([block, model, record["largest"], record["times_median"]])
+            for rule in MASSIVE:
+                for dimension, count in record[rule].items():
+                    massive.append([block, model, rule, int(dimension), count, record["prompts"]])
     columns = ["block", "model", "rule", "dimension", "massive_in", "prompts"]
     return Findings(
         pd.concat(shares, ignore_index=True),
         pd.concat(angles, ignore_index=True),
         pd.DataFrame(massive, columns=columns),
-        pd.DataFrame(sizes),
+        pd.DataFrame(sizes, columns=["block", "model", "largest", "times_median"]),
     )
-
-
-def _massive_rows(place: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for rule in MASSIVE:
-        for dimension, count in record[rule].items():
-            found = {"rule": rule, "dimension": int(dimension), "massive_in": count}
-            rows.append({**place, **found, "prompts": record["prompts"]})
-    return rows
 
 
 def to_record(findings: Findings) -> dict[str, Any]:
