@@ -28,8 +28,10 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -329,13 +331,6 @@ class _Proof:
             return LATHook(self.model, self._batched([delta], seq))
         return Ablate(self.model, self.direction) if what == "ablated" else nullcontext()
 
-    def _padded(self, deltas: Sequence[Tensor], seq: int) -> Tensor:
-        """[batch, seq, d_model], zero behind the prompts."""
-        out = torch.zeros(len(deltas), seq, deltas[0].shape[1], device=self.device)
-        for row, delta in enumerate(deltas):
-            out[row, : len(delta)] = delta.to(self.device)
-        return out.to(wide_of(self.model.get_input_embeddings().weight.dtype))
-
     # ---- latlib's own --------------------------------------------------------------------------
 
     def paths(self, lean: bool) -> Paths:
@@ -394,7 +389,13 @@ class _Proof:
         return [group for group in (short, long) if group]
 
     def _batched(self, deltas: Sequence[Mapping[Site, Tensor]], seq: int) -> dict[Site, Tensor]:
-        return {site: self._padded([delta[site] for delta in deltas], seq) for site in self.sites}
+        """site -> [batch, seq, d_model], zero behind the prompts."""
+        dtype = wide_of(self.model.get_input_embeddings().weight.dtype)
+        padded = {}
+        for site in self.sites:
+            rows = [F.pad(delta[site], (0, 0, 0, seq - len(delta[site]))) for delta in deltas]
+            padded[site] = torch.stack(rows).to(self.device, dtype)
+        return padded
 
     def _start(self, network: Network, batch: Batch) -> tuple[Site, Tensor]:
         lowest = self.sites[0]
@@ -414,14 +415,11 @@ class _Proof:
             found.append(second[:steps])
         return _apart(torch.cat(found), torch.cat(expected)) <= self._allowed((True, "plain"))
 
-    def _written(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+    def _written(self, prompts: list[Tensor]) -> list[Tensor]:
         """Of each prompt, [2, vocabulary] log-probabilities of the first two new tokens."""
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        ids = pad_sequence(prompts, True, padding_side="left")
+        seen = [torch.ones_like(prompt) for prompt in prompts]
+        mask = pad_sequence(seen, True, padding_side="left")
         with greedy(self.model):
             out: Any = self.model.generate(
                 input_ids=ids.to(self.device),
@@ -433,8 +431,7 @@ class _Proof:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        first = [logits.float().log_softmax(-1) for logits in out.logits]
-        return [torch.stack([step[row] for step in first]) for row in range(len(prompts))]
+        return list(torch.stack(out.logits, 1).float().log_softmax(-1))
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
