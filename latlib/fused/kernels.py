@@ -16,7 +16,7 @@ is in the weights)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,12 @@ class Matrix(NamedTuple):
     value: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Matrix:
+        """Apply a function to every tensor."""
+        if self.left is None or self.right is None:
+            return Matrix(function(self.value))
+        return Matrix(function(self.value), function(self.left), function(self.right))
 
 
 class Read(NamedTuple):

@@ -21,14 +21,15 @@ Tested equal to the stock modules (which compute norms in float32 whatever the d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from latlib.batch import Batch
@@ -131,13 +132,27 @@ class Block(NamedTuple):
     gate_up: Matrix
     down: Matrix
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """Apply a function to every tensor."""
+        return Block(*(matrix.map(function) for matrix in self))
 
-class Weights(NamedTuple):
+
+@dataclass(frozen=True, eq=False)
+class Weights:
     """Merged matrices as [out, in]: embed, head [vocabulary, d_model], and those of each block."""
 
     embed: Tensor
     head: Tensor
     blocks: list[Block]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """Apply a function to every tensor."""
+        blocks = [block.map(function) for block in self.blocks]
+        return Weights(function(self.embed), function(self.head), blocks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        tensors = chain.from_iterable(chain.from_iterable(self.blocks))
+        return chain((self.embed, self.head), (t for t in tensors if t is not None))
 
 
 def merge(model: CausalLM, adapter: bool, by_factors: bool = False) -> Weights:
@@ -163,16 +178,20 @@ def _stacked(
     parts: Iterable[Matrix], gain: Tensor, stack: Callable[[list[Tensor]], Tensor]
 ) -> Matrix:
     """One matrix of several that read the same input behind a norm with this gain, [in]. stack:
-    puts their rows together. Each low-rank part has columns of its own."""
+    puts their rows together."""
     parts = list(parts)
     value = stack([part.value for part in parts]) * gain
     rights = [part.right for part in parts if part.right is not None]
     if not rights:
         return Matrix(value)
-    none = value.new_zeros(0)
-    lefts = [none.expand(len(part.value), 0) if part.left is None else part.left for part in parts]
-    rows = torch.block_diag(*lefts).split([len(left) for left in lefts])
-    return Matrix(value, stack(list(rows)), torch.cat(rights) * gain)
+    right = torch.cat(rights)
+    lefts, begin = [], 0
+    for part in parts:
+        left = part.value.new_zeros(len(part.value), 0) if part.left is None else part.left
+        end = begin + left.shape[1]
+        lefts.append(F.pad(left, (begin, len(right) - end)))
+        begin = end
+    return Matrix(value, stack(lefts), right * gain)
 
 
 def _by_halves(matrices: list[Tensor], size: int) -> Tensor:
@@ -214,10 +233,9 @@ class LeanNetwork(Network):
         super().__init__(model, train, dtype)
         by_factors = train and adapter and trains_by_factors(model)
         with torch.set_grad_enabled(train):
-            merged = merge(model, adapter, by_factors)
-            self._merged: Weights = tree_map_only(Tensor, lambda w: w.to(self.dtype), merged)
-        self.weights: Weights = tree_map_only(
-            Tensor, lambda w: w.detach().requires_grad_(train and w.requires_grad), self._merged
+            self._merged = merge(model, adapter, by_factors).map(lambda w: w.to(self.dtype))
+        self.weights = self._merged.map(
+            lambda w: w.detach().requires_grad_(train and w.requires_grad)
         )
         decoder: Any = decoder_of(model)
         self._rotary = decoder.rotary_emb
@@ -229,16 +247,15 @@ class LeanNetwork(Network):
 
     def frozen(self) -> LeanNetwork:
         """See `Network`: the same merged values, without gradients."""
-        return self._with(weights=tree_map_only(Tensor, Tensor.detach, self.weights))
+        return self._with(weights=self.weights.map(Tensor.detach))
 
     def flush_gradients(self) -> None:
-        pairs = zip(tree_leaves(self._merged), tree_leaves(self.weights), strict=True)
-        left = [(w, leaf) for w, leaf in pairs if leaf is not None and leaf.grad is not None]
+        pairs = zip(self._merged, self.weights, strict=True)
+        left = [(weight, leaf.grad) for weight, leaf in pairs if leaf.grad is not None]
         if left:
-            merged, leaves = zip(*left, strict=True)
-            gradients = [leaf.grad for leaf in leaves]
+            merged, gradients = zip(*left, strict=True)
             torch.autograd.backward(merged, gradients, retain_graph=True)
-        for _, leaf in left:
+        for leaf in self.weights:
             leaf.grad = None
 
     def _tables(self, batch: Batch) -> Tables:
@@ -325,5 +342,5 @@ class LeanNetwork(Network):
             block._replace(out=outside(block.out), down=outside(block.down)) for block in w.blocks
         ]
         embed = writes(w.embed.T).T
-        weights = w._replace(embed=embed, blocks=blocks)
+        weights = replace(w, embed=embed, blocks=blocks)
         return self._with(weights=weights, directions=basis, basis=basis)
