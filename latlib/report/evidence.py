@@ -363,11 +363,17 @@ def hits(rows: DataFrame, outcome: str, keys: Sequence[str] = PROMPT_KEYS) -> Da
     outcome.
     """
     # numbered by hand: to aggregate texts takes pandas several times as long
-    number = rows.groupby(list(keys), sort=False).ngroup()
-    first = number.notna() & ~number.duplicated()  # a row whose key is missing is of no prompt
-    won = number[rows["outcome"] == outcome]
-    by_prompt = rows.loc[first, [*keys, "cluster"]].reset_index(drop=True)
-    return by_prompt.assign(hit=number[first].isin(won).to_numpy())
+    number = rows.groupby(list(keys)).ngroup()
+    known = number.notna()  # a row whose key is missing is of no prompt
+    rows = rows[known]
+    number = number[known].to_numpy(int)
+    _, first = np.unique(number, return_index=True)
+    hit = np.zeros(len(first), bool)
+    won = rows["outcome"] == outcome
+    hit[number[won]] = True
+    by_prompt = rows[[*keys, "cluster"]].iloc[first]
+    by_prompt = by_prompt.reset_index(drop=True)
+    return by_prompt.assign(hit=hit)
 
 
 def rate(rows: DataFrame, outcome: str = "complied", keys: Sequence[str] = PROMPT_KEYS) -> Interval:
@@ -387,7 +393,9 @@ def rates_by(rows: DataFrame, by: str | list[str], outcome: str = "complied") ->
     rates = []
     for _, part in groups:
         rates.append(cluster_interval(part["hit"], part["cluster"], part["seed"]))
-    return Series(rates, index=groups.size().index, dtype=object)
+    found = Series(rates, index=groups.size().index, dtype=object)
+    order = rows.groupby(by, sort=False).size().index
+    return found.reindex(order)
 
 
 def outcome_table(
