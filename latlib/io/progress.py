@@ -70,7 +70,7 @@ def stop_requested(run_folder: Path) -> bool:
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Signals have a handler, and in the end those that they had before. In the main thread only."""
+    """In the main thread: signals have a handler, and in the end those that they had before."""
     before = {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
     try:
         yield
